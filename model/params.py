@@ -1,0 +1,163 @@
+"""What goes into the engine and what comes out: plain frozen carriers, free of torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from model.errors import RequestError
+
+Mode = Literal["diffusion", "ar", "mock_ar"]
+FinishReason = Literal["stop", "length", "error"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise RequestError(f"{name} is {value!r}: it must be {rule}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationParams:
+    """How one row is generated. Validated whole; nothing is clamped or ignored.
+
+    Raises RequestError where a value is impossible, naming the field and the value.
+    """
+
+    mode: Mode = "diffusion"
+    """diffusion: blocks by the denoiser. ar: the context tower alone. mock_ar: the denoiser, a token at a time."""
+    max_new_tokens: int = 256
+    """Tokens at most; need not be a multiple of block_size."""
+    block_size: int = 16
+    """Tokens a block (S). The released model was trained with 16 and degenerates above."""
+    steps_per_block: int = 16
+    """Denoiser forwards a block at most (T); the last one commits everything that is still masked."""
+    confidence_threshold: float = 0.9
+    """Predictions with a probability strictly above it are committed at once (gamma)."""
+    temperature: float = 0.0
+    """0 is greedy; above it, tokens are sampled from softmax(logits / temperature)."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens only; None or 0 for all of them."""
+    top_p: float | None = None
+    """Sample among the fewest likeliest tokens that together reach this probability; None or 1 for all of them."""
+    seed: int = 0
+    """Sampling depends on (seed, row key, block, step, position) and nothing else."""
+    eos_ids: tuple[int, ...] = ()
+    """Token ids that end a row; none: it runs to max_new_tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a row; the text ends before the first of them."""
+
+    def __post_init__(self) -> None:
+        _require(self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
+        for name in ("max_new_tokens", "block_size", "steps_per_block"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 1, name, value, "a whole number of at least 1")
+        gamma = self.confidence_threshold
+        _require(_is_number(gamma) and 0 <= gamma <= 1, "confidence_threshold", gamma, "a number from 0 to 1")
+        _require(
+            _is_number(self.temperature) and self.temperature >= 0,
+            "temperature",
+            self.temperature,
+            "a number of at least 0",
+        )
+        _require(
+            self.top_k is None or (_is_int(self.top_k) and self.top_k >= 0),
+            "top_k",
+            self.top_k,
+            "a whole number of at least 1, or 0 for no limit",
+        )
+        _require(
+            self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1),
+            "top_p",
+            self.top_p,
+            "above 0 and at most 1",
+        )
+        _require(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "a whole number from 0 to 2**63 - 1")
+        object.__setattr__(self, "eos_ids", _as_tuple(self.eos_ids, "eos_ids", int))
+        object.__setattr__(self, "stop", _as_tuple(self.stop, "stop", str))
+        _require(all(_is_int(i) and i >= 0 for i in self.eos_ids), "eos_ids", self.eos_ids, "token ids of at least 0")
+        _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "strings that are not empty")
+
+
+def _as_tuple(value: object, name: str, item: type) -> tuple[object, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, item):
+        raise RequestError(f"{name} is {value!r}: it must be a list")
+    if not isinstance(value, Sequence):
+        raise RequestError(f"{name} is {value!r}: it must be a list")
+    return tuple(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One row to generate. `key` names it in results and seeds its sampling; it is unique among the rows in the engine."""
+
+    key: str
+    prompt_ids: Sequence[int]
+    params: GenerationParams = field(default_factory=GenerationParams)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What became of one request. Times are seconds of wall clock."""
+
+    key: str
+    token_ids: tuple[int, ...] = ()
+    """Generated ids, up to and including the EOS or the token that completed a stop string."""
+    text: str | None = None
+    """The decoded text, ending before the EOS or stop string; None where the checkpoint has no tokenizer."""
+    finish_reason: FinishReason
+    error: str | None = None
+    prompt_tokens: int = 0
+    denoiser_forwards: int = 0
+    steps_per_block: tuple[int, ...] = ()
+    """Denoiser forwards that each block took; empty in the AR modes."""
+    forced_commits: int = 0
+    """Tokens committed at or below the confidence threshold, because a step must commit something."""
+    mean_confidence: float | None = None
+    """Mean probability (temperature 1, mask id excluded) of the committed tokens; in AR mode of the chosen tokens."""
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    denoise_s: float = 0.0
+    commit_s: float = 0.0
+    latency_s: float = 0.0
+    """From submit() to the end, queue_s included."""
+    batch_rows: float = 0.0
+    """Mean number of rows in the forwards that this row took part in after its prefill."""
+    trace: tuple[tuple[int, ...], ...] = ()
+    """The block fed to each denoiser forward; only from an engine made with trace=True."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """How much the engine holds at once. Raises RequestError where limits are impossible or contradict each other."""
+
+    max_rows: int = 16
+    """Rows generated together."""
+    max_prefill_tokens: int = 4096
+    """Prompt tokens put through the context tower in one forward; a longer prompt goes through alone."""
+    max_context_tokens: int | None = None
+    """Prompt + completion of one row at most; None: the checkpoint's max_position_embeddings."""
+    kv_tokens: int | None = None
+    """Tokens of attention context for all rows together; None: sized from max_rows and the context, within memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_prefill_tokens"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 1, name, value, "a whole number of at least 1")
+        for name in ("max_context_tokens", "kv_tokens"):
+            value = getattr(self, name)
+            _require(value is None or (_is_int(value) and value >= 2), name, value, "a whole number of at least 2")
+        if self.max_context_tokens and self.kv_tokens and self.kv_tokens < self.max_context_tokens:
+            raise RequestError(
+                f"kv_tokens is {self.kv_tokens}, below max_context_tokens {self.max_context_tokens}: no row of that length could ever run; raise kv_tokens"
+            )

@@ -1,0 +1,93 @@
+"""The pipeline's carriers: what is handed from one stage to the next. Frozen, plain, a field a line."""
+
+from dataclasses import dataclass, field
+
+from model.params import Completion
+
+
+@dataclass(frozen=True, slots=True)
+class WorkUnit:
+    """A range of rows of one input file: what is dispatched, retried and published as one part."""
+
+    id: str
+    """Stable: depends on the file's relative name and the first row alone. Used in the part's name."""
+    file: str
+    """Path or URL that opens the file."""
+    name: str
+    """The file's path relative to the input root, with forward slashes: what `source_file` and row keys carry."""
+    first_row: int
+    row_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One input row, ready to generate or already known to be bad (then `error` says why and `prompt` is None)."""
+
+    key: str
+    """`<source_file>#<source_row>`: unique in the job, seeds the row's sampling, the default id."""
+    index: int
+    """Position inside the unit."""
+    source_row: int
+    """Row number in the source file, from 0."""
+    prompt: str | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """One output row before its id and carried columns are joined on by `index`."""
+
+    index: int
+    completion: Completion
+    mode: str
+    attempt: int
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Counts that add up: of a unit, a replica, a job."""
+
+    rows: int = 0
+    ok: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    denoiser_forwards: int = 0
+    duplicate_ids: int = 0
+    """Within units; the manifest adds those across units."""
+    null_ids: int = 0
+    finish_reasons: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: "Totals") -> "Totals":
+        reasons = {
+            k: self.finish_reasons.get(k, 0) + other.finish_reasons.get(k, 0)
+            for k in {*self.finish_reasons, *other.finish_reasons}
+        }
+        return Totals(
+            rows=self.rows + other.rows,
+            ok=self.ok + other.ok,
+            errors=self.errors + other.errors,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            denoiser_forwards=self.denoiser_forwards + other.denoiser_forwards,
+            duplicate_ids=self.duplicate_ids + other.duplicate_ids,
+            null_ids=self.null_ids + other.null_ids,
+            finish_reasons=reasons,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UnitResult:
+    """What a replica reports of a published unit; the commit record holds the same."""
+
+    unit_id: str
+    totals: Totals
+    seconds: float
+    """From the unit's start on the replica to its part being published."""
+    sha256: str
+    """Of the part's bytes."""
+    replica: str
+    attempt: int
+    published_by_other: bool = False
+    """Another attempt's part was there first: this one's was dropped, and the numbers are those of the part."""
