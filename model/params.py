@@ -1,5 +1,6 @@
 """What goes into the engine and what comes out: plain frozen carriers, free of torch."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -99,11 +100,18 @@ def _as_tuple(value: object, name: str, item: type) -> tuple[object, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One row to generate. `key` names it in results and seeds its sampling; it is unique among the rows in the engine."""
+    """One row to generate. `key` names it in results, seeds its sampling, and is unique in the engine."""
 
     key: str
     prompt_ids: Sequence[int]
     params: GenerationParams = field(default_factory=GenerationParams)
+
+    @property
+    def sampling_key(self) -> tuple[int, int]:
+        """The two 32-bit words that stand for (seed, row key) in the counter-based generator (model.sampling)."""
+        digest = hashlib.blake2b(f"{self.params.seed}\0{self.key}".encode(errors="surrogatepass"), digest_size=8)
+        words = digest.digest()
+        return int.from_bytes(words[:4], "little"), int.from_bytes(words[4:], "little")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,5 +167,6 @@ class EngineLimits:
             _require(value is None or (_is_int(value) and value >= 2), name, value, "a whole number of at least 2")
         if self.max_context_tokens and self.kv_tokens and self.kv_tokens < self.max_context_tokens:
             raise RequestError(
-                f"kv_tokens is {self.kv_tokens}, below max_context_tokens {self.max_context_tokens}: no row of that length could ever run; raise kv_tokens"
+                f"kv_tokens is {self.kv_tokens}, below max_context_tokens {self.max_context_tokens}: "
+                "no row of that length could ever run; raise kv_tokens"
             )

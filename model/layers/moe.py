@@ -1,0 +1,73 @@
+"""Mixture of experts: sigmoid router, squared-ReLU experts without a gate matrix, one shared expert."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import TwoTowerConfig
+from model.kernels import Kernels
+from model.layers.linear import Linear
+from model.rows import Rows
+
+
+class NoState:
+    """An MoE layer keeps nothing of the context."""
+
+    def reset(self, slot: int) -> None:
+        """Nothing to do."""
+
+
+class Router(nn.Module):
+    """Chooses experts by sigmoid score + correction bias; weighs them by the plain scores (DeepSeek-V3 style)."""
+
+    def __init__(self, config: TwoTowerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, dtype=torch.float32))
+        self.e_score_correction_bias = nn.Parameter(torch.empty(config.n_routed_experts, dtype=torch.float32))
+        self.per_token = config.num_experts_per_tok
+        self.scale = config.routed_scaling_factor
+        self.normalise = config.norm_topk_prob
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, H) -> experts (N, K) int64 and their weights (N, K) float32.
+
+        float64, as the reference: two experts' scores can be so close that float32 picks the other one.
+        """
+        scores = (x.double() @ self.weight.double().T).sigmoid()  # (N, E)
+        choice = (scores + self.e_score_correction_bias).topk(self.per_token, dim=-1, sorted=True).indices
+        weight = scores.gather(-1, choice)
+        if self.normalise:
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+        return choice, (weight * self.scale).float()
+
+
+class SharedExpert(nn.Module):
+    """down(relu(up(x))^2)."""
+
+    def __init__(self, hidden: int, width: int, dtype: torch.dtype, kernels: Kernels) -> None:
+        super().__init__()
+        self.up_proj = Linear(hidden, width, dtype, kernels)
+        self.down_proj = Linear(width, hidden, dtype, kernels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.relu(self.up_proj(x)).square())
+        return out
+
+
+class MoE(nn.Module):
+    """Weighted sum of the chosen experts + the shared expert."""
+
+    def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, kernels: Kernels) -> None:
+        super().__init__()
+        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate = Router(config)
+        self.up = nn.Parameter(torch.empty(experts, width, hidden, dtype=dtype))  # all experts in one tensor
+        self.down = nn.Parameter(torch.empty(experts, hidden, width, dtype=dtype))
+        self.shared_experts = SharedExpert(hidden, config.moe_shared_expert_intermediate_size, dtype, kernels)
+        self.kernels = kernels
+
+    def forward(self, x: Tensor, state: NoState, rows: Rows, *, causal: bool, store: bool) -> Tensor:  # noqa: ARG002
+        """x (N, H) -> (N, H); every token by itself."""
+        choice, weight = self.gate(x)
+        out: Tensor = self.kernels.experts(x, choice, weight, self.up, self.down) + self.shared_experts(x)
+        return out

@@ -1,0 +1,82 @@
+"""The rows of one forward: their tokens lie end to end, so that layers that mix nothing compute no padding.
+
+Shapes in this package: R rows of the forward, N their tokens together, L the longest row's tokens,
+H hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RowIndex:
+    """`Rows` as index tensors on one device."""
+
+    slots: Tensor  # (R,) int64
+    lengths: Tensor  # (R,) int64
+    row_of_token: Tensor  # (N,) int64
+    pad: Tensor | None  # (R, L) int64 into the N tokens; None where all rows are equally long
+    unpad: Tensor | None  # (N,) int64 into R * L
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which slots take part in a forward and with how many tokens each.
+
+    Row r owns tokens [starts[r], starts[r] + lengths[r]) of the forward. `context[r]` tokens stand in its slot of the
+    context cache before the forward; its keys and values lie, or will lie, in `pages[r]`.
+    """
+
+    slots: tuple[int, ...]
+    lengths: tuple[int, ...]
+    context: tuple[int, ...]
+    pages: tuple[tuple[int, ...], ...]
+    _on: dict[torch.device, RowIndex] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def starts(self) -> list[int]:
+        starts = [0]
+        for length in self.lengths[:-1]:
+            starts.append(starts[-1] + length)
+        return starts
+
+    def on(self, device: torch.device) -> RowIndex:
+        """The index tensors on `device`, made once a forward and device."""
+        if device not in self._on:
+            self._on[device] = self._index(device)
+        return self._on[device]
+
+    def _index(self, device: torch.device) -> RowIndex:
+        lengths = torch.tensor(self.lengths)
+        row_of_token = torch.repeat_interleave(torch.arange(len(self.lengths)), lengths)
+        pad = unpad = None
+        longest = max(self.lengths)
+        if min(self.lengths) != longest:
+            starts = torch.tensor(self.starts)
+            offsets = torch.arange(longest)
+            # a padding position repeats the row's last token: finite, and masked wherever it could touch a state
+            pad = (starts[:, None] + torch.minimum(offsets[None, :], lengths[:, None] - 1)).to(device)
+            position = torch.arange(len(row_of_token)) - starts[row_of_token]
+            unpad = (row_of_token * longest + position).to(device)
+        return RowIndex(
+            slots=torch.tensor(self.slots, device=device),
+            lengths=lengths.to(device),
+            row_of_token=row_of_token.to(device),
+            pad=pad,
+            unpad=unpad,
+        )
+
+    def padded(self, x: Tensor) -> Tensor:
+        """(N, …) -> (R, L, …), rows padded on the right with copies of their last token."""
+        index = self.on(x.device)
+        if index.pad is None:
+            return x.reshape(len(self.lengths), -1, *x.shape[1:])
+        return x[index.pad]
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(R, L, …) -> (N, …): the inverse of `padded`."""
+        index = self.on(x.device)
+        x = x.reshape(-1, *x.shape[2:])
+        return x if index.unpad is None else x[index.unpad]

@@ -1,0 +1,103 @@
+"""One tower: embedding, pre-norm residual layers of three kinds, final norm, head. Both towers are of this shape."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.cache import LayerState
+from model.config import TwoTowerConfig
+from model.kernels import Kernels, kernels_for
+from model.layers.attention import Attention
+from model.layers.linear import Linear
+from model.layers.mamba2 import Mamba2
+from model.layers.moe import MoE
+from model.layers.norm import RMSNorm
+from model.layers.time import modulate
+from model.rows import Rows
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)); in the denoiser modulated and gated by time."""
+
+    def __init__(self, config: TwoTowerConfig, index: int, dtype: torch.dtype, kernels: Kernels) -> None:
+        super().__init__()
+        self.kind = config.layer_kinds[index]
+        mixers = {"mamba": Mamba2, "attention": Attention, "moe": MoE}
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = mixers[self.kind](config, dtype, kernels)
+
+    def forward(
+        self, x: Tensor, state: LayerState, rows: Rows, conditioning: Tensor | None, *, causal: bool, store: bool
+    ) -> Tensor:
+        """x (N, H), conditioning (R, 3, H) or None -> (N, H).
+
+        Mamba and attention modulate and then normalise; MoE normalises and then modulates.
+        """
+        if conditioning is None:
+            return x + self.mixer(self.norm(x), state, rows, causal=causal, store=store)
+        shift, scale, gate = conditioning[rows.on(x.device).row_of_token].unbind(1)  # (N, H) each
+        moe = self.kind == "moe"
+        normed = modulate(self.norm(x), shift, scale) if moe else self.norm(modulate(x, shift, scale))
+        return x + gate * self.mixer(normed, state, rows, causal=causal, store=store)
+
+
+class Tower(nn.Module):
+    """A stack of layers, each on the device of its stage; the head on the last one's.
+
+    causal towers extend the context; the denoiser only reads it.
+    """
+
+    def __init__(
+        self, config: TwoTowerConfig, devices: Sequence[torch.device], dtype: torch.dtype, *, causal: bool
+    ) -> None:
+        super().__init__()
+        self.devices = tuple(devices)
+        self.causal = causal
+        with torch.device("meta"):
+            self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+            self.layers = nn.ModuleList(
+                Layer(config, i, dtype, kernels_for(device)) for i, device in enumerate(devices)
+            )
+            self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+            self.head = Linear(config.hidden_size, config.vocab_size, dtype, kernels_for(devices[-1]))
+        self.embeddings.to_empty(device=devices[0])
+        for layer, device in zip(self.layers, devices, strict=True):
+            layer.to_empty(device=device)
+        self.norm_f.to_empty(device=devices[-1])
+        self.head.to_empty(device=devices[-1])
+        self.requires_grad_(False)
+
+    def forward(
+        self, tokens: Tensor, states: Sequence[LayerState], rows: Rows, conditioning: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """tokens (N,) int64 -> hidden (N, H) before the final norm, on the last stage's device.
+
+        conditioning: (R, 3, H) a layer, on the layer's device. A causal tower stores the tokens in the context.
+        """
+        x = F.embedding(tokens.to(self.devices[0]), self.embeddings.weight)
+        for i, layer in enumerate(self.layers):
+            x = x.to(self.devices[i])  # moves only where a stage begins
+            time = None if conditioning is None else conditioning[i]
+            x = layer(x, states[i], rows, time, causal=self.causal, store=self.causal)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (M, H) before the final norm -> logits (M, V) float32."""
+        out: Tensor = self.head(self.norm_f(hidden))
+        return out.float()
+
+    def checkpoint_targets(self, tower: str, head: str) -> dict[str, Tensor]:
+        """Checkpoint name -> the tensor, or the part of one, that takes it."""
+        targets: dict[str, Tensor] = {f"{head}.weight": self.head.weight}
+        for name, parameter in self.named_parameters():
+            if name.startswith("head."):
+                continue
+            prefix, _, last = f"{tower}.{name}".rpartition(".")
+            if last in ("up", "down"):  # the experts of a layer lie in one tensor here, apart in the checkpoint
+                for expert, weight in enumerate(parameter.data):
+                    targets[f"{prefix}.experts.{expert}.{last}_proj.weight"] = weight
+            else:
+                targets[f"{tower}.{name}"] = parameter.data
+        return targets

@@ -1,0 +1,176 @@
+"""Both towers and the two forwards the engine drives: extend the context, denoise a block."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.cache import ContextCache, kv_bytes_per_token
+from model.checkpoint import Checkpoint, open_checkpoint
+from model.config import Towers, TwoTowerConfig
+from model.errors import RequestError
+from model.kernels import kernels_for
+from model.layers.time import TimeConditioning
+from model.rows import Rows
+from model.tokenizer import Tokenizer
+from model.tower import Tower
+from model.weights import check_memory, load_tensors
+
+DtypeName = Literal["float32", "bfloat16"]
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_TIME_NAMES = {"embed_in": "t_embedder.mlp.0", "embed_out": "t_embedder.mlp.2", "block": "t_block.1"}
+
+
+def load_model(
+    uri: str, dtype: str = "float32", devices: Sequence[str] = ("cpu",), towers: Towers = "both"
+) -> "TwoTower":
+    """Loads a checkpoint: "builtin:tiny", a local folder, or any fsspec URL.
+
+    dtype: "float32" or "bfloat16". devices: one a stage; the layers of both towers are split over them in equal parts.
+    towers: "context" loads what AR mode needs, half of the weights. Raises CheckpointError, and RequestError for a
+    wrong dtype, device or towers.
+    """
+    if dtype not in DTYPES:
+        raise RequestError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    if towers not in ("both", "context"):
+        raise RequestError(f"towers is {towers!r}: it must be 'both' or 'context'")
+    if not devices or isinstance(devices, str):
+        raise RequestError(f"devices is {devices!r}: it must be a list such as ['cpu'] or ['cuda:0', 'cuda:1']")
+    checkpoint = open_checkpoint(uri)
+    checkpoint.validate(towers)
+    check_memory(checkpoint, towers, DTYPES[dtype], [_device(name) for name in devices])
+    pair = TwoTower(checkpoint.config, DTYPES[dtype], [_device(name) for name in devices], towers)
+    load_tensors(checkpoint, pair.checkpoint_targets())
+    pair.tokenizer = _tokenizer(checkpoint)
+    return pair
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RequestError(f"device is {name!r}: it must be 'cpu' or 'cuda:N'") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"device is {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    raw = checkpoint.tokenizer_json()
+    return None if raw is None else Tokenizer(raw)
+
+
+class TwoTower(nn.Module):
+    """The context tower, the denoiser tower unless AR is all that is wanted, and the time conditioning."""
+
+    def __init__(
+        self, config: TwoTowerConfig, dtype: torch.dtype, stages: Sequence[torch.device], towers: Towers = "both"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.devices = _split(config.num_layers, stages)
+        self.tokenizer: Tokenizer | None = None
+        self.context = Tower(config, self.devices, dtype, causal=True)
+        self.denoiser: Tower | None = None
+        if towers == "both":
+            self.denoiser = Tower(config, self.devices, dtype, causal=False)
+            with torch.device("meta"):
+                self.time = TimeConditioning(config, dtype, kernels_for(stages[0]))
+            self.time.to_empty(device=stages[0]).requires_grad_(False)
+            self.tables = nn.ParameterList(
+                nn.Parameter(torch.empty(3, config.hidden_size, dtype=dtype, device=device), requires_grad=False)
+                for device in self.devices
+            )
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The checkpoint's own end-of-text ids."""
+        return self.config.eos_token_ids
+
+    def new_cache(self, *, slots: int, kv_tokens: int) -> ContextCache:
+        """An empty context cache on this model's devices."""
+        return ContextCache(self.config, self.devices, self.dtype, slots=slots, kv_tokens=kv_tokens)
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of attention context a token takes, over all devices."""
+        return kv_bytes_per_token(self.config, self.dtype)
+
+    def checkpoint_targets(self) -> dict[str, Tensor]:
+        """Checkpoint name -> the tensor, or the part of one, that takes it."""
+        targets = self.context.checkpoint_targets("context_tower", "context_lm_head")
+        if self.denoiser is not None:
+            targets |= self.denoiser.checkpoint_targets("denoiser_tower", "lm_head")
+            for name, parameter in self.time.named_parameters():
+                module, _, last = name.partition(".")
+                targets[f"{_TIME_NAMES[module]}.{last}"] = parameter.data
+            targets |= {f"scale_shift_tables.{i}": table.data for i, table in enumerate(self.tables)}
+        return targets
+
+    def extend(self, cache: ContextCache, rows: Rows, tokens: Tensor) -> Tensor:
+        """Puts tokens (N,) of the rows into their contexts -> hidden (N, H); `context.logits` makes logits of it."""
+        hidden: Tensor = self.context(tokens, cache.layers, rows)
+        cache.grow(rows)
+        return hidden
+
+    def denoise(self, cache: ContextCache, rows: Rows, tokens: Tensor, t: Tensor) -> Tensor:
+        """One denoiser forward over the rows' blocks -> hidden (N, H); the cache is only read.
+
+        tokens (N,): committed ids and mask ids. t (R,) float32: each row's masked fraction; NaN for a row that runs
+        without time conditioning (mock-AR).
+        """
+        assert self.denoiser is not None, "loaded without the denoiser tower"
+        hidden: Tensor = self.denoiser(tokens, cache.layers, rows, self._conditioning(t))
+        return hidden
+
+    def _conditioning(self, t: Tensor) -> list[Tensor] | None:
+        """t (R,) -> (R, 3, H) a layer."""
+        plain = t.isnan()
+        if bool(plain.all()):
+            return None
+        shared = self.time(t.nan_to_num().to(self.devices[0]))
+        neutral = torch.tensor([0.0, 0.0, 1.0], dtype=self.dtype)[:, None]  # modulates nothing, gates nothing
+        layers = []
+        for table, device in zip(self.tables, self.devices, strict=True):
+            shared = shared.to(device)
+            layer = shared + table
+            layers.append(torch.where(plain.to(device)[:, None, None], neutral.to(device), layer))
+        return layers
+
+    @torch.inference_mode()
+    def context_logits(self, prompt_ids: Sequence[int]) -> Tensor:
+        """(S,) ids -> (S, V) float32: the context tower's next-token logits at every position."""
+        cache, slot = self._one_row(prompt_ids)
+        hidden = self.extend(cache, cache.rows([slot], [len(prompt_ids)]), torch.tensor(list(prompt_ids)))
+        return self.context.logits(hidden)
+
+    @torch.inference_mode()
+    def denoiser_logits(self, prompt_ids: Sequence[int], block_ids: Sequence[int], t: float) -> Tensor:
+        """One denoiser forward over a block (L,) after the prompt, at time t -> (L, V) float32, mask id included."""
+        return self._denoiser_logits(prompt_ids, block_ids, t)
+
+    @torch.inference_mode()
+    def mock_ar_logits(self, prompt_ids: Sequence[int]) -> Tensor:
+        """(S,) ids -> (V,) float32: the denoiser run on the last token alone, seeded one token back."""
+        return self._denoiser_logits(prompt_ids[:-1], prompt_ids[-1:], float("nan"))[0]
+
+    def _denoiser_logits(self, context_ids: Sequence[int], block_ids: Sequence[int], t: float) -> Tensor:
+        if self.denoiser is None:
+            raise RequestError("the model was loaded with towers='context': it has no denoiser; use towers='both'")
+        cache, slot = self._one_row(context_ids)
+        if context_ids:
+            self.extend(cache, cache.rows([slot], [len(context_ids)]), torch.tensor(list(context_ids)))
+        rows = cache.rows([slot], [len(block_ids)])
+        return self.denoiser.logits(self.denoise(cache, rows, torch.tensor(list(block_ids)), torch.tensor([t])))
+
+    def _one_row(self, prompt_ids: Sequence[int]) -> tuple[ContextCache, int]:
+        cache = self.new_cache(slots=1, kv_tokens=max(1, len(prompt_ids)))
+        return cache, cache.acquire(len(prompt_ids))
+
+
+def _split(layers: int, stages: Sequence[torch.device]) -> list[torch.device]:
+    """The device of each layer: contiguous ranges of equal length, one a stage."""
+    if len(stages) > layers:
+        raise RequestError(f"{len(stages)} devices for {layers} layers: give at most one device a layer")
+    return [stages[i * len(stages) // layers] for i in range(layers)]
