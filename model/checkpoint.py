@@ -30,7 +30,7 @@ DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-_PIECE = 8 * 2**20  # bytes a remote range read at most, so that a large tensor never exists twice
+PIECE = 8 * 2**20  # bytes a range read at most, so that a large tensor never exists twice
 _WHOLE = 16 * 2**20  # shards below this size enter the identity whole
 _SAMPLE = 64 * 2**10  # bytes of each of the three samples of a larger one
 _OPEN_THREADS = 8
@@ -147,6 +147,10 @@ class Checkpoint:
         """The bytes of one tensor, little-endian, in C order. Raises CheckpointError where the shard ends too early."""
         return self._folder.read(info.shard, info.start, info.end)
 
+    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` with the bytes of one tensor from `offset` on. Raises as read() does; threads may share it."""
+        self._folder.read_into(info.shard, info.start + offset, buffer)
+
     def tokenizer_json(self) -> bytes | None:
         """The content of tokenizer.json; None where the checkpoint has none."""
         return bytes(self._folder.read("tokenizer.json")) if self._folder.size("tokenizer.json") is not None else None
@@ -207,22 +211,25 @@ class _Folder:
             return int(info["size"]) if info["type"] == "file" else None
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
-        """Bytes [start, end) of a file, read piece by piece into one buffer; the whole file without `end`."""
+        """Bytes [start, end) of a file; the whole file without `end`."""
         if end is None:
             end = self.size(name)
             if end is None:
                 raise CheckpointError(f"checkpoint {self.uri}: {name} is missing")
         content = bytearray(end - start)
-        view = memoryview(content)
-        for piece in range(start, end, _PIECE):
-            stop = min(piece + _PIECE, end)
-            with self._one_line(name):
-                got = self._read_piece(self._path(name), piece, view[piece - start : stop - start])
-            if got != stop - piece:
-                raise CheckpointError(
-                    f"checkpoint {self.uri}: {name} ends early: bytes {piece} to {stop} asked, {got} received"
-                )
+        self.read_into(name, start, memoryview(content))
         return content
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fills `buffer` from byte `start` of a file, a piece at a time."""
+        for at in range(0, len(buffer), PIECE):
+            piece = buffer[at : at + PIECE]
+            with self._one_line(name):
+                got = self._read_piece(self._path(name), start + at, piece)
+            if got != len(piece):
+                raise CheckpointError(
+                    f"checkpoint {self.uri}: {name} ends early: of {len(piece)} bytes from {start + at} on {got} came"
+                )
 
     def _read_piece(self, path: str, start: int, buffer: memoryview) -> int:
         if isinstance(self._fs, LocalFileSystem):  # straight into the buffer: half the memory and a copy less

@@ -58,8 +58,9 @@ def choose(logits: Tensor, suppress: Tensor, mask_id: int, draws: Draws | None) 
     if draws is not None:
         sampled = draws.temperature > 0
         tokens[sampled] = _sample(logits[sampled], Draws(*(getattr(draws, f)[sampled] for f in Draws.__slots__)))
-    confidence = (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).exp()
-    return tokens, confidence
+    total = logits.logsumexp(-1)
+    confidence = (logits.gather(-1, tokens[:, None])[:, 0] - total).exp()
+    return tokens, confidence.masked_fill(~total.isfinite(), torch.nan)
 
 
 def _sample(logits: Tensor, draws: Draws) -> Tensor:

@@ -36,11 +36,13 @@ class Layer(nn.Module):
         Mamba and attention modulate and then normalise; MoE normalises and then modulates.
         """
         if conditioning is None:
-            return x + self.mixer(self.norm(x), state, rows, causal=causal, store=store)
+            plain: Tensor = self.mixer(self.norm(x), state, rows, causal=causal, store=store)
+            return x + plain
         shift, scale, gate = conditioning[rows.on(x.device).row_of_token].unbind(1)  # (N, H) each
         moe = self.kind == "moe"
         normed = modulate(self.norm(x), shift, scale) if moe else self.norm(modulate(x, shift, scale))
-        return x + gate * self.mixer(normed, state, rows, causal=causal, store=store)
+        mixed: Tensor = self.mixer(normed, state, rows, causal=causal, store=store)
+        return x + gate * mixed
 
 
 class Tower(nn.Module):

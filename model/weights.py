@@ -5,14 +5,13 @@ load_tensors(checkpoint, {"lm_head.weight": head, "…experts.3.up_proj.weight":
 """
 
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from model.checkpoint import Checkpoint, TensorInfo
+from model.checkpoint import PIECE, Checkpoint, TensorInfo
 from model.config import Towers, expected_tensors
 from model.errors import CheckpointError
 
@@ -22,8 +21,8 @@ STORED_DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_READERS = 8
-"""Range reads under way at once, as long as their tensors together are no larger than the largest one."""
+_READERS = 8  # range reads under way at once
+_ALIGN = 64  # bytes; where tensors begin in the buffer
 
 
 def weight_bytes(checkpoint: Checkpoint, towers: Towers, dtype: torch.dtype) -> int:
@@ -42,13 +41,14 @@ def check_memory(
     """Raises CheckpointError where the weights do not fit into the memory that is free now.
 
     `devices` holds one name a stage; a device named twice must hold both stages. `stage_bytes` are the bytes that each
-    stage takes; without them the weights are shared equally. Room for one tensor on its way is asked from the host.
+    stage takes; without them the weights are shared equally. The host must also hold the largest tensor on its way.
     """
     if stage_bytes is None:
         stage_bytes = [-(-weight_bytes(checkpoint, towers, dtype) // len(devices))] * len(devices)
     if len(stage_bytes) != len(devices):
         raise ValueError(f"{len(stage_bytes)} stage_bytes for {len(devices)} devices")
-    needs: dict[str, int] = {}  # device name -> bytes of all its stages
+    largest = max(torch.Size(shape).numel() for shape in expected_tensors(checkpoint.config, towers).values())
+    needs = {"cpu": largest * dtype.itemsize}  # device name -> bytes of all its stages
     for device, need in zip(devices, stage_bytes, strict=True):
         needs[str(device)] = needs.get(str(device), 0) + need
     for device, need in needs.items():
@@ -109,20 +109,39 @@ def _cgroup_free(root: Path) -> int | None:
 def load_tensors(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> None:
     """Fills `targets`, checkpoint name -> destination: any device, any float dtype, contiguous or a view.
 
-    Tensors are read in the order in which they lie in the shards, several at once while they stay together below the
-    size of the largest one, so the memory taken beyond the destinations is about one such tensor. Values are rounded
-    to the destination's dtype on the host's side of the copy.
+    Tensors pass through one buffer of the size of the largest: as many as fit are read at once, in pieces and by
+    several threads, in the order in which they lie in the shards. That buffer is all the memory taken beyond the
+    destinations (from remote storage, the pieces under way come on top: at most 64 MiB). Values are rounded to the
+    destination's dtype once.
     Raises CheckpointError where a tensor is absent, has another shape or dtype, or its shard ends too early.
     """
+    infos = {name: _info(checkpoint, name, target) for name, target in targets.items()}
     wanted = sorted(
-        ((name, _info(checkpoint, name, target)) for name, target in targets.items()),
-        key=lambda item: (item[1].shard, item[1].start),
+        ((name, info) for name, info in infos.items() if info.nbytes), key=lambda item: (item[1].shard, item[1].start)
     )
-    for name, info, content in _read_ahead(checkpoint, wanted):
-        stored = torch.frombuffer(content, dtype=STORED_DTYPES[info.dtype]).view(info.shape)
-        with torch.no_grad():
-            targets[name].copy_(stored)
-        del stored, content  # before the next ones are read: the loop's own variables would keep one tensor too many
+    # One buffer for all: buffers that come and go in many threads leave several times their size to the allocator.
+    buffer = bytearray(max((info.nbytes for _, info in wanted), default=0))
+    with ThreadPoolExecutor(_READERS) as threads, torch.no_grad():
+        for group in _groups(wanted, len(buffer)):
+            reads = [_submit(threads, checkpoint, info, memoryview(buffer)[at:]) for _, info, at in group]
+            for (name, info, at), pieces in zip(group, reads, strict=True):
+                try:
+                    _ = [piece.result() for piece in pieces]
+                except CheckpointError as error:
+                    threads.shutdown(wait=False, cancel_futures=True)
+                    raise CheckpointError(f"tensor {name} cannot be loaded: {error}") from error
+                stored = STORED_DTYPES[info.dtype]
+                count = info.nbytes // stored.itemsize
+                targets[name].copy_(torch.frombuffer(buffer, dtype=stored, count=count, offset=at).view(info.shape))
+
+
+def _submit(
+    threads: ThreadPoolExecutor, checkpoint: Checkpoint, info: TensorInfo, buffer: memoryview
+) -> "list[Future[None]]":
+    return [
+        threads.submit(checkpoint.read_into, info, start, buffer[start : min(start + PIECE, info.nbytes)])
+        for start in range(0, info.nbytes, PIECE)
+    ]
 
 
 def _info(checkpoint: Checkpoint, name: str, target: torch.Tensor) -> TensorInfo:
@@ -139,33 +158,18 @@ def _info(checkpoint: Checkpoint, name: str, target: torch.Tensor) -> TensorInfo
     return info
 
 
-def _read_ahead(
-    checkpoint: Checkpoint, wanted: Sequence[tuple[str, TensorInfo]]
-) -> Iterator[tuple[str, TensorInfo, bytearray]]:
-    """Yields (name, where, bytes) in order, reading ahead within the size of the largest tensor of all."""
-    budget = max((info.nbytes for _, info in wanted), default=0)
-    waiting, under_way = deque(wanted), deque[tuple[str, TensorInfo, Future[bytearray]]]()
-    held = 0
-    with ThreadPoolExecutor(_READERS) as threads:
-        try:
-            while waiting or under_way:
-                while waiting and len(under_way) < _READERS and held + waiting[0][1].nbytes <= budget:
-                    name, info = waiting.popleft()
-                    held += info.nbytes
-                    under_way.append((name, info, threads.submit(checkpoint.read, info)))
-                name, info, future = under_way.popleft()
-                yield name, info, _content(name, future)
-                del future  # or its result would stay in memory while the next ones are read
-                held -= info.nbytes
-        finally:
-            threads.shutdown(cancel_futures=True)
-
-
-def _content(name: str, future: "Future[bytearray]") -> bytearray:
-    try:
-        return future.result()
-    except CheckpointError as error:
-        raise CheckpointError(f"tensor {name} cannot be loaded: {error}") from error
+def _groups(wanted: Sequence[tuple[str, TensorInfo]], size: int) -> Iterator[list[tuple[str, TensorInfo, int]]]:
+    """Cuts `wanted` into runs that fit into `size` bytes together; adds where in the buffer each tensor goes."""
+    group, used = list[tuple[str, TensorInfo, int]](), 0
+    for name, info in wanted:
+        at = -(-used // _ALIGN) * _ALIGN
+        if group and at + info.nbytes > size:
+            yield group
+            group, at = [], 0
+        group.append((name, info, at))
+        used = at + info.nbytes
+    if group:
+        yield group
 
 
 def _gib(count: int) -> str:

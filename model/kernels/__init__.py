@@ -68,10 +68,14 @@ class ScanWeights(Protocol):
     @property
     def decay(self) -> Tensor: ...  # (heads,) float32, A = -exp(A_log)
 
-    dt_bias: Tensor  # (heads,) float32
-    D: Tensor  # (heads,) float32
-    groups: int
-    dt_limit: tuple[float, float]
+    @property
+    def dt_bias(self) -> Tensor: ...  # (heads,) float32
+    @property
+    def D(self) -> Tensor: ...  # noqa: N802 (the paper's name)  (heads,) float32
+    @property
+    def groups(self) -> int: ...
+    @property
+    def dt_limit(self) -> tuple[float, float]: ...
 
 
 def kernels_for(device: torch.device) -> Kernels:  # noqa: ARG001 (the seam: one implementation so far)

@@ -2,7 +2,8 @@
 
 On a CPU in float32 a row's result is the same bit for bit in whatever company it is computed: matrix products never
 run below `MIN_GEMM_ROWS` rows (MKL sums in another order for 1 to 3 rows: measured with torch 2.13, from 4 rows on
-the result of a row is independent of their number), attention runs row by row, and the rest works element by element.
+the result of a row is independent of their number), attention runs row by row, and the rest works element by element
+with operations that treat every element alike (model.layers.activations).
 """
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels import ScanWeights
+from model.layers.activations import silu, softplus
 from model.rows import Rows
 
 MIN_GEMM_ROWS = 16
@@ -43,7 +45,7 @@ class PlainKernels:
 
         heads, head_dim, state = ssm_states.shape[1:]
         x, B, C = mixed.split([heads * head_dim, weights.groups * state, weights.groups * state], dim=-1)
-        dt = F.softplus(rows.padded(dt).float() + weights.dt_bias).clamp(*weights.dt_limit)
+        dt = softplus(rows.padded(dt).float() + weights.dt_bias).clamp(*weights.dt_limit)
         inside = torch.arange(dt.shape[1], device=dt.device) < index.lengths[:, None]
         dt = dt * inside[..., None]  # at padding the state passes through
         y, states = selective_scan(
@@ -91,7 +93,8 @@ class PlainKernels:
         sorted_out = torch.cat(outputs)
         out = torch.empty_like(sorted_out)
         out[order] = sorted_out
-        return (out.unflatten(0, (-1, per_token)) * weight[..., None].to(x.dtype)).sum(dim=1)
+        summed: Tensor = (out.unflatten(0, (-1, per_token)) * weight[..., None].to(x.dtype)).sum(dim=1)
+        return summed
 
 
 def _causal_conv(x: Tensor, history: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +110,7 @@ def _causal_conv(x: Tensor, history: Tensor, weight: Tensor, bias: Tensor, lengt
         out = out + line[:, tap + 1 : tap + 1 + length].float() * weight[:, tap].float()
     newest = lengths[:, None] + torch.arange(width, device=x.device)  # (R, W) positions in `line`
     history = line.gather(1, newest[..., None].expand(-1, -1, x.shape[2])).transpose(1, 2)
-    return F.silu(out), history
+    return silu(out), history
 
 
 def selective_scan(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from model.config import TwoTowerConfig
 from model.kernels import Kernels
+from model.layers.activations import sigmoid
 from model.layers.linear import Linear
 from model.rows import Rows
 
@@ -33,7 +34,7 @@ class Router(nn.Module):
 
         float64, as the reference: two experts' scores can be so close that float32 picks the other one.
         """
-        scores = (x.double() @ self.weight.double().T).sigmoid()  # (N, E)
+        scores = sigmoid(x.double() @ self.weight.double().T)  # (N, E)
         choice = (scores + self.e_score_correction_bias).topk(self.per_token, dim=-1, sorted=True).indices
         weight = scores.gather(-1, choice)
         if self.normalise:

@@ -1,8 +1,9 @@
 """RMSNorm, plain and gated."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.layers.activations import silu
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -17,8 +18,8 @@ def gated_group_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: 
 
     y, gate (N, inner), weight (inner,) -> (N, inner) in the gate's dtype.
     """
-    gated = (y.float() * F.silu(gate.float())).unflatten(-1, (groups, -1))
-    normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    gated: Tensor = (y.float() * silu(gate.float())).unflatten(-1, (groups, -1))
+    normed: Tensor = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
     return (normed.flatten(-2) * weight.float()).to(gate.dtype)
 
 

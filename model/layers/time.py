@@ -3,11 +3,11 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import TIME_EMBEDDING_SIZE, TwoTowerConfig
 from model.kernels import Kernels
+from model.layers.activations import silu
 
 
 class BiasedLinear(nn.Module):
@@ -48,8 +48,8 @@ class TimeConditioning(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t (R,) -> (R, 3, H): shift, scale, gate, before a layer's table is added."""
-        embedded = self.embed_out(F.silu(self.embed_in(sinusoids(t, self.dtype))))
-        out: Tensor = self.block(F.silu(embedded)).unflatten(-1, (3, -1))
+        embedded = self.embed_out(silu(self.embed_in(sinusoids(t, self.dtype))))
+        out: Tensor = self.block(silu(embedded)).unflatten(-1, (3, -1))
         return out
 
 

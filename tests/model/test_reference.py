@@ -43,9 +43,7 @@ def test_mock_ar_logits(reference: Reference, case: dict[str, Any]) -> None:
     assert relative_error(got, tensor(case["expected"]["logits"])) <= case["tolerance"]
 
 
-@pytest.mark.parametrize(
-    "case", cases("context_state") + cases("extend_state"), ids=lambda case: case["id"]
-)
+@pytest.mark.parametrize("case", cases("context_state") + cases("extend_state"), ids=lambda case: case["id"])
 def test_context_state(reference: Reference, case: dict[str, Any]) -> None:
     ids = case["prompt_ids"] + [token for block in case.get("blocks", []) for token in block]
     states = reference.context_state(ids)
@@ -101,3 +99,50 @@ def test_mock_ar(reference: Reference, case: dict[str, Any]) -> None:
     result = reference.generate(case["prompt_ids"], params)
     assert list(result.token_ids) == case["expected"]["new_ids"]
     assert result.forwards == len(result.token_ids)
+
+
+def test_a_prompt_of_one_token_and_a_short_last_block(reference: Reference) -> None:
+    whole = reference.generate([7], GenerationParams(max_new_tokens=32, block_size=16))
+    cut = reference.generate([7], GenerationParams(max_new_tokens=20, block_size=16))
+    assert cut.token_ids == whole.token_ids[:20]
+    assert (cut.forwards, cut.steps_per_block) == (whole.forwards, whole.steps_per_block)
+    for mode in ("ar", "mock_ar"):
+        result = reference.generate([7], GenerationParams(mode=mode, max_new_tokens=5))  # type: ignore[arg-type]
+        assert len(result.token_ids) == 5
+
+
+def test_the_block_that_holds_an_eos_is_kept_whole(reference: Reference) -> None:
+    free = reference.generate([7, 8], GenerationParams(max_new_tokens=48))
+    eos_id = free.token_ids[20]
+    stopped = reference.generate([7, 8], GenerationParams(max_new_tokens=48, eos_ids=(eos_id, 255)))
+    blocks = 1 if eos_id in free.token_ids[:16] else 2
+    assert stopped.token_ids == free.token_ids[: 16 * blocks]
+
+
+def test_a_sampler_chooses_and_its_choice_makes_the_confidence(reference: Reference) -> None:
+    asked = []
+
+    def second(logits: torch.Tensor, block: int, step: int, position: int) -> int:
+        asked.append((block, step, position))
+        assert logits.shape == (256,)
+        return int(logits.topk(2).indices[1])
+
+    params = GenerationParams(
+        max_new_tokens=8, block_size=4, steps_per_block=4, confidence_threshold=0.0, temperature=1.0
+    )
+    result = reference.generate([7, 8, 9], params, second)
+    assert result.steps_per_block == (1, 1)
+    assert asked == [(block, 0, position) for block in (0, 1) for position in range(4)]
+    assert result.token_ids != reference.generate([7, 8, 9], GenerationParams(max_new_tokens=8, block_size=4)).token_ids
+
+
+@pytest.mark.parametrize("params", [GenerationParams(temperature=0.5), GenerationParams(stop=("x",))])
+def test_what_it_does_not_do_is_refused(reference: Reference, params: GenerationParams) -> None:
+    with pytest.raises(ValueError, match="stop strings"):
+        reference.generate([7], params)
+
+
+def test_ar_mode_needs_the_context_tower_alone() -> None:
+    both, context = Reference("builtin:tiny"), Reference("builtin:tiny", towers="context")
+    assert len(context.weights) < len(both.weights)
+    assert context.context_logits([5, 6]).equal(both.context_logits([5, 6]))

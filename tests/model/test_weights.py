@@ -1,0 +1,239 @@
+"""Weights arrive whole and rounded once, in memory that is already there, or not at all."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import weights
+from model.checkpoint import BUILTIN, Checkpoint, TensorInfo, open_checkpoint
+from model.config import TwoTowerConfig, expected_tensors
+from model.errors import CheckpointError
+from model.tiny.make import CONFIG
+from model.weights import check_memory, free_memory, load_tensors, weight_bytes
+from tests.model.golden_cases import CHECKPOINT
+
+GIB = 2**30
+ROOT = Path(__file__).parents[2]
+
+
+def golden_tensors() -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in CHECKPOINT.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_every_tensor_arrives_in_the_wanted_dtype(dtype: torch.dtype) -> None:
+    stored = golden_tensors()
+    targets = {name: torch.empty(tensor.shape, dtype=dtype) for name, tensor in stored.items()}
+    load_tensors(open_checkpoint(str(CHECKPOINT)), targets)
+    assert all(targets[name].equal(tensor.to(dtype)) for name, tensor in stored.items())
+
+
+def test_targets_may_be_views_into_stacked_experts() -> None:
+    checkpoint = open_checkpoint("builtin:tiny")
+    config = checkpoint.config
+    stacked = torch.full((config.n_routed_experts, config.hidden_size, config.moe_intermediate_size), math.nan)
+    name = "context_tower.layers.1.mixer.experts.{}.up_proj.weight".format
+    load_tensors(checkpoint, {name(i): stacked[i].T for i in range(config.n_routed_experts)})
+    single = torch.empty(config.moe_intermediate_size, config.hidden_size)
+    load_tensors(checkpoint, {name(5): single})
+    assert stacked.isfinite().all()
+    assert stacked[5].equal(single.T)
+
+
+def test_nothing_asked_nothing_read() -> None:
+    load_tensors(open_checkpoint("builtin:tiny"), {})
+
+
+def test_other_shapes_and_unknown_names_are_refused() -> None:
+    checkpoint = open_checkpoint("builtin:tiny")
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is \[260, 64\] in model-00002.*\[64, 260\] is due"):
+        load_tensors(checkpoint, {"lm_head.weight": torch.empty(64, 260)})
+    with pytest.raises(CheckpointError, match="tensor nothing is missing"):
+        load_tensors(checkpoint, {"nothing": torch.empty(1)})
+
+
+def test_a_shard_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
+    shutil.copytree(BUILTIN["tiny"], tmp_path, dirs_exist_ok=True)
+    checkpoint = open_checkpoint(str(tmp_path))
+    last = max(checkpoint.tensors, key=lambda name: (checkpoint.tensors[name].shard, checkpoint.tensors[name].end))
+    info = checkpoint.tensors[last]
+    with (tmp_path / info.shard).open("r+b") as file:
+        file.truncate(info.end - 1)
+    with pytest.raises(CheckpointError, match=f"tensor {last} cannot be loaded: .*{info.shard} ends early"):
+        load_tensors(checkpoint, {last: torch.empty(info.shape)})
+
+
+@pytest.mark.parametrize("piece", [7, 64, 10_000_000])
+def test_tensors_of_many_sizes_share_the_buffer(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr(weights, "PIECE", piece)
+    sizes = [1, 3, 40, 0, 64, 65, 200, 7, 1, 0, 190, 199]
+    stored = {f"t{i}": bytes((i + j) % 251 for j in range(2 * size)) for i, size in enumerate(sizes)}
+    infos: dict[str, TensorInfo] = {}
+    for i, (name, content) in enumerate(stored.items()):
+        infos[name] = TensorInfo("shard", "BF16", (sizes[i],), 1000 * i, 1000 * i + len(content))
+
+    class Shard:
+        """Stands in for a Checkpoint that holds these tensors."""
+
+        uri, tensors = "shard", infos
+
+        def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+            buffer[:] = stored[f"t{info.start // 1000}"][offset : offset + len(buffer)]
+
+    targets = {name: torch.ones(info.shape, dtype=torch.bfloat16) for name, info in reversed(infos.items())}
+    load_tensors(Shard(), targets)  # type: ignore[arg-type]
+    for name, content in stored.items():
+        assert bytes(targets[name].view(torch.uint8).tolist()) == content
+
+
+# Memory
+
+
+def released() -> Checkpoint:
+    """A checkpoint of the released size, of which only the config exists."""
+    checkpoint = object.__new__(Checkpoint)
+    checkpoint.uri = "s3://models/two-tower"
+    checkpoint.config = TwoTowerConfig.from_dict(
+        dict(CONFIG)
+        | {
+            "hidden_size": 2688,
+            "vocab_size": 131072,
+            "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+            "num_hidden_layers": 52,
+            "mamba_num_heads": 64,
+            "mamba_head_dim": 64,
+            "n_groups": 8,
+            "ssm_state_size": 128,
+            "num_attention_heads": 32,
+            "head_dim": 128,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 6,
+            "moe_intermediate_size": 1856,
+            "moe_shared_expert_intermediate_size": 3712,
+        }
+    )
+    return checkpoint
+
+
+def test_not_enough_memory_is_said_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "free_memory", lambda _: int(21.3 * GIB))
+    message = r"s3://models/two-tower needs 118\.\d GiB in bfloat16 on cpu, 21\.3 GiB are free: "
+    with pytest.raises(CheckpointError, match=message):
+        check_memory(released(), "both", torch.bfloat16, ["cpu"])
+    assert weight_bytes(released(), "context", torch.bfloat16) / GIB == pytest.approx(58.8, abs=0.1)
+    check_memory(open_checkpoint("builtin:tiny"), "both", torch.float32, ["cpu"])
+
+
+def test_stages_are_counted_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"cuda:0": 80 * GIB, "cuda:1": 60 * GIB, "cpu": GIB}
+    monkeypatch.setattr(weights, "free_memory", lambda device: free[str(device)])
+    check_memory(released(), "both", torch.bfloat16, ["cuda:0", "cuda:1"])
+    with pytest.raises(CheckpointError, match=r"117\.\d GiB in bfloat16 on cuda:0, 80\.0 GiB"):
+        check_memory(released(), "both", torch.bfloat16, ["cuda:0", "cuda:0"])
+    with pytest.raises(CheckpointError, match=r"61\.0 GiB in bfloat16 on cuda:1, 60\.0 GiB"):
+        check_memory(released(), "both", torch.bfloat16, ["cuda:0", "cuda:1"], [57 * GIB, 61 * GIB])
+    free["cpu"] = GIB // 2
+    with pytest.raises(CheckpointError, match=r"0\.7 GiB in bfloat16 on cpu, 0\.5 GiB are free"):
+        check_memory(released(), "both", torch.bfloat16, ["cuda:0", "cuda:1"])
+    with pytest.raises(ValueError, match="1 stage_bytes for 2 devices"):
+        check_memory(released(), "both", torch.bfloat16, ["cpu", "cpu"], [1])
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 5\ninactive_file 50"}, 350),
+        ({"memory.max": "max", "memory.current": "700", "memory.stat": "anon 5"}, None),
+        ({"memory.max": "1000", "memory.current": "1200", "memory.stat": ""}, 0),
+        (
+            {
+                "memory/memory.limit_in_bytes": "1000",
+                "memory/memory.usage_in_bytes": "400",
+                "memory/memory.stat": "total_inactive_file 10",
+            },
+            610,
+        ),
+        ({}, None),
+    ],
+)
+def test_the_limit_of_a_container_counts(tmp_path: Path, files: dict[str, str], free: int | None) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert weights._cgroup_free(tmp_path) == free
+
+
+def test_free_memory_of_this_machine() -> None:
+    assert 2**20 < free_memory("cpu") < 2**50
+    with pytest.raises(CheckpointError, match="'meta' is not supported"):
+        free_memory("meta")
+
+
+MEASURE = """
+import sys
+import torch
+from model.checkpoint import open_checkpoint
+from model.config import expected_tensors
+from model.weights import load_tensors
+
+def resident(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+torch.set_num_threads(1)
+checkpoint = open_checkpoint(sys.argv[1])
+checkpoint.validate()
+shapes = expected_tensors(checkpoint.config)
+targets = {name: torch.empty(shape, dtype=getattr(torch, sys.argv[2])) for name, shape in shapes.items()}
+before = resident("VmRSS")
+load_tensors(checkpoint, targets)
+# Not getrusage: its ru_maxrss outlives exec(), so it would tell the size of the process that started this one.
+print(resident("VmHWM") - before, sum(t.nbytes for t in targets.values()))
+"""
+
+
+def write_large_checkpoint(folder: Path) -> None:
+    """240 MiB of ones, written without holding them: as in the released one the heads are largest, the experts many."""
+    raw = dict(CONFIG) | {
+        "hidden_size": 1024,
+        "vocab_size": 12288,
+        "hybrid_override_pattern": "M*EE",
+        "num_hidden_layers": 4,
+        "n_routed_experts": 32,
+        "moe_intermediate_size": 256,
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    header, end = {}, 0
+    for name, shape in expected_tensors(TwoTowerConfig.from_dict(raw)).items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        for _ in range(end // 2**20):
+            file.write(b"\x80\x3f" * 2**19)
+        file.write(b"\x80\x3f" * (end % 2**20 // 2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_takes_the_weights_and_about_one_tensor_more(tmp_path: Path, dtype: str) -> None:
+    write_large_checkpoint(tmp_path)
+    largest = max(info.nbytes for info in open_checkpoint(str(tmp_path)).tensors.values())
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), dtype], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    grown, total = (int(word) for word in done.stdout.split())
+    print(f"grew by {grown / 2**20:.1f} MiB; {total / 2**20:.1f} MiB of weights, largest {largest / 2**20:.1f} MiB")
+    assert total > 200 * 2**20
+    assert grown <= total + 1.5 * largest, f"{(grown - total) / largest:.2f} largest tensors beyond the weights"
