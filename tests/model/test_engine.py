@@ -203,7 +203,7 @@ def test_ar_needs_only_the_context_tower(pair: TwoTower) -> None:
     assert sum(p.nbytes for p in context_only.parameters()) < 0.6 * sum(p.nbytes for p in pair.parameters())
     request = Request("r", prompt(9, 1), GenerationParams(mode="ar", max_new_tokens=10))
     assert outcome(Engine(context_only).generate([request])[0]) == outcome(Engine(pair).generate([request])[0])
-    with pytest.raises(RequestError, match="mode is 'diffusion'.*without its denoiser"):
+    with pytest.raises(RequestError, match=r"mode is 'diffusion'.*without its denoiser"):
         Engine(context_only).submit(Request("r", [5], GenerationParams()))
 
 

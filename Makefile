@@ -1,0 +1,47 @@
+# Each target sets up what it needs in .venv by itself: Python 3.11 or later and make are all it takes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+export TWOTOWER_OUT ?= $(CURDIR)/out
+
+.PHONY: demo test lint types unit tiny clean
+
+demo: $(VENV)/.runtime ## run jobs/demo.yaml; completions land in out/demo
+	$(BIN)/python -m pipeline run jobs/demo.yaml
+
+test: lint types unit ## everything CI runs
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+tiny: $(VENV)/.runtime ## make the built-in checkpoint again, bit for bit
+	$(BIN)/python -m model.tiny.make
+
+clean: ## remove the environment and the demo's output
+	rm -rf $(VENV) out
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# --no-build-isolation: the build tool is pinned by constraints.txt as well
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV): a minute or two"
+	$(PIP) install -c constraints.txt pip setuptools
+	$(PIP) install -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "installing the test tools into $(VENV)"
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
