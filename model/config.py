@@ -35,6 +35,7 @@ _ONLY_SUPPORTED: Mapping[str, object] = {
     "use_conv_bias": True,
     "tie_word_embeddings": False,
     "sliding_window": None,
+    "residual_in_fp32": False,
 }
 
 

@@ -69,7 +69,7 @@ class PlainKernels:
         page_size = pages.shape[2]
         for start, length, context, row_pages in zip(rows.starts, rows.lengths, rows.context, rows.pages, strict=True):
             mine = slice(start, start + length)
-            table = torch.tensor(row_pages, device=q.device)
+            table = torch.tensor(row_pages, dtype=torch.int64, device=q.device)
             if store:
                 position = torch.arange(context, context + length, device=q.device)
                 where = (table[position // page_size], position % page_size)

@@ -332,3 +332,8 @@ def test_the_reference_and_both_dtypes_see_the_same_model(pair: TwoTower) -> Non
         assert relative_error(got, wanted) < 1e-4  # the golden cases' own limit
         # median: a router that picks another expert in bfloat16 moves single tokens far
         assert float((bf16 - wanted).abs().median()) < 0.1 * float(wanted.abs().median())
+
+
+def test_mock_ar_logits_of_a_one_token_prompt(pair: TwoTower) -> None:
+    """The denoiser over an empty context."""
+    assert relative_error(pair.mock_ar_logits([9]), reference().mock_ar_logits([9])) < 1e-4

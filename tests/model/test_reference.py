@@ -21,7 +21,7 @@ def exact() -> Reference:
     return Reference(str(CHECKPOINT), dtype=torch.float64)
 
 
-def by_id(kind: str) -> Any:
+def by_id(kind: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases(kind), ids=lambda case: case["id"])
 
 
@@ -107,7 +107,7 @@ def test_a_prompt_of_one_token_and_a_short_last_block(reference: Reference) -> N
     assert cut.token_ids == whole.token_ids[:20]
     assert (cut.forwards, cut.steps_per_block) == (whole.forwards, whole.steps_per_block)
     for mode in ("ar", "mock_ar"):
-        result = reference.generate([7], GenerationParams(mode=mode, max_new_tokens=5))  # type: ignore[arg-type]
+        result = reference.generate([7], GenerationParams(mode=mode, max_new_tokens=5))
         assert len(result.token_ids) == 5
 
 
