@@ -1,0 +1,78 @@
+"""The files of an input path: a file, a folder or a glob, local or behind a URL."""
+
+import re
+from dataclasses import replace
+
+from fsspec.utils import glob_translate
+
+from pipeline.errors import InputError
+from pipeline.paths import in_ray_package, is_inside, safe_url
+from pipeline.storage import FileInfo, Storage
+
+
+def list_input(path: str) -> tuple[str, list[FileInfo]]:
+    """The root and the files of an input path: a file, a folder (all *.parquet below it) or a glob.
+
+    Names are relative to the root. Names that begin with "_" or "." are left out, files and folders alike.
+    Raises InputError where nothing matches, StorageError where the listing fails.
+    """
+    # A local name may hold brackets; on an object store a pattern is a pattern.
+    kind = None if _has_magic(path) and "://" in path else Storage(path).kind()
+    if kind == "folder":
+        root, files = path, _list_folder(path)
+    elif kind == "file" or not _has_magic(path):
+        root, _, name = path.rstrip("/").rpartition("/")
+        info = Storage(root or "/").stat(name)
+        if info is None:
+            raise InputError(f"input {safe_url(path)} does not exist: give a Parquet file, a folder or a glob")
+        files = [info]
+    else:
+        root, files = _glob_root(path), _list_glob(path)
+    return root or "/", [_with_lasting_stamp(root or "/", file) for file in files]
+
+
+def would_read(path: str, root: str, output: str) -> bool:
+    """Whether the parts of an output folder would be among the files of an input path that was listed under `root`."""
+    if _has_magic(path) and root != path:
+        part = f"{output.rstrip('/')}/part-000000000000-0000000000.parquet"
+        return re.match(glob_translate(path), part) is not None
+    return root == path and is_inside(output, root)
+
+
+def _list_folder(path: str) -> list[FileInfo]:
+    found = [info for info in Storage(path).find() if _is_visible(info.name)]
+    files = [info for info in found if info.name.lower().endswith(".parquet")]
+    if not files:
+        has = ", ".join(info.name for info in found[:3]) + (" …" if len(found) > 3 else "")
+        text = f"; it has {has}" if has else ": it is empty"
+        raise InputError(f"input {safe_url(path)} has no *.parquet file{text}")
+    return files
+
+
+def _list_glob(path: str) -> list[FileInfo]:
+    root = _glob_root(path)
+    files = [info for info in Storage(root or "/").glob(path[len(root) :].lstrip("/")) if _is_visible(info.name)]
+    if not files:
+        raise InputError(f"input {safe_url(path)} matches no file")
+    return files
+
+
+def _with_lasting_stamp(root: str, file: FileInfo) -> FileInfo:
+    """Unpacking sets new times: a file of Ray's package is known by its content, so that the job resumes elsewhere."""
+    if not in_ray_package(file.path):
+        return file
+    return replace(file, stamp="sha256:" + Storage(root).sha256(file.name, file.size))
+
+
+def _is_visible(name: str) -> bool:
+    return not any(part.startswith(("_", ".")) for part in name.split("/"))
+
+
+def _has_magic(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def _glob_root(path: str) -> str:
+    parts = path.split("/")
+    first = next(i for i, part in enumerate(parts) if _has_magic(part))
+    return "/".join(parts[:first])

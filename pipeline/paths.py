@@ -1,0 +1,64 @@
+"""Paths and URLs as text, and what an error of a storage library means. Opens nothing."""
+
+import errno
+import os
+from urllib.parse import urlsplit, urlunsplit
+
+_FINAL_ERRNOS = frozenset(
+    (
+        *(errno.EINVAL, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+        *(errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSYS, errno.ELOOP, errno.EDQUOT),
+    )
+)
+_FINAL_TYPES = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_NETWORK_MODULES = ("botocore", "aiobotocore", "aiohttp", "fsspec", "requests", "urllib3")
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError"}
+_FINAL_NAMES = {*_NO_CREDENTIALS, "ProfileNotFound", "ParamValidationError", "NoRegionError"}
+
+
+def is_local(path: str) -> bool:
+    """Whether the path is a plain local one rather than a URL."""
+    return "://" not in path and "::" not in path
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path or URL is the folder itself or lies below it."""
+    return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
+
+
+def safe_url(url: str) -> str:
+    """The URL without user, password, query or fragment: fit for a message."""
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def in_ray_package(path: str) -> bool:
+    """Whether a local path lies in Ray's temporary copy of the working directory, deleted after the job."""
+    parts = path.replace(os.sep, "/").split("/")
+    return "working_dir_files" in parts and "runtime_resources" in parts
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether the error comes from the storage rather than from a fault in the program."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK_MODULES
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again can help."""
+    if isinstance(error, _FINAL_TYPES) or (isinstance(error, OSError) and error.errno in _FINAL_ERRNOS):
+        return False
+    return is_storage_failure(error) and type(error).__name__ not in _FINAL_NAMES
+
+
+def cause(error: BaseException) -> str:
+    """The error in one line, with what to do where that is known; no credentials."""
+    if isinstance(error, PermissionError):
+        return "permission denied; check the rights of the user or of the credentials"
+    if isinstance(error, FileNotFoundError):
+        return "it does not exist"
+    if type(error).__name__ in _NO_CREDENTIALS:
+        return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else f"{error}"
+    return " ".join(safe_url(word) if "://" in word else word for word in text.split()) or type(error).__name__

@@ -1,0 +1,330 @@
+"""The one place that opens paths: local files and any fsspec URL behind the few operations that the pipeline needs.
+
+Transient failures are tried again with backoff; what is left becomes one line that names the operation, the path, the
+cause and what to do. Credentials in a URL never reach a text.
+"""
+
+import errno
+import fnmatch
+import hashlib
+import io
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import fsspec
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from pipeline.errors import OutputError, StorageError
+from pipeline.paths import cause, is_storage_failure, is_transient, safe_url
+
+T = TypeVar("T")
+TRIES = 5
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
+HASH_CHUNK_BYTES = 1 << 20
+_PROBE = "_writable"
+_NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A stored file as a listing shows it."""
+
+    name: str
+    """Relative to the listed root, with forward slashes."""
+    path: str
+    """Path or URL that opens it."""
+    size: int
+    """Bytes."""
+    stamp: str
+    """Changes when the content does: `etag:…`, `mtime:…` or `sha256:…`."""
+
+
+class Storage:
+    """A folder, local or behind a URL. Names are relative to it, with forward slashes; "" is the folder itself.
+
+    Methods raise StorageError when an operation fails for good. One object may be used from many threads.
+    """
+
+    def __init__(self, root: str) -> None:
+        """Raises StorageError where the URL's protocol is unknown or its library is not installed."""
+        self.root = root.rstrip("/") or "/"
+        try:
+            # No cache of listings: another process may have published since.
+            self._fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
+        except (ValueError, ImportError) as error:
+            raise StorageError(f"cannot use {safe_url(root)}: {cause(error)}") from error
+        self._path = path.rstrip("/") or "/"
+        self._local = isinstance(self._fs, LocalFileSystem)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file or folder of that name."""
+        return bool(self._call("look for", name, self._fs.exists))
+
+    def kind(self) -> str | None:
+        """What the root itself is: "file", "folder" or None where there is nothing."""
+        info = self._call("look for", "", self._info)
+        return None if info is None else "file" if info["type"] == "file" else "folder"
+
+    def stat(self, name: str) -> FileInfo | None:
+        """Size and stamp of one file; None where there is none."""
+        info = self._call("look at", name, self._info)
+        return None if info is None or info["type"] != "file" else self._file_info(info)
+
+    def list_files(self, folder: str, pattern: str) -> list[FileInfo]:
+        """Files directly in a folder whose last name part matches the pattern, sorted; none if there is no folder."""
+        found = self._call("list", folder, partial(self._listing, self._fs.ls))
+        return [info for info in found if fnmatch.fnmatchcase(info.name.rpartition("/")[2], pattern)]
+
+    def find(self) -> list[FileInfo]:
+        """All files below the root, sorted by name; none if there is no folder."""
+        return self._call("list", "", partial(self._listing, self._fs.find))
+
+    def glob(self, pattern: str) -> list[FileInfo]:
+        """Files below the root whose relative name matches the pattern (`*`, `?`, `[…]`, `**`), sorted by name."""
+        return self._call("list", pattern, partial(self._listing, self._fs.glob))
+
+    def read(self, name: str) -> bytes:
+        """The whole content."""
+        return bytes(self._call("read", name, self._fs.cat_file))
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """Bytes from start up to, not including, end."""
+        return bytes(self._call("read", name, partial(self._fs.cat_file, start=start, end=end)))
+
+    def read_if_exists(self, name: str) -> bytes | None:
+        """The whole content, or None where there is no such file."""
+
+        def fetch(path: str) -> bytes | None:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                return bytes(self._fs.cat_file(path))
+            return None
+
+        return self._call("read", name, fetch)
+
+    def sha256(self, name: str, size: int) -> str:
+        """Checksum (hex) of a file of `size` bytes, read in pieces."""
+        digest = hashlib.sha256()
+        for start in range(0, size, HASH_CHUNK_BYTES):
+            digest.update(self.read_range(name, start, min(size, start + HASH_CHUNK_BYTES)))
+        return digest.hexdigest()
+
+    def open(self, name: str, size: int) -> pa.NativeFile:
+        """A seekable file of `size` bytes for pyarrow: reads ranges as asked and caches nothing."""
+        if self._local:
+            return self._call("open", name, lambda path: pa.OSFile(path, "rb"))
+        return pa.PythonFile(_RangeFile(self, name, size), mode="r")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes the whole file, replacing what was there; readers see the old or the new one, never a part."""
+        if self._local:
+            self._call("write", name, lambda path: _write_local(path, data, os.replace))
+        else:
+            self._call("write", name, lambda path: self._fs.pipe_file(path, data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes the whole file if there is none; the first writer wins. False: there is one already.
+
+        After a lost acknowledgement the retry finds the file that this very call wrote and answers False:
+        who must know reads back a writer id from inside the file.
+        """
+        if self._local:
+            return self._call("create", name, lambda path: _create_local(path, data))
+        return self._call("create", name, lambda path: self._create_remote(path, data))
+
+    def remove(self, name: str) -> None:
+        """Deletes the file if it is there."""
+
+        def delete(path: str) -> None:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(path)
+
+        self._call("delete", name, delete)
+
+    def _create_remote(self, path: str, data: bytes) -> bool:
+        try:
+            self._fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # Servers that answer a failed precondition without naming the condition come through as EINVAL.
+            if error.errno == errno.EINVAL and self._fs.exists(path):
+                return False
+            raise
+        return True
+
+    def _info(self, path: str) -> dict[str, Any] | None:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return dict(self._fs.info(path))
+        return None
+
+    def _listing(self, lister: Callable[..., Any], path: str) -> list[FileInfo]:
+        try:
+            found = lister(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        infos = found.values() if isinstance(found, dict) else found
+        # An object store may list a folder as an empty object of its own name.
+        files = [info for info in infos if info["type"] == "file" and not str(info["name"]).endswith("/")]
+        return sorted(map(self._file_info, files), key=lambda info: info.name)
+
+    def _file_info(self, info: dict[str, Any]) -> FileInfo:
+        path = str(info["name"])
+        shown = path if self._local else str(self._fs.unstrip_protocol(path))
+        return FileInfo(path.removeprefix(self._path).lstrip("/"), shown, int(info["size"]), _stamp(info, self._local))
+
+    def _call(self, operation: str, name: str, function: Callable[[str], T]) -> T:
+        path = f"{self._path.rstrip('/')}/{name}" if name else self._path
+        retrying = Retrying(
+            stop=stop_after_attempt(TRIES),
+            wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
+            retry=retry_if_exception(is_transient),
+            reraise=True,
+        )
+        try:
+            return retrying(function, path)
+        except Exception as error:
+            if not is_storage_failure(error):
+                raise
+            url = safe_url(f"{self.root.rstrip('/')}/{name}" if name else self.root)
+            tried = f" (tried {TRIES} times)" if is_transient(error) else ""
+            raise StorageError(f"cannot {operation} {url}: {cause(error)}{tried}") from error
+
+
+class _RangeFile(io.RawIOBase):
+    """A remote object as a seekable file: every read is one range request with the storage's retries."""
+
+    def __init__(self, storage: Storage, name: str, size: int) -> None:
+        super().__init__()
+        self._storage, self._name, self._size, self._position = storage, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._size if size < 0 else min(self._size, self._position + size)
+        if end <= self._position:
+            return b""
+        data = self._storage.read_range(self._name, self._position, end)
+        self._position += len(data)
+        return data
+
+
+class Scratch:
+    """Numbered temporary local files that are appended to and then read whole."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def append(self, number: int, data: bytes) -> None:
+        """Adds to the file of that number, making it at first."""
+        with open(os.path.join(self._folder, str(number)), "ab") as file:
+            file.write(data)
+
+    def read(self, number: int) -> bytes:
+        """All that was appended to the file of that number."""
+        with suppress(FileNotFoundError), open(os.path.join(self._folder, str(number)), "rb") as file:
+            return file.read()
+        return b""
+
+
+@contextmanager
+def scratch() -> Iterator[Scratch]:
+    """Temporary files on the local disk, deleted at the end."""
+    with tempfile.TemporaryDirectory(prefix="twotower-") as folder:
+        yield Scratch(folder)
+
+
+def split_url(url: str) -> tuple[Storage, str]:
+    """The folder of a file's path or URL, and its name there. Raises StorageError."""
+    folder, _, name = url.rpartition("/")
+    return Storage(folder or "/"), name
+
+
+def read_text(path: str) -> str:
+    """A local text file, whole. Raises OSError and UnicodeDecodeError as they are: the caller knows what it wanted."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def check_writable(url: str) -> None:
+    """Writes an empty file `_writable` in the folder and removes it. Raises OutputError where the writing fails."""
+    try:
+        storage = Storage(url)
+        storage.write(_PROBE, b"")
+        with suppress(StorageError):  # credentials that may write but not delete are good enough for a job
+            storage.remove(_PROBE)
+    except StorageError as error:
+        why = cause(error.__cause__ or error)
+        raise OutputError(f"cannot write to output {safe_url(url)}: {why}") from error
+
+
+def _stamp(info: dict[str, Any], local: bool) -> str:
+    if not local:
+        for key in ("ETag", "etag", "md5Hash"):
+            if info.get(key):
+                return "etag:" + str(info[key]).strip('"')
+    changed = (info[key] for key in ("mtime", "LastModified", "last_modified", "created") if info.get(key))
+    return f"mtime:{next(changed, '')}"
+
+
+def _write_local(path: str, data: bytes, publish: Callable[[str, str], object]) -> None:
+    """Writes beside the path under a hidden name, then `publish(hidden, path)`: a crash leaves no half file."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    hidden = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(hidden, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(hidden, path)
+        _sync_folder(folder)
+    finally:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(hidden)
+
+
+def _create_local(path: str, data: bytes) -> bool:
+    try:
+        _write_local(path, data, _link)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _link(hidden: str, path: str) -> None:
+    try:
+        os.link(hidden, path)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        # No hard links here: claim the name first, then put the content under it.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(hidden, path)
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot sync a folder
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,177 @@
+"""Storage: whole files or none, one winner, retries where they help, one clear line where they do not."""
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import storage as storage_module
+from pipeline.errors import OutputError, StorageError
+from pipeline.paths import is_inside, safe_url
+from pipeline.storage import Storage, check_writable
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(storage_module, "LONGEST_WAIT_S", 0.001)
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "out") if request.param == "local" else f"memory://{tmp_path.name}-{request.node.name}"
+
+
+def test_write_read_list_remove(folder: str) -> None:
+    store = Storage(folder)
+    assert store.find() == []
+    assert store.list_files("", "*") == []
+    assert store.kind() is None
+    store.write("a/b.json", b"one")
+    store.write("a/b.json", b"two!")
+    store.write("part-1.parquet", b"")
+    assert store.kind() == "folder"
+    assert store.read("a/b.json") == b"two!"
+    assert store.read_range("a/b.json", 1, 3) == b"wo"
+    assert store.read_if_exists("absent") is None
+    assert store.exists("part-1.parquet")
+    assert not store.exists("part-2.parquet")
+    assert [info.name for info in store.find()] == ["a/b.json", "part-1.parquet"]
+    assert [info.name for info in store.list_files("", "part-*")] == ["part-1.parquet"]
+    assert [(info.name, info.size) for info in store.list_files("a", "*.json")] == [("a/b.json", 4)]
+    with store.open("a/b.json", 4) as file:
+        assert (file.size(), file.read(2), file.seek(3), file.read()) == (4, b"tw", 3, b"!")
+    store.remove("a/b.json")
+    store.remove("a/b.json")
+    assert not store.exists("a/b.json")
+
+
+def test_create_keeps_what_is_there(folder: str) -> None:
+    store = Storage(folder)
+    assert store.create("x", b"first")
+    assert not store.create("x", b"second")
+    assert store.read("x") == b"first"
+
+
+def race(store: Storage, writers: int) -> list[bool]:
+    start, won = threading.Barrier(writers), [False] * writers
+
+    def write(number: int) -> None:
+        start.wait()
+        won[number] = store.create("x", b"%04d" % number * 5000)
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return won
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_a_race_has_one_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard_links: bool) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    if not hard_links:
+        monkeypatch.setattr(os, "link", no_links)
+    store = Storage(str(tmp_path))
+    won = race(store, 12)
+    assert sum(won) == 1
+    assert store.read("x") == b"%04d" % won.index(True) * 5000
+    assert os.listdir(tmp_path) == ["x"]  # nothing temporary stays
+
+
+@pytest.mark.parametrize("operation", ["write", "create"])
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    """Not even a truncated file: the disk is full at the moment when the content goes out."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    store = Storage(str(tmp_path))
+    with pytest.raises(StorageError, match=f"cannot {operation} {tmp_path}/x: No space left on device"):
+        getattr(store, operation)("x", b"data")
+    assert os.listdir(tmp_path) == []
+
+
+def failing(times: int, error: OSError, result: Any) -> tuple[Callable[..., Any], list[int]]:
+    calls: list[int] = []
+
+    def call(*_: object, **__: object) -> Any:
+        calls.append(1)
+        if len(calls) <= times:
+            raise error
+        return result
+
+    return call, calls
+
+
+def test_transient_failures_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Storage("memory://retry")
+    call, calls = failing(4, OSError(errno.EBUSY, "Slow down"), b"data")
+    monkeypatch.setattr(store._fs, "cat_file", call)
+    assert store.read("x") == b"data"
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "tries", "said"),
+    [
+        (OSError(errno.EBUSY, "Slow down"), 5, r"cannot read memory:///?retry/x: Slow down \(tried 5 times\)"),
+        (ConnectionResetError("reset by peer"), 5, "reset by peer"),
+        (PermissionError("Access Denied"), 1, "permission denied; check the rights"),
+        (FileNotFoundError("x"), 1, "it does not exist"),
+        (OSError(errno.EINVAL, "Bad request"), 1, "Bad request$"),
+    ],
+)
+def test_what_is_left_is_one_line(monkeypatch: pytest.MonkeyPatch, error: OSError, tries: int, said: str) -> None:
+    store = Storage("memory://retry")
+    call, calls = failing(99, error, b"")
+    monkeypatch.setattr(store._fs, "cat_file", call)
+    with pytest.raises(StorageError, match=said) as caught:
+        store.read("x")
+    assert len(calls) == tries
+    assert "\n" not in str(caught.value)
+
+
+def test_faults_of_the_program_are_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Storage("memory://retry")
+    monkeypatch.setattr(store._fs, "cat_file", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        store.read("x")
+
+
+def test_check_writable(tmp_path: Path) -> None:
+    check_writable(str(tmp_path / "new/deeper"))
+    assert os.listdir(tmp_path / "new/deeper") == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match=f"cannot write to output {tmp_path}/file/out"):
+        check_writable(str(tmp_path / "file/out"))
+
+
+def test_check_writable_without_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests may run as root, whom no mode bits stop: the refusal comes from a fake."""
+
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "makedirs", denied)
+    with pytest.raises(OutputError, match=f"cannot write to output {tmp_path}/out: permission denied"):
+        check_writable(str(tmp_path / "out"))
+
+
+def test_urls_in_messages() -> None:
+    assert safe_url("s3://key:secret@bucket/a b?X-Token=1#f") == "s3://bucket/a b"
+    assert safe_url("/plain/path?#x") == "/plain/path?#x"
+
+
+def test_is_inside() -> None:
+    assert is_inside("/a/b", "/a/b/")
+    assert is_inside("s3://x/a/b", "s3://x/a")
+    assert not is_inside("/a/bc", "/a/b")
