@@ -46,5 +46,5 @@ class ClusterError(TwoTowerError):
     """The cluster cannot run what the job asks for."""
 
 
-class JobFailed(TwoTowerError):
+class JobFailed(TwoTowerError):  # noqa: N818 (what happened, not what is wrong with an argument)
     """The job ran and did not succeed; its finished parts stay and submitting again resumes."""

@@ -17,6 +17,10 @@ class WorkUnit:
     """The file's path relative to the input root, with forward slashes: what `source_file` and row keys carry."""
     first_row: int
     row_count: int
+    size: int = -1
+    """Bytes of the file when the plan was made; -1: unknown, so that no change of it is noticed."""
+    stamp: str = ""
+    """Its FileInfo.stamp then."""
 
 
 @dataclass(frozen=True, slots=True)

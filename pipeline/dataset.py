@@ -1,0 +1,290 @@
+"""Reads the rows of work units and builds parts: Parquet in, Parquet out, memory bounded by a unit."""
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from model.params import Completion
+from pipeline.errors import InputError, StorageError
+from pipeline.job import InputSection
+from pipeline.paths import safe_url
+from pipeline.prompts import CellError, PromptMaker, read_cells
+from pipeline.schema import RESULT_COLUMNS, is_text, plain_type
+from pipeline.storage import split_url
+from pipeline.types import Row, RowResult, Totals, WorkUnit
+
+BATCH_ROWS = 1024
+READ_BUFFER_BYTES = 1 << 20
+TOTALS_KEY = "twotower.totals"
+
+
+@dataclass(frozen=True, slots=True)
+class UnitData:
+    """A unit as read: one Row per input row in order, and the columns that go to the output as they are."""
+
+    unit: WorkUnit
+    rows: list[Row]
+    columns: pa.Table
+    """`id` and the carried columns, a row for each of `rows`."""
+
+
+class UnitReader:
+    """Reads units of one job. Keeps the last file open: units taken in order are read in one pass over the file."""
+
+    def __init__(self, settings: InputSection) -> None:
+        self._prompts = PromptMaker(settings)
+        self._id_column = settings.id_column
+        self._carry = settings.carry
+        wanted = [*self._prompts.columns, *([self._id_column] if self._id_column else []), *self._carry]
+        self._columns = list(dict.fromkeys(wanted))
+        self._file: _RowStream | None = None
+
+    def read(self, unit: WorkUnit) -> UnitData:
+        """The unit's rows; a bad row is a Row with `error`.
+
+        Raises InputError where the file is gone, has changed since planning or cannot be decoded, StorageError where
+        it cannot be reached.
+        """
+        table = self._read_table(unit)
+        columns, errors = self._output_columns(unit, table)
+        rows = []
+        for index, (prompt, error) in enumerate(self._prompts.make(table)):
+            error = error or errors.get(index)
+            source_row = unit.first_row + index
+            prompt = None if error else prompt
+            rows.append(Row(f"{unit.name}#{source_row}", index, source_row, prompt, error))
+        return UnitData(unit, rows, columns)
+
+    def close(self) -> None:
+        """Closes the open file, if any."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _read_table(self, unit: WorkUnit) -> pa.Table:
+        last = unit.first_row + unit.row_count - 1
+        try:
+            if self._file is None or self._file.path != unit.file:
+                self.close()
+                self._file = _RowStream(unit, self._columns)
+            return self._file.take(unit.first_row, unit.row_count)
+        except (InputError, StorageError):
+            self.close()
+            raise
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            self.close()  # its position is lost
+            cause = " ".join(str(error).split())
+            raise InputError(
+                f"input {safe_url(unit.file)}, rows {unit.first_row} to {last}: cannot be decoded: {cause}"
+            ) from error
+
+    def _output_columns(self, unit: WorkUnit, table: pa.Table) -> tuple[pa.Table, dict[int, str]]:
+        """`id` and the carried columns, cleaned, and the rows (by index) that they make unusable."""
+        names = [f"{unit.name}#{unit.first_row + i}" for i in range(table.num_rows)] if not self._id_column else []
+        columns: dict[str, Any] = {"id": pa.chunked_array([pa.array(names, pa.string())])}
+        errors: dict[int, str] = {}
+        for target, source in [("id", self._id_column), *((name, name) for name in self._carry)]:
+            if source is not None:
+                columns[target], bad = _clean(table[source])
+                errors |= {index: f"column '{source}' {reason}" for index, reason in bad.items()}
+        return pa.table(columns), errors
+
+
+class _RowStream:
+    """One open Parquet file, read forward in small batches; a jump reopens at the row group of its target."""
+
+    def __init__(self, unit: WorkUnit, columns: list[str]) -> None:
+        self.path = unit.file
+        storage, name = split_url(unit.file)
+        info = storage.stat(name)
+        if info is None:
+            raise InputError(f"input {safe_url(unit.file)} is gone: it was there when the job was planned")
+        if unit.size >= 0:
+            changed_etag = unit.stamp.startswith("etag:") and info.stamp != unit.stamp
+            if info.size != unit.size or changed_etag:
+                raise InputError(
+                    f"input {safe_url(unit.file)} has changed since the job was planned "
+                    f"({unit.size} bytes then, {info.size} now): submit the job again"
+                )
+        self._source = storage.open(name, info.size)
+        self._parquet = pq.ParquetFile(self._source, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
+        self._columns = columns
+        metadata = self._parquet.metadata
+        self._group_starts = [0]
+        for group in range(metadata.num_row_groups):
+            self._group_starts.append(self._group_starts[-1] + metadata.row_group(group).num_rows)
+        self._batches: Any = iter(())
+        self._pending: pa.RecordBatch | None = None
+        self._position = self._end = 0  # the row that comes next, and the one where the batches end
+
+    def take(self, first_row: int, count: int) -> pa.Table:
+        """Rows first_row to first_row + count - 1. Raises what pyarrow raises, InputError where the file is shorter."""
+        if first_row + count > self._group_starts[-1]:
+            raise InputError(
+                f"input {safe_url(self.path)} has changed since the job was planned "
+                f"(it has {self._group_starts[-1]} rows, the plan reads up to row {first_row + count - 1})"
+            )
+        self._skip_to(first_row, first_row + count - 1)
+        taken: list[pa.RecordBatch] = []
+        end = first_row + count
+        while self._position < end:
+            if self._position == self._end:
+                self._start(self._position, end - 1)
+            taken.append(self._next_rows(end - self._position))
+        return pa.Table.from_batches(taken)
+
+    def close(self) -> None:
+        self._batches = iter(())
+        self._pending = None
+        self._parquet.close()
+        self._source.close()
+
+    def _skip_to(self, row: int, last: int) -> None:
+        ahead = self._position <= row < self._end and self._group_of(self._position) == self._group_of(row)
+        if not ahead:
+            self._start(row, last)
+        while self._position < row:
+            self._next_rows(row - self._position)
+
+    def _start(self, row: int, last: int) -> None:
+        """Begins at the row group that holds `row`; goes no further than the one that holds `last`."""
+        groups = range(self._group_of(row), self._group_of(last) + 1)
+        self._batches = self._parquet.iter_batches(
+            batch_size=BATCH_ROWS, row_groups=list(groups), columns=self._columns, use_threads=False
+        )
+        self._pending = None
+        self._position, self._end = self._group_starts[groups.start], self._group_starts[groups.stop]
+
+    def _group_of(self, row: int) -> int:
+        return bisect_right(self._group_starts, row) - 1  # of empty groups the last: it is followed by the row
+
+    def _next_rows(self, at_most: int) -> pa.RecordBatch:
+        batch: pa.RecordBatch | None = self._pending if self._pending is not None else next(self._batches, None)
+        if batch is None:
+            raise InputError(f"input {safe_url(self.path)}: the data ends before the rows that its footer promises")
+        rows = batch.slice(0, at_most)
+        self._pending = batch.slice(at_most) if at_most < batch.num_rows else None
+        self._position += rows.num_rows
+        return rows.select(self._columns)
+
+
+def _clean(column: "pa.ChunkedArray[Any]") -> tuple["pa.ChunkedArray[Any]", dict[int, str]]:
+    """The column in its output type; cells that would make a part unreadable are replaced, with reasons by index."""
+    plain = column.cast(plain_type(column.type)) if plain_type(column.type) != column.type else column
+    try:
+        plain.validate(full=True)  # strings that are not UTF-8 are found here, nested ones too
+    except pa.ArrowInvalid:
+        cells = read_cells(plain)
+    else:
+        return plain, {}
+    bad = {i: cell.reason for i, cell in enumerate(cells) if isinstance(cell, CellError)}
+    for index in bad:
+        # A string keeps what can be read of it; anything else that holds such bytes is dropped.
+        raw = plain[index].cast(pa.binary()).as_py() if is_text(plain.type) else None
+        cells[index] = raw.decode("utf-8", "replace") if raw is not None else None
+    return pa.chunked_array([pa.array(cells, plain.type)]), bad
+
+
+def build_part(
+    data: UnitData, results: Sequence[RowResult], schema: pa.Schema, header: dict[str, str]
+) -> tuple[bytes, Totals]:
+    """One part as Parquet bytes, rows in input order, and its totals.
+
+    `header` goes into the file's key-value metadata, and the totals with it. Raises ValueError where a row is missing,
+    there twice or unknown: that is a fault of the caller, and nothing must be published.
+    """
+    ordered = _in_order(data, results)
+    ids = data.columns.column("id")
+    totals = _count(ordered, ids)
+    columns: dict[str, Any] = {name: data.columns.column(name) for name in data.columns.column_names}
+    columns |= _result_columns(data, ordered)
+    metadata = {**header, TOTALS_KEY: json.dumps(asdict(totals))}
+    for name in data.columns.column_names:
+        if pa.types.is_null(columns[name].type):  # all null in this file, typed in another one
+            columns[name] = columns[name].cast(schema.field(name).type)
+    table = pa.table([columns[field.name] for field in schema], schema=schema)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    return sink.getvalue().to_pybytes(), totals
+
+
+def _in_order(data: UnitData, results: Sequence[RowResult]) -> list[RowResult]:
+    by_index = {result.index: result for result in results}
+    unit = data.unit.id
+    if len(by_index) != len(results):
+        raise ValueError(f"unit {unit}: {len(results) - len(by_index)} rows have more than one result")
+    for row in data.rows:
+        if row.index not in by_index:
+            raise ValueError(f"unit {unit}: row {row.key} has no result")
+        if by_index[row.index].completion.key != row.key:
+            raise ValueError(f"unit {unit}: row {row.key} has the result of row {by_index[row.index].completion.key}")
+    if len(by_index) != len(data.rows):
+        raise ValueError(f"unit {unit}: {len(by_index) - len(data.rows)} results belong to no row")
+    return [by_index[row.index] for row in data.rows]
+
+
+def _count(results: list[RowResult], ids: "pa.ChunkedArray[Any]") -> Totals:
+    total = Totals(null_ids=ids.null_count, duplicate_ids=len(ids) - ids.null_count - pc.count_distinct(ids).as_py())
+    reasons: dict[str, int] = {}
+    tokens_in = tokens_out = forwards = 0
+    for result in results:
+        done = result.completion
+        reasons[done.finish_reason] = reasons.get(done.finish_reason, 0) + 1
+        tokens_in += done.prompt_tokens
+        tokens_out += len(done.token_ids)
+        forwards += done.denoiser_forwards
+    errors = reasons.get("error", 0)
+    return replace(
+        total,
+        rows=len(results),
+        ok=len(results) - errors,
+        errors=errors,
+        prompt_tokens=tokens_in,
+        completion_tokens=tokens_out,
+        denoiser_forwards=forwards,
+        finish_reasons=reasons,
+    )
+
+
+def _result_columns(data: UnitData, results: Iterable[RowResult]) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {name: [] for name in RESULT_COLUMNS}
+    for row, result in zip(data.rows, results, strict=True):
+        for name, value in _result_row(result.completion).items():
+            columns[name].append(value)
+        columns["mode"].append(result.mode)
+        columns["attempt"].append(result.attempt)
+        columns["replica"].append(result.replica)
+        columns["source_file"].append(data.unit.name)
+        columns["source_row"].append(row.source_row)
+    return columns
+
+
+def _result_row(done: Completion) -> dict[str, Any]:
+    tokens = len(done.token_ids)
+    return {
+        "completion": done.text,
+        "finish_reason": done.finish_reason,
+        "error": done.error,
+        "prompt_tokens": done.prompt_tokens,
+        "completion_tokens": tokens,
+        "denoiser_forwards": done.denoiser_forwards,
+        "tokens_per_forward": tokens / done.denoiser_forwards if done.denoiser_forwards else None,
+        "blocks": len(done.steps_per_block),
+        "steps_per_block": list(done.steps_per_block),
+        "forced_commits": done.forced_commits,
+        "mean_confidence": done.mean_confidence,
+        "repetition": None,
+        "queue_s": done.queue_s,
+        "prefill_s": done.prefill_s,
+        "denoise_s": done.denoise_s,
+        "commit_s": done.commit_s,
+        "latency_s": done.latency_s,
+        "tokens_per_s": tokens / done.latency_s if done.latency_s > 0 else None,
+        "batch_rows": done.batch_rows,
+    }

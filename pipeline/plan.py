@@ -1,0 +1,200 @@
+"""The plan of a job: its files, its work units and its fingerprint. Reads listings and footers, never data."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError, StorageError
+from pipeline.fingerprint import Fingerprint, make_fingerprint
+from pipeline.job import InputSection, Job
+from pipeline.listing import list_input, would_read
+from pipeline.paths import safe_url
+from pipeline.prompts import template_columns
+from pipeline.schema import RESULT_COLUMNS, is_id, is_text, output_schema, plain_type
+from pipeline.storage import FileInfo, Storage
+from pipeline.types import WorkUnit
+
+FOOTER_THREADS = 16
+NAMED_AT_MOST = 3
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One input file as planned."""
+
+    name: str
+    """Relative to the input root."""
+    url: str
+    """Path or URL that opens it."""
+    size: int
+    """Bytes."""
+    stamp: str
+    """Changes when the content does."""
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a job will do."""
+
+    files: tuple[InputFile, ...]
+    units: tuple[WorkUnit, ...]
+    rows: int
+    fingerprint: Fingerprint
+    schema: pa.Schema
+    """Of every part."""
+    unreadable: tuple[tuple[str, str], ...] = ()
+    """(name, reason) of files that cannot be read; only where make_plan was told to allow them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Footer:
+    groups: tuple[int, ...]
+    """Rows of each row group."""
+    schema: pa.Schema
+
+
+def make_plan(job: Job, *, checkpoint_identity: str, allow_unreadable: bool = False) -> Plan:
+    """Lists the input, reads all footers in parallel and cuts the units.
+
+    Raises InputError (one line, naming the file and column) where there is nothing to do or a file or column cannot
+    be used; StorageError where the listing fails.
+    """
+    root, listing = list_input(job.input.path)
+    shown = safe_url(job.input.path)
+    if would_read(job.input.path, root, job.output.path):
+        raise InputError(
+            f"output {safe_url(job.output.path)} lies inside input {shown}: its parts would become input; "
+            "give the output a folder of its own"
+        )
+    footers, unreadable = _read_footers(root, listing)
+    if unreadable and (not allow_unreadable or not footers):
+        raise InputError(_name_unreadable(shown, len(listing), unreadable))
+    schema = _check_columns(job.input, footers)
+    files: list[InputFile] = []
+    units: list[WorkUnit] = []
+    for info, footer in footers:
+        files.append(InputFile(info.name, info.path, info.size, info.stamp, sum(footer.groups)))
+        units += _units_of(info, footer.groups, job.output.rows_per_file)
+    rows = sum(file.rows for file in files)
+    if rows == 0:
+        raise InputError(f"input {shown} has no rows: {len(files)} file(s), all empty")
+    entries = [[file.name, file.size, file.stamp, file.rows] for file in files]
+    fingerprint = make_fingerprint(job, entries, checkpoint_identity)
+    return Plan(tuple(files), tuple(units), rows, fingerprint, schema, tuple(unreadable))
+
+
+def cut(groups: Sequence[int], rows_per_unit: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of the units of a file whose row groups have these sizes.
+
+    Whole groups are put together up to the limit; a group above it is cut inside, into pieces of about one size.
+    """
+    first = count = 0
+    for rows in groups:
+        if count and count + rows > rows_per_unit:
+            yield first, count
+            first, count = first + count, 0
+        if rows <= rows_per_unit:
+            count += rows
+            continue
+        pieces = -(-rows // rows_per_unit)
+        for piece in range(pieces):
+            size = rows * (piece + 1) // pieces - rows * piece // pieces
+            yield first, size
+            first += size
+    if count:
+        yield first, count
+
+
+def unit_id(name: str, first_row: int) -> str:
+    """The stable id of the unit of a file (relative name) that begins at a row."""
+    return f"{hashlib.sha256(name.encode()).hexdigest()[:12]}-{first_row:010d}"
+
+
+def _units_of(info: FileInfo, groups: Sequence[int], rows_per_unit: int) -> Iterator[WorkUnit]:
+    for first, count in cut(groups, rows_per_unit):
+        yield WorkUnit(unit_id(info.name, first), info.path, info.name, first, count, info.size, info.stamp)
+
+
+def _read_footers(root: str, listing: list[FileInfo]) -> tuple[list[tuple[FileInfo, _Footer]], list[tuple[str, str]]]:
+    storage = Storage(root)
+
+    def read(info: FileInfo) -> _Footer | str:
+        try:
+            with storage.open(info.name, info.size) as source:
+                parquet = pq.ParquetFile(source)
+                groups = (parquet.metadata.row_group(g).num_rows for g in range(parquet.metadata.num_row_groups))
+                return _Footer(tuple(groups), parquet.schema_arrow)
+        except StorageError as error:
+            return str(error)
+        except (pa.ArrowException, OSError) as error:
+            return "is empty (0 bytes)" if info.size == 0 else f"is not Parquet: {' '.join(str(error).split())}"
+
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        results = list(zip(listing, pool.map(read, listing), strict=True))
+    good = [(info, footer) for info, footer in results if isinstance(footer, _Footer)]
+    bad = [(info.name, reason) for info, reason in results if isinstance(reason, str)]
+    return good, bad
+
+
+def _name_unreadable(shown: str, total: int, unreadable: list[tuple[str, str]]) -> str:
+    named = "; ".join(f"{name}: {reason}" for name, reason in unreadable[:NAMED_AT_MOST])
+    more = len(unreadable) - NAMED_AT_MOST
+    rest = f"; and {more} more" if more > 0 else ""
+    return f"input {shown}: {len(unreadable)} of {total} file(s) cannot be read: {named}{rest}"
+
+
+def _check_columns(settings: InputSection, footers: list[tuple[FileInfo, _Footer]]) -> pa.Schema:
+    """The output schema. Raises InputError where a column is missing, of a wrong type, or differs between files."""
+    _check_names(settings)
+    prompt = settings.prompt_column
+    prompts = template_columns(settings.template) if settings.template is not None else ()
+    kept = dict.fromkeys([*([settings.id_column] if settings.id_column else []), *settings.carry])
+    types: dict[str, tuple[pa.DataType, str]] = {}
+    for info, footer in footers:
+        for name in [*([prompt] if prompt is not None else prompts), *kept]:
+            kind = _column_type(info.name, footer.schema, name, settings)
+            if name not in kept or pa.types.is_null(kind):  # all null in this file: any type will do
+                continue
+            first, first_file = types.setdefault(name, (kind, info.name))
+            if kind != first:
+                raise InputError(
+                    f"column '{name}' is {first} in {first_file} but {kind} in {info.name}: make them one type"
+                )
+    id_type = types[settings.id_column][0] if settings.id_column else pa.string()
+    untyped = (pa.null(), "")
+    return output_schema(id_type, [pa.field(name, types.get(name, untyped)[0]) for name in settings.carry])
+
+
+def _check_names(settings: InputSection) -> None:
+    taken = {"id", *RESULT_COLUMNS}
+    seen: set[str] = set()
+    for name in settings.carry:
+        if name.casefold() in taken:  # readers such as DuckDB do not tell ID from id
+            raise InputError(
+                f"input.carry: column '{name}' would collide with the output's own column {name.casefold()}"
+            )
+        if name.casefold() in seen:
+            raise InputError(f"input.carry: column '{name}' is carried twice")
+        seen.add(name.casefold())
+
+
+def _column_type(file: str, schema: pa.Schema, name: str, settings: InputSection) -> pa.DataType:
+    where = schema.get_all_field_indices(name)
+    if len(where) != 1:
+        if where:
+            raise InputError(f"{file}: column '{name}' stands {len(where)} times in the file")
+        role = "the template reads" if settings.template and name in template_columns(settings.template) else "no"
+        there = ", ".join(schema.names) or "none"
+        text = f"{role} column '{name}'" + ("" if role == "no" else ", which is not there")
+        raise InputError(f"{file}: {text}; its columns: {there}")
+    kind = schema.field(name).type
+    if name == settings.prompt_column and not is_text(kind):
+        raise InputError(f"{file}: prompt column '{name}' is {kind}: it must be a string column")
+    if name == settings.id_column and not is_id(kind):
+        raise InputError(f"{file}: id column '{name}' is {kind}: it must be an integer or string column")
+    return plain_type(kind)

@@ -1,0 +1,103 @@
+"""From the columns of a row to its prompt. A row that has none gets a reason instead, never an exception."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from pipeline.job import InputSection
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import SandboxedEnvironment
+
+MAX_ERROR_CHARS = 300
+
+
+class CellError:
+    """A cell that cannot be given to Python as it is; `reason` says why."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+@lru_cache(maxsize=1)
+def _environment() -> "SandboxedEnvironment":
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+
+    environment = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+    # Without jinja2's own functions every free name is a column: `range` or `dict` cannot shadow one in silence.
+    environment.globals.clear()
+    return environment
+
+
+def template_columns(template: str) -> tuple[str, ...]:
+    """The columns that a template reads, sorted. Raises ValueError where the template does not parse or reads none."""
+    from jinja2 import TemplateSyntaxError, meta
+
+    try:
+        columns = meta.find_undeclared_variables(_environment().parse(template))
+        _environment().from_string(template)  # unknown filters and tests show up only here
+    except TemplateSyntaxError as error:
+        raise ValueError(f"template, line {error.lineno}: {error.message}") from None
+    if not columns:
+        raise ValueError("template reads no column, so all prompts would be the same: use {{ column }}")
+    return tuple(sorted(columns))
+
+
+class PromptMaker:
+    """Makes the prompts of a job's rows, from one column or from a template over several."""
+
+    def __init__(self, settings: InputSection) -> None:
+        self._column = settings.prompt_column
+        self._template = None
+        self.columns: tuple[str, ...] = (self._column,) if self._column is not None else ()
+        if settings.template is not None:
+            self.columns = template_columns(settings.template)
+            self._template = _environment().from_string(settings.template)
+
+    def make(self, table: pa.Table) -> Iterator[tuple[str | None, str | None]]:
+        """(prompt, None) or (None, reason) for each row of a table that has `columns`."""
+        columns = [read_cells(table[name]) for name in self.columns]
+        for row in zip(*columns, strict=True):
+            yield self._make_one(row)
+
+    def _make_one(self, cells: tuple[Any, ...]) -> tuple[str | None, str | None]:
+        for name, cell in zip(self.columns, cells, strict=True):
+            if isinstance(cell, CellError):
+                return None, f"column '{name}' {cell.reason}"
+        if self._template is None:
+            prompt = cells[0]
+        else:
+            try:
+                prompt = self._template.render(zip(self.columns, cells, strict=True))
+            except Exception as error:  # a template is the user's code: it can raise anything, and costs its row alone
+                return None, f"template: {_one_line(error)}"
+        if prompt is None:
+            return None, "prompt is null"
+        if prompt == "":
+            return None, "prompt is empty"
+        return prompt, None
+
+
+def read_cells(column: "pa.ChunkedArray[Any]") -> list[Any]:
+    """The column as Python values; a cell that Python cannot hold (not UTF-8, a year 99999) is a CellError."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):  # UnicodeDecodeError is a ValueError
+        return [_read_cell(scalar) for scalar in column]
+
+
+def _read_cell(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return CellError(f"holds bytes that are not UTF-8 (byte {error.start})")
+    except (ValueError, OverflowError) as error:
+        return CellError(f"holds a value that cannot be read: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(f"{error}".split()) or type(error).__name__
+    return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 1] + "…"

@@ -1,0 +1,329 @@
+"""Reading units and building parts: bad rows become error rows, every row leaves once, memory stays bounded."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline import dataset
+from pipeline.dataset import TOTALS_KEY, UnitData, UnitReader, build_part
+from pipeline.errors import InputError, StorageError
+from pipeline.job import Job
+from pipeline.schema import RESULT_COLUMNS, output_schema
+from pipeline.storage import Storage
+from pipeline.types import WorkUnit
+from tests.unit.pipeline_cases import complete_row, make_job, not_utf8, plan_of, prompts, write
+
+ROOT = Path(__file__).parents[2]
+
+
+def read_all(job: Job) -> list[UnitData]:
+    reader = UnitReader(job.input)
+    data = [reader.read(unit) for unit in plan_of(job).units]
+    reader.close()
+    return data
+
+
+def read_one(tmp_path: Path, section: dict[str, Any] | None = None, **columns: Any) -> UnitData:
+    write(tmp_path / "in/a.parquet", **columns)
+    (data,) = read_all(make_job(tmp_path / "in", tmp_path / "out", input=section or {}))
+    return data
+
+
+def test_rows_carry_their_key_and_place(tmp_path: Path) -> None:
+    write(tmp_path / "in/sub/a.parquet", prompt=prompts(10), group=3)
+    first, second, third, last = read_all(make_job(tmp_path / "in", tmp_path / "out", output={"rows_per_file": 3}))
+    assert [row.prompt for data in (first, second, third, last) for row in data.rows] == prompts(10)
+    row = second.rows[1]
+    assert (row.key, row.index, row.source_row, row.error) == ("sub/a.parquet#4", 1, 4, None)
+    assert second.columns["id"].to_pylist() == ["sub/a.parquet#3", "sub/a.parquet#4", "sub/a.parquet#5"]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 60),
+    group=st.integers(1, 60),
+    order=st.lists(st.tuples(st.integers(0, 59), st.integers(1, 20)), min_size=1, max_size=8),
+    batch=st.integers(1, 7),
+)
+def test_any_range_in_any_order(
+    tmp_path: Path, rows: int, group: int, order: list[tuple[int, int]], batch: int
+) -> None:
+    """The reader's kept position never leaks into what it reads: forward, backward, across groups, twice the same."""
+    file = write(tmp_path / "a.parquet", prompt=prompts(rows), n=list(range(rows)), group=group)
+    reader = UnitReader(make_job(file, tmp_path / "out", input={"carry": ["n"]}).input)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "BATCH_ROWS", batch)
+        for first, count in order:
+            first, count = first % rows, min(count, rows - first % rows)
+            data = reader.read(WorkUnit("u", str(file), "a.parquet", first, count))
+            assert [row.prompt for row in data.rows] == prompts(count, first)
+            assert data.columns["n"].to_pylist() == list(range(first, first + count))
+    reader.close()
+
+
+def test_consecutive_units_of_a_giant_group_are_read_in_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "a.parquet", prompt=prompts(10_000))
+    passes: list[int] = []
+    original = pq.ParquetFile.iter_batches
+
+    def counting(self: pq.ParquetFile, *args: Any, **kwargs: Any) -> Any:
+        passes.append(1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counting)
+    read_all(make_job(file, tmp_path / "out", output={"rows_per_file": 500}))
+    assert len(passes) == 1
+
+
+def test_bad_prompts_become_error_rows(tmp_path: Path) -> None:
+    data = read_one(tmp_path, prompt=not_utf8(b"good", None, b"", b"ab\xff", "größe".encode()))
+    assert [(row.prompt, row.error) for row in data.rows] == [
+        ("good", None),
+        (None, "prompt is null"),
+        (None, "prompt is empty"),
+        (None, "column 'prompt' holds bytes that are not UTF-8 (byte 2)"),
+        ("größe", None),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["large", "view", "dictionary"])
+def test_bad_prompts_in_every_string_type(tmp_path: Path, kind: str) -> None:
+    plain = not_utf8(b"good", b"\xff", None)
+    column = {
+        "large": lambda: plain.cast(pa.large_string()),
+        "view": lambda: plain.cast(pa.binary()).cast(pa.binary_view()).view(pa.string_view()),
+        "dictionary": lambda: pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.int32()), plain.slice(0, 2)),
+    }[kind]()
+    data = read_one(tmp_path, {"carry": ["copy"]}, prompt=column, copy=column)
+    assert [row.prompt for row in data.rows] == ["good", None, None]
+    assert "not UTF-8 (byte 0)" in str(data.rows[1].error)
+    assert data.columns["copy"].to_pylist() == ["good", "\ufffd", None]
+
+
+def test_carried_bytes_that_would_break_the_part(tmp_path: Path) -> None:
+    """A part must be readable whatever the input held: the row is an error row, the cell keeps what can be read."""
+    nested = pa.StructArray.from_arrays([not_utf8(b"x", b"y", b"\xff")], ["s"])
+    data = read_one(
+        tmp_path,
+        {"id_column": "key", "carry": ["note", "nested"]},
+        prompt=["a", "b", "c"],
+        key=not_utf8(b"k1", b"k\xfe2", None),
+        note=not_utf8(b"\xffz", b"fine", b"fine"),
+        nested=nested,
+    )
+    assert data.columns["id"].to_pylist() == ["k1", "k\ufffd2", None]
+    assert data.columns["note"].to_pylist() == ["\ufffdz", "fine", "fine"]
+    assert data.columns["nested"].to_pylist() == [{"s": "x"}, {"s": "y"}, None]
+    assert [bool(row.error) for row in data.rows] == [True, True, True]
+    assert "column 'note' holds bytes" in str(data.rows[0].error)
+    assert "column 'key' holds bytes" in str(data.rows[1].error)
+    assert "column 'nested' holds bytes" in str(data.rows[2].error)
+    data.columns.validate(full=True)
+
+
+def test_templates(tmp_path: Path) -> None:
+    section = {"template": "{{ title|upper }}: {% for t in tags %}[{{ t }}]{% endfor %} {{ 10 // n }}{{ meta.lang }}"}
+    data = read_one(
+        tmp_path,
+        section,
+        title=["a", None, "c", "d"],
+        tags=[["x", "y"], [], ["z"], []],
+        n=[2, 5, 0, 1],
+        meta=[{"lang": "en"}, {"lang": "de"}, {"lang": "fr"}, None],
+    )
+    assert [row.prompt for row in data.rows] == ["A: [x][y] 5en", "NONE:  2de", None, None]
+    assert data.rows[2].error == "template: integer division or modulo by zero"
+    assert str(data.rows[3].error).startswith("template: 'None' has no attribute 'lang'")
+
+
+def test_a_template_that_makes_nothing_is_an_error_row(tmp_path: Path) -> None:
+    data = read_one(tmp_path, {"template": "{% if n %}{{ n }}{% endif %}"}, n=[0, 3])
+    assert [(row.prompt, row.error) for row in data.rows] == [(None, "prompt is empty"), ("3", None)]
+
+
+def test_a_template_cannot_reach_the_machine(tmp_path: Path) -> None:
+    data = read_one(tmp_path, {"template": "{{ n.__class__.__mro__ }}"}, n=["x"])
+    assert "unsafe" in str(data.rows[0].error)
+
+
+def test_a_cell_that_python_cannot_hold_costs_its_row_alone(tmp_path: Path) -> None:
+    when = pa.array([0, 2**62], pa.int64()).cast(pa.timestamp("ms"), safe=False)
+    data = read_one(tmp_path, {"template": "{{ when.year }}"}, when=when)
+    assert data.rows[0].prompt == "1970"
+    assert "column 'when' holds a value that cannot be read" in str(data.rows[1].error)
+
+
+def test_a_file_changed_since_planning(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", prompt=prompts(5))
+    job = make_job(file, tmp_path / "out")
+    (unit,) = plan_of(job).units
+    write(file, prompt=prompts(50))
+    with pytest.raises(InputError, match=r"a\.parquet has changed since the job was planned \(\d+ bytes then"):
+        UnitReader(job.input).read(unit)
+    plain = WorkUnit(unit.id, unit.file, unit.name, 45, 10)
+    with pytest.raises(InputError, match="it has 50 rows, the plan reads up to row 54"):
+        UnitReader(job.input).read(plain)
+    file.unlink()
+    with pytest.raises(InputError, match="is gone"):
+        UnitReader(job.input).read(unit)
+
+
+def test_a_corrupt_page_names_file_and_rows_and_the_next_file_works(tmp_path: Path) -> None:
+    rows = prompts(3000)
+    file = write(tmp_path / "in/a.parquet", prompt=rows, group=1000)
+    good = write(tmp_path / "in/b.parquet", prompt=prompts(2))
+    offset = pq.read_metadata(file).row_group(1).column(0).data_page_offset
+    data = bytearray(file.read_bytes())
+    data[offset : offset + 200] = bytes(200)
+    file.write_bytes(bytes(data))
+    reader = UnitReader(make_job(tmp_path / "in", tmp_path / "out").input)
+    with pytest.raises(InputError, match=r"a\.parquet, rows 1000 to 1999: cannot be decoded"):
+        reader.read(WorkUnit("u", str(file), "a.parquet", 1000, 1000))
+    assert len(reader.read(WorkUnit("u", str(file), "a.parquet", 2000, 1000)).rows) == 1000
+    assert len(reader.read(WorkUnit("u", str(good), "b.parquet", 0, 2)).rows) == 2
+
+
+def test_a_storage_failure_is_not_taken_for_corruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remote reads that fail for good come out of pyarrow as the StorageError that they are; the next try works."""
+    file = write(tmp_path / "a.parquet", prompt=prompts(3))
+    remote = Storage("memory://inputs")
+    remote.write("a.parquet", file.read_bytes())
+    job = make_job("memory://inputs/a.parquet", tmp_path / "out")
+    (unit,) = plan_of(job).units
+    reader = UnitReader(job.input)
+
+    def failing(*_: Any) -> bytes:
+        raise StorageError("cannot read: reset by peer (tried 5 times)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "read_range", failing)
+        with pytest.raises(StorageError, match="tried 5 times"):
+            reader.read(unit)
+    assert [row.prompt for row in reader.read(unit).rows] == prompts(3)
+    remote.remove("a.parquet")
+
+
+# Parts
+
+
+def part(data: UnitData, schema: pa.Schema) -> tuple[pa.Table, dict[str, Any]]:
+    results = [complete_row(row) for row in reversed(data.rows)]
+    written, totals = build_part(data, results, schema, {"k": "v"})
+    table = pq.read_table(pa.BufferReader(written))
+    metadata = table.schema.metadata or {}
+    assert metadata[b"k"] == b"v"
+    stored = json.loads(metadata[TOTALS_KEY.encode()])
+    assert stored["rows"] == totals.rows == table.num_rows
+    return table, stored
+
+
+def test_a_part_has_the_schema_and_the_order_of_the_input(tmp_path: Path) -> None:
+    section = {"id_column": "doc", "carry": ["tags"]}
+    data = read_one(
+        tmp_path, section, prompt=["a", None, "c"], doc=pa.array([5, None, 5], pa.int16()), tags=[["x"], None, []]
+    )
+    table, totals = part(data, output_schema(pa.int16(), [pa.field("tags", pa.list_(pa.string()))]))
+    assert table.column_names == ["id", "tags", *RESULT_COLUMNS]
+    assert table.schema.field("id").type == pa.int16()
+    assert table["id"].to_pylist() == [5, None, 5]
+    assert table["tags"].to_pylist() == [["x"], None, []]
+    assert table["completion"].to_pylist() == ["answer to a", None, "answer to c"]
+    assert table["finish_reason"].to_pylist() == ["stop", "error", "stop"]
+    assert table["error"].to_pylist() == [None, "prompt is null", None]
+    assert table["tokens_per_forward"].to_pylist() == [1.5, None, 1.5]
+    assert table["tokens_per_s"].to_pylist() == [6.0, None, 6.0]
+    assert table["steps_per_block"].to_pylist() == [[2], [], [2]]
+    assert table["blocks"].to_pylist() == [1, 0, 1]
+    assert table["source_row"].to_pylist() == [0, 1, 2]
+    assert set(table["source_file"].to_pylist()) == {"a.parquet"}
+    assert totals["ok"] == 2
+    assert (totals["errors"], totals["duplicate_ids"], totals["null_ids"]) == (1, 1, 1)
+    assert (totals["completion_tokens"], totals["denoiser_forwards"]) == (6, 4)
+    assert totals["finish_reasons"] == {"stop": 2, "error": 1}
+
+
+def test_columns_that_are_all_null_keep_their_type(tmp_path: Path) -> None:
+    """A part of good rows alone has the same schema as one of bad rows alone, so they can be read together."""
+    schema = output_schema(pa.string(), [])
+    good, _ = part(read_one(tmp_path, prompt=["a"]), schema)
+    bad, _ = part(read_one(tmp_path, prompt=pa.array([None], pa.string())), schema)
+    assert good.schema.remove_metadata() == bad.schema.remove_metadata() == schema
+
+
+def test_a_part_is_refused_unless_every_row_is_there_once(tmp_path: Path) -> None:
+    data = read_one(tmp_path, prompt=prompts(3))
+    results = [complete_row(row) for row in data.rows]
+    schema = output_schema(pa.string(), [])
+    with pytest.raises(ValueError, match=r"row a\.parquet#1 has no result"):
+        build_part(data, [results[0], results[2]], schema, {})
+    with pytest.raises(ValueError, match="1 rows have more than one result"):
+        build_part(data, [*results, results[0]], schema, {})
+    stranger = dataclasses.replace(results[0], index=7)
+    with pytest.raises(ValueError, match="1 results belong to no row"):
+        build_part(data, [*results, stranger], schema, {})
+    swapped = [dataclasses.replace(results[0], index=1), dataclasses.replace(results[1], index=0), results[2]]
+    with pytest.raises(ValueError, match=r"row a\.parquet#0 has the result of row a\.parquet#1"):
+        build_part(data, swapped, schema, {})
+
+
+MEMORY_PROBE = """
+import sys
+from pathlib import Path
+from pipeline.dataset import UnitReader
+from pipeline.job import InputSection
+from pipeline.plan import make_plan
+from tests.unit.pipeline_cases import make_job
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+job = make_job(sys.argv[1], sys.argv[2])
+before = resident_mib()
+plan = make_plan(job, checkpoint_identity="x")
+planned = resident_mib()
+reader, rows, early, peak = UnitReader(job.input), 0, 0.0, 0.0
+for number, unit in enumerate(plan.units):
+    rows += len(reader.read(unit).rows)
+    peak = max(peak, resident_mib())
+    if number == 9:
+        early = peak
+print(rows, planned - before, early - planned, peak - early)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    """2 million rows in one row group, 130 MB of text: planning adds under 30 MiB, reading all 200 units under 90 MiB,
+    of which the last 190 units add under 30 MiB to what the first 10 took."""
+    rows = 2_000_000
+    numbers = pa.array(range(rows))
+    text = pa.compute.binary_join_element_wise(
+        numbers.cast(pa.string()), "a prompt of some fifty characters, more or less", " "
+    )
+    file = tmp_path / "giant.parquet"
+    pq.write_table(pa.table({"prompt": text}), file, row_group_size=rows, use_dictionary=False)
+    assert pq.read_metadata(file).num_row_groups == 1
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY_PROBE, str(file), str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    read, planning, first, later = map(float, run.stdout.split())
+    print(f"planning {planning:.1f} MiB, first units {first:.1f} MiB, all later units {later:.1f} MiB")
+    assert read == rows
+    assert planning < 30
+    assert first + later < 90
+    assert later < 30
