@@ -1,0 +1,279 @@
+"""The output folder and its one owner: what is published, what is finished, what it all adds up to.
+
+Parts are the truth; commit records are written after them and made again from their footers where missing; then come
+the manifest and, last, `_SUCCESS`.
+"""
+
+import hashlib
+import json
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.duplicates import find_duplicates
+from pipeline.errors import OutputError
+from pipeline.fingerprint import LISTING_FIELD, differences
+from pipeline.job import Job
+from pipeline.manifest import (
+    RECORD_KEY,
+    NotOursError,
+    PartRecord,
+    Status,
+    commit_record,
+    differing_files,
+    from_json,
+    manifest_fields,
+    plan_fields,
+    read_part,
+    result_from_commit,
+    to_json,
+)
+from pipeline.paths import safe_url
+from pipeline.plan import Plan
+from pipeline.storage import FileInfo, Storage, check_writable
+from pipeline.types import Totals, UnitResult, WorkUnit
+
+PLAN, MANIFEST, SUCCESS = "_job/plan.json", "_job/manifest.json", "_SUCCESS"
+RECORDS = "_job/units"
+READ_THREADS = 16
+
+
+def part_name(unit_id: str) -> str:
+    """The file name of a unit's part."""
+    return f"part-{unit_id}.parquet"
+
+
+class Ledger:
+    """One output folder. Methods raise OutputError where it is not as it must be, StorageError where it fails."""
+
+    def __init__(self, output_path: str, fingerprint_digest: str | None = None) -> None:
+        """`fingerprint_digest` names the job that may write here; None: only read_status and is_complete are used."""
+        self.path = output_path
+        self._digest = fingerprint_digest
+        self._storage = Storage(output_path)
+        self._shown = safe_url(output_path)
+
+    # The driver's side: before, and at the end.
+
+    def open(self, plan: Plan, job: Job) -> None:
+        """Takes the folder for this job, or refuses: not writable, another job's, parts of unknown origin."""
+        if self._storage.kind() == "file":
+            raise OutputError(f"output {self._shown} is a file: give a folder")
+        old = self._storage.read_if_exists(PLAN)
+        if old is None:
+            if parts := self._parts():
+                raise OutputError(
+                    f"output {self._shown} holds {len(parts)} part file(s) such as {parts[0].name} but no {PLAN}: "
+                    "they are of unknown origin; use another output.path or delete it"
+                )
+            check_writable(self.path)
+            if self._storage.create(PLAN, to_json(plan_fields(plan, job))):
+                return
+            old = self._storage.read(PLAN)  # another run of this job, or of another one, was faster
+        self._check_same_job(old, plan)
+        if not self.is_complete():
+            check_writable(self.path)
+
+    def finished(self, plan: Plan) -> dict[str, UnitResult]:
+        """The units that have a part, by id; a commit record that is missing is written.
+
+        Raises OutputError naming the part where one is truncated, unreadable or of another job.
+        """
+        planned = {part_name(unit.id): unit for unit in plan.units}
+        parts = self._parts()
+        for part in parts:
+            if part.name not in planned:
+                raise OutputError(f"output {self._shown}: {part.name} is no part of this job's plan: delete it")
+        recorded = {record.name.rpartition("/")[2] for record in self._storage.list_files(RECORDS, "*.json")}
+
+        def read(part: FileInfo) -> UnitResult:
+            unit = planned[part.name]
+            if f"{unit.id}.json" in recorded:
+                result = self._from_record(unit, part)
+                if result is not None:
+                    return result
+            return self._from_part(unit, part)
+
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            return {result.unit_id: result for result in pool.map(read, parts)}
+
+    def complete(self, plan: Plan, job: Job, totals: Totals, *, seconds: float) -> dict[str, Any]:
+        """Writes the manifest, then `_SUCCESS`, and returns the manifest. `seconds`: wall clock of the run.
+
+        Raises OutputError where a unit has no part or the totals do not cover all rows: the job is not complete then.
+        """
+        parts = self._parts()
+        missing = len({part_name(unit.id) for unit in plan.units} - {part.name for part in parts})
+        if missing or totals.rows != plan.rows:
+            raise OutputError(
+                f"output {self._shown} is not complete: {missing} of {len(plan.units)} parts are missing and "
+                f"{totals.rows} of {plan.rows} rows are counted: submit the job again"
+            )
+        # Ids that the pipeline makes itself (file and row) cannot repeat.
+        given = job.input.id_column is not None
+        duplicates, examples = find_duplicates(self._storage, parts, plan.rows) if given else (0, ())
+        manifest = manifest_fields(plan, job, totals, duplicates, examples, seconds)
+        self._storage.write(MANIFEST, to_json(manifest))
+        self._storage.write(SUCCESS, b"")
+        return manifest
+
+    def is_complete(self) -> bool:
+        """Whether `_SUCCESS` is there."""
+        return self._storage.exists(SUCCESS)
+
+    def read_status(self) -> Status:
+        """How far the job in this folder is; needs no plan. Raises OutputError where the folder is no job's output."""
+        data = self._storage.read_if_exists(PLAN)
+        if data is None:
+            there = "is not a job's output: it has no " + PLAN if self._storage.kind() else "does not exist"
+            raise OutputError(f"output {self._shown} {there}")
+        try:
+            plan = from_json(data)
+            digest, rows, units = plan["fingerprint"]["digest"], plan["rows"], plan["units"]
+            created = plan["created"]
+            complete = self.is_complete()
+            finished = from_json(self._storage.read(MANIFEST))["finished"] if complete else None
+        except (NotOursError, KeyError, TypeError) as error:
+            raise OutputError(f"output {self._shown}: {PLAN} or {MANIFEST} cannot be read: {error}") from None
+        results = self._read_results()
+        totals = sum((result.totals for result in results), Totals())
+        return Status(totals.rows, rows, len(results), units, totals, complete, digest, created, finished)
+
+    # The worker's side: one unit.
+
+    def header(self, unit: WorkUnit, *, attempt: int, replica: str, seconds: float) -> dict[str, str]:
+        """The header for build_part. `seconds`: from the unit's start until now."""
+        record = PartRecord(
+            unit=unit.id,
+            file=unit.name,
+            first_row=unit.first_row,
+            rows=unit.row_count,
+            fingerprint=self._required_digest(),
+            writer=uuid.uuid4().hex,
+            replica=replica,
+            attempt=attempt,
+            seconds=seconds,
+        )
+        return {RECORD_KEY: json.dumps(asdict(record))}
+
+    def publish(self, unit: WorkUnit, data: bytes) -> UnitResult:
+        """Publishes a part made by build_part with this ledger's header; the first writer wins.
+
+        Where another attempt's part is there already, `data` is dropped and the result is that part's, with
+        `published_by_other`. Raises OutputError where that part is broken or another job's.
+        """
+        started = time.monotonic()
+        ours, totals = self._check_part(unit, pa.BufferReader(data))
+        stored, record, by_other = data, ours, False
+        if not self._storage.create(part_name(unit.id), data):
+            stored = self._storage.read(part_name(unit.id))
+            record, totals = self._check_part(unit, pa.BufferReader(stored))
+            # Our own writer id: the first try arrived and only its acknowledgement was lost.
+            by_other = record.writer != ours.writer
+        seconds = record.seconds + (0 if by_other else time.monotonic() - started)
+        result = UnitResult(unit.id, totals, seconds, _sha256(stored), record.replica, record.attempt)
+        self._write_record(record, result, len(stored))
+        return replace(result, published_by_other=by_other)
+
+    # Inside.
+
+    def _parts(self) -> list[FileInfo]:
+        return self._storage.list_files("", "part-*.parquet")
+
+    def _required_digest(self) -> str:
+        if self._digest is None:
+            raise ValueError("this Ledger was made to read a status only: give it a fingerprint digest")
+        return self._digest
+
+    def _check_same_job(self, plan_file: bytes, plan: Plan) -> None:
+        try:
+            old = from_json(plan_file)
+            fields, digest = old["fingerprint"]["fields"], old["fingerprint"]["digest"]
+            old_files = {file["name"]: file for file in old["files"]}
+        except (NotOursError, KeyError, TypeError) as error:
+            raise OutputError(
+                f"output {self._shown}: {PLAN} cannot be read: {error}; use another output.path"
+            ) from None
+        if digest == plan.fingerprint.digest:
+            return
+        found = differences(fields, plan.fingerprint.fields)
+        if fields.get(LISTING_FIELD) != plan.fingerprint.fields[LISTING_FIELD]:
+            found.insert(0, differing_files(old_files, plan))
+        raise OutputError(
+            f"output {self._shown} belongs to another job; what differs (there -> here): {'; '.join(found)}. "
+            "Use another output.path or delete it"
+        )
+
+    def _from_record(self, unit: WorkUnit, part: FileInfo) -> UnitResult | None:
+        """The result in a commit record; None where the record is broken, so that the part is asked."""
+        data = self._storage.read_if_exists(f"{RECORDS}/{unit.id}.json")
+        try:
+            fields = from_json(data or b"")
+            result = result_from_commit(fields)
+            size, fingerprint = fields["part_bytes"], fields["fingerprint"]
+        except (NotOursError, KeyError):
+            return None
+        if fingerprint != self._digest:
+            raise OutputError(f"output {self._shown}: {part.name} is another job's part: delete it")
+        if size != part.size:
+            raise OutputError(
+                f"output {self._shown}: {part.name} is truncated or replaced: it has {part.size} bytes, {size} were "
+                "published; delete it to have its rows generated again"
+            )
+        return result
+
+    def _from_part(self, unit: WorkUnit, part: FileInfo) -> UnitResult:
+        with self._storage.open(part.name, part.size) as source:
+            record, totals = self._check_part(unit, source)
+        digest = self._storage.sha256(part.name, part.size)
+        result = UnitResult(unit.id, totals, record.seconds, digest, record.replica, record.attempt)
+        self._write_record(record, result, part.size)
+        return result
+
+    def _check_part(self, unit: WorkUnit, source: pa.NativeFile) -> tuple[PartRecord, Totals]:
+        name = part_name(unit.id)
+        try:
+            record, totals = read_part(source)
+        except NotOursError as error:
+            raise OutputError(
+                f"output {self._shown}: {name} is broken: {error}; delete it to have its rows generated again"
+            ) from None
+        if record.fingerprint != self._digest:
+            raise OutputError(f"output {self._shown}: {name} is another job's part: delete it")
+        if (record.unit, record.rows) != (unit.id, unit.row_count):
+            raise OutputError(f"output {self._shown}: {name} holds unit {record.unit}, not {unit.id}: delete it")
+        return record, totals
+
+    def _write_record(self, record: PartRecord, result: UnitResult, part_bytes: int) -> None:
+        self._storage.write(f"{RECORDS}/{result.unit_id}.json", to_json(commit_record(record, result, part_bytes)))
+
+    def _read_results(self) -> list[UnitResult]:
+        """What is known of the parts without a plan; a part that cannot be read counts as not done."""
+
+        def read(part: FileInfo) -> UnitResult | None:
+            unit = part.name.removeprefix("part-").removesuffix(".parquet")
+            data = self._storage.read_if_exists(f"{RECORDS}/{unit}.json")
+            try:
+                if data is not None:
+                    return result_from_commit(from_json(data))
+                with self._storage.open(part.name, part.size) as source:
+                    record, totals = read_part(source)
+            except NotOursError:
+                return None
+            return UnitResult(record.unit, totals, record.seconds, "", record.replica, record.attempt)
+
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            return [result for result in pool.map(read, self._parts()) if result is not None]
+
+
+def read_status(output_path: str) -> Status:
+    """How far the job in an output folder is. Raises OutputError where the folder is no job's output."""
+    return Ledger(output_path).read_status()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,341 @@
+"""The output folder: taken by one job, published once, resumed from what is there, complete when everything is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import duplicates
+from pipeline.dataset import UnitReader
+from pipeline.duplicates import find_duplicates
+from pipeline.errors import OutputError
+from pipeline.job import Job
+from pipeline.ledger import Ledger, part_name, read_status
+from pipeline.storage import Storage
+from pipeline.types import Totals
+from tests.unit.pipeline_cases import make_job, open_ledger, part_of, plan_of, prompts, publish, run, write
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Two files, 25 rows, three units."""
+    write(tmp_path / "in/a.parquet", prompt=prompts(20), key=[*range(19), 3])
+    write(tmp_path / "in/b.parquet", prompt=["x", None, "", "y", "z"], key=[3, 30, None, 31, 32])
+    return make_job(tmp_path / "in", tmp_path / "out", output={"rows_per_file": 10}, input={"id_column": "key"})
+
+
+def out(job: Job, name: str = "") -> Path:
+    return Path(job.output.path) / name
+
+
+def load(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text())
+    assert isinstance(value, dict)
+    return value
+
+
+def test_a_whole_job(job: Job) -> None:
+    plan, ledger, manifest = run(job)
+    assert sorted(path.name for path in out(job).iterdir()) == [
+        "_SUCCESS",
+        "_job",
+        *sorted(part_name(unit.id) for unit in plan.units),
+    ]
+    assert (manifest["rows"], manifest["ok"], manifest["errors"], manifest["units"]) == (25, 23, 2, 3)
+    assert manifest["finish_reasons"] == {"error": 2, "length": 11, "stop": 12}
+    assert (manifest["duplicate_ids"], manifest["duplicate_id_examples"], manifest["null_ids"]) == (2, ["3"], 1)
+    assert manifest["fingerprint"] == plan.fingerprint.digest
+    assert load(out(job, "_job/manifest.json")) == manifest
+    assert ledger.is_complete()
+    record = load(out(job, f"_job/units/{plan.units[0].id}.json"))
+    assert record["part_bytes"] == out(job, part_name(plan.units[0].id)).stat().st_size
+    assert {"rows", "ok", "errors", "completion_tokens", "seconds", "sha256", "fingerprint", "writer"} <= set(record)
+
+
+def test_rows_out_are_rows_in_and_duckdb_reads_them(job: Job) -> None:
+    import duckdb
+
+    run(job)
+    parts = f"{job.output.path}/part-*.parquet"
+    with duckdb.connect() as db:
+        query = f"SELECT finish_reason, count(*), sum(completion_tokens)/sum(latency_s) FROM '{parts}' GROUP BY 1"
+        rates = {reason: (rows, rate) for reason, rows, rate in db.sql(query).fetchall()}
+        assert rates["stop"] == (12, 6.0)
+        assert rates["length"] == (11, 6.0)
+        assert rates["error"][0] == 2
+        places = db.sql(f"SELECT source_file, source_row FROM '{parts}' ORDER BY ALL").fetchall()
+        assert places == [("a.parquet", i) for i in range(20)] + [("b.parquet", i) for i in range(5)]
+        assert db.sql(f"SELECT id FROM '{parts}' WHERE error = 'prompt is null'").fetchall() == [(30,)]
+
+
+def test_readers_of_the_folder_see_parts_alone(job: Job) -> None:
+    import pyarrow.dataset as ds
+
+    plan, _, _ = run(job)
+    assert ds.dataset(job.output.path, format="parquet").count_rows() == plan.rows
+
+
+# Resume
+
+
+def test_finished_units_are_known_from_their_records(job: Job) -> None:
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    assert ledger.finished(plan) == {}
+    published = publish(job, plan, ledger, plan.units[:2])
+    again = open_ledger(job, plan)  # the same job comes back
+    assert list(again.finished(plan).values()) == published
+    assert not again.is_complete()
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "not a record"])
+def test_a_part_without_its_record_is_read_back_and_the_record_written(job: Job, damage: str) -> None:
+    """A crash between part and record loses nothing: the part's footer says it all."""
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    results = {result.unit_id: result for result in publish(job, plan, ledger)}
+    record = out(job, f"_job/units/{plan.units[1].id}.json")
+    before = load(record)
+    if damage == "missing":
+        record.unlink()
+    else:
+        record.write_bytes({"empty": b"", "half": record.read_bytes()[:40], "not a record": b"{}"}[damage])
+    found = ledger.finished(plan)
+    assert found.keys() == results.keys()
+    for unit, result in found.items():
+        assert (result.totals, result.sha256) == (results[unit].totals, results[unit].sha256)
+    assert {**load(record), "seconds": 0} == {**before, "seconds": 0}
+
+
+def test_a_record_without_its_part_counts_for_nothing(job: Job) -> None:
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    publish(job, plan, ledger)
+    out(job, part_name(plan.units[0].id)).unlink()
+    assert plan.units[0].id not in ledger.finished(plan)
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign"])
+def test_a_broken_part_is_named(job: Job, damage: str, with_record: bool) -> None:
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    publish(job, plan, ledger)
+    part = out(job, part_name(plan.units[1].id))
+    if damage == "foreign":
+        pq.write_table(pa.table({"x": [1]}), part)
+    else:
+        part.write_bytes(part.read_bytes()[: -20 if damage == "truncated" else 0])
+    if not with_record:
+        out(job, f"_job/units/{plan.units[1].id}.json").unlink()
+    with pytest.raises(OutputError, match=rf"{part.name} is (truncated|broken).*delete it"):
+        ledger.finished(plan)
+
+
+def test_a_part_of_another_job_is_named(job: Job, tmp_path: Path) -> None:
+    plan, ledger, _ = run(job)
+    elsewhere = job.model_copy(update={"output": job.output.model_copy(update={"path": str(tmp_path / "other")})})
+    other = make_job(job.input.path, elsewhere.output.path, output={"rows_per_file": 10}, generation={"seed": 1})
+    run(other)
+    part = part_name(plan.units[0].id)
+    record = f"_job/units/{plan.units[0].id}.json"
+    out(job, part).write_bytes(out(other, part).read_bytes())
+    out(job, record).unlink()
+    with pytest.raises(OutputError, match=f"{part} is another job's part"):
+        ledger.finished(plan)
+    out(job, record).write_bytes(out(other, record).read_bytes())
+    with pytest.raises(OutputError, match=f"{part} is another job's part"):
+        ledger.finished(plan)
+    out(job, part).rename(out(job, "part-000000000000-0000000000.parquet"))
+    with pytest.raises(OutputError, match=r"part-000000000000-0000000000\.parquet is no part of this job's plan"):
+        ledger.finished(plan)
+
+
+# Whose folder it is
+
+
+def test_another_job_is_refused_and_the_difference_named(job: Job) -> None:
+    run(job)
+    before = {path: path.read_bytes() for path in out(job).rglob("*") if path.is_file()}
+    write(Path(job.input.path) / "c.parquet", prompt=["new"], key=[1])
+    other = job.model_copy(update={"generation": job.generation.model_copy(update={"seed": 4, "stop": ("END",)})})
+    with pytest.raises(OutputError) as caught:
+        open_ledger(other, plan_of(other))
+    message = str(caught.value)
+    assert "input files: c.parquet is new" in message
+    assert "generation.seed: 0 -> 4" in message
+    assert 'generation.stop: [] -> ["END"]' in message
+    assert "use another output.path or delete it" in message.lower()
+    assert {path: path.read_bytes() for path in out(job).rglob("*") if path.is_file()} == before
+
+
+def test_files_gone_and_changed_are_named(job: Job) -> None:
+    run(job)
+    write(Path(job.input.path) / "a.parquet", prompt=prompts(21), key=list(range(21)))
+    (Path(job.input.path) / "b.parquet").unlink()
+    with pytest.raises(OutputError, match=r"input files: a\.parquet has changed, b\.parquet is gone"):
+        open_ledger(job, plan_of(job))
+
+
+def test_parts_of_unknown_origin_are_refused(job: Job) -> None:
+    run(job)
+    out(job, "_job/plan.json").unlink()
+    with pytest.raises(OutputError, match=r"holds 3 part file\(s\) such as part-.* but no _job/plan\.json"):
+        open_ledger(job, plan_of(job))
+
+
+def test_folders_that_cannot_be_an_output(job: Job, tmp_path: Path) -> None:
+    plan = plan_of(job)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file: give a folder"):
+        Ledger(str(tmp_path / "file"), plan.fingerprint.digest).open(plan, job)
+    with pytest.raises(OutputError, match="cannot write to output"):
+        Ledger(str(tmp_path / "file/out"), plan.fingerprint.digest).open(plan, job)
+    out(job, "_job").mkdir(parents=True)
+    out(job, "_job/plan.json").write_text("{")
+    with pytest.raises(OutputError, match=r"_job/plan\.json cannot be read"):
+        open_ledger(job, plan)
+
+
+def test_opening_a_complete_output_again_changes_nothing(job: Job) -> None:
+    run(job)
+    before = {path: path.stat().st_mtime_ns for path in out(job).rglob("*")}
+    assert open_ledger(job, plan_of(job)).is_complete()
+    assert {path: path.stat().st_mtime_ns for path in out(job).rglob("*")} == before
+
+
+def test_records_hold_no_credentials(job: Job) -> None:
+    """plan.json and the manifest show the job's settings, URLs included."""
+    private = job.model_copy(
+        update={"model": job.model.model_copy(update={"checkpoint": "s3://k:hidden@b/c?t=hidden"})}
+    )
+    run(private)
+    for name in ("_job/plan.json", "_job/manifest.json"):
+        assert "s3://b/c" in out(job, name).read_text()
+        assert "hidden" not in out(job, name).read_text()
+
+
+# Publishing
+
+
+def test_the_first_writer_wins(job: Job) -> None:
+    """A unit computed twice (a replica thought dead) is published once; the later one reports that part."""
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    data = UnitReader(job.input).read(plan.units[0])
+    first = ledger.publish(plan.units[0], part_of(data, plan, ledger, attempt=1))
+    part = out(job, part_name(plan.units[0].id)).read_bytes()
+    late = Ledger(job.output.path, plan.fingerprint.digest)
+    second = late.publish(plan.units[0], part_of(data, plan, late, attempt=2))
+    assert (first.published_by_other, second.published_by_other) == (False, True)
+    assert (second.attempt, second.totals, second.sha256) == (1, first.totals, first.sha256)
+    assert out(job, part_name(plan.units[0].id)).read_bytes() == part
+    assert load(out(job, f"_job/units/{plan.units[0].id}.json"))["attempt"] == 1
+
+
+def test_a_lost_acknowledgement_is_success(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part arrived, the answer did not, the retry says "already there": the writer id inside says it is ours."""
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    create = Storage.create
+
+    def losing(self: Storage, name: str, data: bytes) -> bool:
+        create(self, name, data)
+        return create(self, name, data)
+
+    monkeypatch.setattr(Storage, "create", losing)
+    (result,) = publish(job, plan, ledger, plan.units[:1])
+    assert not result.published_by_other
+    assert list(ledger.finished(plan)) == [plan.units[0].id]
+
+
+def test_nothing_is_published_under_a_wrong_name(job: Job) -> None:
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    data = UnitReader(job.input).read(plan.units[0])
+    with pytest.raises(OutputError, match=f"holds unit {plan.units[0].id}, not {plan.units[1].id}"):
+        ledger.publish(plan.units[1], part_of(data, plan, ledger))
+    assert ledger.finished(plan) == {}
+
+
+# The end
+
+
+def test_a_job_with_a_part_missing_is_not_complete(job: Job) -> None:
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    totals = sum((result.totals for result in publish(job, plan, ledger)), Totals())
+    out(job, part_name(plan.units[2].id)).unlink()
+    with pytest.raises(OutputError, match="1 of 3 parts are missing"):
+        ledger.complete(plan, job, totals, seconds=1.0)
+    with pytest.raises(OutputError, match="0 of 25 rows are counted"):
+        ledger.complete(plan, job, Totals(), seconds=1.0)
+    assert not ledger.is_complete()
+    assert not out(job, "_job/manifest.json").exists()
+
+
+def test_status_while_running_and_at_the_end(job: Job) -> None:
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    results = publish(job, plan, ledger, plan.units[:2])
+    out(job, f"_job/units/{plan.units[1].id}.json").unlink()  # as after a crash: the part is asked
+    status = read_status(job.output.path)
+    assert (status.rows_done, status.rows_total, status.units_done, status.units_total) == (20, 25, 2, 3)
+    assert (status.complete, status.finished) == (False, None)
+    results += publish(job, plan, ledger, plan.units[2:])
+    manifest = ledger.complete(plan, job, sum((r.totals for r in results), Totals()), seconds=1.0)
+    status = read_status(job.output.path)
+    assert (status.complete, status.finished, status.totals.errors) == (True, manifest["finished"], 2)
+
+
+def test_status_of_folders_that_are_no_output(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="does not exist"):
+        read_status(str(tmp_path / "absent"))
+    with pytest.raises(OutputError, match=r"is not a job's output: it has no _job/plan\.json"):
+        read_status(str(tmp_path))
+
+
+# Duplicate ids
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_duplicates_across_parts_and_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_text: bool) -> None:
+    """Counted exactly with many buckets, whatever the type; at most ten examples; nulls are no ids."""
+    monkeypatch.setattr(duplicates, "IDS_A_BUCKET", 50)
+    monkeypatch.setattr(duplicates, "BATCH_ROWS", 64)
+    kind = pa.string() if as_text else pa.int64()
+    ids = [list(range(300)), [*range(295, 500), None, None], [2**61 - 1, 0, 7, 7, -1]]
+    for number, values in enumerate(ids):
+        write(tmp_path / f"part-{number}.parquet", id=pa.array(values, pa.int64()).cast(kind))
+    storage = Storage(str(tmp_path))
+    parts = storage.list_files("", "part-*.parquet")
+    count, examples = find_duplicates(storage, parts, rows=520)
+    assert count == 5 + 3
+    assert set(examples) == {"295", "296", "297", "298", "299", "0", "7"}
+    for number in range(30):
+        write(tmp_path / f"part-9{number}.parquet", id=pa.array([number], pa.int64()).cast(kind))
+    count, examples = find_duplicates(storage, storage.list_files("", "part-*.parquet"), rows=550)
+    assert count == 38
+    assert len(examples) == 10
+    assert len(set(examples)) == 10
+
+
+def test_no_duplicates(tmp_path: Path) -> None:
+    write(tmp_path / "part-0.parquet", id=["a", "b", None, None])
+    storage = Storage(str(tmp_path))
+    assert find_duplicates(storage, storage.list_files("", "part-*"), rows=4) == (0, ())
+
+
+def test_ids_made_by_the_pipeline_are_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File and row cannot repeat: no pass over the output for them."""
+
+    def unwanted(*_: object) -> None:
+        raise AssertionError("the parts were read")
+
+    monkeypatch.setattr("pipeline.ledger.find_duplicates", unwanted)
+    write(tmp_path / "in/a.parquet", prompt=prompts(3))
+    _, _, manifest = run(make_job(tmp_path / "in", tmp_path / "out"))
+    assert manifest["duplicate_ids"] == 0
