@@ -32,13 +32,7 @@ class Engine:
         self.pair = tower_pair
         self.limits = limits or EngineLimits()
         self.trace = trace
-        config = tower_pair.config
-        self.max_context = self.limits.max_context_tokens or config.max_position_embeddings
-        if self.max_context > config.max_position_embeddings:
-            raise RequestError(
-                f"max_context_tokens is {self.max_context}, but the checkpoint's contexts hold "
-                f"{config.max_position_embeddings} tokens at most (max_position_embeddings); lower it"
-            )
+        self.max_context = self.limits.context_tokens(tower_pair.config.max_position_embeddings)
         self.kv_tokens = self.limits.kv_tokens or self._default_kv_tokens()
         self.cache = tower_pair.new_cache(slots=self.limits.max_rows, kv_tokens=self.kv_tokens)
         self.scheduler = Scheduler(self.cache, self.limits.max_prefill_tokens)

@@ -158,6 +158,18 @@ class EngineLimits:
     kv_tokens: int | None = None
     """Tokens of attention context for all rows together; None: sized from max_rows and the context, within memory."""
 
+    def context_tokens(self, max_position_embeddings: int) -> int:
+        """Prompt + completion of one row at most, on a checkpoint whose contexts hold so many tokens.
+
+        Raises RequestError where max_context_tokens is more than that.
+        """
+        if (self.max_context_tokens or 0) > max_position_embeddings:
+            raise RequestError(
+                f"max_context_tokens is {self.max_context_tokens}, but the checkpoint's contexts hold "
+                f"{max_position_embeddings} tokens at most (max_position_embeddings); lower it"
+            )
+        return self.max_context_tokens or max_position_embeddings
+
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_prefill_tokens"):
             value = getattr(self, name)

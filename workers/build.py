@@ -1,0 +1,69 @@
+"""Puts a replica together from a job: model, engine, reader and ledger."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from model.errors import CheckpointError
+from pipeline.dataset import UnitData, UnitReader, build_part
+from pipeline.job import Job
+from pipeline.ledger import Ledger
+from pipeline.types import RowResult, UnitResult, WorkUnit
+from workers.unit_runner import UnitRunner
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSpec:
+    """All that a replica needs to know; it travels to the actor."""
+
+    job: Job
+    fingerprint: str
+    """The plan's digest."""
+    schema: pa.Schema
+    """Of every part."""
+
+
+class PartStore:
+    """Reads a job's units and publishes their parts: the runner's UnitStore."""
+
+    def __init__(self, spec: ReplicaSpec, replica: str) -> None:
+        self._reader = UnitReader(spec.job.input)
+        self._ledger = Ledger(spec.job.output.path, spec.fingerprint)
+        self._schema, self._replica = spec.schema, replica
+
+    def read(self, unit: WorkUnit) -> UnitData:
+        """See UnitStore."""
+        return self._reader.read(unit)
+
+    def publish(self, data: UnitData, results: Sequence[RowResult], *, attempt: int, seconds: float) -> UnitResult:
+        """See UnitStore. Raises ValueError, which ends the replica, where a row has no result or more than one."""
+        header = self._ledger.header(data.unit, attempt=attempt, replica=self._replica, seconds=seconds)
+        part, _ = build_part(data, results, self._schema, header)
+        return self._ledger.publish(data.unit, part)
+
+
+def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
+    """Loads the job's model and makes a runner. Raises CheckpointError and RequestError.
+
+    The devices are those that Ray shows this process: cuda:0 up to the replica's number of GPUs, or the CPU.
+    """
+    import torch  # only here: whoever builds a runner needs it, whoever imports this module may not
+
+    from model import Engine, load_model
+
+    job = spec.job
+    torch.set_num_threads(job.workers.cpus)
+    devices = [f"cuda:{index}" for index in range(job.workers.gpus)] or ["cpu"]
+    towers = "context" if job.generation.mode == "ar" else "both"
+    pair = load_model(job.model.checkpoint, dtype=job.model.dtype, devices=devices, towers=towers)  # type: ignore[arg-type]
+    if pair.tokenizer is None:
+        raise CheckpointError(f"checkpoint {job.model.checkpoint} has no tokenizer.json: prompts cannot be read")
+    return UnitRunner(
+        Engine(pair, job.engine.limits()),
+        pair.tokenizer,
+        PartStore(spec, replica),
+        job.generation.params(tuple(pair.eos_ids)),
+        replica=replica,
+        max_rows=job.engine.max_rows,
+    )

@@ -1,0 +1,246 @@
+"""One replica's work, free of Ray: reads units, keeps the engine full, publishes parts.
+
+    add(unit) -> read + tokenise (thread) -> rows, longest first -> engine -> results -> part (thread) -> UnitDone
+
+A unit's rows finish in any order. Up to two units are in at once (the dispatcher's rule), so the engine goes on with
+the next one's rows while the last rows of the first finish; reading and publishing happen beside it, in two threads.
+"""
+
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from model.errors import RequestError, TwoTowerError
+from model.params import Completion, GenerationParams, Request
+from pipeline.dataset import UnitData
+from pipeline.dispatch import UnitDone, UnitFailed, UnitProgress
+from pipeline.types import RowResult, UnitResult, WorkUnit
+
+QUEUE_FACTOR = 2
+"""Rows handed to the engine ahead of its slots, in multiples of its row limit: all slots can turn over in one step."""
+TOKENISE_ROWS = 1000
+"""Prompts tokenised in one call: bounds the Python lists that exist beside the compact ones."""
+
+T = TypeVar("T")
+Outcome = UnitDone | UnitFailed
+
+
+class EngineLike(Protocol):
+    """What the runner needs of model.Engine."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not in a slot yet."""
+
+    def submit(self, request: Request) -> None:
+        """Raises RequestError where the request can never run."""
+
+    def step(self) -> Sequence[Completion]:
+        """One turn of the engine; the rows that finished in it. Raises EngineError."""
+
+
+class TokenizerLike(Protocol):
+    """What the runner needs of a checkpoint's tokenizer."""
+
+    def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]: ...
+
+
+class UnitStore(Protocol):
+    """Where units are read and parts go. Called from threads. Both raise TwoTowerError where this unit cannot."""
+
+    def read(self, unit: WorkUnit) -> UnitData: ...
+
+    def publish(self, data: UnitData, results: Sequence[RowResult], *, attempt: int, seconds: float) -> UnitResult: ...
+
+
+@dataclass(slots=True)
+class _OpenUnit:
+    """A unit on its way: rows still to be submitted, rows finished."""
+
+    data: UnitData
+    attempt: int
+    started: float
+    queue: deque[tuple[int, "array[int]"]] = field(default_factory=deque)
+    """Rows to submit, longest first: (index in the unit, prompt ids). Compact: 4 bytes a token."""
+    results: list[RowResult] = field(default_factory=list)
+    errors: int = 0
+    tokens: int = 0
+
+    @property
+    def unit(self) -> WorkUnit:
+        return self.data.unit
+
+
+class UnitRunner:
+    """Drives one engine over units. `work` is for one thread; `add` may be called from another one."""
+
+    def __init__(
+        self,
+        engine: EngineLike,
+        tokenizer: TokenizerLike,
+        store: UnitStore,
+        params: GenerationParams,
+        *,
+        replica: str,
+        max_rows: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine, self._tokenizer, self._store, self._params = engine, tokenizer, store, params
+        self._replica, self._clock = replica, clock
+        self._queue_limit = QUEUE_FACTOR * max_rows
+        # A thread each, not two for both: a reader reads one unit at a time, and no part waits behind a reading.
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
+        self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
+        self._wake = threading.Event()  # set by whatever gives an idle runner something to do
+        self._units: dict[str, WorkUnit] = {}  # by id, from add to outcome
+        self._added: deque[tuple[WorkUnit, int]] = deque()
+        self._reading: dict[str, Future[_OpenUnit]] = {}
+        self._open: dict[str, _OpenUnit] = {}  # in the order they came
+        self._publishing: dict[str, Future[UnitResult]] = {}
+        self._in_engine: dict[str, tuple[_OpenUnit, int]] = {}  # row key -> its unit and index
+
+    @property
+    def busy(self) -> bool:
+        """Whether any unit is in."""
+        return bool(self._units)
+
+    def add(self, unit: WorkUnit, attempt: int) -> None:
+        """Take a unit. Raises ValueError for one that is in already: its row keys would be twice in the engine."""
+        if unit.id in self._units:
+            raise ValueError(f"unit {unit.id} is already on replica {self._replica}")
+        self._units[unit.id] = unit
+        self._added.append((unit, attempt))
+        self._wake.set()
+
+    def work(self, seconds: float) -> list[Outcome]:
+        """Run until a unit is finished or `seconds` have passed; returns what became of the finished ones.
+
+        Raises whatever the engine raises, and errors of reading or publishing that are not the project's own: the
+        runner is then not to be used again.
+        """
+        deadline = self._clock() + seconds
+        while True:
+            self._wake.clear()
+            self._start_reading()
+            outcomes = [*self._collect_read(), *self._collect_published()]
+            left = deadline - self._clock()
+            if outcomes or left <= 0:
+                return outcomes
+            self._top_up()
+            if self._in_engine:
+                for completion in self._engine.step():
+                    self._finish_row(*self._in_engine.pop(completion.key), completion)
+            else:
+                self._wake.wait(left)
+
+    def progress(self) -> list[UnitProgress]:
+        """How far each unit is that has begun to give rows."""
+        return [
+            UnitProgress(self._replica, unit_id, len(unit.results), unit.errors, unit.tokens)
+            for unit_id, unit in self._open.items()
+        ]
+
+    def close(self) -> None:
+        """Let go of the threads; units under way are abandoned."""
+        for threads in (self._reader, self._publisher):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _start_reading(self) -> None:
+        while self._added:
+            unit, attempt = self._added.popleft()
+            self._reading[unit.id] = self._spawn(self._reader, self._read, unit, attempt)
+
+    def _spawn(self, threads: ThreadPoolExecutor, task: Callable[..., T], *args: object) -> Future[T]:
+        future = threads.submit(task, *args)
+        future.add_done_callback(lambda _future: self._wake.set())
+        return future
+
+    def _read(self, unit: WorkUnit, attempt: int) -> _OpenUnit:
+        """In a thread: read, tokenise, settle the rows that cannot be generated, sort the others."""
+        opened = _OpenUnit(self._store.read(unit), attempt, self._clock())
+        good = []
+        for row in opened.data.rows:
+            if row.prompt is None:
+                self._add_error(opened, row.index, row.error or "the row has no prompt")
+            else:
+                good.append((row.index, row.prompt))
+        tokenised: list[tuple[int, array[int]]] = []
+        for start in range(0, len(good), TOKENISE_ROWS):
+            chunk = good[start : start + TOKENISE_ROWS]
+            encoded = self._tokenizer.encode_batch([prompt for _, prompt in chunk])
+            tokenised += [(index, array("i", ids)) for (index, _), ids in zip(chunk, encoded, strict=True)]
+        for index, ids in tokenised:
+            if not ids:
+                self._add_error(opened, index, "the prompt has no tokens")
+        opened.queue.extend(sorted((row for row in tokenised if row[1]), key=lambda row: (-len(row[1]), row[0])))
+        return opened
+
+    def _collect_read(self) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for unit_id in [unit_id for unit_id, future in self._reading.items() if future.done()]:
+            try:
+                opened = self._reading.pop(unit_id).result()
+            except TwoTowerError as error:
+                outcomes.append(self._fail(unit_id, error))
+                continue
+            self._open[unit_id] = opened
+            self._publish_if_complete(opened)
+        return outcomes
+
+    def _top_up(self) -> None:
+        for opened in list(self._open.values()):
+            while opened.queue and self._engine.waiting < self._queue_limit:
+                index, ids = opened.queue.popleft()
+                key = opened.data.rows[index].key
+                try:
+                    self._engine.submit(Request(key, list(ids), self._params))
+                except RequestError as error:
+                    self._add_error(opened, index, str(error), prompt_tokens=len(ids))
+                    self._publish_if_complete(opened)
+                else:
+                    self._in_engine[key] = opened, index
+
+    def _finish_row(self, opened: _OpenUnit, index: int, completion: Completion) -> None:
+        self._add(opened, index, completion)
+        self._publish_if_complete(opened)
+
+    def _add_error(self, opened: _OpenUnit, index: int, error: str, prompt_tokens: int = 0) -> None:
+        key = opened.data.rows[index].key
+        self._add(opened, index, Completion(key=key, finish_reason="error", error=error, prompt_tokens=prompt_tokens))
+
+    def _add(self, opened: _OpenUnit, index: int, completion: Completion) -> None:
+        opened.results.append(RowResult(index, completion, self._params.mode, opened.attempt, self._replica))
+        opened.errors += completion.finish_reason == "error"
+        opened.tokens += len(completion.token_ids)
+
+    def _publish_if_complete(self, opened: _OpenUnit) -> None:
+        if len(opened.results) < len(opened.data.rows):
+            return
+        del self._open[opened.unit.id]
+        self._publishing[opened.unit.id] = self._spawn(self._publisher, self._publish, opened)
+
+    def _publish(self, opened: _OpenUnit) -> UnitResult:
+        """In a thread."""
+        seconds = self._clock() - opened.started
+        return self._store.publish(opened.data, opened.results, attempt=opened.attempt, seconds=seconds)
+
+    def _collect_published(self) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for unit_id in [unit_id for unit_id, future in self._publishing.items() if future.done()]:
+            try:
+                result = self._publishing.pop(unit_id).result()
+            except TwoTowerError as error:
+                outcomes.append(self._fail(unit_id, error))
+            else:
+                del self._units[unit_id]
+                outcomes.append(UnitDone(result))
+        return outcomes
+
+    def _fail(self, unit_id: str, error: TwoTowerError) -> UnitFailed:
+        unit = self._units.pop(unit_id)
+        return UnitFailed(self._replica, unit, str(error))
