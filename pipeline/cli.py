@@ -1,0 +1,190 @@
+"""The command line: run, plan, status. The composition root: it alone brings pipeline and workers together.
+
+Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM.
+"""
+
+import contextlib
+import functools
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from model.errors import TwoTowerError
+
+if TYPE_CHECKING:  # everything heavier is imported by the command that needs it: --help and status start fast
+    from types import FrameType
+
+    from pipeline.dispatch import Pool
+    from pipeline.job import Job
+    from pipeline.plan import Plan
+    from pipeline.run import Outcome
+
+app = typer.Typer(
+    help="Batch generation with TwoTower block diffusion: prompts in Parquet, completions in Parquet.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+JobFile = Annotated[str, typer.Argument(metavar="JOB", help="A job file, such as jobs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as engine.max_rows=32. Repeatable."),
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", envvar="TWOTOWER_DEBUG", help="Show the traceback of an error.", show_envvar=True)
+]
+Local = Annotated[bool, typer.Option("--local", help="One replica in this process, without Ray.")]
+LogEvery = Annotated[
+    float, typer.Option("--log-every", min=0.1, metavar="SECONDS", help="Time between progress lines in a log.")
+]
+OutputPath = Annotated[str, typer.Argument(metavar="OUTPUT", help="The output folder of a job.")]
+
+
+@app.command()
+def run(
+    job: JobFile, overrides: Overrides = None, local: Local = False, log_every: LogEvery = 5.0, debug: Debug = False
+) -> None:
+    """Run a job, or what is left of it. To resume after any stop, run it again."""
+    with _one_line_errors(debug):
+        from pipeline.jobfile import load_job
+        from pipeline.progress import open_progress
+        from pipeline.run import run_job
+
+        settings = load_job(job, overrides or ())
+        with _StopSignals() as signals:
+            make_pool = functools.partial(_make_pool, settings, local, signals.install)
+            try:
+                outcome = run_job(
+                    settings, make_pool, signals.stop, functools.partial(open_progress, interval_s=log_every)
+                )
+            except TwoTowerError as error:
+                if signals.received is None:
+                    raise
+                typer.echo(str(error), err=True)
+                raise typer.Exit(128 + signals.received) from None
+        for line in _summary(settings, outcome):
+            typer.echo(line)
+
+
+@app.command()
+def plan(job: JobFile, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Show what a job would do, and write nothing. Exit code 1 where input files cannot be read."""
+    with _one_line_errors(debug):
+        from pipeline.jobfile import load_job
+        from pipeline.preview import preview
+
+        shown = preview(load_job(job, overrides or ()))
+        for line in shown.lines():
+            typer.echo(line)
+        for name, reason in shown.unreadable:
+            typer.echo(f"error: input file {name} cannot be read: {reason}", err=True)
+        if shown.unreadable:
+            raise typer.Exit(1)
+
+
+@app.command()
+def status(output: OutputPath, debug: Debug = False) -> None:
+    """Show how far the job of an output folder is, whether it runs, is dead or complete."""
+    with _one_line_errors(debug):
+        from pipeline.ledger import read_status
+
+        state = read_status(output)
+        totals = state.totals
+        typer.echo(f"rows     {state.rows_done:,} of {state.rows_total:,} ({totals.ok:,} ok, {totals.errors:,} errors)")
+        typer.echo(f"units    {state.units_done:,} of {state.units_total:,}")
+        typer.echo(f"tokens   {totals.prompt_tokens:,} prompt, {totals.completion_tokens:,} completion")
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.finish_reasons.items()))
+        typer.echo(f"ended by {reasons or '-'}")
+        typer.echo(f"begun    {state.created}")
+        if state.complete:
+            typer.echo(f"complete {state.finished}")
+        else:
+            typer.echo("not complete: if it is not running, submit the same job again to resume")
+
+
+@contextlib.contextmanager
+def _one_line_errors(debug: bool) -> Iterator[None]:
+    """Our own errors become one line on stderr and exit code 1; all others are faults of ours and keep a traceback."""
+    try:
+        yield
+    except TwoTowerError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+
+
+class _StopSignals:
+    """SIGINT and SIGTERM set `stop`; a second one interrupts at once.
+
+    `install` is called after Ray has started, because ray.init() puts a handler of its own in place.
+    """
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.received: int | None = None
+        self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        return self
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: "FrameType | None") -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        self.stop.set()
+
+
+def _make_pool(
+    job: "Job", local: bool, started: Callable[[], None], plan: "Plan", units: int, tell: Callable[[str], None]
+) -> "Pool":
+    from workers.build import ReplicaSpec, make_runner
+
+    maker = functools.partial(make_runner, ReplicaSpec(job, plan.fingerprint.digest, plan.schema))
+    pool: Pool
+    if local:
+        from workers.local_pool import LocalPool
+
+        pool = LocalPool(maker)
+    else:
+        from workers.pool import RayPool
+
+        pool = RayPool(maker, job.workers, units, tell)
+    started()
+    return pool
+
+
+def _summary(job: "Job", outcome: "Outcome") -> list[str]:
+    from pipeline.ledger import MANIFEST
+    from pipeline.paths import safe_url
+    from pipeline.progress import duration
+
+    totals, output = outcome.totals, safe_url(job.output.path).rstrip("/")
+    rows = f"{totals.rows:,} rows: {totals.ok:,} ok, {totals.errors:,} errors"
+    lines = [f"job {job.name} was complete already, nothing was run: {rows}"]
+    if outcome.ran_units:
+        rate = outcome.tokens / outcome.seconds if outcome.seconds else 0.0
+        resumed = outcome.units - outcome.ran_units
+        lines = [
+            f"job {job.name} is complete: {rows}"
+            + (f" ({resumed} of {outcome.units} units before)" if resumed else ""),
+            f"tokens   {totals.prompt_tokens:,} prompt, {totals.completion_tokens:,} completion; "
+            f"{rate:,.0f} tokens/s over {duration(outcome.seconds)}",
+        ]
+    elif outcome.manifest is not None:
+        lines = [f"job {job.name} is complete, its manifest was missing: {rows}"]
+    query = f"SELECT finish_reason, count(*) FROM '{output}/part-*.parquet' GROUP BY 1"
+    return [*lines, f"output   {output}", f"manifest {output}/{MANIFEST}", f'query    duckdb -c "{query}"']

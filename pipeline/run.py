@@ -1,0 +1,112 @@
+"""One job from its settings to its manifest. Nothing is written before all that can be checked here is checked."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from model.checkpoint import Checkpoint, open_checkpoint
+from model.tokenizer import Tokenizer
+from pipeline.dispatch import Board, Pool, dispatch
+from pipeline.errors import CheckpointError, JobError
+from pipeline.job import Job
+from pipeline.ledger import Ledger
+from pipeline.paths import safe_url
+from pipeline.plan import Plan, make_plan
+from pipeline.progress import BarProgress, LogProgress, Meter, open_progress
+from pipeline.retry import RetryPolicy
+from pipeline.types import Totals, UnitResult
+
+PoolMaker = Callable[[Plan, int, Callable[[str], None]], Pool]
+"""Makes the pool for a plan with so many units left; the last argument shows a message to the operator."""
+ProgressMaker = Callable[[Meter], LogProgress | BarProgress]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A job that is complete."""
+
+    totals: Totals
+    units: int
+    ran_units: int
+    """Of them, those that this run did; 0: the job was complete before."""
+    tokens: int
+    """Completion tokens that this run generated."""
+    seconds: float
+    """Wall clock of this run, loading and planning included."""
+    manifest: dict[str, Any] | None
+    """None where the job was complete before."""
+
+
+def check_checkpoint(job: Job) -> Checkpoint:
+    """Opens the job's checkpoint and checks, without loading it, that a replica could.
+
+    Raises CheckpointError; RequestError and JobError where the job's limits do not fit the checkpoint's context.
+    """
+    checkpoint = open_checkpoint(job.model.checkpoint)
+    towers: Literal["context", "both"] = "context" if job.generation.mode == "ar" else "both"
+    checkpoint.validate(towers)
+    load_tokenizer(checkpoint)
+    context = job.engine.limits().context_tokens(checkpoint.config.max_position_embeddings)
+    if job.generation.max_new_tokens >= context:
+        raise JobError(
+            f"generation.max_new_tokens is {job.generation.max_new_tokens:,}, and prompt and completion together may "
+            f"have {context:,} tokens: no prompt would fit; lower it"
+        )
+    return checkpoint
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises CheckpointError where it has none."""
+    raw = checkpoint.tokenizer_json()
+    if raw is None:
+        raise CheckpointError(
+            f"checkpoint {safe_url(checkpoint.uri)} has no tokenizer.json: prompts cannot be turned into tokens"
+        )
+    return Tokenizer(raw)
+
+
+def run_job(
+    job: Job, make_pool: PoolMaker, stop: threading.Event, make_progress: ProgressMaker = open_progress
+) -> Outcome:
+    """Runs what is left of a job and completes it. Setting `stop` ends it soon, with JobFailed.
+
+    Raises JobError, RequestError, CheckpointError, InputError, OutputError and StorageError before anything is
+    written; then JobFailed and ClusterError, with the finished parts in place.
+    """
+    started = time.monotonic()
+    plan = make_plan(job, checkpoint_identity=check_checkpoint(job).identity())
+    ledger = Ledger(job.output.path, plan.fingerprint.digest)
+    ledger.open(plan, job)
+    results = ledger.finished(plan)
+    ran_units = len(plan.units) - len(results)
+    if not ran_units and ledger.is_complete():
+        totals = sum((result.totals for result in results.values()), Totals())
+        return Outcome(totals, len(plan.units), 0, 0, time.monotonic() - started, None)
+    meter = Meter(plan.rows, results.values())
+    policy = RetryPolicy(job.retry.attempts, job.retry.max_error_rate)
+    if ran_units:
+        results = _generate(plan, results, make_pool, policy, stop, make_progress(meter))
+    else:  # the manifest alone is missing
+        Board(plan.units, results, policy).check_end()
+    totals = sum((result.totals for result in results.values()), Totals())
+    manifest = ledger.complete(plan, job, totals, seconds=time.monotonic() - started)
+    return Outcome(totals, len(plan.units), ran_units, meter.tokens, time.monotonic() - started, manifest)
+
+
+def _generate(
+    plan: Plan,
+    finished: dict[str, UnitResult],
+    make_pool: PoolMaker,
+    policy: RetryPolicy,
+    stop: threading.Event,
+    progress: LogProgress | BarProgress,
+) -> dict[str, UnitResult]:
+    """Runs the units that are not finished; whatever happens, the pool and the progress line are closed."""
+    with contextlib.ExitStack() as closing:
+        closing.callback(progress.close)
+        pool = make_pool(plan, len(plan.units) - len(finished), progress.tell)
+        closing.callback(pool.close)
+        return dispatch(plan.units, finished, pool, policy, stop, progress)

@@ -1,0 +1,214 @@
+"""The command line without Ray and torch: what it prints, where, and its exit codes."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner, Result
+
+import pipeline.cli
+from pipeline.cli import app
+from pipeline.dispatch import Event
+from pipeline.plan import Plan
+from tests.workers.fakes import FakeMaker
+from workers.build import ReplicaSpec
+from workers.local_pool import LocalPool
+
+JOB = """
+name: small
+input: {{path: {folder}/in}}
+output: {{path: {folder}/out, rows_per_file: 10}}
+model: {{checkpoint: "builtin:tiny", dtype: float32}}
+generation: {{max_new_tokens: 8}}
+workers: {{gpus: 0}}
+"""
+
+
+class TerminatedPool(LocalPool):
+    """The process gets SIGTERM when the first unit is done."""
+
+    def wait(self, timeout_s: float) -> Sequence[Event]:
+        events = super().wait(timeout_s)
+        if any(type(event).__name__ == "UnitDone" for event in events):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return events
+
+
+def fake_pool(pool_class: type[LocalPool], job: Any, _local: bool, started: Any, plan: Plan, *_: Any) -> LocalPool:
+    pool = pool_class(FakeMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema)))
+    started()
+    return pool
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(pipeline.cli, "_make_pool", functools.partial(fake_pool, LocalPool))
+    monkeypatch.delenv("TWOTOWER_DEBUG", raising=False)
+    (tmp_path / "in").mkdir()
+    prompts = ["a" * (1 + i % 40) for i in range(34)] + [None]
+    pq.write_table(pa.table({"prompt": prompts}), tmp_path / "in" / "a.parquet")
+    file = tmp_path / "small.yaml"
+    file.write_text(JOB.format(folder=tmp_path))
+    return file
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_run_ends_with_a_summary_and_a_second_run_does_nothing(job: Path) -> None:
+    out = job.parent / "out"
+    first = call("run", job)
+    assert first.exit_code == 0, first.output
+    assert "job small is complete: 35 rows: 34 ok, 1 errors" in first.stdout
+    assert f"output   {out}" in first.stdout
+    assert f"manifest {out}/_job/manifest.json" in first.stdout
+    assert f"FROM '{out}/part-*.parquet' GROUP BY 1" in first.stdout
+    assert "35/35 rows (100.0%)" in first.stderr
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    second = call("run", job)
+    assert second.exit_code == 0
+    assert "job small was complete already, nothing was run: 35 rows: 34 ok, 1 errors" in second.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_a_missing_part_or_manifest_is_made_again(job: Path) -> None:
+    call("run", job)
+    out = job.parent / "out"
+    next(out.glob("part-*.parquet")).unlink()
+    assert "(3 of 4 units before)" in call("run", job).stdout
+    (out / "_SUCCESS").unlink()
+    assert "its manifest was missing" in call("run", job).stdout
+    assert (out / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--set", "generation.block_size=0"], "block_size"),
+        (["--set", "input.prompt_column=text"], "column 'text'"),
+        (["--set", "model.checkpoint=/nowhere"], "/nowhere"),
+        (["--set", "workerz.gpus=1"], "workerz"),
+        (["--set", "input.path=/nowhere/*.parquet"], "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(job: Path, arguments: list[str], text: str) -> None:
+    before = files_of(job.parent)
+    result = call("run", job, *arguments)
+    assert result.exit_code == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert text in line
+    assert files_of(job.parent) == before
+
+
+def test_another_jobs_output_is_refused(job: Path) -> None:
+    call("run", job)
+    for command in ("run", "plan"):
+        result = call(command, job, "--set", "generation.seed=2")
+        assert result.exit_code == 1
+        assert "belongs to another job" in result.stderr
+
+
+def test_too_many_error_rows_fail_the_job_and_raising_the_limit_completes_it(job: Path) -> None:
+    result = call("run", job, "--set", "retry.max_error_rate=0.01")
+    assert result.exit_code == 1
+    assert "1 of 35 rows are error rows (2.9%), above retry.max_error_rate (1.0%)" in result.stderr.splitlines()[-1]
+    assert not (job.parent / "out" / "_SUCCESS").exists()
+    assert call("run", job).exit_code == 0
+
+
+def test_debug_shows_the_traceback(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call("run", job, "--set", "x=1", "--debug").exception is not None
+    monkeypatch.setenv("TWOTOWER_DEBUG", "1")
+    assert type(call("run", job, "--set", "x=1").exception).__name__ == "JobError"
+
+
+def test_wrong_usage_exits_with_2(job: Path) -> None:
+    assert call("run").exit_code == 2
+    assert call("walk", job).exit_code == 2
+    assert call("run", job, "--fast").exit_code == 2
+
+
+def test_sigterm_stops_with_143_and_the_next_run_resumes(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(pipeline.cli, "_make_pool", functools.partial(fake_pool, TerminatedPool))
+    stopped = call("run", job)
+    assert stopped.exit_code == 143
+    last = stopped.stderr.splitlines()[-1]
+    assert last.startswith("stopped; ")
+    assert last.endswith(" of 4 units are done; submit the same job again to resume")
+    assert signal.getsignal(signal.SIGTERM) is before
+    status = call("status", job.parent / "out")
+    assert status.exit_code == 0
+    assert "submit the same job again to resume" in status.stdout
+    monkeypatch.setattr(pipeline.cli, "_make_pool", functools.partial(fake_pool, LocalPool))
+    assert "units before)" in call("run", job).stdout
+
+
+def test_status_of_a_complete_job_and_of_no_job(job: Path) -> None:
+    call("run", job)
+    status = call("status", job.parent / "out")
+    assert "rows     35 of 35 (34 ok, 1 errors)" in status.stdout
+    assert "units    4 of 4" in status.stdout
+    assert "1 error, 34 length" in status.stdout
+    assert "complete 20" in status.stdout
+    nothing = call("status", job.parent / "in")
+    assert nothing.exit_code == 1
+    assert nothing.stderr.startswith("error: output ")
+
+
+def test_plan_tells_what_would_run_and_writes_nothing(job: Path) -> None:
+    before = files_of(job.parent)
+    result = call("plan", job)
+    assert result.exit_code == 0, result.output
+    assert "1 file, 35 rows" in result.stdout
+    assert "left: 35 rows" in result.stdout
+    assert "estimate from a sample of 35 rows" in result.stdout
+    assert "1 of 35 sampled rows have no usable prompt" in result.stdout
+    assert "at most 280 tokens left (8 a row)" in result.stdout
+    assert files_of(job.parent) == before
+    call("run", job)
+    assert "done       4 units, 35 rows; left: 0 rows" in call("plan", job).stdout
+
+
+def test_plan_names_unreadable_files_and_exits_with_1(job: Path) -> None:
+    (job.parent / "in" / "b.parquet").write_text("no Parquet at all")
+    result = call("plan", job)
+    assert result.exit_code == 1
+    assert "1 file, 35 rows" in result.stdout
+    assert "error: input file b.parquet cannot be read: is not Parquet" in result.stderr
+
+
+def test_help_and_plan_import_neither_ray_nor_torch(job: Path) -> None:
+    for arguments in (["--help"], ["plan", str(job)]):
+        script = f"""
+import sys
+from pipeline.cli import app
+try:
+    app({arguments!r})
+except SystemExit as error:
+    assert not error.code, error.code
+heavy = [name for name in ("ray", "torch", *(["pyarrow"] if {len(arguments)} == 1 else [])) if name in sys.modules]
+assert not heavy, heavy
+"""
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def test_python_m_pipeline_is_the_command_line() -> None:
+    result = subprocess.run([sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert "twotower" in result.stdout
+    assert all(command in result.stdout for command in ("run", "plan", "status"))
