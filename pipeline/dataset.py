@@ -38,7 +38,7 @@ class UnitReader:
     """Reads units of one job. Keeps the last file open: units taken in order are read in one pass over the file."""
 
     def __init__(self, settings: InputSection) -> None:
-        self._prompts = PromptMaker(settings)
+        self._prompts = PromptMaker(settings.prompt_column, settings.template)
         self._id_column = settings.id_column
         self._carry = settings.carry
         wanted = [*self._prompts.columns, *([self._id_column] if self._id_column else []), *self._carry]

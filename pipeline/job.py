@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
 from model.params import EngineLimits, GenerationParams, Mode
+from pipeline.prompts import template_columns
 
 Text = Annotated[StrictStr, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], Field(strict=False)]  # YAML knows lists alone: take them for tuples
@@ -55,8 +56,6 @@ class InputSection(Section):
         if self.prompt_column is not None and self.template is not None:
             raise ValueError("prompt_column and template are both given: keep one of them")
         if self.template is not None:
-            from pipeline.prompts import template_columns  # jinja2 is loaded only where a template is used
-
             template_columns(self.template)
         return self
 

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.job import InputSection
-
 if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
 
@@ -49,13 +47,13 @@ def template_columns(template: str) -> tuple[str, ...]:
 class PromptMaker:
     """Makes the prompts of a job's rows, from one column or from a template over several."""
 
-    def __init__(self, settings: InputSection) -> None:
-        self._column = settings.prompt_column
+    def __init__(self, prompt_column: str | None, template: str | None) -> None:
+        """One of the two. Raises ValueError where the template is wrong."""
         self._template = None
-        self.columns: tuple[str, ...] = (self._column,) if self._column is not None else ()
-        if settings.template is not None:
-            self.columns = template_columns(settings.template)
-            self._template = _environment().from_string(settings.template)
+        self.columns: tuple[str, ...] = (prompt_column,) if prompt_column is not None else ()
+        if template is not None:
+            self.columns = template_columns(template)
+            self._template = _environment().from_string(template)
 
     def make(self, table: pa.Table) -> Iterator[tuple[str | None, str | None]]:
         """(prompt, None) or (None, reason) for each row of a table that has `columns`."""

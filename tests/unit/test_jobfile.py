@@ -9,6 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from model.params import EngineLimits, GenerationParams
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.jobfile import load_job
@@ -282,3 +283,10 @@ def test_every_field_is_explained() -> None:
         for field, schema in definition["properties"].items():
             is_section = "$ref" in schema
             assert is_section or schema.get("description"), f"{name}.{field}"
+
+
+def test_job_sections_have_the_engines_own_defaults() -> None:
+    """A setting left out of the job file means what it means to the engine: no second set of defaults."""
+    job = Job.model_validate({"input": {"path": "i"}, "output": {"path": "o"}, "model": {"checkpoint": "c"}})
+    assert job.generation.params(default_eos=()) == GenerationParams()
+    assert job.engine.limits() == EngineLimits()
