@@ -8,6 +8,7 @@ the next turn. What a row generates depends on the row alone.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -85,10 +86,18 @@ class Engine:
             raise RequestError("stop strings need a tokenizer, and the checkpoint has no tokenizer.json")
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Runs the requests to their ends -> completions in the requests' order."""
+        """Runs the requests to their ends -> completions in the requests' order.
+
+        Raises RequestError, and runs none, where one of them could never run.
+        """
         done: dict[str, Completion] = {}
         for request in requests:
-            self.submit(request)
+            self._check(request)
+        keys = Counter(request.key for request in requests)
+        if doubled := next((key for key, count in keys.items() if count > 1), None):
+            raise RequestError(f"request key {doubled!r} is given {keys[doubled]} times: keys must be unique")
+        for request in requests:
+            self.scheduler.submit(request)
         while self.waiting or self.active:
             done |= {completion.key: completion for completion in self.step()}
         return [done[request.key] for request in requests]

@@ -61,7 +61,7 @@ class ActiveRow:
     def __post_init__(self) -> None:
         params = self.request.params
         self.key = self.request.sampling_key
-        prompt = list(self.request.prompt_ids)
+        prompt = [int(token) for token in self.request.prompt_ids]
         # the AR modes keep the last token out of the context: it is the input of the next forward
         self.pending = prompt if params.mode == "diffusion" else prompt[:-1]
 

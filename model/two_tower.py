@@ -142,7 +142,7 @@ class TwoTower(nn.Module):
     def context_logits(self, prompt_ids: Sequence[int]) -> Tensor:
         """(S,) ids -> (S, V) float32: the context tower's next-token logits at every position."""
         cache, slot = self._one_row(prompt_ids)
-        hidden = self.extend(cache, cache.rows([slot], [len(prompt_ids)]), torch.tensor(list(prompt_ids)))
+        hidden = self.extend(cache, cache.rows([slot], [len(prompt_ids)]), _ids(prompt_ids))
         return self.context.logits(hidden)
 
     @torch.inference_mode()
@@ -159,14 +159,18 @@ class TwoTower(nn.Module):
         if self.denoiser is None:
             raise RequestError("the model was loaded with towers='context': it has no denoiser; use towers='both'")
         cache, slot = self._one_row(context_ids)
-        if context_ids:
-            self.extend(cache, cache.rows([slot], [len(context_ids)]), torch.tensor(list(context_ids)))
+        if len(context_ids):
+            self.extend(cache, cache.rows([slot], [len(context_ids)]), _ids(context_ids))
         rows = cache.rows([slot], [len(block_ids)])
-        return self.denoiser.logits(self.denoise(cache, rows, torch.tensor(list(block_ids)), torch.tensor([t])))
+        return self.denoiser.logits(self.denoise(cache, rows, _ids(block_ids), torch.tensor([t])))
 
     def _one_row(self, prompt_ids: Sequence[int]) -> tuple[ContextCache, int]:
         cache = self.new_cache(slots=1, kv_tokens=max(1, len(prompt_ids)))
         return cache, cache.acquire(len(prompt_ids))
+
+
+def _ids(ids: Sequence[int]) -> Tensor:
+    return torch.as_tensor(ids, dtype=torch.int64)
 
 
 def _split(layers: int, stages: Sequence[torch.device]) -> list[torch.device]:

@@ -232,6 +232,16 @@ def test_a_key_in_use_is_refused(pair: TwoTower) -> None:
     engine.submit(Request("same", [5], GenerationParams()))
 
 
+def test_generate_runs_all_or_none(pair: TwoTower) -> None:
+    """One request that can never run, or a key given twice: nothing is queued."""
+    engine = Engine(pair)
+    good, wrong = Request("a", [5], GenerationParams(max_new_tokens=1)), Request("b", [], GenerationParams())
+    for requests, text in (([good, wrong], "no tokens"), ([good, good], "'a' is given 2 times")):
+        with pytest.raises(RequestError, match=text):
+            engine.generate(requests)
+        assert engine.waiting == engine.active == 0
+
+
 @pytest.mark.parametrize(
     ("limits", "text"),
     [
