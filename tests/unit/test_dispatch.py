@@ -3,6 +3,7 @@
 import contextlib
 import random
 import threading
+import tracemalloc
 from collections.abc import Sequence
 
 import pytest
@@ -207,3 +208,18 @@ def test_stop_ends_the_loop_and_says_how_to_resume() -> None:
     done: list[Event] = []
     with pytest.raises(JobFailed, match="stopped; 2 of 5 units are done; submit the same job again to resume"):
         dispatch(units, {}, pool, RetryPolicy(3, 0.1), stop, stop_after_two)
+
+
+def test_the_drivers_memory_does_not_grow_with_rows() -> None:
+    """400 units of 1,000,000 rows take what 400 units of 10 rows take; larger numbers alone may add up to 200 KB."""
+
+    def peak(rows: int) -> int:
+        tracemalloc.start()
+        units = make_units(400, rows)
+        dispatch(units, {}, FakePool(4, seed=1), RetryPolicy(3, 0.1), threading.Event())
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    peak(10)  # whatever is made once
+    assert peak(1_000_000) - peak(10) < 200_000
