@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export TWOTOWER_OUT ?= $(CURDIR)/out
 
-.PHONY: demo test lint types unit tiny clean
+.PHONY: demo test lint types unit bench-scale tiny clean
 
 demo: $(VENV)/.runtime ## run jobs/demo.yaml; completions land in out/demo
 	$(BIN)/python -m pipeline run jobs/demo.yaml
@@ -22,6 +22,9 @@ types: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+bench-scale: $(VENV)/.dev ## 2,000,000 rows through two replicas whose engine computes nothing
+	$(BIN)/python -m tests.benchmarks.scale
 
 tiny: $(VENV)/.runtime ## make the built-in checkpoint again, bit for bit
 	$(BIN)/python -m model.tiny.make
