@@ -22,7 +22,7 @@ CACHE_TOKENS = 8 * PAGE_SIZE
 lengths = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 200)), min_size=1, max_size=25)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(lengths, st.integers(1, 4), st.randoms(use_true_random=False))
 def test_every_row_gets_in_and_out_once(shapes: list[tuple[int, int]], slots: int, rng: object) -> None:
     """Rows of any length through few slots and few pages, leaving in any order: first come, first served."""
@@ -47,7 +47,7 @@ def test_every_row_gets_in_and_out_once(shapes: list[tuple[int, int]], slots: in
     assert cache.has_room(CACHE_TOKENS)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=12), st.integers(1, 500))
 def test_prefill_batches_keep_to_the_budget(prompts: list[int], budget: int) -> None:
     """Oldest first, within max_prefill_tokens; a longer prompt goes alone; all are prefilled in the end."""

@@ -47,7 +47,7 @@ def test_rows_carry_their_key_and_place(tmp_path: Path) -> None:
     assert second.columns["id"].to_pylist() == ["sub/a.parquet#3", "sub/a.parquet#4", "sub/a.parquet#5"]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 60),
     group=st.integers(1, 60),

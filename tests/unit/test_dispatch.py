@@ -103,7 +103,7 @@ def test_each_replica_gets_one_unit_before_any_gets_two() -> None:
     assert [(replica, work.unit.id) for replica, work in board.hand_out()] == [("a", "u0"), ("b", "u1"), ("a", "u2")]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     units=st.integers(0, 25),
     replicas=st.integers(1, 5),
@@ -122,7 +122,7 @@ def test_any_interleaving_of_losses_gives_every_unit_exactly_once(
         assert attempts == list(range(1, len(attempts) + 1))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**32), attempts=st.integers(1, 4))
 def test_no_unit_is_tried_more_often_than_allowed(seed: int, attempts: int) -> None:
     pool = FakePool(2, seed, faults=0.5)

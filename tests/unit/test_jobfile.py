@@ -221,7 +221,7 @@ def test_messages_hide_credentials(tmp_path: Path) -> None:
     assert "hidden" not in message
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.text(min_size=1).filter(lambda text: "${" not in text and text.isprintable()),
     carry=st.lists(st.from_regex(r"[a-z]{1,8}", fullmatch=True), max_size=4),
@@ -242,7 +242,7 @@ def test_what_is_written_is_what_is_read(
     assert Job.model_validate(job.model_dump()) == job
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=60) | st.binary(max_size=60))
 def test_no_file_escapes_the_exception_tree(tmp_path: Path, text: str | bytes) -> None:
     """Whatever the bytes, a file without the required keys is a JobError of one line."""

@@ -1,0 +1,9 @@
+"""For all tests: the same random examples on every run, and no time limits that a busy machine would break."""
+
+import contextlib
+
+with contextlib.suppress(ImportError):  # tests/gpu runs on machines that have no hypothesis
+    from hypothesis import settings
+
+    settings.register_profile("project", derandomize=True, deadline=None, database=None)
+    settings.load_profile("project")
