@@ -122,12 +122,11 @@ class Engine:
         try:
             phase(rows)
         except Exception as error:  # whatever a device raises, the rows must not stay half-computed
-            held = tuple(row.request.key for row in rows)
-            for row in rows:
-                if self.scheduler.running.get(row.request.key) is row:
-                    self.scheduler.remove(row)
-            name = phase.__name__.strip("_")
-            raise EngineError(f"{name} of {len(rows)} rows failed: {type(error).__name__}: {error}", held) from error
+            held = [row for row in rows if self.scheduler.running.get(row.request.key) is row]  # others had ended
+            for row in held:
+                self.scheduler.remove(row)
+            name, keys = phase.__name__.strip("_"), tuple(row.request.key for row in held)
+            raise EngineError(f"{name} of {len(rows)} rows failed: {type(error).__name__}: {error}", keys) from error
 
     # -- phases ------------------------------------------------------------------------------------------------------
 

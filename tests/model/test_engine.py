@@ -327,6 +327,30 @@ def test_a_failing_forward_names_its_rows_and_leaves_the_engine_whole(
     assert done.keys() == {request.key for request in requests}
 
 
+def test_rows_that_ended_before_a_failure_are_not_lost() -> None:
+    """The tokenizer fails on the second of three rows that end together: the first is a completion, and not named."""
+    model = load_model(TINY)
+    engine = Engine(model, EngineLimits(max_rows=3))
+    for i in range(3):
+        engine.submit(Request(f"r{i}", prompt(6, i), GenerationParams(mode="ar", max_new_tokens=1)))
+    calls = 0
+
+    def decode(_: Sequence[int]) -> str:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("no such letter")
+        return "text"
+
+    engine._decode = decode
+    with pytest.raises(EngineError, match="no such letter") as caught:
+        engine.step()
+    assert caught.value.keys == ("r1", "r2")
+    assert [completion.key for completion in engine.step()] == ["r0"]
+    engine.cache.check()
+    assert engine.active == engine.waiting == 0
+
+
 def test_the_reference_and_both_dtypes_see_the_same_model(pair: TwoTower) -> None:
     """Context and denoiser logits of the tiny model agree with the reference in float32, and roughly in bfloat16."""
     ids, block = prompt(21, 9), [3] * 16
