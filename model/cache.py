@@ -74,7 +74,8 @@ class ContextCache:
 
     def release(self, slot: int) -> None:
         """Gives the slot and its pages back."""
-        self._free_pages.extend(self._tables.pop(slot))
+        # reversed, as they are taken from the end: the next row finds adjoining pages in order again
+        self._free_pages.extend(reversed(self._tables.pop(slot)))
         del self._lengths[slot]
         self._free_slots.append(slot)
 

@@ -30,14 +30,29 @@ def find_end(tokens: Sequence[int], params: GenerationParams, decode: Decode | N
     limit = len(tokens) if eos is None else eos
     limit = min(limit, params.max_new_tokens)
     ended_by_eos = eos is not None and eos < params.max_new_tokens
-    stopped = _find_stop(tokens[:limit], params.stop, decode) if params.stop and decode else None
-    if stopped is not None:
-        return stopped
+    if params.stop and decode and _may_stop(tokens[:limit], params.stop, decode, checked):
+        stopped = _find_stop(tokens[:limit], params.stop, decode)
+        if stopped is not None:
+            return stopped
     if not ended_by_eos and limit < params.max_new_tokens:
         return None
     text = decode(tokens[:limit]) if decode else None
     kept = limit + 1 if ended_by_eos else limit
     return End("stop" if ended_by_eos else "length", list(tokens[:kept]), text)
+
+
+def _may_stop(tokens: Sequence[int], stops: Sequence[str], decode: Decode, checked: int) -> bool:
+    """Whether a stop string may end behind the first `checked` tokens: looks at the tail alone, not at a whole text.
+
+    The tail begins so far back that its old part is longer than any stop string. A letter cut at its beginning can show
+    as up to three replacement characters.
+    """
+    longest = max(map(len, stops)) + 3
+    back = longest
+    while back < checked and len(decode(tokens[checked - back : checked])) < longest:
+        back *= 2  # tokens without text of their own: special ones, parts of a letter
+    tail = decode(tokens[max(0, checked - back) :])
+    return any(stop in tail for stop in stops)
 
 
 def _find_stop(tokens: Sequence[int], stops: Sequence[str], decode: Decode) -> End | None:

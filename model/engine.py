@@ -7,6 +7,7 @@ forward, a finished block goes to the context while other rows keep denoising, a
 the next turn. What a row generates depends on the row alone.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -69,17 +70,19 @@ class Engine:
     def _check(self, request: Request) -> None:
         params, prompt = request.params, request.prompt_ids
         vocabulary = self.pair.config.vocab_size
-        room = min(self.max_context, self.kv_tokens)
+        room, limit = min((self.max_context, "the context"), (self.kv_tokens, "engine.kv_tokens"))
         if not len(prompt):
             raise RequestError(f"request {request.key!r}: the prompt has no tokens")
         if longest_context(request) > room:
             raise RequestError(
                 f"request {request.key!r}: {len(prompt)} prompt tokens and max_new_tokens {params.max_new_tokens} "
-                f"exceed the context of {room} tokens; shorten the prompt or lower max_new_tokens"
+                f"exceed {limit} of {room} tokens; shorten the prompt or lower max_new_tokens"
             )
         wrong = next((i for i in prompt if not 0 <= i < vocabulary), None)
         if wrong is not None:
             raise RequestError(f"request {request.key!r}: token id {wrong} is outside the vocabulary of {vocabulary}")
+        if params.mode == "diffusion" and params.block_size > self.max_context:
+            raise RequestError(f"block_size is {params.block_size}, above the context of {self.max_context} tokens")
         if params.mode != "ar" and self.pair.denoiser is None:
             raise RequestError(f"mode is {params.mode!r}, but the model was loaded without its denoiser tower")
         if params.stop and self._decode is None:
@@ -88,9 +91,11 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Runs the requests to their ends -> completions in the requests' order.
 
-        Raises RequestError, and runs none, where one of them could never run.
+        Raises RequestError, and runs none, where one of them could never run or the engine holds other rows (drive it
+        by submit and step then). After an EngineError the engine is empty.
         """
-        done: dict[str, Completion] = {}
+        if held := self.waiting + self.active:
+            raise RequestError(f"generate() needs an idle engine, this one holds {held} rows: use submit() and step()")
         for request in requests:
             self._check(request)
         keys = Counter(request.key for request in requests)
@@ -98,35 +103,40 @@ class Engine:
             raise RequestError(f"request key {doubled!r} is given {keys[doubled]} times: keys must be unique")
         for request in requests:
             self.scheduler.submit(request)
-        while self.waiting or self.active:
-            done |= {completion.key: completion for completion in self.step()}
+        done: dict[str, Completion] = {}
+        try:
+            while self.waiting or self.active:
+                done |= {completion.key: completion for completion in self.step()}
+        finally:
+            self.scheduler.clear()  # of what an error left
         return [done[request.key] for request in requests]
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         """One turn of the loop -> the rows that ended in it.
 
-        Raises EngineError where a forward fails: the rows that were in it are out of the engine then, named by the
-        error; the others, and the completions so far, stay for the next call.
+        Raises EngineError where a forward fails: it names the rows that are lost and holds the completions so far.
         """
+        self._finished = []
         self.scheduler.admit()
         self._run(self.scheduler.prefill_batch(), self._prefill)
         self._run(self.scheduler.in_phase("denoise"), self._denoise)
         self._run(self.scheduler.in_phase("extend"), self._extend)
-        finished, self._finished = self._finished, []
-        return finished
+        return self._finished
 
     def _run(self, rows: list[ActiveRow], phase: Callable[[list[ActiveRow]], None]) -> None:
         if not rows:
             return
         try:
             phase(rows)
-        except Exception as error:  # whatever a device raises, the rows must not stay half-computed
+        except BaseException as error:  # whatever a device raises, the rows must not stay half-computed
             held = [row for row in rows if self.scheduler.running.get(row.request.key) is row]  # others had ended
             for row in held:
                 self.scheduler.remove(row)
-            name, keys = phase.__name__.strip("_"), tuple(row.request.key for row in held)
-            raise EngineError(f"{name} of {len(rows)} rows failed: {type(error).__name__}: {error}", keys) from error
+            if not isinstance(error, Exception):
+                raise
+            what = f"{phase.__name__.strip('_')} of {len(rows)} rows failed: {type(error).__name__}: {error}"
+            raise EngineError(what, tuple(row.request.key for row in held), tuple(self._finished)) from error
 
     # -- phases ------------------------------------------------------------------------------------------------------
 
@@ -175,8 +185,7 @@ class Engine:
             logits = self.pair.context.logits(last[torch.tensor(ar, device=last.device)])
             tokens, confidence = self._choose(logits, [(rows[i], 0) for i in ar])
             for i, token, sure in zip(ar, tokens.tolist(), confidence.tolist(), strict=True):
-                rows[i].tokens.append(token)
-                rows[i].confidences.append(sure)
+                _append(rows[i], token, sure)
         seconds = time.perf_counter() - began
         for row in rows:
             row.commit_s += seconds
@@ -228,14 +237,12 @@ class Engine:
                 _commit_block(row, committed, ids, confidences)
             else:
                 row.pending = [row.last_token]
-                row.tokens.append(ids[0])
-                row.confidences.append(confidences[0])
+                _append(row, ids[0], confidences[0])
 
     def _emit(self, rows: list[ActiveRow]) -> None:
         """Ends the rows that are done, and sends finished blocks on to the context."""
         for row in rows:
-            newest = row.confidences[-1]
-            if newest != newest:  # NaN: the logits were not finite
+            if row.broken:
                 self._finish(row, row.completion("error", row.tokens, None, _not_finite(row)))
                 continue
             tokens = row.committed_prefix()
@@ -245,8 +252,7 @@ class Engine:
                 self._finish(row, row.completion(end.reason, end.token_ids, end.text, None))
             elif row.phase == "denoise" and True not in row.masked:
                 if row.block:
-                    row.pending = row.block
-                    row.tokens, row.block, row.masked = row.tokens + row.block, [], []
+                    row.finish_block()
                 row.phase = "extend"
 
     def _finish(self, row: ActiveRow, completion: Completion) -> None:
@@ -254,17 +260,24 @@ class Engine:
         self._finished.append(completion)
 
 
+def _append(row: ActiveRow, token: int, confidence: float) -> None:
+    """Adds a token in an AR mode, unless its confidence is NaN: then it means nothing."""
+    if math.isnan(confidence):
+        row.broken = True
+    else:
+        row.tokens.append(token)
+        row.confidences.append(confidence)
+
+
 def _commit_block(row: ActiveRow, committed: list[bool], ids: list[int], confidences: list[float]) -> None:
-    """Unmasks the committed positions of a row's block; a NaN confidence anywhere is kept as the newest."""
-    threshold = row.request.params.confidence_threshold
+    """Unmasks the committed positions of a row's block, unless a confidence of it is NaN."""
     row.steps[-1] += 1
-    broken = [c for c, masked in zip(confidences, row.masked, strict=False) if masked and c != c]
-    for at, commit in enumerate(committed[: len(row.block)]):
-        if commit:
-            row.block[at], row.masked[at] = ids[at], False
-            row.confidences.append(confidences[at])
-            row.forced += confidences[at] <= threshold
-    row.confidences.extend(broken[:1])
+    size = len(row.block)
+    if any(masked and math.isnan(sure) for masked, sure in zip(row.masked, confidences[:size], strict=True)):
+        row.broken = True
+        return
+    for at in (at for at in range(size) if committed[at]):
+        row.block[at], row.masked[at], row.block_confidences[at] = ids[at], False, confidences[at]
 
 
 def _not_finite(row: ActiveRow) -> str:

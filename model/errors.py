@@ -9,6 +9,11 @@
 A message names the thing, its value and what to do about it: it is read at 3 a.m.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from model.params import Completion
+
 
 class TwoTowerError(Exception):
     """Root of every error this project raises on purpose."""
@@ -23,8 +28,13 @@ class RequestError(TwoTowerError, ValueError):
 
 
 class EngineError(TwoTowerError):
-    """A step of the engine failed; `keys` are the rows that it held, all of them out of the engine now."""
+    """A step of the engine failed.
 
-    def __init__(self, message: str, keys: tuple[str, ...] = ()) -> None:
+    `keys` are the rows that it took down, all of them out of the engine now; `completions` are the rows that had ended
+    earlier in the same step. Both are the caller's to deal with; all other rows go on with the next step.
+    """
+
+    def __init__(self, message: str, keys: tuple[str, ...] = (), completions: "tuple[Completion, ...]" = ()) -> None:
         super().__init__(message)
         self.keys = keys
+        self.completions = completions

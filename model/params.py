@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -11,6 +12,7 @@ from model.errors import RequestError
 Mode = Literal["diffusion", "ar", "mock_ar"]
 FinishReason = Literal["stop", "length", "error"]
 MODES: tuple[str, ...] = get_args(Mode)
+_TOO_MANY = 2**31  # counts travel as 32-bit numbers
 
 
 def _require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -60,7 +62,7 @@ class GenerationParams:
         _require(self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
         for name in ("max_new_tokens", "block_size", "steps_per_block"):
             value = getattr(self, name)
-            _require(_is_int(value) and value >= 1, name, value, "a whole number of at least 1")
+            _require(_is_int(value) and 1 <= value < _TOO_MANY, name, value, "a whole number of at least 1")
         gamma = self.confidence_threshold
         _require(_is_number(gamma) and 0 <= gamma <= 1, "confidence_threshold", gamma, "a number from 0 to 1")
         _require(
@@ -70,7 +72,7 @@ class GenerationParams:
             "a number of at least 0",
         )
         _require(
-            self.top_k is None or (_is_int(self.top_k) and self.top_k >= 0),
+            self.top_k is None or (_is_int(self.top_k) and 0 <= self.top_k < _TOO_MANY),
             "top_k",
             self.top_k,
             "a whole number of at least 1, or 0 for no limit",
@@ -106,6 +108,12 @@ class Request:
     prompt_ids: Sequence[int]
     params: GenerationParams = field(default_factory=GenerationParams)
 
+    def __post_init__(self) -> None:
+        try:  # a copy: what is submitted does not change any more
+            object.__setattr__(self, "prompt_ids", tuple(operator.index(token) for token in self.prompt_ids))
+        except TypeError as error:
+            raise RequestError(f"request {self.key!r}: the prompt must be a list of whole numbers: {error}") from error
+
     @property
     def sampling_key(self) -> tuple[int, int]:
         """The two 32-bit words that stand for (seed, row key) in the counter-based generator (model.sampling)."""
@@ -130,9 +138,9 @@ class Completion:
     steps_per_block: tuple[int, ...] = ()
     """Denoiser forwards that each block took; empty in the AR modes."""
     forced_commits: int = 0
-    """Tokens committed at or below the confidence threshold, because a step must commit something."""
+    """Tokens of the completion committed at or below the confidence threshold, because a step must commit something."""
     mean_confidence: float | None = None
-    """Mean probability (temperature 1, mask id excluded) of the committed tokens; in AR mode of the chosen tokens."""
+    """Mean probability of its tokens when they were chosen (at temperature 1; in diffusion the mask id excluded)."""
     queue_s: float = 0.0
     prefill_s: float = 0.0
     denoise_s: float = 0.0
@@ -152,7 +160,7 @@ class EngineLimits:
     max_rows: int = 16
     """Rows generated together."""
     max_prefill_tokens: int = 4096
-    """Prompt tokens put through the context tower in one forward; a longer prompt goes through alone."""
+    """Prompt tokens put through the context tower in one forward, padding counted; a longer prompt goes alone."""
     max_context_tokens: int | None = None
     """Prompt + completion of one row at most; None: the checkpoint's max_position_embeddings."""
     kv_tokens: int | None = None

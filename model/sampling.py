@@ -65,7 +65,8 @@ def choose(logits: Tensor, suppress: Tensor, mask_id: int, draws: Draws | None) 
 
 def _sample(logits: Tensor, draws: Draws) -> Tensor:
     """Inverts the CDF, in vocabulary order, of softmax(logits / temperature) within top_k and top_p."""
-    probs = (logits / draws.temperature[:, None]).softmax(-1).double()
+    # less the largest first: a tiny temperature then gives -inf for the others, not inf for all
+    probs = ((logits - logits.amax(-1, keepdim=True)) / draws.temperature[:, None]).softmax(-1).double()
     limited = (draws.top_k > 0) | (draws.top_p < 1)
     if bool(limited.any()):
         probs[limited] = _limit(probs[limited], draws.top_k[limited], draws.top_p[limited])

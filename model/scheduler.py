@@ -40,16 +40,19 @@ class ActiveRow:
     """Tokens to put into the context next."""
     tokens: list[int] = field(default_factory=list)
     """Finished tokens: whole blocks, or single tokens in the AR modes."""
+    confidences: list[float] = field(default_factory=list)
+    """Of each of `tokens`, when it was committed."""
     block: list[int] = field(default_factory=list)
     """The block being denoised."""
     masked: list[bool] = field(default_factory=list)
+    block_confidences: list[float] = field(default_factory=list)
+    broken: bool = False
+    """Logits that this row needed were not finite."""
     checked: int = 0
     """How many of the committed tokens are known not to end the row."""
     key: tuple[int, int] = (0, 0)
     steps: list[int] = field(default_factory=list)
     forwards: int = 0
-    forced: int = 0
-    confidences: list[float] = field(default_factory=list)
     trace: list[tuple[int, ...]] = field(default_factory=list)
     queue_s: float = 0.0
     prefill_s: float = 0.0
@@ -61,7 +64,7 @@ class ActiveRow:
     def __post_init__(self) -> None:
         params = self.request.params
         self.key = self.request.sampling_key
-        prompt = [int(token) for token in self.request.prompt_ids]
+        prompt = list(self.request.prompt_ids)
         # the AR modes keep the last token out of the context: it is the input of the next forward
         self.pending = prompt if params.mode == "diffusion" else prompt[:-1]
 
@@ -78,8 +81,14 @@ class ActiveRow:
     def start_block(self, mask_id: int) -> None:
         """All masks; nothing of it done."""
         size = self.request.params.block_size
-        self.block, self.masked = [mask_id] * size, [True] * size
+        self.block, self.masked, self.block_confidences = [mask_id] * size, [True] * size, [0.0] * size
         self.steps.append(0)
+
+    def finish_block(self) -> None:
+        """The block, nothing masked in it, becomes finished tokens, pending for the context."""
+        self.pending = self.block
+        self.tokens, self.confidences = self.tokens + self.block, self.confidences + self.block_confidences
+        self.block, self.masked, self.block_confidences = [], [], []
 
     def committed_prefix(self) -> list[int]:
         """Tokens that will not change any more and have nothing masked before them."""
@@ -93,7 +102,8 @@ class ActiveRow:
 
     def completion(self, reason: FinishReason, token_ids: list[int], text: str | None, error: str | None) -> Completion:
         """The row's end, with what it has cost."""
-        known = self.confidences
+        kept = (self.confidences + self.block_confidences)[: len(token_ids)]
+        threshold = self.request.params.confidence_threshold
         return Completion(
             key=self.request.key,
             token_ids=tuple(token_ids),
@@ -103,8 +113,8 @@ class ActiveRow:
             prompt_tokens=len(self.request.prompt_ids),
             denoiser_forwards=self.forwards,
             steps_per_block=tuple(self.steps),
-            forced_commits=self.forced,
-            mean_confidence=sum(known) / len(known) if known else None,
+            forced_commits=sum(c <= threshold for c in kept) if self.steps else 0,
+            mean_confidence=sum(kept) / len(kept) if kept else None,
             queue_s=self.queue_s,
             prefill_s=self.prefill_s,
             denoise_s=self.denoise_s,
@@ -145,15 +155,25 @@ class Scheduler:
         return [row for row in self.running.values() if row.phase == phase]
 
     def prefill_batch(self) -> list[ActiveRow]:
-        """Rows to prefill together, oldest first: at most max_prefill_tokens tokens; a longer prompt goes alone."""
+        """Rows to prefill together, oldest first; a prompt above max_prefill_tokens goes alone.
+
+        Padding counts, rows x longest: a long prompt among many short ones would otherwise take memory for all of them.
+        """
         batch: list[ActiveRow] = []
-        total = 0
+        longest = 0
         for row in self.in_phase("prefill"):
-            total += len(row.pending)
-            if batch and total > self.max_prefill_tokens:
+            longest = max(longest, len(row.pending))
+            if batch and (len(batch) + 1) * longest > self.max_prefill_tokens:
                 break
             batch.append(row)
         return batch
+
+    def clear(self) -> None:
+        """Takes all rows out."""
+        for row in list(self.running.values()):
+            self.remove(row)
+        self._keys.difference_update(row.request.key for row in self.waiting)
+        self.waiting.clear()
 
     def remove(self, row: ActiveRow) -> None:
         """Takes a row out; its slot is free at once."""

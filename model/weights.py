@@ -47,10 +47,11 @@ def check_memory(
         stage_bytes = [-(-weight_bytes(checkpoint, towers, dtype) // len(devices))] * len(devices)
     if len(stage_bytes) != len(devices):
         raise ValueError(f"{len(stage_bytes)} stage_bytes for {len(devices)} devices")
-    largest = max(torch.Size(shape).numel() for shape in expected_tensors(checkpoint.config, towers).values())
-    needs = {"cpu": largest * dtype.itemsize}  # device name -> bytes of all its stages
+    largest = max(checkpoint.tensors[name].nbytes for name in expected_tensors(checkpoint.config, towers))
+    needs = {"cpu": largest}  # device name -> bytes of all its stages
     for device, need in zip(devices, stage_bytes, strict=True):
-        needs[str(device)] = needs.get(str(device), 0) + need
+        name = "cuda:0" if str(device) == "cuda" else str(device)
+        needs[name] = needs.get(name, 0) + need
     for device, need in needs.items():
         free = free_memory(device)
         if need > free:

@@ -1,9 +1,10 @@
 """Plain torch kernels: any device, the definition of what the others must compute.
 
-On a CPU in float32 a row's result is the same bit for bit in whatever company it is computed: matrix products never
-run below `MIN_GEMM_ROWS` rows (MKL sums in another order for 1 to 3 rows: measured with torch 2.13, from 4 rows on
-the result of a row is independent of their number), attention runs row by row, and the rest works element by element
-with operations that treat every element alike (model.layers.activations).
+On a CPU in float32 a row's result is the same bit for bit in whatever company it is computed. As measured with torch
+2.13 and MKL, a matrix product sums in another order for 1 to 3 rows, and by a row's position where it has fewer than
+12 outputs and inputs that are no multiple of 4: `linear` pads them away. Attention runs row by row, for 4 queries at
+least: with fewer the order of its sums depends on the number of threads. The rest works element by element, with
+operations that treat every element alike (model.layers.activations).
 """
 
 import torch
@@ -15,6 +16,8 @@ from model.layers.activations import silu, softplus
 from model.rows import Rows
 
 MIN_GEMM_ROWS = 16
+MIN_GEMM_OUTPUTS = 12
+MIN_QUERIES = 4
 SCAN_CHUNK = 16  # tokens: the block size of the released model, so that a block is one chunk
 
 
@@ -22,10 +25,13 @@ class PlainKernels:
     """See `model.kernels.Kernels`."""
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        rows = x.shape[0]
-        if rows >= MIN_GEMM_ROWS:
-            return F.linear(x, weight)
-        return F.linear(F.pad(x, (0, 0, 0, MIN_GEMM_ROWS - rows)), weight)[:rows]
+        (rows, size_in), size_out = x.shape, weight.shape[0]
+        more_rows = max(0, MIN_GEMM_ROWS - rows)
+        more_in, more_out = -size_in % 4, max(0, MIN_GEMM_OUTPUTS - size_out)
+        if more_out and (more_in or size_out == 1):  # never so in a released model
+            weight = F.pad(weight, (0, more_in, 0, more_out))
+            return F.linear(F.pad(x, (0, more_in, 0, more_rows)), weight)[:rows, :size_out]
+        return F.linear(F.pad(x, (0, 0, 0, more_rows)), weight)[:rows] if more_rows else F.linear(x, weight)
 
     def mamba_scan(
         self,
@@ -69,14 +75,13 @@ class PlainKernels:
         page_size = pages.shape[2]
         for start, length, context, row_pages in zip(rows.starts, rows.lengths, rows.context, rows.pages, strict=True):
             mine = slice(start, start + length)
-            table = torch.tensor(row_pages, dtype=torch.int64, device=q.device)
             if store:
                 position = torch.arange(context, context + length, device=q.device)
+                table = torch.tensor(row_pages, dtype=torch.int64, device=q.device)
                 where = (table[position // page_size], position % page_size)
                 pages[0][where] = k[mine]
                 pages[1][where] = v[mine]
-            used = table[: -(-context // page_size)]
-            past = pages[:, used].flatten(1, 2)[:, :context]  # (2, context, kv heads, head_dim)
+            past = _gather(pages, row_pages[: -(-context // page_size)])[:, :context]  # (2, context, kv heads, D)
             keys, values = torch.cat([past[0], k[mine]]), torch.cat([past[1], v[mine]])
             out[mine] = _attend_row(q[mine], keys, values, causal=causal)
         return out.flatten(-2)
@@ -139,27 +144,43 @@ def selective_scan(
         Bq = B[:, chunk].transpose(1, 2).repeat_interleave(repeat, dim=1)  # (R, heads, Q, state)
         Cq = C[:, chunk].transpose(1, 2).repeat_interleave(repeat, dim=1)
         log_decay = (dtq * decay[:, None]).cumsum(-1)  # (R, heads, Q)
-        between = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(~lower, -torch.inf).exp()
+        # the decay from position j to i as a sum of its own: a difference of two long sums loses digits where a large
+        # dt stands before both
+        steps = (dtq * decay[:, None])[..., :, None].expand(*dtq.shape, SCAN_CHUNK).masked_fill(~lower.tril(-1), 0)
+        between = steps.cumsum(-2).masked_fill(~lower, -torch.inf).exp()  # (R, heads, Q, Q)
         mix = (Cq @ Bq.transpose(-1, -2)) * between * dtq[..., None, :]  # (R, heads, Q, Q)
         seeded = (Cq @ states.transpose(-1, -2)) * log_decay.exp()[..., None]
         outputs.append((mix @ xq + seeded).transpose(1, 2))
-        to_end = (log_decay[..., -1:] - log_decay).exp() * dtq  # (R, heads, Q)
+        to_end = between[..., -1, :] * dtq  # (R, heads, Q)
         states = log_decay[..., -1:, None].exp() * states + (xq * to_end[..., None]).transpose(-1, -2) @ Bq
     return torch.cat(outputs, dim=1)[:, :length], states
+
+
+def _gather(pages: Tensor, used: tuple[int, ...]) -> Tensor:
+    """pages (2, pages, page_size, …) -> (2, tokens, …) of the used ones, in their order; a view where they adjoin."""
+    first, count = (used[0], len(used)) if used else (0, 0)
+    if used == tuple(range(first, first + count)):
+        return pages[:, first : first + count].flatten(1, 2)
+    return pages[:, torch.tensor(used, device=pages.device)].flatten(1, 2)
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """q (L, query heads, D) over k, v (T, kv heads, D), the last L of T the row's own -> (L, query heads, D)."""
     length, total = q.shape[0], k.shape[0]
+    more = max(0, MIN_QUERIES - length)
+    if more:
+        q = torch.cat([q, q[-1:].expand(more, -1, -1)])
     mask = None
-    if causal and length > 1 and total > length:
+    whole = causal and total == length and not more  # the case that torch knows by itself
+    if causal and length > 1 and not whole:
         mask = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)
+        mask = torch.cat([mask, mask[-1:].expand(more, -1)])
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
         v.transpose(0, 1)[None],
         attn_mask=mask,
-        is_causal=causal and length > 1 and total == length,
+        is_causal=whole,
         enable_gqa=True,
     )
-    return out[0].transpose(0, 1)
+    return out[0].transpose(0, 1)[:length]

@@ -21,8 +21,9 @@ class NoState:
 class Router(nn.Module):
     """Chooses experts by sigmoid score + correction bias; weighs them by the plain scores (DeepSeek-V3 style)."""
 
-    def __init__(self, config: TwoTowerConfig) -> None:
+    def __init__(self, config: TwoTowerConfig, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, dtype=torch.float32))
         self.e_score_correction_bias = nn.Parameter(torch.empty(config.n_routed_experts, dtype=torch.float32))
         self.per_token = config.num_experts_per_tok
@@ -34,7 +35,7 @@ class Router(nn.Module):
 
         float64, as the reference: two experts' scores can be so close that float32 picks the other one.
         """
-        scores = sigmoid(x.double() @ self.weight.double().T)  # (N, E)
+        scores = sigmoid(self.kernels.linear(x.double(), self.weight.double()))  # (N, E)
         choice = (scores + self.e_score_correction_bias).topk(self.per_token, dim=-1, sorted=True).indices
         weight = scores.gather(-1, choice)
         if self.normalise:
@@ -61,7 +62,7 @@ class MoE(nn.Module):
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate = Router(config)
+        self.gate = Router(config, kernels)
         self.up = nn.Parameter(torch.empty(experts, width, hidden, dtype=dtype))  # all experts in one tensor
         self.down = nn.Parameter(torch.empty(experts, hidden, width, dtype=dtype))
         self.shared_experts = SharedExpert(hidden, config.moe_shared_expert_intermediate_size, dtype, kernels)

@@ -60,3 +60,23 @@ def test_the_end_does_not_depend_on_how_the_tokens_arrived(text: str, pieces: li
         if end is not None:
             break
     assert end == find_end(tokens, settings, decode)
+
+
+def test_old_text_is_not_decoded_again_for_stop_strings() -> None:
+    """A token more costs the same after 100 and after 10,000 tokens; tokens without text do not hide a stop string."""
+    settings = params(limit=20_000, stop=("ab", "xyz"))
+    decoded = 0
+
+    def counting(tokens: object) -> str:
+        nonlocal decoded
+        decoded += len(tokens)  # type: ignore[arg-type]
+        return decode(bytes(tokens).replace(b"\0", b""))  # type: ignore[call-overload]
+
+    costs = []
+    for length in (100, 10_000):
+        decoded = 0
+        assert find_end([*ids("-" * length), *ids("q")], settings, counting, checked=length) is None
+        costs.append(decoded)
+    assert costs[0] == costs[1]
+    hidden = ids("--x" + "\0" * 500 + "y" + "\0" * 90 + "z")
+    assert find_end(hidden, settings, counting, checked=len(hidden) - 1) == End("stop", hidden, "--")

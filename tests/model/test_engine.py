@@ -213,6 +213,7 @@ def test_ar_needs_only_the_context_tower(pair: TwoTower) -> None:
         (Request("r", [], GenerationParams()), "no tokens"),
         (Request("r", [4, 260], GenerationParams()), "token id 260 is outside the vocabulary of 260"),
         (Request("r", [4] * 8000, GenerationParams()), "8000 prompt tokens and max_new_tokens 256 exceed .* 8192"),
+        (Request("r", [4], GenerationParams(block_size=9000)), "block_size is 9000, above the context of 8192"),
     ],
 )
 def test_a_request_that_can_never_run_is_refused(pair: TwoTower, request_: Request, text: str) -> None:
@@ -240,6 +241,54 @@ def test_generate_runs_all_or_none(pair: TwoTower) -> None:
         with pytest.raises(RequestError, match=text):
             engine.generate(requests)
         assert engine.waiting == engine.active == 0
+    engine.submit(good)
+    with pytest.raises(RequestError, match="needs an idle engine, this one holds 1 rows"):
+        engine.generate([Request("c", [5], GenerationParams())])
+    assert [c.key for c in engine.step()] == ["a"] or engine.active == 1  # what was there is untouched
+
+
+def test_after_a_failure_generate_leaves_the_engine_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(TINY)
+    engine = Engine(model, EngineLimits(max_rows=2))
+    requests = [Request(f"r{i}", prompt(6, i), GenerationParams(max_new_tokens=20)) for i in range(5)]
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "denoise", broken)
+        with pytest.raises(EngineError, match="boom"):
+            engine.generate(requests)
+    assert engine.waiting == engine.active == 0
+    engine.cache.check()
+    assert [c.key for c in engine.generate(requests)] == [f"r{i}" for i in range(5)]
+
+
+def test_a_request_is_what_it_was_when_it_was_made(pair: TwoTower) -> None:
+    """A list changed afterwards changes nothing; what are no token ids is refused."""
+    ids = [5, 6]
+    request = Request("r", ids, GenerationParams(mode="ar", max_new_tokens=5))
+    ids += [7, 8, 9]
+    got = Engine(pair).generate([request])[0]
+    assert got.prompt_tokens == 2
+    with pytest.raises(RequestError, match="whole numbers"):
+        Request("r", [5.9, 7])  # type: ignore[list-item]
+
+
+def test_statistics_are_those_of_the_kept_tokens(pair: TwoTower) -> None:
+    """Positions of the last block behind the limit are committed too, and do not count."""
+    for limit in (1, 5, 18):
+        params = GenerationParams(max_new_tokens=limit, confidence_threshold=1.0)
+        got = Engine(pair).generate([Request("r", prompt(9, 2), params)])[0]
+        assert got.forced_commits == limit  # no probability exceeds 1: every token was forced
+
+
+def test_a_tiny_temperature_is_greedy_not_nonsense(pair: TwoTower) -> None:
+    greedy = GenerationParams(mode="ar", max_new_tokens=6)
+    wanted = Engine(pair).generate([Request("r", [5, 6, 7], greedy)])[0].token_ids
+    for temperature in (1e-30, 1e-38, 5e-324):
+        params = dataclasses.replace(greedy, temperature=temperature)
+        assert Engine(pair).generate([Request("r", [5, 6, 7], params)])[0].token_ids == wanted
 
 
 @pytest.mark.parametrize(
@@ -267,6 +316,8 @@ def test_limits_that_cannot_be_are_refused(pair: TwoTower, limits: dict[str, int
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
         ({"steps_per_block": False}, "steps_per_block is False"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 2**70}, "top_k is"),
+        ({"steps_per_block": 2**31}, "steps_per_block is"),
         ({"top_p": 0}, "top_p is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"eos_ids": 2}, "eos_ids is 2: it must be a list"),
@@ -293,7 +344,9 @@ def test_logits_that_are_not_finite_end_that_row_alone(pair: TwoTower) -> None:
     for completion in got[:3]:
         assert completion.finish_reason == "error"
         assert completion.error is not None
-        assert "not finite" in completion.error
+        assert "not finite after 0 tokens" in completion.error
+        assert completion.token_ids == ()
+        assert completion.mean_confidence is None
     assert outcome(got[3]) == outcome(healthy)
     engine.cache.check()
 
@@ -346,7 +399,8 @@ def test_rows_that_ended_before_a_failure_are_not_lost() -> None:
     with pytest.raises(EngineError, match="no such letter") as caught:
         engine.step()
     assert caught.value.keys == ("r1", "r2")
-    assert [completion.key for completion in engine.step()] == ["r0"]
+    assert [completion.key for completion in caught.value.completions] == ["r0"]
+    assert engine.step() == []
     engine.cache.check()
     assert engine.active == engine.waiting == 0
 

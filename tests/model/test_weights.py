@@ -122,6 +122,8 @@ def released() -> Checkpoint:
             "moe_shared_expert_intermediate_size": 3712,
         }
     )
+    shapes = expected_tensors(checkpoint.config)
+    checkpoint.tensors = {n: TensorInfo("shard", "BF16", s, 0, 2 * torch.Size(s).numel()) for n, s in shapes.items()}
     return checkpoint
 
 
