@@ -22,6 +22,9 @@ from pipeline.types import Row, RowResult, Totals, WorkUnit
 BATCH_ROWS = 1024
 READ_BUFFER_BYTES = 1 << 20
 TOTALS_KEY = "twotower.totals"
+_BUILT_BADLY = ("dictionary<", "list_view<")
+"""Stored Arrow types that pyarrow is not asked to build: a dictionary with one value that is not UTF-8 costs the whole
+batch, and a view of lists comes out broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +116,13 @@ class _RowStream:
                     f"({unit.size} bytes then, {info.size} now): submit the job again"
                 )
         self._source = storage.open(name, info.size)
-        self._parquet = pq.ParquetFile(self._source, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
+        metadata = pq.read_metadata(self._source)
+        stored = metadata.schema.to_arrow_schema()
+        self._schema = pa.schema([(name, plain_type(stored.field(name).type)) for name in columns])
+        if any(mark in str(stored.field(name).type) for name in columns for mark in _BUILT_BADLY):
+            metadata = _without_arrow_schema(metadata)
+        self._parquet = pq.ParquetFile(self._source, metadata=metadata, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
         self._columns = columns
-        metadata = self._parquet.metadata
         self._group_starts = [0]
         for group in range(metadata.num_row_groups):
             self._group_starts.append(self._group_starts[-1] + metadata.row_group(group).num_rows)
@@ -171,24 +178,31 @@ class _RowStream:
         rows = batch.slice(0, at_most)
         self._pending = batch.slice(at_most) if at_most < batch.num_rows else None
         self._position += rows.num_rows
-        return rows.select(self._columns)
+        return rows.select(self._columns).cast(self._schema)
+
+
+def _without_arrow_schema(metadata: pq.FileMetaData) -> pq.FileMetaData:
+    """The footer without the Arrow types that the writer stored."""
+    sink = pa.BufferOutputStream()
+    metadata.write_metadata_file(sink)
+    data = sink.getvalue().to_pybytes()
+    return pq.read_metadata(pa.BufferReader(data.replace(b"\x0cARROW:schema", b"\x0c_____:schema")))
 
 
 def _clean(column: "pa.ChunkedArray[Any]") -> tuple["pa.ChunkedArray[Any]", dict[int, str]]:
-    """The column in its output type; cells that would make a part unreadable are replaced, with reasons by index."""
-    plain = column.cast(plain_type(column.type)) if plain_type(column.type) != column.type else column
+    """The column; cells that would make a part unreadable are replaced, with reasons by index."""
     try:
-        plain.validate(full=True)  # strings that are not UTF-8 are found here, nested ones too
+        column.validate(full=True)  # strings that are not UTF-8 are found here, nested ones too
     except pa.ArrowInvalid:
-        cells = read_cells(plain)
+        cells = read_cells(column)
     else:
-        return plain, {}
+        return column, {}
     bad = {i: cell.reason for i, cell in enumerate(cells) if isinstance(cell, CellError)}
     for index in bad:
         # A string keeps what can be read of it; anything else that holds such bytes is dropped.
-        raw = plain[index].cast(pa.binary()).as_py() if is_text(plain.type) else None
+        raw = column[index].cast(pa.binary()).as_py() if is_text(column.type) else None
         cells[index] = raw.decode("utf-8", "replace") if raw is not None else None
-    return pa.chunked_array([pa.array(cells, plain.type)]), bad
+    return pa.chunked_array([pa.array(cells, column.type)]), bad
 
 
 def build_part(
@@ -200,14 +214,13 @@ def build_part(
     there twice or unknown: that is a fault of the caller, and nothing must be published.
     """
     ordered = _in_order(data, results)
-    ids = data.columns.column("id")
-    totals = _count(ordered, ids)
-    columns: dict[str, Any] = {name: data.columns.column(name) for name in data.columns.column_names}
+    # A column that is all null in this file, or parts of it, may be typed in another one.
+    columns: dict[str, Any] = {
+        name: data.columns.column(name).cast(schema.field(name).type) for name in data.columns.column_names
+    }
+    totals = _count(ordered, columns["id"])
     columns |= _result_columns(data, ordered)
     metadata = {**header, TOTALS_KEY: json.dumps(asdict(totals))}
-    for name in data.columns.column_names:
-        if pa.types.is_null(columns[name].type):  # all null in this file, typed in another one
-            columns[name] = columns[name].cast(schema.field(name).type)
     table = pa.table([columns[field.name] for field in schema], schema=schema)
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")

@@ -34,7 +34,8 @@ class InputSection(Section):
     """Where the prompts come from."""
 
     path: Text
-    """A Parquet file, a folder (all *.parquet below it) or a glob; local or any fsspec URL such as s3://bucket/prompts/."""
+    """A Parquet file, a folder (all *.parquet below it) or a glob; local or any fsspec URL such as s3://bucket/prompts/.
+    Local links to files and folders are followed."""
     prompt_column: Text | None = None
     """The column that holds the prompt, of a string type. "prompt" where no template is given either."""
     template: Text | None = None

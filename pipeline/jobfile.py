@@ -16,21 +16,27 @@ from pipeline.job import Job
 from pipeline.paths import in_ray_package, is_local, safe_url
 from pipeline.storage import read_text
 
-_VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
+_VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}|\$\{")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
 _INT = re.compile(r"[-+]?\d+")
+_NULL = re.compile("null|Null|NULL|~")
+_LEADING_ZERO = re.compile(r"[-+]?0[\d_]+")
 MAX_VALUE_CHARS = 80
+_LONG_WORD = re.compile(rf"\S{{{MAX_VALUE_CHARS + 1},}}")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without dates (no key is one) and with 1e-3 as a number, as in YAML 1.2."""
+    """Safe YAML without dates (no key is one), with 1e-3 as a number and 1:30 as text, as in YAML 1.2."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float", ":int"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile("^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOAT.pattern})$", re.I), list("-+.0123456789")
 )
@@ -50,7 +56,8 @@ def load_job(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Job:
         job = Job.model_validate(settings)
     except ValidationError as error:
         raise JobError(_explain(error, file, origins)) from None
-    job = job.model_copy(update={"name": job.name or os.path.splitext(os.path.basename(file))[0]})
+    stem = os.path.splitext(os.path.basename(file))[0].encode("utf-8", "replace").decode()
+    job = job.model_copy(update={"name": job.name or stem})
     return _resolve_paths(job, file)
 
 
@@ -98,9 +105,18 @@ def _build(loader: _Loader, node: yaml.Node, key: str, where: str) -> Any:
     """Python values of a YAML node. Stricter than the safe loader: keys are text, and none stands twice."""
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, f"{key}[{i}]", where) for i, item in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        value = loader.construct_object(node)
-        unquoted = isinstance(node, yaml.ScalarNode) and node.style is None
+    if isinstance(node, yaml.ScalarNode):
+        place = f"{where}, line {node.start_mark.line + 1}: {key}".rstrip(": ")
+        unquoted = node.style is None
+        if unquoted or node.tag.endswith(":int"):
+            _check_number(node.value, place)
+        try:
+            value = loader.construct_object(node)
+        except (ValueError, LookupError, AttributeError) as error:  # what the safe loader's own parsers raise
+            kind = node.tag.rpartition(":")[2]
+            raise JobError(f"{place} is {_shown(node.value)}: it cannot be read as {kind}") from error
+        if node.tag.endswith(":int") and ":" in node.value:
+            raise JobError(f"{place} is {_shown(node.value)}: write the number in decimal")
         return _Plain(value) if isinstance(value, str) and unquoted else value
     built: dict[str, Any] = {}
     for key_node, value_node in node.value:
@@ -115,6 +131,12 @@ def _build(loader: _Loader, node: yaml.Node, key: str, where: str) -> Any:
     return built
 
 
+def _check_number(text: str, where: str) -> None:
+    """YAML 1.1 reads 010 as 8, other readers as 10."""
+    if _LEADING_ZERO.fullmatch(text):
+        raise JobError(f"{where} is {_shown(text)}: write the number without leading zeros, or text in quotes")
+
+
 class _Plain(str):
     """A string that stood unquoted: once its variables are filled in, it may turn out to be a number."""
 
@@ -126,14 +148,14 @@ def _apply(settings: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise JobError(f"--set {override}: write it as section.key=value, such as engine.max_rows=8")
+        raise JobError(f"--set {_short(override)}: write it as section.key=value, such as engine.max_rows=8")
     section = settings
     for depth, part in enumerate(parts[:-1], 1):
         inner = section.get(part)
         if inner is None:
             inner = section[part] = {}
         if not isinstance(inner, dict):
-            raise JobError(f"--set {override}: {'.'.join(parts[:depth])} is not a section")
+            raise JobError(f"--set {_short(override)}: {'.'.join(parts[:depth])} is not a section")
         section = inner
     section[parts[-1]] = _parse(text, f"--set {key}")
     return ".".join(parts)
@@ -146,17 +168,28 @@ def _expand_tree(value: Any, key: str, file: str, origins: Mapping[str, str]) ->
         return [_expand_tree(v, f"{key}[{i}]", file, origins) for i, v in enumerate(value)]
     if not isinstance(value, str):
         return value
-    expanded = _expand(value, f"{file}: {origins.get(key, key)}")
-    return _as_number(expanded) if isinstance(value, _Plain) and expanded != value else expanded
+    where = f"{file}: {origins.get(key, key)}"
+    expanded = _expand(value, where)
+    try:
+        expanded.encode()
+    except UnicodeEncodeError:
+        raise JobError(f"{where} holds characters that are not Unicode text (lone surrogate)") from None
+    return _as_value(expanded, where) if isinstance(value, _Plain) and expanded != value else expanded
 
 
 def _expand(text: str, where: str) -> str:
     def fill(match: re.Match[str]) -> str:
+        if match.group() == "$${":
+            return "${"
         if match.group(1) is None:
-            return "${"  # the escape $${
+            raise JobError(f"{where} is {_shown(text)}: ${{ without }}: close it, or write $${{ for the characters")
+        if "${" in match.group(1):
+            raise JobError(f"{where} is {_shown(text)}: a variable inside a variable: write one ${{NAME:-default}}")
         name, has_default, default = match.group(1).partition(":-")
         if not _NAME.fullmatch(name):
-            raise JobError(f"{where}: ${{{match.group(1)}}} is no variable: write ${{NAME}} or ${{NAME:-default}}")
+            raise JobError(
+                f"{where}: ${{{_short(match.group(1))}}} is no variable: write ${{NAME}} or ${{NAME:-default}}"
+            )
         value = os.environ.get(name)
         if has_default:
             return value or default
@@ -167,9 +200,15 @@ def _expand(text: str, where: str) -> str:
     return _VARIABLE.sub(fill, text)
 
 
-def _as_number(text: str) -> str | int | float:
+def _as_value(text: str, where: str) -> str | int | float | None:
+    _check_number(text, where)
+    if _NULL.fullmatch(text):
+        return None
     if _INT.fullmatch(text):
-        return int(text)
+        try:
+            return int(text)
+        except ValueError:  # thousands of digits
+            raise JobError(f"{where} is {_shown(text)}: it cannot be read as int") from None
     if _FLOAT.fullmatch(text) and text[-1:].isdigit():
         return float(text)
     return text
@@ -201,7 +240,7 @@ def _absolute(path: str) -> str:
 
 
 def _explain(error: ValidationError, file: str, origins: Mapping[str, str]) -> str:
-    faults = [_explain_one(fault, origins) for fault in error.errors()]
+    faults = [_LONG_WORD.sub(lambda word: _short(word[0]), _explain_one(f, origins)) for f in error.errors()]
     more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
     return f"{file}: {'; '.join(faults[:3])}{more}"
 
@@ -268,4 +307,8 @@ def _shown(value: object) -> str:
     text = repr(str(value)) if isinstance(value, str) else repr(value)
     if "://" in text and isinstance(value, str):
         text = repr(safe_url(value))
+    return _short(text)
+
+
+def _short(text: str) -> str:
     return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 1] + "…"

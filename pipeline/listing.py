@@ -7,7 +7,7 @@ from fsspec.utils import glob_translate
 
 from pipeline.errors import InputError
 from pipeline.paths import in_ray_package, is_inside, safe_url
-from pipeline.storage import FileInfo, Storage
+from pipeline.storage import DANGLING, FileInfo, Storage, real_path
 
 
 def list_input(path: str) -> tuple[str, list[FileInfo]]:
@@ -18,6 +18,8 @@ def list_input(path: str) -> tuple[str, list[FileInfo]]:
     """
     # A local name may hold brackets; on an object store a pattern is a pattern.
     kind = None if _has_magic(path) and "://" in path else Storage(path).kind()
+    if kind == "other":
+        raise InputError(f"input {safe_url(path)} is a pipe or a device: give a Parquet file, a folder or a glob")
     if kind == "folder":
         root, files = path, _list_folder(path)
     elif kind == "file" or not _has_magic(path):
@@ -28,22 +30,35 @@ def list_input(path: str) -> tuple[str, list[FileInfo]]:
         files = [info]
     else:
         root, files = _glob_root(path), _list_glob(path)
+    for file in files:
+        if file.size == DANGLING:
+            raise InputError(
+                f"input {safe_url(path)}: {_printable(file.name)} is a link that leads to nothing: mend or remove it"
+            )
+        if _printable(file.path) != file.path:
+            raise InputError(
+                f"input {_printable(safe_url(path))}: {_printable(file.name)} is a name that is not UTF-8: rename it"
+            )
     return root or "/", [_with_lasting_stamp(root or "/", file) for file in files]
 
 
 def would_read(path: str, root: str, output: str) -> bool:
     """Whether the parts of an output folder would be among the files of an input path that was listed under `root`."""
+    real_root, real_output = real_path(root), real_path(output)
     if _has_magic(path) and root != path:
-        part = f"{output.rstrip('/')}/part-000000000000-0000000000.parquet"
-        return re.match(glob_translate(path), part) is not None
-    return root == path and is_inside(output, root)
+        if not is_inside(real_output, real_root):
+            return False
+        part = f"{real_output}/part-000000000000-0000000000.parquet".removeprefix(real_root).lstrip("/")
+        return re.match(glob_translate(_glob_pattern(path)), part) is not None
+    return root == path and is_inside(real_output, real_root)
 
 
 def _list_folder(path: str) -> list[FileInfo]:
     found = [info for info in Storage(path).find() if _is_visible(info.name)]
-    files = [info for info in found if info.name.lower().endswith(".parquet")]
+    # A link to nothing may have been one to a folder.
+    files = [info for info in found if info.name.lower().endswith(".parquet") or info.size == DANGLING]
     if not files:
-        has = ", ".join(info.name for info in found[:3]) + (" …" if len(found) > 3 else "")
+        has = ", ".join(_printable(info.name) for info in found[:3]) + (" …" if len(found) > 3 else "")
         text = f"; it has {has}" if has else ": it is empty"
         raise InputError(f"input {safe_url(path)} has no *.parquet file{text}")
     return files
@@ -51,7 +66,7 @@ def _list_folder(path: str) -> list[FileInfo]:
 
 def _list_glob(path: str) -> list[FileInfo]:
     root = _glob_root(path)
-    files = [info for info in Storage(root or "/").glob(path[len(root) :].lstrip("/")) if _is_visible(info.name)]
+    files = [info for info in Storage(root or "/").glob(_glob_pattern(path)) if _is_visible(info.name)]
     if not files:
         raise InputError(f"input {safe_url(path)} matches no file")
     return files
@@ -62,6 +77,11 @@ def _with_lasting_stamp(root: str, file: FileInfo) -> FileInfo:
     if not in_ray_package(file.path):
         return file
     return replace(file, stamp="sha256:" + Storage(root).sha256(file.name, file.size))
+
+
+def _printable(name: str) -> str:
+    """The name with the bytes that are not UTF-8 shown as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_visible(name: str) -> bool:
@@ -76,3 +96,7 @@ def _glob_root(path: str) -> str:
     parts = path.split("/")
     first = next(i for i, part in enumerate(parts) if _has_magic(part))
     return "/".join(parts[:first])
+
+
+def _glob_pattern(path: str) -> str:
+    return path[len(_glob_root(path)) :].lstrip("/")

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from urllib.parse import urlsplit, urlunsplit
 
 _FINAL_ERRNOS = frozenset(
@@ -18,7 +19,7 @@ _FINAL_NAMES = {*_NO_CREDENTIALS, "ProfileNotFound", "ParamValidationError", "No
 
 def is_local(path: str) -> bool:
     """Whether the path is a plain local one rather than a URL."""
-    return "://" not in path and "::" not in path
+    return "://" not in path
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -30,7 +31,10 @@ def safe_url(url: str) -> str:
     """The URL without user, password, query or fragment: fit for a message."""
     if "://" not in url:
         return url
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # such as an open bracket: no URL at all
+        return re.sub(r"(?<=://)[^/]*@", "", url).partition("?")[0]
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 

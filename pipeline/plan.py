@@ -14,7 +14,7 @@ from pipeline.job import InputSection, Job
 from pipeline.listing import list_input, would_read
 from pipeline.paths import safe_url
 from pipeline.prompts import template_columns
-from pipeline.schema import RESULT_COLUMNS, is_id, is_text, output_schema, plain_type
+from pipeline.schema import RESULT_COLUMNS, is_id, is_text, merge_types, output_schema, plain_type
 from pipeline.storage import FileInfo, Storage
 from pipeline.types import WorkUnit
 
@@ -127,11 +127,14 @@ def _read_footers(root: str, listing: list[FileInfo]) -> tuple[list[tuple[FileIn
         try:
             with storage.open(info.name, info.size) as source:
                 parquet = pq.ParquetFile(source)
+                parquet.schema_arrow.to_string(show_field_metadata=False, show_schema_metadata=False)  # can be shown
                 groups = (parquet.metadata.row_group(g).num_rows for g in range(parquet.metadata.num_row_groups))
                 return _Footer(tuple(groups), parquet.schema_arrow)
         except StorageError as error:
             return str(error)
-        except (pa.ArrowException, OSError) as error:
+        except UnicodeDecodeError:
+            return "has a column name that is not UTF-8: rename the column"
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             return "is empty (0 bytes)" if info.size == 0 else f"is not Parquet: {' '.join(str(error).split())}"
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
@@ -158,16 +161,23 @@ def _check_columns(settings: InputSection, footers: list[tuple[FileInfo, _Footer
     for info, footer in footers:
         for name in [*([prompt] if prompt is not None else prompts), *kept]:
             kind = _column_type(info.name, footer.schema, name, settings)
-            if name not in kept or pa.types.is_null(kind):  # all null in this file: any type will do
+            if name in prompts and name not in kept:  # a template takes any type
                 continue
             first, first_file = types.setdefault(name, (kind, info.name))
-            if kind != first:
+            merged = merge_types(first, kind)  # all null in one file: any type will do
+            if merged is None:
                 raise InputError(
                     f"column '{name}' is {first} in {first_file} but {kind} in {info.name}: make them one type"
                 )
+            types[name] = (merged, first_file if merged == first else info.name)
+    for role, used in (("prompt", prompt), ("id", settings.id_column)):
+        if used and pa.types.is_null(types[used][0]):
+            raise InputError(
+                f"{role} column '{used}' is null in every file: it must have values, of a string type"
+                + (" or integers" if role == "id" else "")
+            )
     id_type = types[settings.id_column][0] if settings.id_column else pa.string()
-    untyped = (pa.null(), "")
-    return output_schema(id_type, [pa.field(name, types.get(name, untyped)[0]) for name in settings.carry])
+    return output_schema(id_type, [pa.field(name, types[name][0]) for name in settings.carry])
 
 
 def _check_names(settings: InputSection) -> None:
@@ -193,6 +203,8 @@ def _column_type(file: str, schema: pa.Schema, name: str, settings: InputSection
         text = f"{role} column '{name}'" + ("" if role == "no" else ", which is not there")
         raise InputError(f"{file}: {text}; its columns: {there}")
     kind = schema.field(name).type
+    if pa.types.is_null(kind):
+        return kind
     if name == settings.prompt_column and not is_text(kind):
         raise InputError(f"{file}: prompt column '{name}' is {kind}: it must be a string column")
     if name == settings.id_column and not is_id(kind):

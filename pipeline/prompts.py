@@ -1,5 +1,6 @@
 """From the columns of a row to its prompt. A row that has none gets a reason instead, never an exception."""
 
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
 
 MAX_ERROR_CHARS = 300
+MAX_PROMPT_CHARS = 16_000_000
+"""Far above any context; a template that multiplies its columns must not take the memory of the replica."""
+_CONVERSION = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?[hlL]?(.)", re.DOTALL)
 
 
 class CellError:
@@ -24,7 +28,20 @@ def _environment() -> "SandboxedEnvironment":
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 
-    environment = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+    class Environment(SandboxedEnvironment):
+        """Refuses the operations that make much of little before they do."""
+
+        intercepted_binops = frozenset(("*", "%"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "*":
+                _check_product(left, right)
+            elif isinstance(left, str):
+                _check_widths(left, right if isinstance(right, tuple) else (right,))
+            return super().call_binop(context, operator, left, right)
+
+    environment = Environment(undefined=StrictUndefined, autoescape=False)
+    environment.filters["format"] = _format
     # Without jinja2's own functions every free name is a column: `range` or `dict` cannot shadow one in silence.
     environment.globals.clear()
     return environment
@@ -69,14 +86,56 @@ class PromptMaker:
             prompt = cells[0]
         else:
             try:
-                prompt = self._template.render(zip(self.columns, cells, strict=True))
+                prompt = _join(self._template.generate(zip(self.columns, cells, strict=True)))
             except Exception as error:  # a template is the user's code: it can raise anything, and costs its row alone
                 return None, f"template: {_one_line(error)}"
         if prompt is None:
             return None, "prompt is null"
         if prompt == "":
             return None, "prompt is empty"
+        if len(prompt) > MAX_PROMPT_CHARS:
+            return None, f"prompt has {len(prompt)} characters or more, above the {MAX_PROMPT_CHARS} of any prompt"
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            return None, "prompt holds characters that are not Unicode text (lone surrogate)"
         return prompt, None
+
+
+def _join(pieces: Iterator[str]) -> str:
+    """The rendered text, up to the piece that makes it too long."""
+    taken, length = [], 0
+    for piece in pieces:
+        taken.append(piece)
+        length += len(piece)
+        if length > MAX_PROMPT_CHARS:
+            break
+    return "".join(taken)
+
+
+def _format(text: str, *values: Any, **named: Any) -> str:
+    """jinja2's filter, with widths checked."""
+    from jinja2.filters import do_format
+
+    _check_widths(str(text), values)
+    return do_format(text, *values, **named)
+
+
+def _check_widths(text: str, values: tuple[Any, ...]) -> None:
+    following = iter(values)
+    for width, precision, conversion in _CONVERSION.findall(text):
+        for size in (width, precision):
+            number = next(following, 0) if size == "*" else int(size or 0)
+            if isinstance(number, int) and abs(number) > MAX_PROMPT_CHARS:
+                raise ValueError(f"a format with a width above {MAX_PROMPT_CHARS}")
+        if conversion != "%":
+            next(following, None)
+
+
+def _check_product(left: Any, right: Any) -> None:
+    for text, times in ((left, right), (right, left)):
+        if isinstance(text, (str, list, tuple)) and isinstance(times, int) and len(text) * times > MAX_PROMPT_CHARS:
+            raise ValueError(f"a product of more than {MAX_PROMPT_CHARS} characters")
 
 
 def read_cells(column: "pa.ChunkedArray[Any]") -> list[Any]:
@@ -98,4 +157,5 @@ def _read_cell(scalar: Any) -> Any:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(f"{error}".split()) or type(error).__name__
+    text = text.encode("utf-8", "backslashreplace").decode()  # it may quote a lone surrogate
     return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 1] + "…"

@@ -42,10 +42,21 @@ def output_schema(id_type: pa.DataType, carried_fields: "Sequence[pa.Field[Any]]
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type a column has in the output: encodings that writers choose freely (dictionary, large_, _view) are undone.
+    """The type a column has in the output: what writers choose freely (dictionary, large_, _view, not null) is undone.
 
     So files written by different tools can be one input.
     """
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(field.name, plain_type(field.type)) for field in kind])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.list_(plain_type(kind.value_type))
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return pa.list_(plain_type(kind.value_type))
+    if pa.types.is_fixed_size_list(kind):
+        fixed: pa.DataType = pa.list_(plain_type(kind.value_type), kind.list_size)
+        return fixed
+    if pa.types.is_map(kind):
+        return pa.map_(plain_type(kind.key_type), plain_type(kind.item_type))
     if pa.types.is_dictionary(kind):
         return plain_type(kind.value_type)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
@@ -53,6 +64,22 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         return pa.binary()
     return kind
+
+
+def merge_types(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The plain type that holds both, or None: they may differ in parts that are all null in one of them."""
+    if one == other or pa.types.is_null(other):
+        return one
+    if pa.types.is_null(one):
+        return other
+    if pa.types.is_list(one) and pa.types.is_list(other):
+        inner = merge_types(one.value_type, other.value_type)
+        return None if inner is None else pa.list_(inner)
+    if pa.types.is_struct(one) and pa.types.is_struct(other) and one.names == other.names:
+        fields = [(a.name, merge_types(a.type, b.type)) for a, b in zip(one, other, strict=True)]
+        merged = [pa.field(name, inner) for name, inner in fields if inner is not None]
+        return pa.struct(merged) if len(merged) == len(fields) else None
+    return None
 
 
 def is_text(kind: pa.DataType) -> bool:

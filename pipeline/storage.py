@@ -23,12 +23,14 @@ from fsspec.implementations.local import LocalFileSystem
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from pipeline.errors import OutputError, StorageError
-from pipeline.paths import cause, is_storage_failure, is_transient, safe_url
+from pipeline.paths import cause, is_local, is_storage_failure, is_transient, safe_url
 
 T = TypeVar("T")
 TRIES = 5
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
 HASH_CHUNK_BYTES = 1 << 20
+DANGLING = -1
+_BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs")
 _PROBE = "_writable"
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
@@ -42,9 +44,31 @@ class FileInfo:
     path: str
     """Path or URL that opens it."""
     size: int
-    """Bytes."""
+    """Bytes; DANGLING: a link that leads to nothing."""
     stamp: str
     """Changes when the content does: `etag:…`, `mtime:…` or `sha256:…`."""
+
+
+class _LocalFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """Follows links to files and folders in listings, too; a folder that a link shows inside itself is left out.
+
+    A folder that cannot be read is an error, not an empty folder: its rows would be missing and nobody would know.
+    """
+
+    def info(self, path: Any, **kwargs: Any) -> Any:
+        if not isinstance(path, os.DirEntry) or not path.is_symlink():
+            return super().info(path, **kwargs)
+        try:
+            return super().info(path.path, **kwargs)
+        except OSError:
+            return {"name": path.path, "size": DANGLING, "type": "dangling"}
+
+    def walk(self, path: str, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any, Any]]:  # calls itself for folders
+        for folder, dirs, files in super().walk(path, *args, **{"on_error": "raise", **kwargs}):
+            for name, info in list(dirs.items()) if isinstance(dirs, dict) else []:
+                if info["islink"] and os.path.realpath(info["name"]) in _real_ancestors(folder):
+                    del dirs[name]
+            yield folder, dirs, files
 
 
 class Storage:
@@ -54,24 +78,33 @@ class Storage:
     """
 
     def __init__(self, root: str) -> None:
-        """Raises StorageError where the URL's protocol is unknown or its library is not installed."""
+        """Raises StorageError where the URL cannot be used: an unknown protocol, a library or an archive missing."""
+        if "\0" in root:
+            raise StorageError("cannot use {}: it holds a NUL byte".format(safe_url(root).replace("\0", "\\0")))
         self.root = root.rstrip("/") or "/"
         try:
-            # No cache of listings: another process may have published since.
-            self._fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
-        except (ValueError, ImportError) as error:
+            if is_local(root):
+                self._fs, path = _LocalFileSystem(), str(LocalFileSystem._strip_protocol(root))
+            else:
+                # No cache of listings: another process may have published since.
+                self._fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
+        except Exception as error:  # whatever the protocol's library raises, it is about this URL
             raise StorageError(f"cannot use {safe_url(root)}: {cause(error)}") from error
         self._path = path.rstrip("/") or "/"
         self._local = isinstance(self._fs, LocalFileSystem)
+        if self._local:
+            self._fs = _LocalFileSystem()
+        elif not self._path.strip("/") and root.partition("://")[0] in _BUCKET_PROTOCOLS:
+            raise StorageError(f"cannot use {root}: it names no bucket; write {root.rstrip(':/')}://bucket/…")
 
     def exists(self, name: str) -> bool:
         """Whether there is a file or folder of that name."""
         return bool(self._call("look for", name, self._fs.exists))
 
     def kind(self) -> str | None:
-        """What the root itself is: "file", "folder" or None where there is nothing."""
+        """What the root itself is: "file", "folder", "other" (a pipe, a device) or None where there is nothing."""
         info = self._call("look for", "", self._info)
-        return None if info is None else "file" if info["type"] == "file" else "folder"
+        return None if info is None else {"file": "file", "directory": "folder"}.get(info["type"], "other")
 
     def stat(self, name: str) -> FileInfo | None:
         """Size and stamp of one file; None where there is none."""
@@ -81,14 +114,15 @@ class Storage:
     def list_files(self, folder: str, pattern: str) -> list[FileInfo]:
         """Files directly in a folder whose last name part matches the pattern, sorted; none if there is no folder."""
         found = self._call("list", folder, partial(self._listing, self._fs.ls))
-        return [info for info in found if fnmatch.fnmatchcase(info.name.rpartition("/")[2], pattern)]
+        files = [info for info in found if info.size != DANGLING]
+        return [info for info in files if fnmatch.fnmatchcase(info.name.rpartition("/")[2], pattern)]
 
     def find(self) -> list[FileInfo]:
-        """All files below the root, sorted by name; none if there is no folder."""
+        """All files below the root, and links to nothing, sorted by name; none if there is no folder."""
         return self._call("list", "", partial(self._listing, self._fs.find))
 
     def glob(self, pattern: str) -> list[FileInfo]:
-        """Files below the root whose relative name matches the pattern (`*`, `?`, `[…]`, `**`), sorted by name."""
+        """The same for the names that match the pattern (`*`, `?`, `[…]`, `**`), relative to the root."""
         return self._call("list", pattern, partial(self._listing, self._fs.glob))
 
     def read(self, name: str) -> bytes:
@@ -172,7 +206,8 @@ class Storage:
             return []
         infos = found.values() if isinstance(found, dict) else found
         # An object store may list a folder as an empty object of its own name.
-        files = [info for info in infos if info["type"] == "file" and not str(info["name"]).endswith("/")]
+        kinds = ("file", "dangling")
+        files = [info for info in infos if info["type"] in kinds and not str(info["name"]).endswith("/")]
         return sorted(map(self._file_info, files), key=lambda info: info.name)
 
     def _file_info(self, info: dict[str, Any]) -> FileInfo:
@@ -191,7 +226,8 @@ class Storage:
         try:
             return retrying(function, path)
         except Exception as error:
-            if not is_storage_failure(error):
+            # A ValueError is about the path: a name that the file system cannot hold.
+            if not is_storage_failure(error) and not isinstance(error, ValueError):
                 raise
             url = safe_url(f"{self.root.rstrip('/')}/{name}" if name else self.root)
             tried = f" (tried {TRIES} times)" if is_transient(error) else ""
@@ -258,6 +294,12 @@ def split_url(url: str) -> tuple[Storage, str]:
     return Storage(folder or "/"), name
 
 
+def real_path(url: str) -> str:
+    """The local path with its links resolved and without file://; any other URL as it is. Raises StorageError."""
+    storage = Storage(url)
+    return os.path.realpath(storage._path) if storage._local else url
+
+
 def read_text(path: str) -> str:
     """A local text file, whole. Raises OSError and UnicodeDecodeError as they are: the caller knows what it wanted."""
     with open(path, encoding="utf-8") as file:
@@ -274,6 +316,11 @@ def check_writable(url: str) -> None:
     except StorageError as error:
         why = cause(error.__cause__ or error)
         raise OutputError(f"cannot write to output {safe_url(url)}: {why}") from error
+
+
+def _real_ancestors(folder: str) -> set[str]:
+    parts = folder.split("/")
+    return {os.path.realpath("/".join(parts[:depth]) or "/") for depth in range(1, len(parts) + 1)}
 
 
 def _stamp(info: dict[str, Any], local: bool) -> str:

@@ -111,6 +111,23 @@ def test_bad_prompts_in_every_string_type(tmp_path: Path, kind: str) -> None:
     assert data.columns["copy"].to_pylist() == ["good", "\ufffd", None]
 
 
+@pytest.mark.parametrize("index", [pa.int8(), pa.int32()], ids=str)
+def test_bad_bytes_in_dictionaries_cost_their_row_alone(tmp_path: Path, index: pa.DataType) -> None:
+    """Other columns keep the types that the writer stored, although pyarrow reads the file without them."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, None], index), not_utf8(b"good", b"\xff"))
+    many = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), column)
+    when = pa.array([1, 2, 3], pa.timestamp("us", "Europe/Berlin"))
+    gap = pa.array([1, 2, 3], pa.duration("us"))
+    carry = {"many": many, "record": pa.StructArray.from_arrays([column], ["x"]), "when": when, "gap": gap}
+    data = read_one(tmp_path, {"carry": list(carry)}, prompt=column, **carry)
+    assert [row.prompt for row in data.rows] == ["good", None, None]
+    assert "not UTF-8 (byte 0)" in str(data.rows[1].error)
+    assert data.columns["many"].to_pylist() == [["good"], None, [None]]
+    assert data.columns["record"].to_pylist() == [{"x": "good"}, None, {"x": None}]
+    assert (data.columns["when"].type, data.columns["gap"].type) == (when.type, gap.type)
+    assert data.columns["when"].combine_chunks() == when
+
+
 def test_carried_bytes_that_would_break_the_part(tmp_path: Path) -> None:
     """A part must be readable whatever the input held: the row is an error row, the cell keeps what can be read."""
     nested = pa.StructArray.from_arrays([not_utf8(b"x", b"y", b"\xff")], ["s"])
@@ -155,6 +172,39 @@ def test_a_template_that_makes_nothing_is_an_error_row(tmp_path: Path) -> None:
 def test_a_template_cannot_reach_the_machine(tmp_path: Path) -> None:
     data = read_one(tmp_path, {"template": "{{ n.__class__.__mro__ }}"}, n=["x"])
     assert "unsafe" in str(data.rows[0].error)
+
+
+@pytest.mark.parametrize("template", ["{{ b.decode('utf-8', 'surrogateescape') }}", "{{ '\\ud800' ~ b }}"])
+def test_a_prompt_with_a_lone_surrogate_is_an_error_row(tmp_path: Path, template: str) -> None:
+    data = read_one(tmp_path, {"template": template}, b=pa.array([b"\xff"]))
+    assert data.rows[0].error == "prompt holds characters that are not Unicode text (lone surrogate)"
+
+
+def test_an_error_that_quotes_a_lone_surrogate_can_be_written(tmp_path: Path) -> None:
+    data = read_one(tmp_path, {"template": "{{ n['\\ud800'] }}"}, n=[{"a": 1}])
+    assert r"\ud800" in str(data.rows[0].error)
+    part(data, output_schema(pa.string(), []))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for _ in 'x' * 99 %}{{ '%*d' | format(n, 1) }}{% endfor %}", "prompt has 17000000 characters or more"),
+        ("{{ '%*d' | format(n * 1000, 1) }}", "template: a format with a width above 16000000"),
+        ("{{ '%.*f' % (n * 1000, 1) }}", "template: a format with a width above 16000000"),
+        ("{{ 'xy' * n * 1000 }}", "template: a product of more than 16000000 characters"),
+        ("{{ 99 * [n] * n }}", "template: a product of more than 16000000 characters"),
+    ],
+)
+def test_a_giant_prompt_is_an_error_row(tmp_path: Path, template: str, said: str) -> None:
+    data = read_one(tmp_path, {"template": template}, n=[1_000_000])
+    assert said in str(data.rows[0].error)
+
+
+def test_formats_and_products_of_a_sensible_size(tmp_path: Path) -> None:
+    section = {"template": "{{ '%*d of %d%%' | format(5, n, n) }}{{ '=' * 3 }}{{ n * n }}{{ '%d' % n }}"}
+    data = read_one(tmp_path, section, n=[10**9])
+    assert data.rows[0].prompt == "1000000000 of 1000000000%===1000000000000000000" + "1000000000"
 
 
 def test_a_cell_that_python_cannot_hold_costs_its_row_alone(tmp_path: Path) -> None:

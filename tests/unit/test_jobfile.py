@@ -83,12 +83,33 @@ def test_a_job_is_frozen(tmp_path: Path) -> None:
         ("engine: {? [1] : 2}", "line 5: a key must be text"),
         ("a: &a [*a]", "nested too deeply"),
         ("a: !!python/object/apply:os.getcwd []", "a is not a key of a job"),
+        ('generation: {seed: !!int "abc"}', "line 5: generation.seed is 'abc': it cannot be read as int"),
+        ("generation: {temperature: !!float abc}", "line 5: generation.temperature is 'abc': it cannot be read as"),
+        ("name: !!bool maybe", "line 5: name is 'maybe': it cannot be read as bool"),
+        ("name: !!timestamp abc", "line 5: name is 'abc': it cannot be read as timestamp"),
+        ("generation: {seed: 0x_}", "line 5: generation.seed is '0x_': it cannot be read as int"),
+        ("generation: {seed: 0b_}", "line 5: generation.seed is '0b_': it cannot be read as int"),
+        ("generation: {seed: " + "1" * 5000 + "}", "line 5: generation.seed is '1111"),
+        ("generation: {seed: " + "1" * 4000 + "}", "generation.seed is 1111"),
+        ("generation: {seed: 010}", "generation.seed is '010': write the number without leading zeros"),
+        ("generation: {seed: 09}", "generation.seed is '09': write the number without leading zeros"),
+        ("generation:\n  seed: ${TT_UNSET:-010}", "generation.seed is '010': write the number without leading"),
+        ('generation: {seed: !!int "010"}', "generation.seed is '010': write the number without leading zeros"),
+        ('generation: {seed: !!int "1:30"}', "generation.seed is '1:30': write the number in decimal"),
+        ("generation: {seed: 1:30}", "generation.seed is '1:30': it must be a whole number"),
+        ("generation: {temperature: 1:30.5}", "generation.temperature is '1:30.5': it must be a number"),
+        ("name: ${NOPE", "name is '${NOPE': ${ without }"),
+        ("name: ${A:-${B:-c}}", "name is '${A:-${B:-c}}': a variable inside a variable"),
+        ("generation:\n  seed: ${TT_UNSET:-" + "1" * 5000 + "}", "generation.seed is '1111"),
+        ('name: "\\ud800"', "name holds characters that are not Unicode text (lone surrogate)"),
+        ("y" * 500 + ": 1", "y… is not a key of a job"),
     ],
 )
 def test_faults_name_the_key_the_value_and_the_rule(tmp_path: Path, extra: str, said: str) -> None:
     message = refusal(tmp_path, GOOD + extra + "\n")
     assert said in message
     assert "nice.yaml" in message
+    assert len(message) < 400
 
 
 def test_missing_keys_are_named(tmp_path: Path) -> None:
@@ -140,12 +161,12 @@ def test_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("TT_UNSET", raising=False)
     text = GOOD + (
         'name: "${TT_NAME}"\nengine:\n  max_rows: ${TT_ROWS}\n'
-        "generation:\n  seed: ${TT_UNSET:-12}\n  stop: ['$${x}', '${TT_UNSET:-}y']\n"
+        "generation:\n  seed: ${TT_UNSET:-12}\n  top_k: ${TT_UNSET:-null}\n  stop: ['$${x}', '${TT_UNSET:-}y']\n"
     )
     job = load_job(write(tmp_path, text))
     assert job.name == "from the environment"
     assert job.engine.max_rows == 7  # unquoted, so it becomes a number as if it stood there
-    assert job.generation.seed == 12
+    assert (job.generation.seed, job.generation.top_k) == (12, None)
     assert job.generation.stop == ("${x}", "y")
 
 
@@ -187,6 +208,9 @@ def test_overrides(tmp_path: Path) -> None:
         ("engine.max_row=3", "did you mean engine.max_rows?"),
         ("input.carry=[", "--set input.carry"),
         ("input.path=", "input.path is None: it must be text"),
+        ("generation.seed=" + "1" * 5000, "--set generation.seed, line 1 is '1111"),
+        ("generation.seed=010", "'010': write the number without leading zeros"),
+        ("generation" + "x" * 500, "x…: write it as section.key=value"),
     ],
 )
 def test_overrides_that_cannot_be(tmp_path: Path, override: str, said: str) -> None:

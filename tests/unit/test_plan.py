@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,45 @@ def test_a_plan_of_a_folder(tmp_path: Path) -> None:
     assert plan.rows == 8
     assert len({unit.id for unit in plan.units}) == 3
     assert Path(plan.units[2].file).exists()
+
+
+def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
+    """No row is left out because its file lies elsewhere; a folder that links to its parent is read once."""
+    write(tmp_path / "store/x/a.parquet", prompt=prompts(2))
+    write(tmp_path / "store/b.parquet", prompt=prompts(3))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.parquet").symlink_to(tmp_path / "store/x/a.parquet")
+    (tmp_path / "in/more").symlink_to(tmp_path / "store")
+    (tmp_path / "store/loop").symlink_to(tmp_path / "store")
+    (tmp_path / "store/x/back").symlink_to(tmp_path / "in")
+    found = ["a.parquet", "more/b.parquet", "more/x/a.parquet"]
+    for path in (tmp_path / "in", f"file://{tmp_path}/in", tmp_path / "in/**/*.parquet"):
+        plan, _, _ = run(make_job(path, tmp_path / f"out-{len(str(path))}"))
+        assert [file.name for file in plan.files] == found
+        assert plan.rows == 7
+    assert plan_of(make_job(tmp_path / "in/*.parquet", tmp_path / "out")).rows == 2
+
+
+def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "in/a.parquet", prompt=prompts(2))
+    (tmp_path / "in/b.parquet").symlink_to(tmp_path / "absent")
+    for path in ("in", "in/*.parquet"):
+        message = refusal(make_job(tmp_path / path, tmp_path / "out"))
+        assert "b.parquet is a link that leads to nothing" in message
+    assert "b.parquet does not exist" in refusal(make_job(tmp_path / "in/b.parquet", tmp_path / "out"))
+
+
+def test_a_pipe_is_no_empty_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe is a pipe or a device" in refusal(make_job(tmp_path / "pipe", tmp_path / "out"))
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    write(tmp_path / "in/a.parquet", prompt=prompts(2)).rename(os.fsdecode(os.fsencode(tmp_path) + b"/in/\xff.parquet"))
+    assert r"\udcff.parquet is a name that is not UTF-8" in refusal(make_job(tmp_path / "in", tmp_path / "out"))
+    column = write(tmp_path / "b/a.parquet", prompt=prompts(2), other=prompts(2))
+    column.write_bytes(column.read_bytes().replace(b"other", b"oth\xffr"))
+    assert "a.parquet: has a column name that is not UTF-8" in refusal(make_job(tmp_path / "b", tmp_path / "out"))
 
 
 def test_one_file_and_globs(tmp_path: Path) -> None:
@@ -201,6 +241,62 @@ def test_a_column_that_is_all_null_in_one_file_takes_its_type_from_the_others(tm
     ]
 
 
+def test_a_prompt_or_id_column_that_is_all_null_in_one_file(tmp_path: Path) -> None:
+    write(tmp_path / "in/a.parquet", prompt=pa.nulls(2), key=pa.nulls(2))
+    write(tmp_path / "in/b.parquet", prompt=["x"], key=[7])
+    job = make_job(tmp_path / "in", tmp_path / "out", input={"id_column": "key"})
+    plan, _, _ = run(job)
+    assert plan.schema.field("id").type == pa.int64()
+    parts = pq.read_table(tmp_path / "out", columns=["id", "error"]).to_pylist()
+    assert sorted(parts, key=str) == [{"id": 7, "error": None}, *[{"id": None, "error": "prompt is null"}] * 2]
+    alone = make_job(tmp_path / "in/a.parquet", tmp_path / "new")
+    assert "prompt column 'prompt' is null in every file" in refusal(alone)
+    write(tmp_path / "in/a.parquet", prompt=["x"], key=pa.nulls(1))
+    alone = make_job(tmp_path / "in/a.parquet", tmp_path / "new", input={"id_column": "key"})
+    assert "id column 'key' is null in every file" in refusal(alone)
+
+
+NESTED: dict[str, tuple[list[pa.DataType], pa.DataType, list[object]]] = {
+    "list": (
+        [
+            pa.list_(pa.string()),
+            pa.large_list(pa.large_string()),
+            pa.list_(pa.field("item", pa.string(), nullable=False)),
+            pa.list_view(pa.string()),
+        ],
+        pa.list_(pa.string()),
+        [["x"], []],
+    ),
+    "struct": (
+        [pa.struct([("a", pa.null())]), pa.struct([("a", pa.string())]), pa.struct([("a", pa.large_string())])],
+        pa.struct([("a", pa.string())]),
+        [{"a": None}, None],
+    ),
+    "map": (
+        [pa.map_(pa.string(), pa.large_string()), pa.map_(pa.large_string(), pa.string())],
+        pa.map_(pa.string(), pa.string()),
+        [[("k", "v")], []],
+    ),
+    "list of struct": (
+        [pa.list_(pa.struct([("a", pa.list_(pa.null()))])), pa.list_(pa.struct([("a", pa.list_(pa.int8()))]))],
+        pa.list_(pa.struct([("a", pa.list_(pa.int8()))])),
+        [[{"a": []}], None],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_types_that_differ_in_encoding_or_null_parts_are_one(tmp_path: Path, name: str) -> None:
+    kinds, expected, values = NESTED[name]
+    for number, kind in enumerate(kinds):
+        write(tmp_path / f"in/{number}.parquet", prompt=["x", "y"], nested=pa.array(values, kind))
+    plan, _, _ = run(make_job(tmp_path / "in", tmp_path / "out", input={"carry": ["nested"]}))
+    assert plan.schema.field("nested").type == expected
+    for file in (tmp_path / "out").glob("*.parquet"):
+        assert pq.read_schema(file).field("nested").type == expected
+        assert pq.read_table(file)["nested"].to_pylist() == values
+
+
 @pytest.mark.parametrize(
     "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str
 )
@@ -224,6 +320,12 @@ def test_output_inside_the_input_is_refused(tmp_path: Path) -> None:
     assert plan_of(make_job(tmp_path / "in/a.parquet", tmp_path / "in")).rows == 1
     assert plan_of(make_job(tmp_path / "in/*.parquet", tmp_path / "in/out")).rows == 1
     assert plan_of(make_job(tmp_path / "in", tmp_path / "in-out")).rows == 1
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    assert "lies inside input" in refusal(make_job(tmp_path / "link", tmp_path / "in/out"))
+    assert "lies inside input" in refusal(make_job(tmp_path / "in", tmp_path / "link/out"))
+    assert "lies inside input" in refusal(make_job(tmp_path / "in", f"file://{tmp_path}/in/out"))
+    assert "lies inside input" in refusal(make_job(f"file://{tmp_path}/in/*.parquet", tmp_path / "link"))
+    assert plan_of(make_job(tmp_path / "link/*.parquet", tmp_path / "in/out")).rows == 1
 
 
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {

@@ -169,9 +169,52 @@ def test_check_writable_without_rights(tmp_path: Path, monkeypatch: pytest.Monke
 def test_urls_in_messages() -> None:
     assert safe_url("s3://key:secret@bucket/a b?X-Token=1#f") == "s3://bucket/a b"
     assert safe_url("/plain/path?#x") == "/plain/path?#x"
+    assert safe_url("http://key:secret@[x/y?X-Token=1") == "http://[x/y"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("/tmp/a\0b", r"cannot use /tmp/a\\0b: it holds a NUL byte"),
+        ("/tmp/\ud800", "cannot look for .*surrogates not allowed"),
+        ("zip://x::/nowhere/a.zip", "cannot use zip://x::/nowhere/a.zip: it does not exist"),
+        ("s3://", "cannot use s3://: it names no bucket; write s3://bucket/"),
+        ("nosuch://[x/y", r"cannot use nosuch://\[x/y: "),
+    ],
+)
+def test_paths_that_cannot_be(url: str, said: str) -> None:
+    with pytest.raises(StorageError, match=said) as caught:
+        Storage(url).kind()
+    assert "\n" not in str(caught.value)
+
+
+def test_two_colons_in_a_local_path_are_no_chain(tmp_path: Path) -> None:
+    Storage(f"{tmp_path}/a::{tmp_path}/b").write("x", b"data")
+    assert (tmp_path / f"a::{tmp_path}/b/x").read_bytes() == b"data"
+    assert os.listdir(tmp_path) == ["a::"]
 
 
 def test_is_inside() -> None:
     assert is_inside("/a/b", "/a/b/")
     assert is_inside("s3://x/a/b", "s3://x/a")
     assert not is_inside("/a/bc", "/a/b")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_not_an_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patched, because root may read everything: rows of a closed folder must not go missing in silence."""
+    (tmp_path / "open").mkdir()
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "open" / "a.parquet").write_bytes(b"x")
+    assert [info.name for info in Storage(str(tmp_path)).find()] == ["open/a.parquet"]
+    scandir = os.scandir
+
+    def guarded(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(StorageError, match=r"cannot list .*: permission denied"):
+        Storage(str(tmp_path)).find()
