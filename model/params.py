@@ -181,10 +181,11 @@ class EngineLimits:
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_prefill_tokens"):
             value = getattr(self, name)
-            _require(_is_int(value) and value >= 1, name, value, "a whole number of at least 1")
+            _require(_is_int(value) and 1 <= value < _TOO_MANY, name, value, "a whole number of at least 1")
         for name in ("max_context_tokens", "kv_tokens"):
             value = getattr(self, name)
-            _require(value is None or (_is_int(value) and value >= 2), name, value, "a whole number of at least 2")
+            ok = value is None or (_is_int(value) and 2 <= value < 2**50)
+            _require(ok, name, value, "a whole number of at least 2")
         if self.max_context_tokens and self.kv_tokens and self.kv_tokens < self.max_context_tokens:
             raise RequestError(
                 f"kv_tokens is {self.kv_tokens}, below max_context_tokens {self.max_context_tokens}: "

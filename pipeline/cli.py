@@ -102,7 +102,7 @@ def status(output: OutputPath, debug: Debug = False) -> None:
         typer.echo(f"ended by {reasons or '-'}")
         typer.echo(f"begun    {state.created}")
         if state.complete:
-            typer.echo(f"complete {state.finished}")
+            typer.echo(f"complete {state.finished or 'without a manifest: submit the same job again to write it'}")
         else:
             typer.echo("not complete: if it is not running, submit the same job again to resume")
 
@@ -122,7 +122,7 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
 class _StopSignals:
     """SIGINT and SIGTERM set `stop`; a second one interrupts at once.
 
-    `install` is called after Ray has started, because ray.init() puts a handler of its own in place.
+    `install` is called before Ray starts and again after it, because ray.init() puts a handler of its own in place.
     """
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class _StopSignals:
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
+            self._before.setdefault(number, signal.signal(number, self._handle))
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -149,8 +149,9 @@ class _StopSignals:
 
 
 def _make_pool(
-    job: "Job", local: bool, started: Callable[[], None], plan: "Plan", units: int, tell: Callable[[str], None]
+    job: "Job", local: bool, catch_signals: Callable[[], None], plan: "Plan", units: int, tell: Callable[[str], None]
 ) -> "Pool":
+    catch_signals()
     from workers.build import ReplicaSpec, make_runner
 
     maker = functools.partial(make_runner, ReplicaSpec(job, plan.fingerprint.digest, plan.schema))
@@ -163,7 +164,7 @@ def _make_pool(
         from workers.pool import RayPool
 
         pool = RayPool(maker, job.workers, units, tell)
-    started()
+    catch_signals()
     return pool
 
 

@@ -12,6 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import OutputError
+from pipeline.paths import safe_url
 from pipeline.storage import FileInfo, Storage, scratch
 
 IDS_A_BUCKET = 2_000_000
@@ -25,7 +27,7 @@ Hashes = npt.NDArray[np.uint64]
 def find_duplicates(storage: Storage, parts: Sequence[FileInfo], rows: int) -> tuple[int, tuple[str, ...]]:
     """(rows whose id stood before, up to 10 such ids as text) over the `id` column of the parts; nulls do not count.
 
-    `rows` sizes the buckets. Raises StorageError.
+    `rows` sizes the buckets. Raises StorageError, and OutputError where a part's data is damaged.
     """
     buckets = max(1, -(-rows // IDS_A_BUCKET))
     duplicates = 0
@@ -57,9 +59,15 @@ def _examples(storage: Storage, parts: Sequence[FileInfo], wanted: Hashes) -> tu
 
 def _read_ids(storage: Storage, parts: Sequence[FileInfo]) -> "Iterator[pa.Array[Any]]":
     for part in parts:
-        with storage.open(part.name, part.size) as source:
-            for batch in pq.ParquetFile(source).iter_batches(BATCH_ROWS, columns=["id"], use_threads=False):
-                yield batch.column(0).drop_null()
+        try:
+            with storage.open(part.name, part.size) as source:
+                for batch in pq.ParquetFile(source).iter_batches(BATCH_ROWS, columns=["id"], use_threads=False):
+                    yield batch.column(0).drop_null()
+        except (pa.ArrowException, OSError) as error:
+            raise OutputError(
+                f"output {safe_url(storage.root)}: {part.name} is broken: {' '.join(str(error).split())}; "
+                "delete it to have its rows generated again"
+            ) from error
 
 
 def _hash(ids: "pa.Array[Any]") -> Hashes:

@@ -1,9 +1,10 @@
 """The output folder and its one owner: what is published, what is finished, what it all adds up to.
 
-Parts are the truth; commit records are written after them and made again from their footers where missing; then come
-the manifest and, last, `_SUCCESS`.
+Parts are the truth; commit records are written after them and made again from their footers where missing or broken;
+then come the manifest and, last, `_SUCCESS`.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -15,21 +16,23 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.duplicates import find_duplicates
-from pipeline.errors import OutputError
+from pipeline.errors import OutputError, StorageError
 from pipeline.fingerprint import LISTING_FIELD, differences
 from pipeline.job import Job
 from pipeline.manifest import (
     RECORD_KEY,
     NotOursError,
     PartRecord,
+    PlanRecord,
     Status,
     commit_record,
     differing_files,
-    from_json,
+    finished_at,
     manifest_fields,
     plan_fields,
+    read_commit,
     read_part,
-    result_from_commit,
+    read_plan,
     to_json,
 )
 from pipeline.paths import safe_url
@@ -60,28 +63,43 @@ class Ledger:
     # The driver's side: before, and at the end.
 
     def open(self, plan: Plan, job: Job) -> None:
-        """Takes the folder for this job, or refuses: not writable, another job's, parts of unknown origin."""
-        if self._storage.kind() == "file":
-            raise OutputError(f"output {self._shown} is a file: give a folder")
-        old = self._storage.read_if_exists(PLAN)
+        """Takes the folder for this job, or refuses: not writable, another job's, parts of unknown origin.
+
+        The plan of another job that never published a part is replaced: there is nothing to protect.
+        """
+        old = self.check(plan)
         if old is None:
+            check_writable(self.path)
+            if self._storage.create(PLAN, to_json(plan_fields(plan, job))):
+                return
+            old = self.check(plan)  # another run of this job, or of another one, was faster
+        if old is None or old.fingerprint.digest != plan.fingerprint.digest:
+            check_writable(self.path)
+            self._storage.write(PLAN, to_json(plan_fields(plan, job)))
+        elif not self.is_complete():
+            check_writable(self.path)
+
+    def check(self, plan: Plan) -> PlanRecord | None:
+        """The folder's plan.json; writes nothing. Raises OutputError where the folder cannot be this job's."""
+        self._refuse_file()
+        data = self._storage.read_if_exists(PLAN)
+        if data is None:
             if parts := self._parts():
                 raise OutputError(
                     f"output {self._shown} holds {len(parts)} part file(s) such as {parts[0].name} but no {PLAN}: "
                     "they are of unknown origin; use another output.path or delete it"
                 )
-            check_writable(self.path)
-            if self._storage.create(PLAN, to_json(plan_fields(plan, job))):
-                return
-            old = self._storage.read(PLAN)  # another run of this job, or of another one, was faster
-        self._check_same_job(old, plan)
-        if not self.is_complete():
-            check_writable(self.path)
+            return None
+        old = self._read_plan(data)
+        if old.fingerprint.digest != plan.fingerprint.digest and self._parts():
+            self._refuse_other(old, plan)
+        return old
 
-    def finished(self, plan: Plan) -> dict[str, UnitResult]:
-        """The units that have a part, by id; a commit record that is missing is written.
+    def finished(self, plan: Plan, *, repair: bool = True) -> dict[str, UnitResult]:
+        """The units that have a part, by id. A commit record that is missing or broken is written again, if `repair`.
 
-        Raises OutputError naming the part where one is truncated, unreadable or of another job.
+        Every part's footer is read, never its data: this finds a part that is truncated, replaced or of another job,
+        and raises OutputError naming it. Damage inside the data of a part of the right size is not found here.
         """
         planned = {part_name(unit.id): unit for unit in plan.units}
         parts = self._parts()
@@ -92,11 +110,16 @@ class Ledger:
 
         def read(part: FileInfo) -> UnitResult:
             unit = planned[part.name]
-            if f"{unit.id}.json" in recorded:
-                result = self._from_record(unit, part)
-                if result is not None:
-                    return result
-            return self._from_part(unit, part)
+            with self._storage.open(part.name, part.size) as source:
+                record, totals = self._check_part(unit, source)
+            known = self._from_record(unit, part, totals) if f"{unit.id}.json" in recorded else None
+            if known is not None:
+                return known
+            digest = self._storage.sha256(part.name, part.size) if repair else ""
+            result = UnitResult(unit.id, totals, record.seconds, digest, record.replica, record.attempt)
+            if repair:
+                self._write_record(record, result, part.size)
+            return result
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
             return {result.unit_id: result for result in pool.map(read, parts)}
@@ -106,6 +129,8 @@ class Ledger:
 
         Raises OutputError where a unit has no part or the totals do not cover all rows: the job is not complete then.
         """
+        if (old := self._storage.read_if_exists(PLAN)) is not None:  # another job may have taken the folder meanwhile
+            self._refuse_other(self._read_plan(old), plan)
         parts = self._parts()
         missing = len({part_name(unit.id) for unit in plan.units} - {part.name for part in parts})
         if missing or totals.rows != plan.rows:
@@ -125,23 +150,31 @@ class Ledger:
         """Whether `_SUCCESS` is there."""
         return self._storage.exists(SUCCESS)
 
+    def reopen(self) -> None:
+        """Removes `_SUCCESS`, if it is there: rows are about to be generated."""
+        if self.is_complete():
+            self._storage.remove(SUCCESS)
+
+    def finished_at(self) -> str | None:
+        """When the job completed, from its manifest; None where that is missing or cannot be read."""
+        with contextlib.suppress(NotOursError):
+            return finished_at(self._storage.read_if_exists(MANIFEST) or b"")
+        return None
+
     def read_status(self) -> Status:
         """How far the job in this folder is; needs no plan. Raises OutputError where the folder is no job's output."""
+        self._refuse_file()
         data = self._storage.read_if_exists(PLAN)
         if data is None:
             there = "is not a job's output: it has no " + PLAN if self._storage.kind() else "does not exist"
             raise OutputError(f"output {self._shown} {there}")
-        try:
-            plan = from_json(data)
-            digest, rows, units = plan["fingerprint"]["digest"], plan["rows"], plan["units"]
-            created = plan["created"]
-            complete = self.is_complete()
-            finished = from_json(self._storage.read(MANIFEST))["finished"] if complete else None
-        except (NotOursError, KeyError, TypeError) as error:
-            raise OutputError(f"output {self._shown}: {PLAN} or {MANIFEST} cannot be read: {error}") from None
-        results = self._read_results()
-        totals = sum((result.totals for result in results), Totals())
-        return Status(totals.rows, rows, len(results), units, totals, complete, digest, created, finished)
+        plan = self._read_plan(data)
+        digest = plan.fingerprint.digest
+        parts = self._read_totals(digest)
+        totals = sum(parts, Totals())
+        complete = (totals.rows, len(parts)) == (plan.rows, plan.units) and self.is_complete()
+        finished = self.finished_at() if complete else None
+        return Status(totals.rows, plan.rows, len(parts), plan.units, totals, complete, digest, plan.created, finished)
 
     # The worker's side: one unit.
 
@@ -189,49 +222,42 @@ class Ledger:
             raise ValueError("this Ledger was made to read a status only: give it a fingerprint digest")
         return self._digest
 
-    def _check_same_job(self, plan_file: bytes, plan: Plan) -> None:
+    def _refuse_file(self) -> None:
+        if self._storage.kind() == "file":
+            raise OutputError(f"output {self._shown} is a file: give a folder")
+
+    def _read_plan(self, data: bytes) -> PlanRecord:
         try:
-            old = from_json(plan_file)
-            fields, digest = old["fingerprint"]["fields"], old["fingerprint"]["digest"]
-            old_files = {file["name"]: file for file in old["files"]}
-        except (NotOursError, KeyError, TypeError) as error:
+            return read_plan(data)
+        except NotOursError as error:
             raise OutputError(
-                f"output {self._shown}: {PLAN} cannot be read: {error}; use another output.path"
+                f"output {self._shown}: {PLAN} cannot be read: {error}; use another output.path or delete it"
             ) from None
-        if digest == plan.fingerprint.digest:
+
+    def _refuse_other(self, old: PlanRecord, plan: Plan) -> None:
+        if old.fingerprint.digest == plan.fingerprint.digest:
             return
-        found = differences(fields, plan.fingerprint.fields)
-        if fields.get(LISTING_FIELD) != plan.fingerprint.fields[LISTING_FIELD]:
-            found.insert(0, differing_files(old_files, plan))
+        found = differences(old.fingerprint.fields, plan.fingerprint.fields)
+        if old.fingerprint.fields.get(LISTING_FIELD) != plan.fingerprint.fields[LISTING_FIELD]:
+            found.insert(0, differing_files(old.files, plan))
         raise OutputError(
             f"output {self._shown} belongs to another job; what differs (there -> here): {'; '.join(found)}. "
             "Use another output.path or delete it"
         )
 
-    def _from_record(self, unit: WorkUnit, part: FileInfo) -> UnitResult | None:
-        """The result in a commit record; None where the record is broken, so that the part is asked."""
-        data = self._storage.read_if_exists(f"{RECORDS}/{unit.id}.json")
+    def _from_record(self, unit: WorkUnit, part: FileInfo, totals: Totals) -> UnitResult | None:
+        """The result in a commit record; None where the record is broken or does not say what the part says."""
         try:
-            fields = from_json(data or b"")
-            result = result_from_commit(fields)
-            size, fingerprint = fields["part_bytes"], fields["fingerprint"]
-        except (NotOursError, KeyError):
+            result, size = read_commit(self._storage.read_if_exists(f"{RECORDS}/{unit.id}.json") or b"")
+        except NotOursError:
             return None
-        if fingerprint != self._digest:
-            raise OutputError(f"output {self._shown}: {part.name} is another job's part: delete it")
+        if (result.unit_id, result.totals) != (unit.id, totals):
+            return None
         if size != part.size:
             raise OutputError(
                 f"output {self._shown}: {part.name} is truncated or replaced: it has {part.size} bytes, {size} were "
                 "published; delete it to have its rows generated again"
             )
-        return result
-
-    def _from_part(self, unit: WorkUnit, part: FileInfo) -> UnitResult:
-        with self._storage.open(part.name, part.size) as source:
-            record, totals = self._check_part(unit, source)
-        digest = self._storage.sha256(part.name, part.size)
-        result = UnitResult(unit.id, totals, record.seconds, digest, record.replica, record.attempt)
-        self._write_record(record, result, part.size)
         return result
 
     def _check_part(self, unit: WorkUnit, source: pa.NativeFile) -> tuple[PartRecord, Totals]:
@@ -249,25 +275,25 @@ class Ledger:
         return record, totals
 
     def _write_record(self, record: PartRecord, result: UnitResult, part_bytes: int) -> None:
-        self._storage.write(f"{RECORDS}/{result.unit_id}.json", to_json(commit_record(record, result, part_bytes)))
+        """A failure is none of the unit: its part is there, and `finished` writes the record at the next resume."""
+        with contextlib.suppress(StorageError):
+            self._storage.write(f"{RECORDS}/{result.unit_id}.json", to_json(commit_record(record, result, part_bytes)))
 
-    def _read_results(self) -> list[UnitResult]:
-        """What is known of the parts without a plan; a part that cannot be read counts as not done."""
+    def _read_totals(self, digest: str) -> list[Totals]:
+        """Of each part of the job with this fingerprint; one that cannot be read or is not its own counts as not done.
 
-        def read(part: FileInfo) -> UnitResult | None:
-            unit = part.name.removeprefix("part-").removesuffix(".parquet")
-            data = self._storage.read_if_exists(f"{RECORDS}/{unit}.json")
-            try:
-                if data is not None:
-                    return result_from_commit(from_json(data))
-                with self._storage.open(part.name, part.size) as source:
-                    record, totals = read_part(source)
-            except NotOursError:
-                return None
-            return UnitResult(record.unit, totals, record.seconds, "", record.replica, record.attempt)
+        Without a plan the units are not known, but a part of the same fingerprint under its own name is one of them.
+        """
+
+        def read(part: FileInfo) -> Totals | None:
+            with contextlib.suppress(NotOursError), self._storage.open(part.name, part.size) as source:
+                record, totals = read_part(source)
+                if (part_name(record.unit), record.fingerprint) == (part.name, digest):
+                    return totals
+            return None
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            return [result for result in pool.map(read, self._parts()) if result is not None]
+            return [totals for totals in pool.map(read, self._parts()) if totals is not None]
 
 
 def read_status(output_path: str) -> Status:

@@ -4,18 +4,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.dataset import TOTALS_KEY
+from pipeline.fingerprint import Fingerprint, digest_of
 from pipeline.job import Job
 from pipeline.paths import safe_url
 from pipeline.plan import Plan
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.types import Totals, UnitResult
 
+T = TypeVar("T")
 RECORD_KEY = "twotower.unit"
 
 
@@ -41,6 +43,18 @@ class PartRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanRecord:
+    """What plan.json says."""
+
+    fingerprint: Fingerprint
+    rows: int
+    units: int
+    files: dict[str, tuple[int, str, int]]
+    """(size, stamp, rows) by name."""
+    created: str
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """How far a job is, read from its output folder alone."""
 
@@ -50,11 +64,12 @@ class Status:
     units_total: int
     totals: Totals
     complete: bool
+    """`_SUCCESS` is there and so are all rows."""
     fingerprint: str
     created: str
     """When the job first ran, ISO 8601 in UTC."""
     finished: str | None
-    """When it completed, likewise."""
+    """When it completed, likewise; None where it is not complete or its manifest cannot be read."""
 
 
 def now() -> str:
@@ -71,7 +86,7 @@ def from_json(data: bytes) -> dict[str, Any]:
     """A record's fields. Raises NotOursError where the bytes are no JSON object (a write that never ended, for one)."""
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NotOursError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise NotOursError("not a JSON object")
@@ -79,11 +94,34 @@ def from_json(data: bytes) -> dict[str, Any]:
 
 
 def totals_from(fields: Mapping[str, Any]) -> Totals:
-    """Totals from their JSON form. Raises NotOursError."""
-    try:
-        return Totals(**fields)
-    except TypeError as error:
-        raise NotOursError(f"totals: {error}") from None
+    """Totals from a record that holds their fields. Raises NotOursError where they are missing or do not add up."""
+    reasons = fields.get("finish_reasons")
+    if not isinstance(reasons, dict):
+        raise NotOursError(f"finish_reasons is {reasons!r}")
+    counts = {name: _count(fields, name) for name in Totals.__dataclass_fields__ if name != "finish_reasons"}
+    totals = Totals(**counts, finish_reasons={name: _count(reasons, name) for name in reasons})
+    if not totals.ok + totals.errors == sum(totals.finish_reasons.values()) == totals.rows:
+        raise NotOursError(f"{totals.rows} rows are not {totals.ok} ok and {totals.errors} errors")
+    return totals
+
+
+def _count(fields: Mapping[str, Any], name: str) -> int:
+    value = _typed(fields, name, int)
+    if value < 0:
+        raise NotOursError(f"{name} is {value}")
+    return value
+
+
+def _number(fields: Mapping[str, Any], name: str) -> float:
+    value = fields.get(name)
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else _typed(fields, name, float)
+
+
+def _typed(fields: Mapping[str, Any], name: str, kind: type[T]) -> T:
+    value = fields.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise NotOursError(f"{name} is {value!r}" if name in fields else f"it has no {name}")
+    return value
 
 
 def read_part(source: pa.NativeFile) -> tuple[PartRecord, Totals]:
@@ -96,7 +134,7 @@ def read_part(source: pa.NativeFile) -> tuple[PartRecord, Totals]:
     try:
         record = PartRecord(**json.loads(pairs[RECORD_KEY.encode()]))
         totals = totals_from(json.loads(pairs[TOTALS_KEY.encode()]))
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise NotOursError("its footer has no unit record of this project") from error
     if not record.rows == totals.rows == metadata.num_rows:
         raise NotOursError(f"it holds {metadata.num_rows} rows, its record says {record.rows}")
@@ -109,20 +147,18 @@ def commit_record(record: PartRecord, result: UnitResult, part_bytes: int) -> di
     return {**fields, "seconds": result.seconds, "sha256": result.sha256, "part_bytes": part_bytes}
 
 
-def result_from_commit(fields: Mapping[str, Any]) -> UnitResult:
-    """The unit's result from its commit record. Raises NotOursError."""
-    try:
-        totals = Totals(**{name: fields[name] for name in Totals.__dataclass_fields__})
-        return UnitResult(
-            unit_id=fields["unit"],
-            totals=totals,
-            seconds=fields["seconds"],
-            sha256=fields["sha256"],
-            replica=fields["replica"],
-            attempt=fields["attempt"],
-        )
-    except KeyError as error:
-        raise NotOursError(f"the record has no {error}") from None
+def read_commit(data: bytes) -> tuple[UnitResult, int]:
+    """The unit's result and its part's size in bytes, from its commit record. Raises NotOursError."""
+    fields = from_json(data)
+    result = UnitResult(
+        unit_id=_typed(fields, "unit", str),
+        totals=totals_from(fields),
+        seconds=_number(fields, "seconds"),
+        sha256=_typed(fields, "sha256", str),
+        replica=_typed(fields, "replica", str),
+        attempt=_count(fields, "attempt"),
+    )
+    return result, _count(fields, "part_bytes")
 
 
 def manifest_fields(
@@ -171,8 +207,31 @@ def plan_fields(plan: Plan, job: Job) -> dict[str, Any]:
     }
 
 
-def differing_files(old: Mapping[str, Any], plan: Plan) -> str:
-    """Which input files differ between a plan.json (its `files` by name) and a plan; at most three are named."""
+def read_plan(data: bytes) -> PlanRecord:
+    """A plan.json. Raises NotOursError where it is not as plan_fields makes it."""
+    value = from_json(data)
+    fingerprint: dict[str, Any] = _typed(value, "fingerprint", dict)
+    fields: dict[str, Any] = _typed(fingerprint, "fields", dict)
+    digest = _typed(fingerprint, "digest", str)
+    if digest != digest_of(fields):
+        raise NotOursError("fingerprint.digest is not that of fingerprint.fields")
+    files: dict[str, tuple[int, str, int]] = {}
+    for entry in _typed(value, "files", list):
+        if not isinstance(entry, dict):
+            raise NotOursError(f"files holds {entry!r}")
+        sizes = _count(entry, "size"), _typed(entry, "stamp", str), _count(entry, "rows")
+        files[_typed(entry, "name", str)] = sizes
+    rows, units = _count(value, "rows"), _count(value, "units")
+    return PlanRecord(Fingerprint(fields, digest), rows, units, files, _typed(value, "created", str))
+
+
+def finished_at(data: bytes) -> str:
+    """When the job of a manifest.json completed. Raises NotOursError."""
+    return _typed(from_json(data), "finished", str)
+
+
+def differing_files(old: Mapping[str, tuple[int, str, int]], plan: Plan) -> str:
+    """Which input files differ between a plan.json (its `files`) and a plan; at most three are named."""
     new = {file.name: (file.size, file.stamp, file.rows) for file in plan.files}
     found = []
     for name in sorted({*old, *new}):
@@ -180,7 +239,7 @@ def differing_files(old: Mapping[str, Any], plan: Plan) -> str:
             found.append(f"{name} is gone")
         elif name not in old:
             found.append(f"{name} is new")
-        elif (old[name]["size"], old[name]["stamp"], old[name]["rows"]) != new[name]:
+        elif old[name] != new[name]:
             found.append(f"{name} has changed")
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return f"input files: {', '.join(found[:3])}{more}"

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 
 from model.tokenizer import Tokenizer
 from pipeline.dataset import UnitReader
-from pipeline.errors import OutputError
 from pipeline.job import Job
-from pipeline.ledger import PLAN, read_status
+from pipeline.ledger import PLAN, Ledger, read_status
 from pipeline.paths import safe_url
 from pipeline.plan import Plan, make_plan
 from pipeline.run import check_checkpoint, load_tokenizer
@@ -64,7 +63,7 @@ class Preview:
 def preview(job: Job) -> Preview:
     """Plans the job and samples its prompts.
 
-    Raises CheckpointError, InputError, StorageError, and OutputError where the output is another job's.
+    Raises CheckpointError, InputError, StorageError, and OutputError where `run` would refuse the output.
     """
     checkpoint = check_checkpoint(job)
     plan = make_plan(job, checkpoint_identity=checkpoint.identity(), allow_unreadable=True)
@@ -74,16 +73,15 @@ def preview(job: Job) -> Preview:
 
 
 def _done(job: Job, plan: Plan) -> tuple[int, int]:
-    if not Storage(job.output.path).exists(PLAN):
-        return 0, 0
-    status = read_status(job.output.path)
-    # With files left out of the plan the fingerprint cannot be that of the output.
-    if status.fingerprint != plan.fingerprint.digest and not plan.unreadable:
-        raise OutputError(
-            f"output {safe_url(job.output.path)} belongs to another job, or this one's settings or input have changed: "
-            "`run` would refuse and name what differs"
-        )
-    return status.units_done, status.rows_done
+    if plan.unreadable:  # with files left out, neither the fingerprint nor the units can be those of the output
+        if not Storage(job.output.path).exists(PLAN):
+            return 0, 0
+        status = read_status(job.output.path)
+        return status.units_done, status.rows_done
+    ledger = Ledger(job.output.path, plan.fingerprint.digest)
+    ledger.check(plan)
+    results = ledger.finished(plan, repair=False).values()
+    return len(results), sum(result.totals.rows for result in results)
 
 
 def _sample(job: Job, units: Sequence[WorkUnit], tokenizer: Tokenizer) -> tuple[int, int, int]:

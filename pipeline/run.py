@@ -49,11 +49,14 @@ def check_checkpoint(job: Job) -> Checkpoint:
     towers: Literal["context", "both"] = "context" if job.generation.mode == "ar" else "both"
     checkpoint.validate(towers)
     load_tokenizer(checkpoint)
-    context = job.engine.limits().context_tokens(checkpoint.config.max_position_embeddings)
-    if job.generation.max_new_tokens >= context:
+    limits = job.engine.limits()
+    room, remedy = limits.context_tokens(checkpoint.config.max_position_embeddings), "lower it"
+    if limits.kv_tokens is not None and limits.kv_tokens < room:
+        room, remedy = limits.kv_tokens, "lower it or raise engine.kv_tokens"
+    if job.generation.max_new_tokens >= room:
         raise JobError(
             f"generation.max_new_tokens is {job.generation.max_new_tokens:,}, and prompt and completion together may "
-            f"have {context:,} tokens: no prompt would fit; lower it"
+            f"have {room:,} tokens: no prompt would fit; {remedy}"
         )
     return checkpoint
 
@@ -82,12 +85,13 @@ def run_job(
     ledger.open(plan, job)
     results = ledger.finished(plan)
     ran_units = len(plan.units) - len(results)
-    if not ran_units and ledger.is_complete():
+    if not ran_units and ledger.is_complete() and ledger.finished_at() is not None:
         totals = sum((result.totals for result in results.values()), Totals())
         return Outcome(totals, len(plan.units), 0, 0, time.monotonic() - started, None)
     meter = Meter(plan.rows, results.values())
     policy = RetryPolicy(job.retry.attempts, job.retry.max_error_rate)
     if ran_units:
+        ledger.reopen()
         results = _generate(plan, results, make_pool, policy, stop, make_progress(meter))
     else:  # the manifest alone is missing
         Board(plan.units, results, policy).check_end()

@@ -1,16 +1,22 @@
 """Puts a replica together from a job: model, engine, reader and ledger."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from model.errors import CheckpointError
 from pipeline.dataset import UnitData, UnitReader, build_part
+from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.ledger import Ledger
 from pipeline.types import RowResult, UnitResult, WorkUnit
 from workers.unit_runner import UnitRunner
+
+if TYPE_CHECKING:
+    from model import Engine, TwoTower
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,26 +50,39 @@ class PartStore:
 
 
 def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
-    """Loads the job's model and makes a runner. Raises CheckpointError and RequestError.
+    """Loads the job's model and makes a runner. Raises CheckpointError, RequestError and JobError.
 
     The devices are those that Ray shows this process: cuda:0 up to the replica's number of GPUs, or the CPU.
     """
     import torch  # only here: whoever builds a runner needs it, whoever imports this module may not
 
-    from model import Engine, load_model
+    from model import load_model
 
     job = spec.job
-    torch.set_num_threads(job.workers.cpus)
+    torch.set_num_threads(min(job.workers.cpus, os.cpu_count() or 1))
     devices = [f"cuda:{index}" for index in range(job.workers.gpus)] or ["cpu"]
     towers = "context" if job.generation.mode == "ar" else "both"
     pair = load_model(job.model.checkpoint, dtype=job.model.dtype, devices=devices, towers=towers)  # type: ignore[arg-type]
     if pair.tokenizer is None:
         raise CheckpointError(f"checkpoint {job.model.checkpoint} has no tokenizer.json: prompts cannot be read")
     return UnitRunner(
-        Engine(pair, job.engine.limits()),
+        _make_engine(pair, job),
         pair.tokenizer,
         PartStore(spec, replica),
         job.generation.params(tuple(pair.eos_ids)),
         replica=replica,
         max_rows=job.engine.max_rows,
     )
+
+
+def _make_engine(pair: "TwoTower", job: Job) -> "Engine":
+    from model import Engine
+
+    try:
+        return Engine(pair, job.engine.limits())
+    except (RuntimeError, MemoryError) as error:  # torch has no narrower one for host memory
+        kv_tokens = "null" if job.engine.kv_tokens is None else job.engine.kv_tokens
+        raise JobError(
+            f"no memory for the context of engine.max_rows {job.engine.max_rows} and engine.kv_tokens {kv_tokens}; "
+            f"lower them: {error}"
+        ) from error

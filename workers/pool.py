@@ -6,6 +6,7 @@ loss). The driver keeps two `work` calls outstanding on every actor, so that non
 
 import contextlib
 import os
+import signal
 import socket
 import time
 from collections import deque
@@ -76,8 +77,15 @@ def connect() -> bool:
         quiet |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     else:
         _check_reachable(address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**quiet)
+    except SystemExit:  # ray.init() has a handler of its own for SIGTERM: hand the signal on to ours
+        signal.alarm(0)  # and one in C++ that aborts the process three seconds later
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, on_sigterm)
+        signal.raise_signal(signal.SIGTERM)
+        raise ClusterError("stopped; Ray was still starting; submit the same job again to resume") from None
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"Ray at {address or 'this machine'} cannot be used: {_one_line(str(error))}") from error
     return True

@@ -71,7 +71,8 @@ class Replica:
             self._runner = None
 
     def _die(self, error: Exception, refused: bool = False) -> Report:
-        traceback.print_exception(error, file=sys.stderr)  # to the actor's own log: the report is one line
+        if not refused:  # to the actor's own log: the report is one line, which says it all where it is one of ours
+            traceback.print_exception(error, file=sys.stderr)
         self.close()
         text = " ".join(str(error).split())
         self._fatal = text if isinstance(error, TwoTowerError) else f"{type(error).__name__}: {text}"

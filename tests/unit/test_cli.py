@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 import pipeline.cli
 from pipeline.cli import app
 from pipeline.dispatch import Event
+from pipeline.errors import ClusterError
 from pipeline.plan import Plan
 from tests.workers.fakes import FakeMaker
 from workers.build import ReplicaSpec
@@ -92,6 +93,25 @@ def test_a_missing_part_or_manifest_is_made_again(job: Path) -> None:
     (out / "_SUCCESS").unlink()
     assert "its manifest was missing" in call("run", job).stdout
     assert (out / "_SUCCESS").exists()
+    (out / "_job/manifest.json").write_text("{")
+    assert "complete without a manifest: submit the same job again" in call("status", out).stdout
+    assert call("plan", job).exit_code == 0
+    assert "its manifest was missing" in call("run", job).stdout
+    assert "was complete already" in call("run", job).stdout
+
+
+def test_success_is_gone_while_a_lost_part_is_made_again(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call("run", job)
+    out = job.parent / "out"
+    next(out.glob("part-*.parquet")).unlink()
+    assert "not complete" in call("status", out).stdout
+
+    def unavailable(*_: Any) -> LocalPool:
+        raise ClusterError("no cluster")
+
+    monkeypatch.setattr(pipeline.cli, "_make_pool", unavailable)
+    assert call("run", job).exit_code == 1
+    assert not (out / "_SUCCESS").exists()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +139,39 @@ def test_another_jobs_output_is_refused(job: Path) -> None:
     for command in ("run", "plan"):
         result = call(command, job, "--set", "generation.seed=2")
         assert result.exit_code == 1
-        assert "belongs to another job" in result.stderr
+        assert "belongs to another job; what differs (there -> here): generation.seed: 0 -> 2" in result.stderr
+
+
+@pytest.mark.parametrize("damage", ["file", "foreign part", "no plan", "extra part", "truncated part"])
+def test_plan_refuses_what_run_refuses_with_the_same_words(job: Path, damage: str) -> None:
+    out = job.parent / "out"
+    if damage == "file":
+        out.write_text("x")
+    else:
+        call("run", job)
+        part = next(out.glob("part-*.parquet"))
+        if damage == "foreign part":
+            part.write_bytes((job.parent / "in/a.parquet").read_bytes())
+        elif damage == "no plan":
+            (out / "_job/plan.json").unlink()
+        elif damage == "extra part":
+            (out / "part-x.parquet").write_bytes(part.read_bytes())
+        else:
+            part.write_bytes(part.read_bytes()[:-9])
+    before = files_of(job.parent)
+    planned, ran = call("plan", job), call("run", job)
+    assert planned.exit_code == 1
+    assert planned.stderr == ran.stderr
+    assert files_of(job.parent) == before
+
+
+def test_a_context_without_room_for_any_prompt_is_named(job: Path) -> None:
+    result = call("run", job, "--set", "engine.kv_tokens=8")
+    assert result.exit_code == 1
+    assert "generation.max_new_tokens is 8, and prompt and completion together may have 8 tokens" in result.stderr
+    assert "raise engine.kv_tokens" in result.stderr
+    assert "kv_tokens" not in call("run", job, "--set", "generation.max_new_tokens=1000000").stderr
+    assert call("run", job, "--set", "engine.kv_tokens=100").exit_code == 0
 
 
 def test_too_many_error_rows_fail_the_job_and_raising_the_limit_completes_it(job: Path) -> None:
@@ -156,6 +208,17 @@ def test_sigterm_stops_with_143_and_the_next_run_resumes(job: Path, monkeypatch:
     assert "submit the same job again to resume" in status.stdout
     monkeypatch.setattr(pipeline.cli, "_make_pool", functools.partial(fake_pool, LocalPool))
     assert "units before)" in call("run", job).stdout
+
+
+def test_handlers_installed_twice_give_the_first_ones_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pipeline.cli._StopSignals() as signals:
+        signals.install()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as ray.init() puts its own in place
+        signals.install()
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.stop.is_set()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_status_of_a_complete_job_and_of_no_job(job: Path) -> None:

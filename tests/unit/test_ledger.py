@@ -11,7 +11,7 @@ import pytest
 from pipeline import duplicates
 from pipeline.dataset import UnitReader
 from pipeline.duplicates import find_duplicates
-from pipeline.errors import OutputError
+from pipeline.errors import OutputError, StorageError
 from pipeline.job import Job
 from pipeline.ledger import Ledger, part_name, read_status
 from pipeline.storage import Storage
@@ -91,7 +91,7 @@ def test_finished_units_are_known_from_their_records(job: Job) -> None:
     assert not again.is_complete()
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "half", "not a record"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "not a record", "nested"])
 def test_a_part_without_its_record_is_read_back_and_the_record_written(job: Job, damage: str) -> None:
     """A crash between part and record loses nothing: the part's footer says it all."""
     plan = plan_of(job)
@@ -102,12 +102,66 @@ def test_a_part_without_its_record_is_read_back_and_the_record_written(job: Job,
     if damage == "missing":
         record.unlink()
     else:
-        record.write_bytes({"empty": b"", "half": record.read_bytes()[:40], "not a record": b"{}"}[damage])
+        texts = {"empty": b"", "half": record.read_bytes()[:40], "not a record": b"{}", "nested": b"[" * 200_000}
+        record.write_bytes(texts[damage])
     found = ledger.finished(plan)
     assert found.keys() == results.keys()
     for unit, result in found.items():
         assert (result.totals, result.sha256) == (results[unit].totals, results[unit].sha256)
     assert {**load(record), "seconds": 0} == {**before, "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"rows": "x"},
+        {"rows": None},
+        {"rows": 9999},
+        {"rows": 1, "ok": 1, "errors": 0, "finish_reasons": {"stop": 1}},
+        {"errors": -5, "ok": 15},
+        {"finish_reasons": [1]},
+        {"finish_reasons": {"stop": "x"}},
+        {"unit": "zzz"},
+        {"seconds": "x"},
+        {"sha256": 1},
+        {"part_bytes": True},
+    ],
+    ids=str,
+)
+def test_a_record_that_is_wrong_is_made_again_from_the_part(job: Job, damage: dict[str, Any]) -> None:
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    totals = {result.unit_id: result.totals for result in publish(job, plan, ledger)}
+    record = out(job, f"_job/units/{plan.units[1].id}.json")
+    before = load(record)
+    record.write_text(json.dumps({**before, **damage}))
+    assert read_status(job.output.path).totals == sum(totals.values(), Totals())
+    assert {unit: result.totals for unit, result in ledger.finished(plan, repair=False).items()} == totals
+    assert load(record) == {**before, **damage}
+    assert {unit: result.totals for unit, result in ledger.finished(plan).items()} == totals
+    assert {**load(record), "seconds": 0} == {**before, "seconds": 0}
+
+
+def test_damage_of_the_same_size_to_a_footer_is_found(job: Job) -> None:
+    """Though the record says that all is well."""
+    plan, ledger, _ = run(job)
+    part = out(job, part_name(plan.units[1].id))
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-300] + bytes(292) + whole[-8:])
+    with pytest.raises(OutputError, match=rf"{part.name} is broken.*delete it"):
+        ledger.finished(plan)
+    assert not read_status(job.output.path).complete
+
+
+def test_damaged_ids_are_named(job: Job) -> None:
+    """Inside the data: found where the data is read."""
+    plan, ledger, manifest = run(job)
+    part = out(job, part_name(plan.units[1].id))
+    whole = part.read_bytes()
+    part.write_bytes(whole[:4] + b"\xff" * 40 + whole[44:])
+    totals = Totals(rows=manifest["rows"])
+    with pytest.raises(OutputError, match=rf"{part.name} is broken.*delete it"):
+        ledger.complete(plan, job, totals, seconds=1.0)
 
 
 def test_a_record_without_its_part_counts_for_nothing(job: Job) -> None:
@@ -178,6 +232,57 @@ def test_files_gone_and_changed_are_named(job: Job) -> None:
     (Path(job.input.path) / "b.parquet").unlink()
     with pytest.raises(OutputError, match=r"input files: a\.parquet has changed, b\.parquet is gone"):
         open_ledger(job, plan_of(job))
+
+
+def test_the_plan_of_a_job_without_parts_is_replaced(job: Job) -> None:
+    """A run that never got a replica must not keep a mended job out."""
+    open_ledger(job, plan_of(job))
+    other = job.model_copy(update={"generation": job.generation.model_copy(update={"seed": 4})})
+    plan = plan_of(other)
+    ledger = open_ledger(other, plan)
+    assert load(out(job, "_job/plan.json"))["fingerprint"]["digest"] == plan.fingerprint.digest
+    totals = sum((result.totals for result in publish(other, plan, ledger)), Totals())
+    ledger.complete(plan, other, totals, seconds=1.0)
+    with pytest.raises(OutputError, match=r"generation\.seed: 4 -> 0"):
+        open_ledger(job, plan_of(job))
+
+
+def test_a_job_whose_folder_was_taken_does_not_complete_it(job: Job) -> None:
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    other = job.model_copy(update={"generation": job.generation.model_copy(update={"seed": 4})})
+    open_ledger(other, plan_of(other))
+    totals = sum((result.totals for result in publish(job, plan, ledger)), Totals())
+    with pytest.raises(OutputError, match=r"belongs to another job.*generation\.seed: 4 -> 0"):
+        ledger.complete(plan, job, totals, seconds=1.0)
+    assert not ledger.is_complete()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("fingerprint", []),
+        ("fingerprint.fields", []),
+        ("fingerprint.digest", "0" * 64),
+        ("files", {}),
+        ("files", [1]),
+        ("files", [{"name": "a.parquet", "stamp": "", "rows": 1}]),
+        ("rows", "x"),
+        ("units", -1),
+        ("created", None),
+    ],
+)
+def test_a_damaged_plan_file_is_named(job: Job, path: str, value: object) -> None:
+    plan, _, _ = run(job)
+    data = load(out(job, "_job/plan.json"))
+    section, _, name = path.rpartition(".")
+    (data[section] if section else data)[name] = value
+    for text in (json.dumps(data), "[" * 200_000):
+        out(job, "_job/plan.json").write_text(text)
+        with pytest.raises(OutputError, match=r"_job/plan\.json cannot be read: .*use another output\.path"):
+            open_ledger(job, plan)
+        with pytest.raises(OutputError, match=r"_job/plan\.json cannot be read: "):
+            read_status(job.output.path)
 
 
 def test_parts_of_unknown_origin_are_refused(job: Job) -> None:
@@ -252,6 +357,24 @@ def test_a_lost_acknowledgement_is_success(job: Job, monkeypatch: pytest.MonkeyP
     assert list(ledger.finished(plan)) == [plan.units[0].id]
 
 
+def test_a_record_that_cannot_be_written_is_not_the_units_failure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full once the part is there: the job completes, and the next resume writes the record."""
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+
+    def full(_self: Storage, name: str, _data: bytes) -> None:
+        raise StorageError(f"cannot write {name}: no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", full)
+        results = publish(job, plan, ledger)
+        assert len(ledger.finished(plan)) == 3
+    assert not out(job, "_job/units").exists()
+    ledger.complete(plan, job, sum((result.totals for result in results), Totals()), seconds=1.0)
+    assert len(ledger.finished(plan)) == 3
+    assert len(list(out(job, "_job/units").iterdir())) == 3
+
+
 def test_nothing_is_published_under_a_wrong_name(job: Job) -> None:
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
@@ -291,7 +414,33 @@ def test_status_while_running_and_at_the_end(job: Job) -> None:
     assert (status.complete, status.finished, status.totals.errors) == (True, manifest["finished"], 2)
 
 
+def test_status_counts_the_jobs_own_parts_alone(job: Job) -> None:
+    plan, _, _ = run(job)
+    part = out(job, part_name(plan.units[0].id))
+    extra = out(job, "part-000000000000-0000000000.parquet")
+    extra.write_bytes(part.read_bytes())
+    status = read_status(job.output.path)
+    assert (status.rows_done, status.units_done, status.complete) == (25, 3, True)
+    part.unlink()
+    status = read_status(job.output.path)
+    assert (status.rows_done, status.units_done, status.complete, status.finished) == (15, 2, False, None)
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"finished": 1}'])
+def test_status_without_a_manifest(job: Job, text: str | None) -> None:
+    _, ledger, manifest = run(job)
+    assert ledger.finished_at() == manifest["finished"]
+    out(job, "_job/manifest.json").unlink()
+    if text is not None:
+        out(job, "_job/manifest.json").write_text(text)
+    status = read_status(job.output.path)
+    assert (status.complete, status.finished) == (True, None)
+
+
 def test_status_of_folders_that_are_no_output(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file: give a folder"):
+        read_status(str(tmp_path / "file"))
     with pytest.raises(OutputError, match="does not exist"):
         read_status(str(tmp_path / "absent"))
     with pytest.raises(OutputError, match=r"is not a job's output: it has no _job/plan\.json"):

@@ -63,3 +63,21 @@ def test_a_dead_ray_address_is_one_line(job: Path) -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert output.splitlines()[-1].startswith("error: RAY_ADDRESS is 127.0.0.1:1, and no Ray cluster answers there")
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 1.5, 3.0])
+def test_sigterm_while_ray_starts_is_a_stop(job: Path, delay_s: float) -> None:
+    process = start(job)
+    deadline = time.monotonic() + 60
+    while not (job.parent / "out/_job/plan.json").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.2 + delay_s)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    last = output.splitlines()[-1]
+    assert last.startswith("stopped; ")
+    assert last.endswith("; submit the same job again to resume")
+    assert "Traceback" not in output

@@ -1,5 +1,6 @@
 """The unit runner with a fake engine over real Parquet: each row leaves once, the engine never waits for files."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pipeline.retry import RetryPolicy
 from pipeline.types import RowResult, UnitResult, WorkUnit
 from tests.workers.fakes import TOO_LONG, FakeEngine, FakeMaker, FakeTokenizer
 from tests.workers.jobs import SmallJob, open_job, prompts_of
+from workers import build
 from workers.build import PartStore
 from workers.local_pool import LocalPool
 from workers.replica import Replica
@@ -224,12 +226,38 @@ def test_a_unit_assigned_twice_ends_the_replica(tmp_path: Path, capsys: pytest.C
         (ZeroDivisionError("1/0"), "ZeroDivisionError: 1/0", False),
     ],
 )
-def test_what_start_up_raises_is_reported(error: Exception, text: str, refused: bool) -> None:
+def test_what_start_up_raises_is_reported(
+    error: Exception, text: str, refused: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a traceback beside it only where it is a fault of ours."""
+
     def fail(_name: str) -> UnitRunner:
         raise error
 
     report = Replica("r0", fail).start()
     assert (report.fatal, report.refused) == (text, refused)
+    assert ("Traceback" in capsys.readouterr().err) != refused
+
+
+@pytest.mark.parametrize("engine", [{"kv_tokens": 10**15}, {"kv_tokens": 10**15, "max_rows": 7}])
+def test_an_engine_too_large_for_memory_is_refused_by_name(tmp_path: Path, engine: dict[str, int]) -> None:
+    small = open_job(tmp_path, prompts_of(1), engine=engine)
+    report = Replica("r0", functools.partial(build.make_runner, small.spec)).start()
+    assert report.refused
+    assert report.fatal is not None
+    rows = engine.get("max_rows", 16)
+    assert f"engine.max_rows {rows} and engine.kv_tokens {10**15}; lower them" in report.fatal
+    assert "\n" not in report.fatal
+
+
+def test_more_cpus_than_there_are_make_no_more_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    small = open_job(tmp_path, prompts_of(1), workers={"gpus": 0, "cpus": 2**40})
+    build.make_runner(small.spec, "r0").close()
+    assert asked == [os.cpu_count()]
 
 
 class UnluckyMaker(FakeMaker):
