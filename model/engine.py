@@ -70,7 +70,9 @@ class Engine:
     def _check(self, request: Request) -> None:
         params, prompt = request.params, request.prompt_ids
         vocabulary = self.pair.config.vocab_size
-        room, limit = min((self.max_context, "the context"), (self.kv_tokens, "engine.kv_tokens"))
+        room, limit = self.max_context, "the context"
+        if self.kv_tokens < room:  # only where it was given: a text must not depend on max_rows
+            room, limit = self.kv_tokens, "engine.kv_tokens"
         if not len(prompt):
             raise RequestError(f"request {request.key!r}: the prompt has no tokens")
         if longest_context(request) > room:

@@ -223,6 +223,16 @@ def test_a_request_that_can_never_run_is_refused(pair: TwoTower, request_: Reque
     assert engine.waiting == 0
 
 
+def test_what_a_request_exceeds_is_named(pair: TwoTower) -> None:
+    """The context, whatever the number of rows; kv_tokens only where it was given and is less."""
+    request = Request("r", [4] * 100, GenerationParams(max_new_tokens=100))
+    for rows in (1, 7):
+        with pytest.raises(RequestError, match="exceed the context of 150 tokens"):
+            Engine(pair, EngineLimits(max_rows=rows, max_context_tokens=150)).submit(request)
+    with pytest.raises(RequestError, match=r"exceed engine\.kv_tokens of 128 tokens"):
+        Engine(pair, EngineLimits(kv_tokens=128)).submit(request)
+
+
 def test_a_key_in_use_is_refused(pair: TwoTower) -> None:
     engine = Engine(pair)
     engine.submit(Request("same", [5], GenerationParams(max_new_tokens=1)))
