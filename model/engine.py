@@ -22,6 +22,7 @@ from model.sampling import Draws, choose
 from model.scheduler import ActiveRow, Scheduler, longest_context
 from model.two_tower import TwoTower
 from model.unmasking import positions_to_commit
+from model.weights import free_memory
 
 KV_SHARE = 0.25  # of the free memory, at most, for attention context whose size nobody gave
 
@@ -43,8 +44,6 @@ class Engine:
 
     def _default_kv_tokens(self) -> int:
         """Room for every row at full length, or for a share of the free memory where that is less."""
-        from model.weights import free_memory
-
         wanted = self.limits.max_rows * self.max_context
         a_token = self.pair.kv_bytes_per_token()
         if a_token == 0:

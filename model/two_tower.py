@@ -1,7 +1,6 @@
 """Both towers and the two forwards the engine drives: extend the context, denoise a block."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from model.tokenizer import Tokenizer
 from model.tower import Tower
 from model.weights import check_memory, load_tensors
 
-DtypeName = Literal["float32", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TIME_NAMES = {"embed_in": "t_embedder.mlp.0", "embed_out": "t_embedder.mlp.2", "block": "t_block.1"}
 

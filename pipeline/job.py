@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
+from model.config import Towers
 from model.params import EngineLimits, GenerationParams, Mode
 from pipeline.prompts import template_columns
 
@@ -109,6 +110,11 @@ class GenerationSection(Section):
     def _check(self) -> Self:
         self.params(())
         return self
+
+    @property
+    def towers(self) -> Towers:
+        """What of the checkpoint a replica needs: AR runs on the context tower alone, half of the weights."""
+        return "context" if self.mode == "ar" else "both"
 
     def params(self, default_eos: tuple[int, ...]) -> GenerationParams:
         """The engine's settings, with `default_eos` where the job names no EOS ids. Raises RequestError."""

@@ -169,7 +169,7 @@ class BarProgress:
     """A live bar on a terminal. It stands still until the first event."""
 
     def __init__(self, meter: Meter, console: Console) -> None:
-        self._meter, self._console = meter, console
+        self._meter = meter
         columns = BarColumn(bar_width=24), TextColumn("{task.description}", markup=False)
         self._bar = Progress(*columns, console=console, refresh_per_second=4)
         self._task = self._bar.add_task(line(meter.snapshot()), total=1)

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.tokenizer import Tokenizer
@@ -46,8 +46,7 @@ def check_checkpoint(job: Job) -> Checkpoint:
     Raises CheckpointError; RequestError and JobError where the job's limits do not fit the checkpoint's context.
     """
     checkpoint = open_checkpoint(job.model.checkpoint)
-    towers: Literal["context", "both"] = "context" if job.generation.mode == "ar" else "both"
-    checkpoint.validate(towers)
+    checkpoint.validate(job.generation.towers)
     load_tokenizer(checkpoint)
     limits = job.engine.limits()
     room, remedy = limits.context_tokens(checkpoint.config.max_position_embeddings), "lower it"

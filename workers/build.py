@@ -61,8 +61,7 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
     job = spec.job
     torch.set_num_threads(min(job.workers.cpus, os.cpu_count() or 1))
     devices = [f"cuda:{index}" for index in range(job.workers.gpus)] or ["cpu"]
-    towers = "context" if job.generation.mode == "ar" else "both"
-    pair = load_model(job.model.checkpoint, dtype=job.model.dtype, devices=devices, towers=towers)  # type: ignore[arg-type]
+    pair = load_model(job.model.checkpoint, dtype=job.model.dtype, devices=devices, towers=job.generation.towers)
     if pair.tokenizer is None:
         raise CheckpointError(f"checkpoint {job.model.checkpoint} has no tokenizer.json: prompts cannot be read")
     return UnitRunner(
