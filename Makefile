@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export TWOTOWER_OUT ?= $(CURDIR)/out
 
-.PHONY: demo test lint types unit bench-scale tiny clean
+.PHONY: demo test lint types unit bench bench-scale tiny clean
 
 demo: $(VENV)/.runtime ## run jobs/demo.yaml; completions land in out/demo
 	$(BIN)/python -m pipeline run jobs/demo.yaml
@@ -23,6 +23,9 @@ types: $(VENV)/.dev
 # two processes, a file in one of them: 4m10s, in one process 6m40s (two cores)
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: $(VENV)/.dev ## the engine against lockstep, layouts on simulated GPUs: tests/benchmarks/out/engine.json
+	$(BIN)/python -m tests.benchmarks.engine
 
 bench-scale: $(VENV)/.dev ## 2,000,000 rows through two replicas whose engine computes nothing
 	$(BIN)/python -m tests.benchmarks.scale

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from model.errors import RequestError
+from model.slots import PAGE_SIZE
 
 Mode = Literal["diffusion", "ar", "mock_ar"]
 FinishReason = Literal["stop", "length", "error"]
@@ -107,12 +108,21 @@ class Request:
     key: str
     prompt_ids: Sequence[int]
     params: GenerationParams = field(default_factory=GenerationParams)
+    prefix_tokens: int = 0
+    """How many of the first prompt tokens other requests begin with as well: the engine computes them once. It changes
+    the speed, never the tokens."""
 
     def __post_init__(self) -> None:
         try:  # a copy: what is submitted does not change any more
             object.__setattr__(self, "prompt_ids", tuple(operator.index(token) for token in self.prompt_ids))
         except TypeError as error:
             raise RequestError(f"request {self.key!r}: the prompt must be a list of whole numbers: {error}") from error
+        _require(
+            _is_int(self.prefix_tokens) and 0 <= self.prefix_tokens <= len(self.prompt_ids),
+            f"request {self.key!r}: prefix_tokens",
+            self.prefix_tokens,
+            f"from 0 to the prompt's {len(self.prompt_ids)} tokens",
+        )
 
     @property
     def sampling_key(self) -> tuple[int, int]:
@@ -149,6 +159,9 @@ class Completion:
     """From submit() to the end, queue_s included."""
     batch_rows: float = 0.0
     """Mean number of rows in the forwards that this row took part in after its prefill."""
+    preemptions: int = 0
+    """How often the row was put back to the queue because pages ran out; the work before the last time counts nowhere,
+    its time as queue_s."""
     trace: tuple[tuple[int, ...], ...] = ()
     """The block fed to each denoiser forward; only from an engine made with trace=True."""
 
@@ -157,14 +170,20 @@ class Completion:
 class EngineLimits:
     """How much the engine holds at once. Raises RequestError where limits are impossible or contradict each other."""
 
-    max_rows: int = 16
-    """Rows generated together."""
+    max_rows: int | Literal["auto"] = 16
+    """Rows generated together; auto: as many as the memory holds and the device makes use of (model.memory)."""
     max_prefill_tokens: int = 4096
-    """Prompt tokens put through the context tower in one forward, padding counted; a longer prompt goes alone."""
+    """Prompt tokens put through the context tower in one forward, padding counted; a longer prompt goes in pieces. At
+    least a page of the context cache, 64."""
     max_context_tokens: int | None = None
     """Prompt + completion of one row at most; None: the checkpoint's max_position_embeddings."""
     kv_tokens: int | None = None
     """Tokens of attention context for all rows together; None: sized from max_rows and the context, within memory."""
+    lanes: int | None = None
+    """Groups of rows that take turns, so that every stage has work while the others compute; None: one a stage."""
+    extend_every: int = 1
+    """Turns of a lane between two context forwards for its finished blocks. Above 1, rows wait for each other a little
+    and share one reading of the context tower's weights: worth it where reading weights is what takes the time."""
 
     def context_tokens(self, max_position_embeddings: int) -> int:
         """Prompt + completion of one row at most, on a checkpoint whose contexts hold so many tokens.
@@ -179,9 +198,18 @@ class EngineLimits:
         return self.max_context_tokens or max_position_embeddings
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "max_prefill_tokens"):
-            value = getattr(self, name)
-            _require(_is_int(value) and 1 <= value < _TOO_MANY, name, value, "a whole number of at least 1")
+        lanes = 1 if self.lanes is None else self.lanes
+        rows = lanes if self.max_rows == "auto" else self.max_rows
+        for name, value, least in (
+            ("max_prefill_tokens", self.max_prefill_tokens, PAGE_SIZE),
+            ("lanes", lanes, 1),
+            ("extend_every", self.extend_every, 1),
+        ):
+            _require(_is_int(value) and least <= value < _TOO_MANY, name, value, f"a whole number of at least {least}")
+        rule = "a whole number of at least 1, or auto"
+        _require(_is_int(rows) and 1 <= rows < _TOO_MANY, "max_rows", self.max_rows, rule)
+        if lanes > rows:
+            raise RequestError(f"lanes is {lanes}, above max_rows {rows}: a lane would have no rows; lower lanes")
         for name in ("max_context_tokens", "kv_tokens"):
             value = getattr(self, name)
             ok = value is None or (_is_int(value) and 2 <= value < 2**50)

@@ -4,10 +4,14 @@ Shapes in this package: R rows of the forward, N their tokens together, L the lo
 H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +19,7 @@ class RowIndex:
     """`Rows` as index tensors on one device."""
 
     slots: Tensor  # (R,) int64
+    seeds: Tensor  # (R,) int64; a slot, or -1
     lengths: Tensor  # (R,) int64
     row_of_token: Tensor  # (N,) int64
     pad: Tensor | None  # (R, L) int64 into the N tokens; None where all rows are equally long
@@ -25,15 +30,22 @@ class RowIndex:
 class Rows:
     """Which slots take part in a forward and with how many tokens each.
 
-    Row r owns tokens [starts[r], starts[r] + lengths[r]) of the forward. `context[r]` tokens stand in its slot of the
-    context cache before the forward; its keys and values lie, or will lie, in `pages[r]`.
+    Row r owns tokens [starts[r], starts[r] + lengths[r]) of the forward. `context[r]` tokens stand in the context cache
+    before the forward; its keys and values lie, or will lie, in `pages[r]`. Its Mamba states are read from slot
+    `seeds[r]` (its own, that of the prefix it shares, or -1 where nothing stands before) and written to `slots[r]`.
     """
 
     slots: tuple[int, ...]
+    seeds: tuple[int, ...]
     lengths: tuple[int, ...]
     context: tuple[int, ...]
     pages: tuple[tuple[int, ...], ...]
-    _on: dict[torch.device, RowIndex] = field(default_factory=dict, compare=False, repr=False)
+    _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def padded_tokens(self) -> int:
+        """R * L: what a layer that pads its rows to the longest computes."""
+        return len(self.lengths) * max(self.lengths)
 
     @property
     def starts(self) -> list[int]:
@@ -44,9 +56,14 @@ class Rows:
 
     def on(self, device: torch.device) -> RowIndex:
         """The index tensors on `device`, made once a forward and device."""
-        if device not in self._on:
-            self._on[device] = self._index(device)
-        return self._on[device]
+        return self.once(device, lambda: self._index(device))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once a forward and key: for plans that all layers of a kind share."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
 
     def _index(self, device: torch.device) -> RowIndex:
         lengths = torch.tensor(self.lengths)
@@ -62,6 +79,7 @@ class Rows:
             unpad = (row_of_token * longest + position).to(device)
         return RowIndex(
             slots=torch.tensor(self.slots, device=device),
+            seeds=torch.tensor(self.seeds, device=device),
             lengths=lengths.to(device),
             row_of_token=row_of_token.to(device),
             pad=pad,
@@ -73,10 +91,11 @@ class Rows:
         index = self.on(x.device)
         if index.pad is None:
             return x.reshape(len(self.lengths), -1, *x.shape[1:])
-        return x[index.pad]
+        padded: Tensor = x.index_select(0, index.pad.flatten()).unflatten(0, index.pad.shape)
+        return padded
 
     def flat(self, x: Tensor) -> Tensor:
         """(R, L, …) -> (N, …): the inverse of `padded`."""
         index = self.on(x.device)
         x = x.reshape(-1, *x.shape[2:])
-        return x if index.unpad is None else x[index.unpad]
+        return x if index.unpad is None else x.index_select(0, index.unpad)

@@ -2,8 +2,13 @@
 
 A sampled token depends on the row's logits and on one uniform number, and that number on (seed, row key, block, step,
 position) alone: whatever batch, replica or attempt the row is computed in, it draws the same.
+
+At a vocabulary of 131,072 the logits of 4,096 positions would take 2 GiB and each copy as much again. So the head is
+asked for slices of the vocabulary, of a fixed width, and only sums over a slice are kept. Their order, and with it a
+row's bits, depends on the vocabulary alone, not on the other rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +17,13 @@ from torch import Tensor
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
+
+HEAD_WORKSPACE = 256 * 2**20  # bytes
+VOCAB_SLICE = 8192  # columns; below 32,768, from which on torch splits the sum of a lone row among its threads
+SLICE_BYTES = 16  # of workspace for a logit of a slice: float32, what it is made of, and a float64 weight
+LIMITED_BYTES = 48  # for one that is also sorted: two float32, two float64, an order (int64), and room to sort
+
+Head = Callable[[slice | Tensor, slice], Tensor]  # (positions, columns) -> logits float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,44 +57,186 @@ def uniforms(counter: Tensor, key: Tensor) -> Tensor:
     return ((words[:, 0] << 21) | (words[:, 1] >> 11)).double() / 2**53
 
 
-def choose(logits: Tensor, suppress: Tensor, mask_id: int, draws: Draws | None) -> tuple[Tensor, Tensor]:
-    """logits (M, V) float32, suppress (M,) bool -> tokens (M,) int64 and their confidence (M,) float32.
+def choose(
+    head: Head,
+    count: int,
+    vocab: int,
+    suppress: Tensor,
+    mask_id: int,
+    draws: Draws | None,
+    workspace: int = HEAD_WORKSPACE,
+    width: int = VOCAB_SLICE,
+) -> tuple[Tensor, Tensor]:
+    """Tokens (M,) int64 of M = `count` positions and their confidence (M,) float32; (M, V) logits are never held.
 
-    suppress: where the mask id must not be chosen and takes no probability. Confidence is the chosen token's
-    probability at temperature 1, over the whole vocabulary. draws: None for all greedy. A row of logits that is not
-    finite gives a confidence that is NaN.
+    head(positions, columns) gives logits (len(positions), len(columns)) float32, a tensor that may be overwritten; it
+    is asked for `width` columns at a time, and more than once. suppress (M,) bool: where the mask id must not be
+    chosen and takes no probability. draws: None for all greedy. workspace: the most bytes that the logits and what is
+    made of them may take; only a single row may go beyond it.
+
+    Confidence is the chosen token's probability at temperature 1, over the whole vocabulary. A logit of -inf is a
+    probability of 0; a row with a logit of NaN or inf, or with none above -inf, gives an id and the confidence NaN.
     """
-    logits = logits.clone()
-    logits[:, mask_id] = logits[:, mask_id].masked_fill(suppress, -torch.inf)
-    tokens = logits.argmax(-1)
+    columns = [slice(at, min(at + width, vocab)) for at in range(0, vocab, width)]
+    logits = _Logits(head, suppress, mask_id, columns, workspace)
+    parts = _survey(logits, count, None if draws is None else draws.temperature)
+    top, part = parts.best.max(-1)
+    tokens, chosen = _pick(parts.at, part), top.clone()
     if draws is not None:
-        sampled = draws.temperature > 0
-        tokens[sampled] = _sample(logits[sampled], Draws(*(getattr(draws, f)[sampled] for f in Draws.__slots__)))
-    total = logits.logsumexp(-1)
-    confidence = (logits.gather(-1, tokens[:, None])[:, 0] - total).exp()
-    return tokens, confidence.masked_fill(~total.isfinite(), torch.nan)
+        uniform = uniforms(draws.counter, draws.key)
+        sampled, limits = draws.temperature > 0, (draws.top_k > 0) | (draws.top_p < 1)
+        _draw_by_slice(logits, parts, (sampled & ~limits).nonzero()[:, 0], draws, uniform, tokens, chosen)
+        _draw_within_limits(logits, (sampled & limits).nonzero()[:, 0], draws, uniform, tokens, chosen)
+    total = (parts.total * (parts.best - top[:, None]).exp()).sum(-1)
+    return tokens, ((chosen - top).exp() / total).clamp(max=1)
 
 
-def _sample(logits: Tensor, draws: Draws) -> Tensor:
-    """Inverts the CDF, in vocabulary order, of softmax(logits / temperature) within top_k and top_p."""
+def choose_from(logits: Tensor, suppress: Tensor, mask_id: int, draws: Draws | None) -> tuple[Tensor, Tensor]:
+    """`choose` from logits (M, V) float32 that exist already; they stay as they are."""
+    count, vocab = logits.shape
+    return choose(lambda rows, columns: logits[rows, columns].clone(), count, vocab, suppress, mask_id, draws)
+
+
+@dataclass(frozen=True, slots=True)
+class _Logits:
+    """The head with the mask id suppressed, and how much of it is looked at at once."""
+
+    head: Head
+    suppress: Tensor  # (M,) bool
+    mask_id: int
+    columns: list[slice]  # S of them, the whole vocabulary
+    workspace: int  # bytes
+
+    def of(self, positions: slice | Tensor, columns: slice) -> Tensor:
+        """(len(positions), len(columns)) float32, the caller's to overwrite."""
+        x = self.head(positions, columns)
+        if columns.start <= self.mask_id < columns.stop:
+            x[:, self.mask_id - columns.start].masked_fill_(self.suppress[positions], -torch.inf)
+        return x
+
+    def rows_at_once(self, columns: slice, bytes_each: int) -> int:
+        """How many rows of `columns` fit into the workspace, one at least."""
+        return max(1, self.workspace // (len(range(columns.start, columns.stop)) * bytes_each))
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What one pass over the vocabulary keeps of each of its S slices; (M, S) each."""
+
+    best: Tensor  # float32, the largest logit
+    at: Tensor  # int64, the first id that has it
+    total: Tensor  # float32, the sum of exp(logit - best)
+    mass: Tensor | None  # float64, the sum of exp((logit - best) / temperature)
+
+
+def _survey(logits: _Logits, count: int, temperature: Tensor | None) -> _Parts:
+    """One pass over all slices. temperature (M,): also the mass at it, which means nothing where it is 0."""
+    device, columns = logits.suppress.device, logits.columns
+    best, total = (torch.empty(count, len(columns), device=device) for _ in range(2))
+    at = torch.empty(count, len(columns), dtype=torch.int64, device=device)
+    mass = None if temperature is None else torch.empty(count, len(columns), dtype=torch.float64, device=device)
+    step = logits.rows_at_once(columns[0], SLICE_BYTES)
+    for begin in range(0, count, step):
+        rows = slice(begin, min(begin + step, count))
+        for i, part in enumerate(columns):
+            x = logits.of(rows, part)
+            best[rows, i], first = x.max(-1)
+            at[rows, i] = first + part.start
+            x -= _finite_base(best[rows, i])[:, None]
+            if mass is not None and temperature is not None:
+                total[rows, i] = x.exp().sum(-1)
+                x /= temperature[rows, None]
+                mass[rows, i] = x.exp_().sum(-1, dtype=torch.float64)
+            else:
+                total[rows, i] = x.exp_().sum(-1)
+            del x  # before the next slice is made
+    return _Parts(best, at, total, mass)
+
+
+def _draw_by_slice(
+    logits: _Logits, parts: _Parts, rows: Tensor, draws: Draws, uniform: Tensor, tokens: Tensor, chosen: Tensor
+) -> None:
+    """Sampled rows without limits: the slice from the masses, and the token from that slice, computed again.
+
+    Together they invert the CDF of softmax(logits / temperature) in vocabulary order. rows (K,) of the M; writes their
+    tokens (M,) and the logits of those, chosen (M,).
+    """
+    assert parts.mass is not None
+    heat, best = draws.temperature[rows], parts.best[rows]
     # less the largest first: a tiny temperature then gives -inf for the others, not inf for all
-    probs = ((logits - logits.amax(-1, keepdim=True)) / draws.temperature[:, None]).softmax(-1).double()
-    limited = (draws.top_k > 0) | (draws.top_p < 1)
-    if bool(limited.any()):
-        probs[limited] = _limit(probs[limited], draws.top_k[limited], draws.top_p[limited])
-    cdf = probs.cumsum(-1)
-    target = uniforms(draws.counter, draws.key)[:, None] * cdf[:, -1:]
-    # a NaN row compares false everywhere: token 0, whose confidence is NaN too
-    return (cdf <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
+    less = (best - best.amax(-1, keepdim=True)) / heat[:, None]
+    mass = parts.mass[rows] * less.double().exp()  # (K, S)
+    cdf = mass.cumsum(-1)
+    part, target = _invert(cdf, uniform[rows])
+    inside = (target - _pick(cdf - mass, part)) / _pick(mass, part)  # where in the slice, as a share of it
+    base = _finite_base(_pick(best, part))
+    step = logits.rows_at_once(logits.columns[0], SLICE_BYTES)
+    by_part = part.argsort(stable=True).split(torch.bincount(part, minlength=len(logits.columns)).tolist())
+    for columns, all_mine in zip(logits.columns, by_part, strict=True):
+        for mine in all_mine.split(step) if len(all_mine) else ():
+            x = logits.of(rows[mine], columns)
+            weights = x.sub(base[mine, None]).div_(heat[mine, None]).exp_().double()
+            token, _ = _invert(weights.cumsum_(-1), inside[mine])
+            tokens[rows[mine]] = token + columns.start
+            chosen[rows[mine]] = _pick(x, token)
+            del x, weights
 
 
-def _limit(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Zeroes what lies outside the k likeliest, and then outside the fewest that reach top_p of what is left."""
-    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-    place = torch.arange(probs.shape[-1], device=probs.device)
-    keep = (top_k[:, None] == 0) | (place < top_k[:, None])
-    ordered = ordered * keep
-    before = ordered.cumsum(-1) - ordered
-    keep &= before < top_p[:, None] * ordered.sum(-1, keepdim=True)
-    keep |= place == 0  # the likeliest always stays
-    return torch.zeros_like(probs).scatter(-1, order, ordered * keep)
+def _draw_within_limits(
+    logits: _Logits, rows: Tensor, draws: Draws, uniform: Tensor, tokens: Tensor, chosen: Tensor
+) -> None:
+    """Sampled rows with top_k or top_p, as many at a time as their whole vocabulary leaves room for.
+
+    Inverts the CDF, in vocabulary order, of softmax(logits / temperature) within the limits. rows (K,) of the M;
+    writes their tokens (M,) and the logits of those, chosen (M,).
+    """
+    vocab = logits.columns[-1].stop
+    for mine in rows.split(logits.rows_at_once(slice(0, vocab), LIMITED_BYTES)) if len(rows) else ():
+        x = torch.empty(len(mine), vocab, device=rows.device)
+        for columns in logits.columns:
+            x[:, columns] = logits.of(mine, columns)
+        weights = _limited(x, draws.temperature[mine], draws.top_k[mine], draws.top_p[mine])
+        token, _ = _invert(weights.cumsum_(-1), uniform[mine])
+        tokens[mine], chosen[mine] = token, _pick(x, token)
+        del x, weights
+
+
+def _limited(x: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Logits x (K, V) -> weights (K, V) float64, in proportion to the probabilities at `temperature` (K,).
+
+    0 outside the k likeliest, and then outside the fewest that reach top_p of what is left.
+    """
+    ordered, order = x.sort(dim=-1, descending=True, stable=True)
+    ordered -= ordered[:, :1].clone()
+    weights = ordered.div_(temperature[:, None]).exp_().double()
+    del ordered
+    place = torch.arange(x.shape[1], device=x.device)
+    weights.masked_fill_((top_k[:, None] > 0) & (place >= top_k[:, None]), 0)
+    before = weights.cumsum(-1)
+    enough = top_p[:, None] * before[:, -1:]
+    beyond = before.sub_(weights) >= enough
+    beyond[:, 0] = False  # the likeliest always stays
+    weights.masked_fill_(beyond, 0)
+    return before.scatter_(-1, order, weights)
+
+
+def _invert(cdf: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """cdf (K, T) float64, share (K,) -> the first place (K,) whose cdf is above share of the last, and that.
+
+    A place that adds nothing is never taken, not even where rounding leaves the share at 1 or a little below 0. A row
+    that is NaN or all 0 gives any place.
+    """
+    last = cdf[:, -1]
+    target = torch.minimum(share.clamp(min=0) * last, torch.nextafter(last, torch.zeros_like(last)))
+    place = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
+    return place.clamp(max=cdf.shape[1] - 1), target
+
+
+def _finite_base(best: Tensor) -> Tensor:
+    """best, or 0 where it is -inf: the differences to it are then -inf, not NaN."""
+    return best.masked_fill(best == -torch.inf, 0)
+
+
+def _pick(table: Tensor, place: Tensor) -> Tensor:
+    """table (K, T), place (K,) -> (K,)."""
+    return table.gather(-1, place[:, None])[:, 0]

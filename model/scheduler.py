@@ -1,185 +1,276 @@
-"""Who is in the engine and what each row needs next. Free of torch.
+"""Who is in the engine, and what each row needs next. Free of torch.
 
-A row is waiting, then holds a slot and is in one phase at a time:
+A row waits, then holds a slot: its prompt goes into the context in pieces (prefill); then, in one lane, it goes round
+between a block to fill and a finished block to put into the context (extend). No row waits for another one's block.
 
-    prefill  its prompt is not in the context yet
-    denoise  it needs a denoiser forward: a block with masks left, or the next mock-AR token
-    extend   tokens are ready for its context: a finished block, or the last token in the AR modes
-
-No row waits for another: each phase takes whatever rows are in it.
+Rows come in first come, first served, and a row that does not fit yet holds the ones behind it back, so none starves.
+Pages are taken as a row grows. When they run out the youngest row goes back to the queue and starts again: its sampling
+depends on nothing but its own coordinates, so it repeats the same tokens. The oldest row always goes on.
 """
 
-import time
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from model.errors import RequestError
-from model.params import Completion, FinishReason, Request
-
-Phase = Literal["prefill", "denoise", "extend"]
-
-
-class Slots(Protocol):
-    """What the scheduler needs of the context cache."""
-
-    def has_room(self, tokens: int) -> bool: ...
-    def acquire(self, tokens: int) -> int: ...
-    def release(self, slot: int) -> None: ...
+from model.lanes import ActiveRow, Lane, Prefix
+from model.params import Request
+from model.slots import PAGE_SIZE, PREFIX_SLOTS, Slots, pages_for
 
 
-@dataclass(slots=True, eq=False)
-class ActiveRow:
-    """One request on its way: what it has, what it needs, what it has cost. Changed by the engine only."""
+@dataclass(slots=True)
+class Stats:
+    """What an engine has done so far."""
 
-    request: Request
-    submitted: float
-    slot: int = -1
-    phase: Phase = "prefill"
-    pending: list[int] = field(default_factory=list)
-    """Tokens to put into the context next."""
-    tokens: list[int] = field(default_factory=list)
-    """Finished tokens: whole blocks, or single tokens in the AR modes."""
-    confidences: list[float] = field(default_factory=list)
-    """Of each of `tokens`, when it was committed."""
-    block: list[int] = field(default_factory=list)
-    """The block being denoised."""
-    masked: list[bool] = field(default_factory=list)
-    block_confidences: list[float] = field(default_factory=list)
-    broken: bool = False
-    """Logits that this row needed were not finite."""
-    checked: int = 0
-    """How many of the committed tokens are known not to end the row."""
-    key: tuple[int, int] = (0, 0)
-    steps: list[int] = field(default_factory=list)
-    forwards: int = 0
-    trace: list[tuple[int, ...]] = field(default_factory=list)
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    denoise_s: float = 0.0
-    commit_s: float = 0.0
-    shared_rows: int = 0
-    shared_forwards: int = 0
-
-    def __post_init__(self) -> None:
-        params = self.request.params
-        self.key = self.request.sampling_key
-        prompt = list(self.request.prompt_ids)
-        # the AR modes keep the last token out of the context: it is the input of the next forward
-        self.pending = prompt if params.mode == "diffusion" else prompt[:-1]
+    prefill_tokens: int = 0
+    """Prompt tokens put into contexts; those of a shared prefix once."""
+    padded_tokens: int = 0
+    """The same with every row of a forward as long as the longest."""
+    shared_tokens: int = 0
+    """Prompt tokens that were not computed, because a prefix held them."""
+    preemptions: int = 0
 
     @property
-    def last_token(self) -> int:
-        """The newest token of prompt and completion."""
-        return self.tokens[-1] if self.tokens else self.request.prompt_ids[-1]
-
-    @property
-    def steps_left(self) -> int:
-        """Denoiser forwards this block may still take, the coming one included."""
-        return self.request.params.steps_per_block - self.steps[-1]
-
-    def start_block(self, mask_id: int) -> None:
-        """All masks; nothing of it done."""
-        size = self.request.params.block_size
-        self.block, self.masked, self.block_confidences = [mask_id] * size, [True] * size, [0.0] * size
-        self.steps.append(0)
-
-    def finish_block(self) -> None:
-        """The block, nothing masked in it, becomes finished tokens, pending for the context."""
-        self.pending = self.block
-        self.tokens, self.confidences = self.tokens + self.block, self.confidences + self.block_confidences
-        self.block, self.masked, self.block_confidences = [], [], []
-
-    def committed_prefix(self) -> list[int]:
-        """Tokens that will not change any more and have nothing masked before them."""
-        stop = self.masked.index(True) if True in self.masked else len(self.masked)
-        return self.tokens + self.block[:stop]
-
-    def took_part(self, rows: int) -> None:
-        """Notes a forward after the prefill, shared by `rows` rows."""
-        self.shared_rows += rows
-        self.shared_forwards += 1
-
-    def completion(self, reason: FinishReason, token_ids: list[int], text: str | None, error: str | None) -> Completion:
-        """The row's end, with what it has cost."""
-        kept = (self.confidences + self.block_confidences)[: len(token_ids)]
-        threshold = self.request.params.confidence_threshold
-        return Completion(
-            key=self.request.key,
-            token_ids=tuple(token_ids),
-            text=text,
-            finish_reason=reason,
-            error=error,
-            prompt_tokens=len(self.request.prompt_ids),
-            denoiser_forwards=self.forwards,
-            steps_per_block=tuple(self.steps),
-            forced_commits=sum(c <= threshold for c in kept) if self.steps else 0,
-            mean_confidence=sum(kept) / len(kept) if kept else None,
-            queue_s=self.queue_s,
-            prefill_s=self.prefill_s,
-            denoise_s=self.denoise_s,
-            commit_s=self.commit_s,
-            latency_s=time.perf_counter() - self.submitted,
-            batch_rows=self.shared_rows / self.shared_forwards if self.shared_forwards else 0.0,
-            trace=tuple(self.trace),
-        )
+    def padding_share(self) -> float:
+        """Share of the padded tokens that are none."""
+        return 1 - self.prefill_tokens / self.padded_tokens if self.padded_tokens else 0.0
 
 
 class Scheduler:
-    """First come, first served; a row that does not fit yet holds the ones behind it back, so none starves."""
+    """The queue, the rows that hold slots, and the lanes they are in. It decides; it computes nothing."""
 
-    def __init__(self, slots: Slots, max_prefill_tokens: int) -> None:
-        self.slots = slots
-        self.max_prefill_tokens = max_prefill_tokens
+    def __init__(self, slots: Slots, max_rows: int, max_prefill_tokens: int, lanes: int = 1) -> None:
+        """slots: with PREFIX_SLOTS more than max_rows."""
+        self.slots, self.max_rows = slots, max_rows
+        self.row_slots = max_rows  # slots that there are for rows
+        self.prefill_budget = max_prefill_tokens // PAGE_SIZE * PAGE_SIZE
         self.waiting: deque[ActiveRow] = deque()
         self.running: dict[str, ActiveRow] = {}
+        self.prefilling: dict[ActiveRow | Prefix, None] = {}
+        self.prefixes: dict[tuple[int, ...], Prefix] = {}
+        self.lanes = [Lane() for _ in range(lanes)]
+        self.stats = Stats()
         self._keys: set[str] = set()
+        self._arrivals = 0
+        self._long_turn = False
 
-    def submit(self, request: Request) -> None:
+    # -- in and out --------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, now: float) -> None:
         """Queues a request. Raises RequestError where its key is in the engine already."""
         if request.key in self._keys:
             raise RequestError(f"request key {request.key!r} is in the engine already: keys must be unique")
         self._keys.add(request.key)
-        self.waiting.append(ActiveRow(request, submitted=time.perf_counter()))
+        self._arrivals += 1
+        self.waiting.append(ActiveRow(request, self._arrivals, now))
 
-    def admit(self) -> None:
-        """Gives slots to waiting rows, in order, while there is room."""
-        while self.waiting and self.slots.has_room(longest_context(self.waiting[0].request)):
-            row = self.waiting.popleft()
-            row.slot = self.slots.acquire(longest_context(row.request))
-            row.queue_s = time.perf_counter() - row.submitted
-            self.running[row.request.key] = row
-
-    def in_phase(self, phase: Phase) -> list[ActiveRow]:
-        """The rows that need this forward now."""
-        return [row for row in self.running.values() if row.phase == phase]
-
-    def prefill_batch(self) -> list[ActiveRow]:
-        """Rows to prefill together, oldest first; a prompt above max_prefill_tokens goes alone.
-
-        Padding counts, rows x longest: a long prompt among many short ones would otherwise take memory for all of them.
-        """
-        batch: list[ActiveRow] = []
-        longest = 0
-        for row in self.in_phase("prefill"):
-            longest = max(longest, len(row.pending))
-            if batch and (len(batch) + 1) * longest > self.max_prefill_tokens:
+    def admit(self, now: float) -> list[ActiveRow]:
+        """Gives slots to waiting rows, in order, while there is room -> those rows."""
+        admitted = []
+        while self.waiting and len(self.running) < self.max_rows:
+            row = self.waiting[0]
+            prefix = self._prefix_of(row)
+            slot = self._slot_for(row, prefix)
+            if slot is None:
+                if self._drop_unused_prefix(prefix):
+                    continue
                 break
-            batch.append(row)
-        return batch
+            self.waiting.popleft()
+            row.slot, row.prefix, row.queue_s = slot, prefix, now - row.submitted
+            shared = len(prefix.tokens) if prefix else 0
+            row.pending = list(row.request.prompt_ids[shared : row.prefill_tokens])
+            self.stats.shared_tokens += shared
+            self.running[row.request.key] = row
+            self.prefilling[row] = None
+            admitted.append(row)
+        return admitted
+
+    def _slot_for(self, row: ActiveRow, prefix: Prefix | None) -> int | None:
+        params, prompt = row.request.params, len(row.request.prompt_ids)
+        tokens = prompt + min(params.block_size, params.max_new_tokens)
+        if row.preemptions:  # once is enough: now it takes all it can come to need
+            tokens = longest_context(row.request)
+        # a page for each running row's next block stays free, or the newcomer would be the next to go back
+        spare = min(len(self.running), self.slots.pages // 8)
+        shared = len(prefix.tokens) if prefix else 0
+        if self.running and pages_for(tokens - shared) + spare > self.slots.free_pages:
+            return None
+        return self.slots.acquire(tokens, prefix.slot if prefix else -1)
+
+    def _prefix_of(self, row: ActiveRow) -> Prefix | None:
+        """The prefix to begin with; made now where it is the first row to name it and there is room."""
+        length = min(row.request.prefix_tokens, row.prefill_tokens) // PAGE_SIZE * PAGE_SIZE
+        if not length:
+            return None
+        tokens = tuple(row.request.prompt_ids[:length])
+        prefix = self.prefixes.get(tokens)
+        if prefix is None:
+            if len(self.prefixes) == PREFIX_SLOTS and not self._drop_unused_prefix():
+                return None
+            slot = self.slots.acquire(length)
+            if slot is None:
+                return None
+            prefix = self.prefixes[tokens] = Prefix(tokens, slot, list(tokens))
+            self.prefilling[prefix] = None
+        prefix.last_used = self._arrivals
+        return prefix
+
+    def _drop_unused_prefix(self, kept: Prefix | None = None) -> bool:
+        """Gives the room of the prefix that was longest not used back; False where all are in use, or `kept`."""
+        unused = [p for p in self.prefixes.values() if p is not kept and not self.slots.users(p.slot)]
+        if not unused:
+            return False
+        self.drop_prefix(min(unused, key=lambda prefix: prefix.last_used))
+        return True
+
+    def knows(self, prefix: Prefix) -> bool:
+        """Whether rows may still begin with it."""
+        return self.prefixes.get(prefix.tokens) is prefix
+
+    def drop_prefix(self, prefix: Prefix) -> None:
+        """Forgets a prefix that no row uses."""
+        del self.prefixes[prefix.tokens]
+        self.prefilling.pop(prefix, None)
+        self.slots.release(prefix.slot)
+
+    def remove(self, row: ActiveRow) -> None:
+        """Takes a running row out; its slot is free at once."""
+        self._take_out(row)
+        self._keys.discard(row.request.key)
+
+    def cancel(self, key: str) -> bool:
+        """Takes a request out, waiting or running; False where it is not here."""
+        if key in self.running:
+            self.remove(self.running[key])
+        elif key in self._keys:
+            self.waiting = deque(row for row in self.waiting if row.request.key != key)
+            self._keys.discard(key)
+        else:
+            return False
+        return True
 
     def clear(self) -> None:
         """Takes all rows out."""
         for row in list(self.running.values()):
             self.remove(row)
-        self._keys.difference_update(row.request.key for row in self.waiting)
+        for prefix in [prefix for prefix in self.prefixes.values() if prefix.pending]:
+            self.drop_prefix(prefix)
+        self._keys.clear()
         self.waiting.clear()
 
-    def remove(self, row: ActiveRow) -> None:
-        """Takes a row out; its slot is free at once."""
+    def _take_out(self, row: ActiveRow) -> None:
         del self.running[row.request.key]
-        self._keys.discard(row.request.key)
+        self.prefilling.pop(row, None)
+        if row.lane is not None:
+            row.lane.drop(row)
         self.slots.release(row.slot)
+        row.ended = True
+
+    # -- what to compute ---------------------------------------------------------------------------------------------
+
+    def prefill_batch(self) -> list[tuple[ActiveRow | Prefix, int]]:
+        """What to prefill together, and how many tokens of each: rows x longest within the budget.
+
+        The oldest, with those nearest to it in length, so that little is padded. One with more tokens than the budget
+        goes alone, in pieces, and takes turns with the others, so that they do not wait for its end.
+        """
+        ready = [item for item in self.prefilling if self._may_prefill(item)]
+        long = [item for item in ready if len(item.pending) > self.prefill_budget]
+        short = [item for item in ready if len(item.pending) <= self.prefill_budget]
+        self._long_turn = bool(long) and not (short and self._long_turn)
+        if self._long_turn:
+            return self._count([(long[0], self.prefill_budget)])
+        if not short:
+            return []
+        first, *others = short
+        batch, longest = [first], len(first.pending)
+        for item in sorted(others, key=lambda item: abs(len(item.pending) - len(first.pending))):
+            longest = max(longest, len(item.pending))
+            if (len(batch) + 1) * longest > self.prefill_budget:
+                break
+            batch.append(item)
+        return self._count([(item, len(item.pending)) for item in batch])
+
+    def _may_prefill(self, item: ActiveRow | Prefix) -> bool:
+        """A row begins behind its prefix, once all of that is on its way."""
+        return isinstance(item, Prefix) or item.prefix is None or not item.prefix.pending
+
+    def _count(self, batch: list[tuple[ActiveRow | Prefix, int]]) -> list[tuple[ActiveRow | Prefix, int]]:
+        lengths = [count for _, count in batch if count]
+        self.stats.prefill_tokens += sum(lengths)
+        self.stats.padded_tokens += len(lengths) * max(lengths, default=0)
+        return batch
+
+    def prefilled(self, batch: list[tuple[ActiveRow | Prefix, int]]) -> None:
+        """These pieces are on their way. A row whose whole prompt is goes to the lane with the fewest rows."""
+        for item, count in batch:
+            del item.pending[:count]
+            if not item.pending:
+                del self.prefilling[item]
+                if isinstance(item, ActiveRow):
+                    min(self.lanes, key=lambda lane: lane.rows).put(item)
+
+    # -- pages -------------------------------------------------------------------------------------------------------
+
+    def make_room(self, row: ActiveRow) -> bool:
+        """Takes pages for the row's pending tokens, from unused prefixes or the youngest rows where none is free.
+
+        False where the row itself was the youngest, and went back to the queue.
+        """
+        while not self.slots.reserve(row.slot, self.slots.length(row.slot) + len(row.pending)):
+            if self._drop_unused_prefix():
+                continue
+            youngest = max(self.running.values(), key=lambda other: other.number)
+            self.requeue(youngest)
+            if youngest is row:
+                return False
+        return True
+
+    def requeue(self, row: ActiveRow) -> None:
+        """Puts a running row back to the queue, at its place in the order of arrival, to start again."""
+        self._take_out(row)
+        again = ActiveRow(row.request, row.number, row.submitted, preemptions=row.preemptions + 1)
+        at = next((i for i, other in enumerate(self.waiting) if other.number > row.number), len(self.waiting))
+        self.waiting.insert(at, again)
+        self.stats.preemptions += 1
+
+    def halve(self) -> bool:
+        """Half as many rows and prefill tokens from now on; False where there is nothing left to halve."""
+        rows = max(1, min(self.max_rows, len(self.running)) // 2)
+        budget = max(1, self.prefill_budget // PAGE_SIZE // 2) * PAGE_SIZE
+        if (rows, budget) == (self.max_rows, self.prefill_budget):
+            return False
+        self.max_rows, self.prefill_budget = rows, budget
+        return True
+
+    # -- integrity ---------------------------------------------------------------------------------------------------
+
+    def places(self, row: ActiveRow) -> Iterator[str]:
+        """Where a running row is: one place, if all is well."""
+        if row in self.prefilling:
+            yield "prefilling"
+        for lane in self.lanes:
+            for name in ("fresh", "filling", "extending"):
+                if row in getattr(lane, name):
+                    yield name
+
+    def check(self, in_flight: set[ActiveRow]) -> None:
+        """Integrity: slots and pages owned once, each running row in one place, each key once. Raises AssertionError.
+
+        in_flight: rows of forwards under way, whose AR tokens are in no place until they come back.
+        """
+        self.slots.check()
+        held = [row.slot for row in self.running.values()] + [prefix.slot for prefix in self.prefixes.values()]
+        assert len(set(held)) == len(held) == self.slots.slots - self.slots.free_slots, "slots without a row"
+        for row in self.running.values():
+            places = list(self.places(row))
+            assert len(places) == 1 or (not places and row in in_flight), f"{row.request.key!r} is in {places}"
+            assert not row.ended
+        rows = sum(lane.rows for lane in self.lanes) + sum(isinstance(item, ActiveRow) for item in self.prefilling)
+        assert rows == len(self.running), "lanes and running rows disagree"
+        keys = list(self.running) + [row.request.key for row in self.waiting]
+        assert len(keys) == len(set(keys)), "a key is there twice"
+        assert set(keys) == self._keys, "keys lost"
 
 
 def longest_context(request: Request) -> int:

@@ -16,6 +16,7 @@ from model.layers.moe import MoE
 from model.layers.norm import RMSNorm
 from model.layers.time import modulate
 from model.rows import Rows
+from model.sampling import Head
 
 
 class Layer(nn.Module):
@@ -71,24 +72,37 @@ class Tower(nn.Module):
         self.head.to_empty(device=devices[-1])
         self.requires_grad_(False)
 
-    def forward(
-        self, tokens: Tensor, states: Sequence[LayerState], rows: Rows, conditioning: Sequence[Tensor] | None = None
+    def run(
+        self,
+        x: Tensor,
+        layers: range,
+        states: Sequence[LayerState],
+        rows: Rows,
+        conditioning: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """tokens (N,) int64 -> hidden (N, H) before the final norm, on the last stage's device.
+        """The embedding where `layers` begin with the first, then those layers, all on one device.
 
-        conditioning: (R, 3, H) a layer, on the layer's device. A causal tower stores the tokens in the context.
+        x: tokens (N,) int64 before the first layer, otherwise hidden (N, H) -> hidden (N, H) before the final norm.
+        conditioning: (R, 3, H) for each of `layers`. A causal tower stores the tokens in the context.
         """
-        x = F.embedding(tokens.to(self.devices[0]), self.embeddings.weight)
-        for i, layer in enumerate(self.layers):
-            x = x.to(self.devices[i])  # moves only where a stage begins
-            time = None if conditioning is None else conditioning[i]
-            x = layer(x, states[i], rows, time, causal=self.causal, store=self.causal)
+        if layers.start == 0:
+            x = F.embedding(x, self.embeddings.weight)
+        for place, i in enumerate(layers):
+            time = None if conditioning is None else conditioning[place]
+            x = self.layers[i](x, states[i], rows, time, causal=self.causal, store=self.causal)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (M, H) before the final norm -> logits (M, V) float32."""
-        out: Tensor = self.head(self.norm_f(hidden))
-        return out.float()
+    def logits(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
+        """hidden (M, H) before the final norm -> logits (M, V) float32, or of some columns of the vocabulary."""
+        return self.head_on(hidden)(slice(None), slice(None) if columns is None else columns)
+
+    def head_on(self, hidden: Tensor) -> Head:
+        """hidden (M, H) before the final norm -> a head for `model.sampling.choose`: hidden is normalised once.
+
+        Its logits are a new tensor at every call.
+        """
+        normed: Tensor = self.norm_f(hidden)
+        return lambda rows, columns: self.head.kernels.linear(normed[rows], self.head.weight[columns]).float()
 
     def checkpoint_targets(self, tower: str, head: str) -> dict[str, Tensor]:
         """Checkpoint name -> the tensor, or the part of one, that takes it."""

@@ -1,6 +1,9 @@
 """Both towers and the two forwards the engine drives: extend the context, denoise a block."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +43,7 @@ def load_model(
     check_memory(checkpoint, towers, DTYPES[dtype], [_device(name) for name in devices])
     pair = TwoTower(checkpoint.config, DTYPES[dtype], [_device(name) for name in devices], towers)
     load_tensors(checkpoint, pair.checkpoint_targets())
+    pair.share_time()
     pair.tokenizer = _tokenizer(checkpoint)
     return pair
 
@@ -59,24 +63,44 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     return None if raw is None else Tokenizer(raw)
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A device and the layers, of both towers, that run there."""
+
+    device: torch.device
+    layers: range
+
+
+Part = Callable[[Tensor], Tensor]
+"""What one stage does of a forward: hidden states in (tokens into the first stage), hidden states out."""
+
+
 class TwoTower(nn.Module):
-    """The context tower, the denoiser tower unless AR is all that is wanted, and the time conditioning."""
+    """The context tower, the denoiser tower unless AR is all that is wanted, and the time conditioning.
+
+    Denoiser layer i reads the context of layer i alone, so each stage holds the same layers of both towers, and nothing
+    but hidden states goes from stage to stage. The time conditioning, which all layers need, stands on each of them.
+    """
 
     def __init__(
-        self, config: TwoTowerConfig, dtype: torch.dtype, stages: Sequence[torch.device], towers: Towers = "both"
+        self, config: TwoTowerConfig, dtype: torch.dtype, devices: Sequence[torch.device], towers: Towers = "both"
     ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.devices = _split(config.num_layers, stages)
+        self.stages = _split(config.num_layers, devices)
+        self.devices = [stage.device for stage in self.stages for _ in stage.layers]
         self.tokenizer: Tokenizer | None = None
         self.context = Tower(config, self.devices, dtype, causal=True)
         self.denoiser: Tower | None = None
         if towers == "both":
             self.denoiser = Tower(config, self.devices, dtype, causal=False)
             with torch.device("meta"):
-                self.time = TimeConditioning(config, dtype, kernels_for(stages[0]))
-            self.time.to_empty(device=stages[0]).requires_grad_(False)
+                self.times = nn.ModuleList(
+                    TimeConditioning(config, dtype, kernels_for(stage.device)) for stage in self.stages
+                )
+            for stage, time in zip(self.stages, self.times, strict=True):
+                time.to_empty(device=stage.device).requires_grad_(False)
             self.tables = nn.ParameterList(
                 nn.Parameter(torch.empty(3, config.hidden_size, dtype=dtype, device=device), requires_grad=False)
                 for device in self.devices
@@ -100,15 +124,21 @@ class TwoTower(nn.Module):
         targets = self.context.checkpoint_targets("context_tower", "context_lm_head")
         if self.denoiser is not None:
             targets |= self.denoiser.checkpoint_targets("denoiser_tower", "lm_head")
-            for name, parameter in self.time.named_parameters():
+            for name, parameter in self.times[0].named_parameters():  # the other stages' are copies: share_time()
                 module, _, last = name.partition(".")
                 targets[f"{_TIME_NAMES[module]}.{last}"] = parameter.data
             targets |= {f"scale_shift_tables.{i}": table.data for i, table in enumerate(self.tables)}
         return targets
 
+    def share_time(self) -> None:
+        """Gives every stage the first one's time conditioning, once that is loaded."""
+        if self.denoiser is not None:
+            for time in self.times[1:]:
+                time.load_state_dict(self.times[0].state_dict())
+
     def extend(self, cache: ContextCache, rows: Rows, tokens: Tensor) -> Tensor:
         """Puts tokens (N,) of the rows into their contexts -> hidden (N, H); `context.logits` makes logits of it."""
-        hidden: Tensor = self.context(tokens, cache.layers, rows)
+        hidden = _run(self.extend_parts(cache, rows), tokens)
         cache.grow(rows)
         return hidden
 
@@ -118,23 +148,37 @@ class TwoTower(nn.Module):
         tokens (N,): committed ids and mask ids. t (R,) float32: each row's masked fraction; NaN for a row that runs
         without time conditioning (mock-AR).
         """
-        assert self.denoiser is not None, "loaded without the denoiser tower"
-        hidden: Tensor = self.denoiser(tokens, cache.layers, rows, self._conditioning(t))
-        return hidden
+        return _run(self.denoise_parts(cache, rows, t), tokens)
 
-    def _conditioning(self, t: Tensor) -> list[Tensor] | None:
-        """t (R,) -> (R, 3, H) a layer."""
-        plain = t.isnan()
-        if bool(plain.all()):
-            return None
-        shared = self.time(t.nan_to_num().to(self.devices[0]))
-        neutral = torch.tensor([0.0, 0.0, 1.0], dtype=self.dtype)[:, None]  # modulates nothing, gates nothing
-        layers = []
-        for table, device in zip(self.tables, self.devices, strict=True):
-            shared = shared.to(device)
-            layer = shared + table
-            layers.append(torch.where(plain.to(device)[:, None, None], neutral.to(device), layer))
-        return layers
+    def extend_parts(self, cache: ContextCache, rows: Rows) -> list[Part]:
+        """`extend`, a part a stage. The caller notes the rows' growth when it has sent them on their way."""
+
+        def part(x: Tensor, stage: Stage) -> Tensor:
+            return self.context.run(x.to(stage.device), stage.layers, cache.layers, rows)
+
+        return [partial(part, stage=stage) for stage in self.stages]
+
+    def denoise_parts(self, cache: ContextCache, rows: Rows, t: Tensor) -> list[Part]:
+        """`denoise`, a part a stage."""
+        denoiser = self.denoiser
+        assert denoiser is not None, "loaded without the denoiser tower"
+        conditioned = not bool(t.isnan().all())
+
+        def part(x: Tensor, stage: int) -> Tensor:
+            device, layers = self.stages[stage].device, self.stages[stage].layers
+            conditioning = self._conditioning(t.to(device), stage) if conditioned else None
+            return denoiser.run(x.to(device), layers, cache.layers, rows, conditioning)
+
+        return [partial(part, stage=stage) for stage in range(len(self.stages))]
+
+    def _conditioning(self, t: Tensor, stage: int) -> list[Tensor]:
+        """t (R,) -> (R, 3, H) for each layer of the stage. Rows at the same t, such as all new blocks, share it."""
+        values, which = t.unique(return_inverse=True)  # a NaN equals no other: it stays a value of its own
+        plain = values.isnan()[:, None, None]
+        shared = self.times[stage](values.nan_to_num())  # (U, 3, H)
+        # modulates nothing, gates nothing
+        neutral = torch.tensor([0.0, 0.0, 1.0], dtype=self.dtype, device=t.device)[:, None]
+        return [torch.where(plain, neutral, shared + self.tables[i])[which] for i in self.stages[stage].layers]
 
     @torch.inference_mode()
     def context_logits(self, prompt_ids: Sequence[int]) -> Tensor:
@@ -164,15 +208,25 @@ class TwoTower(nn.Module):
 
     def _one_row(self, prompt_ids: Sequence[int]) -> tuple[ContextCache, int]:
         cache = self.new_cache(slots=1, kv_tokens=max(1, len(prompt_ids)))
-        return cache, cache.acquire(len(prompt_ids))
+        slot = cache.slots.acquire(len(prompt_ids))
+        assert slot is not None
+        return cache, slot
 
 
 def _ids(ids: Sequence[int]) -> Tensor:
     return torch.as_tensor(ids, dtype=torch.int64)
 
 
-def _split(layers: int, stages: Sequence[torch.device]) -> list[torch.device]:
-    """The device of each layer: contiguous ranges of equal length, one a stage."""
-    if len(stages) > layers:
-        raise RequestError(f"{len(stages)} devices for {layers} layers: give at most one device a layer")
-    return [stages[i * len(stages) // layers] for i in range(layers)]
+def _run(parts: Sequence[Part], x: Tensor) -> Tensor:
+    for part in parts:
+        x = part(x)
+    return x
+
+
+def _split(layers: int, devices: Sequence[torch.device]) -> list[Stage]:
+    """Contiguous ranges of layers of equal length, one a device."""
+    count = len(devices)
+    if count > layers:
+        raise RequestError(f"{count} devices for {layers} layers: give at most one device a layer")
+    borders = [-(-layers * i // count) for i in range(count + 1)]
+    return [Stage(device, range(*pair)) for device, pair in zip(devices, pairwise(borders), strict=True)]

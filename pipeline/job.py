@@ -23,6 +23,12 @@ def _check_replicas(value: object) -> object:
     raise ValueError("it must be a whole number of at least 1, or auto")
 
 
+def _check_max_rows(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise ValueError("it must be a whole number, without quotes, or auto")
+
+
 class Section(BaseModel):
     """What all parts of a job share: frozen, no unknown keys, no guessing of types ("16" is not a number)."""
 
@@ -127,14 +133,20 @@ class GenerationSection(Section):
 class EngineSection(Section):
     """How much one replica's engine holds at once; changes speed and memory, never the completions."""
 
-    max_rows: int = 16
-    """Rows generated together."""
+    max_rows: Annotated[int | Literal["auto"], BeforeValidator(_check_max_rows)] = 16
+    """Rows generated together; auto: as many as the memory holds and the device makes use of."""
     max_prefill_tokens: int = 4096
-    """Prompt tokens put through the context tower in one forward."""
+    """Prompt tokens put through the context tower in one forward, padding counted; at least 64. A longer prompt goes in
+    pieces."""
     max_context_tokens: int | None = None
     """Prompt + completion of one row at most, in tokens; null: what the checkpoint allows."""
     kv_tokens: int | None = None
-    """Tokens of attention context for all rows together; null: sized from the above."""
+    """Tokens of attention context for all rows together; null: sized from the above, within memory."""
+    lanes: int | None = None
+    """Groups of rows that take turns, so that every stage has work while the others compute; null: one a stage."""
+    extend_every: int = 1
+    """Turns of a lane between two context forwards for its finished blocks. Above 1, rows wait for each other a little
+    and share one reading of the context tower's weights: worth it where reading weights is what takes the time."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -64,13 +64,16 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
     pair = load_model(job.model.checkpoint, dtype=job.model.dtype, devices=devices, towers=job.generation.towers)
     if pair.tokenizer is None:
         raise CheckpointError(f"checkpoint {job.model.checkpoint} has no tokenizer.json: prompts cannot be read")
+    engine = _make_engine(pair, job)
+    for line in engine.memory.lines():
+        print(f"{replica}: {line}", flush=True)  # to the actor's own log
     return UnitRunner(
-        _make_engine(pair, job),
+        engine,
         pair.tokenizer,
         PartStore(spec, replica),
         job.generation.params(tuple(pair.eos_ids)),
         replica=replica,
-        max_rows=job.engine.max_rows,
+        max_rows=engine.max_rows,
     )
 
 

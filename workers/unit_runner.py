@@ -4,22 +4,28 @@
 
 A unit's rows finish in any order. Up to two units are in at once (the dispatcher's rule), so the engine goes on with
 the next one's rows while the last rows of the first finish; reading and publishing happen beside it, in two threads.
+
+Rows that a failed forward took down are submitted again, once each. A second failure of one of them is raised: then it
+is the engine, and the unit is for another replica.
 """
 
+import sys
 import threading
 import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
-from model.errors import RequestError, TwoTowerError
+from model.errors import EngineError, RequestError, TwoTowerError
 from model.params import Completion, GenerationParams, Request
+from model.slots import PREFIX_SLOTS
 from pipeline.dataset import UnitData
 from pipeline.dispatch import UnitDone, UnitFailed, UnitProgress
 from pipeline.types import RowResult, UnitResult, WorkUnit
+from workers.prefix import best_prefix, has_prefix
 
 QUEUE_FACTOR = 2
 """Rows handed to the engine ahead of its slots, in multiples of its row limit: all slots can turn over in one step."""
@@ -41,7 +47,7 @@ class EngineLike(Protocol):
         """Raises RequestError where the request can never run."""
 
     def step(self) -> Sequence[Completion]:
-        """One turn of the engine; the rows that finished in it. Raises EngineError."""
+        """One turn of the engine; the rows that finished in it. Raises EngineError with the rows that it lost."""
 
 
 class TokenizerLike(Protocol):
@@ -58,6 +64,19 @@ class UnitStore(Protocol):
     def publish(self, data: UnitData, results: Sequence[RowResult], *, attempt: int, seconds: float) -> UnitResult: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row to generate."""
+
+    index: int
+    """In the unit."""
+    ids: "array[int]"
+    """Its prompt; compact: 4 bytes a token."""
+    prefix_tokens: int
+    failures: int = 0
+    """Forwards that failed with it."""
+
+
 @dataclass(slots=True)
 class _OpenUnit:
     """A unit on its way: rows still to be submitted, rows finished."""
@@ -65,8 +84,9 @@ class _OpenUnit:
     data: UnitData
     attempt: int
     started: float
-    queue: deque[tuple[int, "array[int]"]] = field(default_factory=deque)
-    """Rows to submit, longest first: (index in the unit, prompt ids). Compact: 4 bytes a token."""
+    queue: deque[_Row] = field(default_factory=deque)
+    """Rows to submit: those with the most tokens to compute first, so that rows of like lengths are prefilled together.
+    """
     results: list[RowResult] = field(default_factory=list)
     errors: int = 0
     tokens: int = 0
@@ -92,6 +112,7 @@ class UnitRunner:
     ) -> None:
         self._engine, self._tokenizer, self._store, self._params = engine, tokenizer, store, params
         self._replica, self._clock = replica, clock
+        # fixed: where the engine lowers its row limit because memory runs out, rows wait there instead of here
         self._queue_limit = QUEUE_FACTOR * max_rows
         # A thread each, not two for both: a reader reads one unit at a time, and no part waits behind a reading.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
@@ -102,7 +123,8 @@ class UnitRunner:
         self._reading: dict[str, Future[_OpenUnit]] = {}
         self._open: dict[str, _OpenUnit] = {}  # in the order they came
         self._publishing: dict[str, Future[UnitResult]] = {}
-        self._in_engine: dict[str, tuple[_OpenUnit, int]] = {}  # row key -> its unit and index
+        self._in_engine: dict[str, tuple[_OpenUnit, _Row]] = {}  # by row key
+        self._prefixes: deque[array[int]] = deque(maxlen=PREFIX_SLOTS)  # the reader's: those named last, newest last
 
     @property
     def busy(self) -> bool:
@@ -120,8 +142,8 @@ class UnitRunner:
     def work(self, seconds: float) -> list[Outcome]:
         """Run until a unit is finished or `seconds` have passed; returns what became of the finished ones.
 
-        Raises whatever the engine raises, and errors of reading or publishing that are not the project's own: the
-        runner is then not to be used again.
+        Raises what the engine raises (EngineError where a row failed twice), and errors of reading or publishing that
+        are not the project's own: the runner is then not to be used again.
         """
         deadline = self._clock() + seconds
         while True:
@@ -133,8 +155,7 @@ class UnitRunner:
                 return outcomes
             self._top_up()
             if self._in_engine:
-                for completion in self._engine.step():
-                    self._finish_row(*self._in_engine.pop(completion.key), completion)
+                self._step()
             else:
                 self._wake.wait(left)
 
@@ -173,12 +194,24 @@ class UnitRunner:
         for start in range(0, len(good), TOKENISE_ROWS):
             chunk = good[start : start + TOKENISE_ROWS]
             encoded = self._tokenizer.encode_batch([prompt for _, prompt in chunk])
-            tokenised += [(index, array("i", ids)) for (index, _), ids in zip(chunk, encoded, strict=True)]
-        for index, ids in tokenised:
-            if not ids:
-                self._add_error(opened, index, "the prompt has no tokens")
-        opened.queue.extend(sorted((row for row in tokenised if row[1]), key=lambda row: (-len(row[1]), row[0])))
+            for (index, _), ids in zip(chunk, encoded, strict=True):
+                if ids:
+                    tokenised.append((index, array("i", ids)))
+                else:
+                    self._add_error(opened, index, "the prompt has no tokens")
+        prefix = self._find_prefix([ids for _, ids in tokenised])
+        rows = [_Row(index, ids, len(prefix) if has_prefix(ids, prefix) else 0) for index, ids in tokenised]
+        opened.queue.extend(sorted(rows, key=lambda row: (row.prefix_tokens - len(row.ids), row.index)))
         return opened
+
+    def _find_prefix(self, prompts: "Sequence[array[int]]") -> "array[int]":
+        """In the reader's thread: the prefix that the unit's rows name."""
+        prefix = best_prefix(prompts, self._prefixes)
+        if prefix:
+            if prefix in self._prefixes:
+                self._prefixes.remove(prefix)
+            self._prefixes.append(prefix)
+        return prefix
 
     def _collect_read(self) -> list[Outcome]:
         outcomes: list[Outcome] = []
@@ -195,19 +228,35 @@ class UnitRunner:
     def _top_up(self) -> None:
         for opened in list(self._open.values()):
             while opened.queue and self._engine.waiting < self._queue_limit:
-                index, ids = opened.queue.popleft()
-                key = opened.data.rows[index].key
+                row = opened.queue.popleft()
+                key = opened.data.rows[row.index].key
                 try:
-                    self._engine.submit(Request(key, list(ids), self._params))
+                    self._engine.submit(Request(key, row.ids, self._params, row.prefix_tokens))
                 except RequestError as error:
-                    self._add_error(opened, index, str(error), prompt_tokens=len(ids))
+                    self._add_error(opened, row.index, str(error), prompt_tokens=len(row.ids))
                     self._publish_if_complete(opened)
                 else:
-                    self._in_engine[key] = opened, index
+                    self._in_engine[key] = opened, row
 
-    def _finish_row(self, opened: _OpenUnit, index: int, completion: Completion) -> None:
-        self._add(opened, index, completion)
-        self._publish_if_complete(opened)
+    def _step(self) -> None:
+        try:
+            completions = self._engine.step()
+        except EngineError as error:
+            completions = error.completions
+            self._put_back(error)
+        for completion in completions:
+            opened, row = self._in_engine.pop(completion.key)
+            self._add(opened, row.index, completion)
+            self._publish_if_complete(opened)
+
+    def _put_back(self, error: EngineError) -> None:
+        """Queues the rows that a failed step lost once more. Raises the error where it names none, or one again."""
+        lost = [self._in_engine.pop(key) for key in error.keys]
+        if not lost or any(row.failures for _, row in lost):
+            raise error
+        for opened, row in reversed(lost):
+            opened.queue.appendleft(replace(row, failures=1))
+        print(f"{self._replica}: {error}; trying its {len(lost)} rows once more", file=sys.stderr, flush=True)
 
     def _add_error(self, opened: _OpenUnit, index: int, error: str, prompt_tokens: int = 0) -> None:
         key = opened.data.rows[index].key

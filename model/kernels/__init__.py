@@ -26,9 +26,10 @@ class Kernels(Protocol):
         *,
         store: bool,
     ) -> Tensor:
-        """Causal conv + SiLU + selective scan seeded from the rows' slots -> (N, heads * head_dim) float32.
+        """Causal conv + SiLU + selective scan -> (N, heads * head_dim) float32.
 
-        store: the slots take the states after each row's last token; otherwise they stay as they were.
+        Seeded from slots `rows.seeds` (-1: zeros, whatever stands anywhere). store: slots `rows.slots` take the states
+        after each row's last token; otherwise all stay as they were.
         """
         ...
 

@@ -1,10 +1,12 @@
 """Plain torch kernels: any device, the definition of what the others must compute.
 
-On a CPU in float32 a row's result is the same bit for bit in whatever company it is computed. As measured with torch
-2.13 and MKL, a matrix product sums in another order for 1 to 3 rows, and by a row's position where it has fewer than
-12 outputs and inputs that are no multiple of 4: `linear` pads them away. Attention runs row by row, for 4 queries at
-least: with fewer the order of its sums depends on the number of threads. The rest works element by element, with
-operations that treat every element alike (model.layers.activations).
+On a CPU in float32 a row's result is the same bit for bit in whatever company it is computed, and a prompt's whether it
+is put into the context at once or in parts cut at whole pages. As measured with torch 2.13 and MKL, a matrix product
+sums in another order for 1 to 3 rows, by a row's position where it has fewer than 12 outputs and inputs that are no
+multiple of 4, and in float64 for the rows behind the last multiple of 4: `linear` pads them away. A batched product
+computes each of its matrices by itself. Attention runs in pieces of equal shapes, see model.kernels.pieces; the scan in
+chunks from the forward's first token. The rest works element by element, with operations that treat every element alike
+(model.layers.activations).
 """
 
 import torch
@@ -12,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels import ScanWeights
-from model.layers.activations import silu, softplus
+from model.kernels.pieces import Pieces, place_tokens, plan_pieces
+from model.layers.activations import softplus
 from model.rows import Rows
 
 MIN_GEMM_ROWS = 16
 MIN_GEMM_OUTPUTS = 12
-MIN_QUERIES = 4
 SCAN_CHUNK = 16  # tokens: the block size of the released model, so that a block is one chunk
+SCAN_ELEMENTS = 2**22  # of states between chunks that lie in memory at once
 
 
 class PlainKernels:
@@ -27,6 +30,8 @@ class PlainKernels:
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         (rows, size_in), size_out = x.shape, weight.shape[0]
         more_rows = max(0, MIN_GEMM_ROWS - rows)
+        if x.dtype == torch.float64:
+            more_rows += -(rows + more_rows) % 4
         more_in, more_out = -size_in % 4, max(0, MIN_GEMM_OUTPUTS - size_out)
         if more_out and (more_in or size_out == 1):  # never so in a released model
             weight = F.pad(weight, (0, more_in, 0, more_out))
@@ -46,76 +51,87 @@ class PlainKernels:
     ) -> Tensor:
         index = rows.on(xbc.device)
         xbc = rows.padded(xbc)  # (R, L, conv_dim)
-        history = conv_states[index.slots]  # (R, conv_dim, conv_kernel)
-        mixed, history = _causal_conv(xbc, history, weights.conv_weight, weights.conv_bias, index.lengths)
+        seeds = index.seeds.clamp(min=0)
+        history, states = conv_states.index_select(0, seeds), ssm_states.index_select(0, seeds)
+        if min(rows.seeds) < 0:  # nothing stands before some rows, whatever an earlier row left in their slots
+            fresh = index.seeds < 0
+            history.masked_fill_(fresh[:, None, None], 0)
+            states.masked_fill_(fresh[:, None, None, None], 0)
+        line = torch.cat([history.transpose(1, 2), xbc], dim=1)  # (R, conv_kernel + L, conv_dim) raw inputs
+        mixed = _causal_conv(line, weights.conv_weight, weights.conv_bias)
 
         heads, head_dim, state = ssm_states.shape[1:]
         x, B, C = mixed.split([heads * head_dim, weights.groups * state, weights.groups * state], dim=-1)
         dt = softplus(rows.padded(dt).float() + weights.dt_bias).clamp(*weights.dt_limit)
-        inside = torch.arange(dt.shape[1], device=dt.device) < index.lengths[:, None]
-        dt = dt * inside[..., None]  # at padding the state passes through
+        if index.pad is not None:  # at padding the state passes through
+            dt = dt * (torch.arange(dt.shape[1], device=dt.device) < index.lengths[:, None])[..., None]
         y, states = selective_scan(
             x.unflatten(-1, (heads, head_dim)),
             dt,
             weights.decay,
             B.unflatten(-1, (weights.groups, state)),
             C.unflatten(-1, (weights.groups, state)),
-            ssm_states[index.slots],
+            states,
         )
-        y = y + weights.D[:, None] * x.unflatten(-1, (heads, head_dim))
+        y = torch.addcmul(y, x.unflatten(-1, (heads, head_dim)), weights.D[:, None])
         if store:
-            conv_states[index.slots] = history
+            newest = index.lengths[:, None] + torch.arange(history.shape[2], device=line.device)  # (R, conv_kernel)
+            newest = newest[..., None].expand(-1, -1, line.shape[2])
+            conv_states[index.slots] = line.gather(1, newest).transpose(1, 2)
             ssm_states[index.slots] = states
         return rows.flat(y.flatten(-2))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pages: Tensor, rows: Rows, *, causal: bool, store: bool
     ) -> Tensor:
-        out = torch.empty_like(q)
         page_size = pages.shape[2]
-        for start, length, context, row_pages in zip(rows.starts, rows.lengths, rows.context, rows.pages, strict=True):
-            mine = slice(start, start + length)
-            if store:
-                position = torch.arange(context, context + length, device=q.device)
-                table = torch.tensor(row_pages, dtype=torch.int64, device=q.device)
-                where = (table[position // page_size], position % page_size)
-                pages[0][where] = k[mine]
-                pages[1][where] = v[mine]
-            past = _gather(pages, row_pages[: -(-context // page_size)])[:, :context]  # (2, context, kv heads, D)
-            keys, values = torch.cat([past[0], k[mine]]), torch.cat([past[1], v[mine]])
-            out[mine] = _attend_row(q[mine], keys, values, causal=causal)
+        kv = torch.stack([k, v])
+        if store:
+            index = rows.once((q.device, page_size), lambda: place_tokens(rows, page_size).to(q.device))
+            pages.flatten(1, 2).index_copy_(1, index, kv)
+        plan = rows.once(
+            (q.device, page_size, causal, store),
+            lambda: plan_pieces(rows, page_size, q.device, causal=causal, stored=store),
+        )
+        out = torch.empty_like(q)
+        for pieces in plan:
+            keys = pages.index_select(1, pieces.table).flatten(1, 2)  # (2, B * T, kv heads, D)
+            keys.index_copy_(1, pieces.own, kv.index_select(1, pieces.token))
+            some = q.index_select(0, pieces.query)  # (B * W, query heads, D)
+            attended = _attend_pieces(some, keys, pieces)
+            out[pieces.target] = attended if pieces.real is None else attended[pieces.real]
         return out.flatten(-2)
 
     def experts(self, x: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
         per_token = choice.shape[1]
-        order = choice.flatten().argsort(stable=True)  # (N * K): token-and-choice pairs, expert by expert
-        counts = torch.bincount(choice.flatten(), minlength=up.shape[0]).tolist()
-        outputs = []
-        for expert, chosen in enumerate(order.split(counts)):
-            if len(chosen):
-                hidden = F.relu(self.linear(x[chosen // per_token], up[expert])).square()
-                outputs.append(self.linear(hidden, down[expert]))
-        sorted_out = torch.cat(outputs)
-        out = torch.empty_like(sorted_out)
-        out[order] = sorted_out
-        summed: Tensor = (out.unflatten(0, (-1, per_token)) * weight[..., None].to(x.dtype)).sum(dim=1)
+        chosen, order = choice.flatten().sort(stable=True)  # (N * K): token-and-choice pairs, expert by expert
+        counts = torch.bincount(chosen, minlength=up.shape[0])
+        room = counts.clamp(min=MIN_GEMM_ROWS) * (counts > 0)  # with fewer rows each product would pad its own
+        shift = (room - counts).cumsum(0) - (room - counts)
+        place = torch.arange(len(order), device=x.device) + shift[chosen]  # of each pair in all experts' room
+        sizes = room.tolist()
+        token = place.new_zeros(sum(sizes)).index_copy_(0, place, order // per_token)
+        outputs = [
+            self.linear(F.relu(self.linear(mine, up[expert])).square_(), down[expert])
+            for expert, mine in enumerate(x.index_select(0, token).split(sizes))
+            if len(mine)
+        ]
+        back = torch.empty_like(order).index_copy_(0, order, place)
+        out = torch.cat(outputs).index_select(0, back).unflatten(0, (-1, per_token))
+        summed: Tensor = (out * weight[..., None].to(x.dtype)).sum(dim=1)
         return summed
 
 
-def _causal_conv(x: Tensor, history: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution and SiLU, seeded.
-
-    x (R, L, C), history (R, C, W) the last raw inputs, oldest first -> ((R, L, C) float32, the new history).
-    """
-    width = weight.shape[-1]
-    line = torch.cat([history.transpose(1, 2), x], dim=1)  # (R, W + L, C)
-    length = x.shape[1]
+def _causal_conv(line: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Depthwise causal convolution and SiLU: line (R, W + L, C), weight (C, W), bias (C,) -> (R, L, C) float32."""
+    width = weight.shape[1]
+    length = line.shape[1] - width
+    wide, taps = line.float(), weight.float().T.contiguous()
     out = bias.float()
     for tap in range(width):  # the last tap multiplies the current token
-        out = out + line[:, tap + 1 : tap + 1 + length].float() * weight[:, tap].float()
-    newest = lengths[:, None] + torch.arange(width, device=x.device)  # (R, W) positions in `line`
-    history = line.gather(1, newest[..., None].expand(-1, -1, x.shape[2])).transpose(1, 2)
-    return silu(out), history
+        out = torch.addcmul(out, wide[:, tap + 1 : tap + 1 + length], taps[tap])
+    silu: Tensor = out.div_(torch.exp(-out).add_(1))  # as in model.layers.activations
+    return silu
 
 
 def selective_scan(
@@ -129,58 +145,72 @@ def selective_scan(
     """s <- exp(dt A) s + dt x (outer) B; y = s C, chunk by chunk -> (y (R, L, heads, head_dim), the last states).
 
     Inside a chunk the recurrence is unrolled into products of C, B and decays (Mamba-2, arXiv 2405.21060, section 6).
-    Every exponent is a sum of dt A <= 0, so nothing overflows however large the seeded state is.
     """
-    length, heads = x.shape[1], x.shape[2]
-    short = -length % SCAN_CHUNK
-    x, dt, B, C = (F.pad(z, (0, 0) * (z.dim() - 2) + (0, short)) for z in (x, dt, B, C))
-    repeat = heads // B.shape[2]
-    lower = torch.ones(SCAN_CHUNK, SCAN_CHUNK, dtype=torch.bool, device=x.device).tril()
+    length = x.shape[1]
+    if short := -length % SCAN_CHUNK:
+        x, dt, B, C = (F.pad(z, (0, 0) * (z.dim() - 2) + (0, short)) for z in (x, dt, B, C))
+    x, dt, B, C = (z.unflatten(1, (-1, SCAN_CHUNK)).transpose(2, 3) for z in (x, dt, B, C))
+    together = max(1, SCAN_ELEMENTS // states.numel())  # chunks
     outputs = []
-    for begin in range(0, x.shape[1], SCAN_CHUNK):
-        chunk = slice(begin, begin + SCAN_CHUNK)
-        xq = x[:, chunk].transpose(1, 2)  # (R, heads, Q, head_dim)
-        dtq = dt[:, chunk].transpose(1, 2)  # (R, heads, Q)
-        Bq = B[:, chunk].transpose(1, 2).repeat_interleave(repeat, dim=1)  # (R, heads, Q, state)
-        Cq = C[:, chunk].transpose(1, 2).repeat_interleave(repeat, dim=1)
-        log_decay = (dtq * decay[:, None]).cumsum(-1)  # (R, heads, Q)
-        # the decay from position j to i as a sum of its own: a difference of two long sums loses digits where a large
-        # dt stands before both
-        steps = (dtq * decay[:, None])[..., :, None].expand(*dtq.shape, SCAN_CHUNK).masked_fill(~lower.tril(-1), 0)
-        between = steps.cumsum(-2).masked_fill(~lower, -torch.inf).exp()  # (R, heads, Q, Q)
-        mix = (Cq @ Bq.transpose(-1, -2)) * between * dtq[..., None, :]  # (R, heads, Q, Q)
-        seeded = (Cq @ states.transpose(-1, -2)) * log_decay.exp()[..., None]
-        outputs.append((mix @ xq + seeded).transpose(1, 2))
-        to_end = between[..., -1, :] * dtq  # (R, heads, Q)
-        states = log_decay[..., -1:, None].exp() * states + (xq * to_end[..., None]).transpose(-1, -2) @ Bq
-    return torch.cat(outputs, dim=1)[:, :length], states
+    for begin in range(0, x.shape[1], together):
+        some = slice(begin, begin + together)
+        y, states = _scan_chunks(x[:, some], dt[:, some], decay, B[:, some], C[:, some], states)
+        outputs.append(y)
+    y = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+    return y.transpose(2, 3).flatten(1, 2)[:, :length], states
 
 
-def _gather(pages: Tensor, used: tuple[int, ...]) -> Tensor:
-    """pages (2, pages, page_size, …) -> (2, tokens, …) of the used ones, in their order; a view where they adjoin."""
-    first, count = (used[0], len(used)) if used else (0, 0)
-    if used == tuple(range(first, first + count)):
-        return pages[:, first : first + count].flatten(1, 2)
-    return pages[:, torch.tensor(used, device=pages.device)].flatten(1, 2)
+def _scan_chunks(
+    x: Tensor,  # (R, G, heads, Q, head_dim): G chunks of Q tokens
+    dt: Tensor,  # (R, G, heads, Q)
+    decay: Tensor,  # (heads,)
+    B: Tensor,  # (R, G, groups, Q, state)
+    C: Tensor,  # (R, G, groups, Q, state)
+    states: Tensor,  # (R, heads, head_dim, state)
+) -> tuple[Tensor, Tensor]:
+    """G chunks; nothing but the step from one chunk's state to the next is sequential -> (y as x, the last states).
+
+    Every decay is a product of factors of at most 1, so nothing overflows however large the seeded state is, and a
+    strong decay takes no digits from those that do not contain it.
+    """
+    groups = B.shape[2]
+    C = C.contiguous()
+    step = (dt * decay[:, None]).exp()  # (R, G, heads, Q) the decay at each token
+    later = torch.ones(SCAN_CHUNK, SCAN_CHUNK, dtype=torch.bool, device=x.device).tril(-1)
+    between = torch.where(later, step[..., None], 1.0).cumprod(-2)  # (R, G, heads, Q, Q) decay from j to i, i >= j
+    from_start = step.cumprod(-1)  # (R, G, heads, Q)
+    x = x * dt[..., None]
+    causal = (C @ B.transpose(-1, -2)).tril_()  # (R, G, groups, Q, Q)
+    mix = (causal[:, :, :, None] * between.unflatten(2, (groups, -1))).flatten(2, 3)
+
+    # the heads of a group share B and C: one product for all of them
+    added = _by_group(x * between[..., -1, :, None], groups).transpose(-1, -2) @ B  # (R, G, groups, heads * dim, state)
+    added = added.unflatten(3, (-1, x.shape[-1])).flatten(2, 3)
+    before = []
+    for chunk in range(x.shape[1]):
+        before.append(states)
+        states = torch.addcmul(added[:, chunk], from_start[:, chunk, :, -1, None, None], states)
+    seeds = torch.stack(before, dim=1).unflatten(2, (groups, -1)).flatten(3, 4)  # (R, G, groups, heads * dim, state)
+    seeded: Tensor = (C @ seeds.transpose(-1, -2)).unflatten(-1, (-1, x.shape[-1])).transpose(3, 4).flatten(2, 3)
+    return torch.addcmul(mix @ x, seeded, from_start[..., None]), states
 
 
-def _attend_row(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """q (L, query heads, D) over k, v (T, kv heads, D), the last L of T the row's own -> (L, query heads, D)."""
-    length, total = q.shape[0], k.shape[0]
-    more = max(0, MIN_QUERIES - length)
-    if more:
-        q = torch.cat([q, q[-1:].expand(more, -1, -1)])
-    mask = None
-    whole = causal and total == length and not more  # the case that torch knows by itself
-    if causal and length > 1 and not whole:
-        mask = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)
-        mask = torch.cat([mask, mask[-1:].expand(more, -1)])
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=whole,
-        enable_gqa=True,
-    )
-    return out[0].transpose(0, 1)[:length]
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(R, G, heads, Q, head_dim) -> (R, G, groups, Q, heads of a group * head_dim)."""
+    grouped: Tensor = x.unflatten(2, (groups, -1)).transpose(3, 4).flatten(-2)
+    return grouped
+
+
+def _attend_pieces(q: Tensor, kv: Tensor, pieces: Pieces) -> Tensor:
+    """q (B * W, query heads, D) over kv (2, B * T, kv heads, D) -> (B * W, query heads, D)."""
+    batch = len(pieces.visible)
+    k, v = kv.unflatten(1, (batch, -1)).transpose(2, 3)  # (B, kv heads, T, D)
+    # the query heads that share a kv head lie one after another, as more queries of it: fewer and larger products
+    q = q.unflatten(1, (k.shape[1], -1)).unflatten(0, (batch, -1)).permute(0, 2, 3, 1, 4)  # (B, kv, repeat, W, D)
+    visible = pieces.visible if pieces.visible.shape[1] == 1 else pieces.visible.repeat(1, q.shape[2])
+    mask = q.new_zeros(batch, 1, visible.shape[1], k.shape[2])
+    later = torch.arange(pieces.seen, k.shape[2], device=q.device) >= visible[:, None, :, None]
+    mask[..., pieces.seen :].masked_fill_(later, -torch.inf)
+    folded = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=mask)
+    out: Tensor = folded.unflatten(2, q.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+    return out

@@ -19,9 +19,6 @@ class AttentionState:
             2, pages, page_size, config.num_key_value_heads, config.head_dim, dtype=dtype, device=device
         )
 
-    def reset(self, slot: int) -> None:
-        """Nothing to do: a row reads only what it wrote."""
-
 
 class Attention(nn.Module):
     """Query head q reads key and value head q // (query heads / kv heads); scale 1 / sqrt(head_dim)."""

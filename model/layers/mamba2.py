@@ -19,10 +19,10 @@ class MambaState:
             slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size, device=device
         )
 
-    def reset(self, slot: int) -> None:
-        """The state before the first token."""
-        self.conv[slot] = 0
-        self.ssm[slot] = 0
+    def add_slots(self, count: int) -> None:
+        """More slots behind the others."""
+        self.conv = torch.cat([self.conv, self.conv.new_zeros(count, *self.conv.shape[1:])])
+        self.ssm = torch.cat([self.ssm, self.ssm.new_zeros(count, *self.ssm.shape[1:])])
 
 
 class Mamba2(nn.Module):

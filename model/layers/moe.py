@@ -14,9 +14,6 @@ from model.rows import Rows
 class NoState:
     """An MoE layer keeps nothing of the context."""
 
-    def reset(self, slot: int) -> None:
-        """Nothing to do."""
-
 
 class Router(nn.Module):
     """Chooses experts by sigmoid score + correction bias; weighs them by the plain scores (DeepSeek-V3 style)."""

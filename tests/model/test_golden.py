@@ -54,21 +54,22 @@ def test_context_cache(pair: TwoTower, case: dict[str, Any]) -> None:
     """The cache after a prefill, and after committed blocks were added one by one, with another row beside it."""
     pieces = [case["prompt_ids"], *case.get("blocks", [])]
     cache = pair.new_cache(slots=3, kv_tokens=1024)
-    other = cache.acquire(500)
-    slot = cache.acquire(sum(len(piece) for piece in pieces))
+    other, slot = cache.slots.acquire(500), cache.slots.acquire(sum(len(piece) for piece in pieces))
+    assert other is not None
+    assert slot is not None
     noise = random.Random(case["id"])
     for piece in pieces:
         beside = [noise.randrange(256) for _ in range(noise.randrange(1, 40))]
         hidden = pair.extend(cache, cache.rows([other, slot], [len(beside), len(piece)]), torch.tensor(beside + piece))
     if "last_logits" in case["expected"]:
         check(case, pair.context.logits(hidden[-1:])[0], case["expected"]["last_logits"])
-    assert cache.length(slot) == case["context_length"]
+    assert cache.slots.length(slot) == case["context_length"]
     for layer, names in case["expected"]["layers"].items():
         state: Any = cache.layers[int(layer)]
         for what, name in names.items():
             if what in ("key", "value"):
-                pages = state.pages[("key", "value").index(what), list(cache.table(slot))]
-                got = pages.flatten(0, 1)[: cache.length(slot)].transpose(0, 1)
+                pages = state.pages[("key", "value").index(what), list(cache.slots.table(slot))]
+                got = pages.flatten(0, 1)[: cache.slots.length(slot)].transpose(0, 1)
             else:
                 got = {"conv_state": state.conv, "ssm_state": state.ssm}[what][slot]
             check(case, got[None], name)
@@ -112,7 +113,7 @@ def check_completion(case: dict[str, Any], got: Completion) -> None:
 def test_generate_alone(pair: TwoTower, case: dict[str, Any]) -> None:
     engine = Engine(pair, EngineLimits(max_rows=1), trace=True)
     check_completion(case, engine.generate([request(case)])[0])
-    engine.cache.check()
+    engine.check()
 
 
 @cache
@@ -137,5 +138,5 @@ def check_batch(pair: TwoTower, cases: list[dict[str, Any]], max_rows: int) -> N
     engine = Engine(pair, EngineLimits(max_rows=max_rows, max_prefill_tokens=64), trace=True)
     for member, got in zip(cases, engine.generate([request(member) for member in cases]), strict=True):
         check_completion(member, got)
-    engine.cache.check()
+    engine.check()
     assert engine.active == engine.waiting == 0

@@ -16,7 +16,8 @@ FILES = {
 MODEL_NEEDS = {"torch", "numpy", "safetensors", "tokenizers", "fsspec", "huggingface_hub", "model"}
 FORBIDDEN = {"model": {"ray", "pipeline", "workers"}, "pipeline": {"ray", "torch"}, "workers": set()}
 WITHOUT_TORCH = {"model/errors.py", "model/params.py", "model/config.py", "model/checkpoint.py", "model/tokenizer.py"}
-WITHOUT_TORCH |= {"model/ending.py", "model/scheduler.py", "model/__init__.py"}
+WITHOUT_TORCH |= {"model/ending.py", "model/__init__.py", "model/slots.py", "model/lanes.py", "model/scheduler.py"}
+WITHOUT_TORCH |= {"model/backend.py", "model/loop.py"}
 OPENS_PATHS = {"model/checkpoint.py", "model/weights.py", "pipeline/storage.py"}  # weights: the memory there is
 
 
@@ -97,6 +98,7 @@ def test_only_storage_and_the_checkpoint_open_paths(name: str) -> None:
     ("module", "unwanted"),
     [
         ("model", ["torch", "ray", "pipeline"]),
+        ("model.loop", ["torch", "numpy", "ray", "pipeline"]),
         ("pipeline.jobfile", ["torch", "ray", "workers", "s3fs", "botocore", "jinja2"]),
         ("pipeline.plan", ["torch", "ray", "workers", "s3fs", "botocore", "aiohttp", "jinja2", "pandas"]),
         ("pipeline.ledger", ["torch", "ray", "workers", "s3fs", "botocore", "aiohttp", "jinja2", "pandas"]),

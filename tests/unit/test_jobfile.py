@@ -46,6 +46,13 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
     assert (job.workers.replicas, job.workers.gpus) == ("auto", 2)
 
 
+def test_all_engine_settings_reach_the_engine(tmp_path: Path) -> None:
+    """max_rows may be left to the engine, which then also judges the lanes; from a file as from --set."""
+    job = load_job(write(tmp_path, GOOD + "engine: {max_rows: auto, lanes: 40}\n"), ["engine.extend_every=2"])
+    assert job.engine.limits() == EngineLimits(max_rows="auto", lanes=40, extend_every=2)
+    assert load_job(write(tmp_path, GOOD), ["engine.max_rows=auto"]).engine.max_rows == "auto"
+
+
 def test_a_job_is_frozen(tmp_path: Path) -> None:
     job = load_job(write(tmp_path, GOOD))
     with pytest.raises(ValueError, match="frozen"):
@@ -63,6 +70,13 @@ def test_a_job_is_frozen(tmp_path: Path) -> None:
         ("engine: {max_rows: 1.5}", "engine.max_rows is 1.5: it must be a whole number"),
         ("engine: {max_rows: true}", "engine.max_rows is True: it must be a whole number"),
         ("engine: {max_rows: 0}", "engine.max_rows is 0: it must be a whole number of at least 1"),
+        ("engine: {max_rows: all}", "engine.max_rows is 'all': it must be a whole number, without quotes, or auto"),
+        ("engine: {max_rows: 3, lanes: 4}", "engine.lanes is 4, above max_rows 3"),
+        ("engine: {extend_every: 0}", "engine.extend_every is 0: it must be a whole number of at least 1"),
+        (
+            "engine: {max_prefill_tokens: 63}",
+            "engine.max_prefill_tokens is 63: it must be a whole number of at least",
+        ),
         ("engine: {max_context_tokens: 9, kv_tokens: 4}", "engine.kv_tokens is 4, below max_context_tokens 9"),
         ("generation: {block_size: 0}", "generation.block_size is 0: it must be a whole number of at least 1"),
         ("generation: {confidence_threshold: 2}", "generation.confidence_threshold is 2.0: it must be a number from 0"),

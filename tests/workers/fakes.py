@@ -1,16 +1,24 @@
 """Hand-written stand-ins for the model: an engine without weights, a byte tokenizer, a runner made of them."""
 
 import os
+import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from zlib import crc32
 
 from model.errors import EngineError, RequestError
 from model.params import Completion, GenerationParams, Request
+from pipeline.dispatch import dispatch
+from pipeline.progress import LogProgress, Meter
+from pipeline.retry import RetryPolicy
+from pipeline.types import UnitResult
+from tests.workers.jobs import SmallJob
 from workers.build import PartStore, ReplicaSpec
-from workers.unit_runner import UnitRunner
+from workers.local_pool import LocalPool
+from workers.unit_runner import Outcome, UnitRunner
 
 TOO_LONG = 200
 """Prompt tokens that the fake engine refuses."""
@@ -24,10 +32,13 @@ class FakeTokenizer:
 
 
 class FakeEngine:
-    """Ends each row after 1 to 7 steps, depending on its key alone. The completion is the prompt reversed."""
+    """Ends each row after 1 to 7 steps, depending on its key alone. The completion is the prompt reversed.
 
-    def __init__(self, max_rows: int = 4, step_s: float = 0.0, fail_at_step: int | None = None) -> None:
-        self.max_rows, self.step_s, self.fail_at_step = max_rows, step_s, fail_at_step
+    fail_at: steps, from 1, whose rows are lost to an EngineError.
+    """
+
+    def __init__(self, max_rows: int = 4, step_s: float = 0.0, fail_at: Container[int] = ()) -> None:
+        self.max_rows, self.step_s, self.fail_at = max_rows, step_s, fail_at
         self.queue: deque[Request] = deque()
         self.slots: dict[str, tuple[Request, int]] = {}
         self.steps = 0
@@ -35,6 +46,8 @@ class FakeEngine:
         self.short_steps = 0
         """Steps with a free slot."""
         self.order: deque[str] = deque(maxlen=1000)
+        self.prefixes: Counter[tuple[int, ...]] = Counter()
+        """Rows by the prefix they named."""
 
     @property
     def waiting(self) -> int:
@@ -51,13 +64,12 @@ class FakeEngine:
         self.queue.append(request)
         self.most_waiting = max(self.most_waiting, len(self.queue))
         self.order.append(request.key)
+        self.prefixes[tuple(request.prompt_ids[: request.prefix_tokens])] += 1
 
     def step(self) -> list[Completion]:
         self.steps += 1
         if self.step_s:
             time.sleep(self.step_s)
-        if self.steps == self.fail_at_step:
-            raise EngineError("the forward failed", keys=tuple(self.slots))
         while self.queue and len(self.slots) < self.max_rows:
             request = self.queue.popleft()
             self.slots[request.key] = request, 1 + crc32(request.key.encode()) % 7
@@ -69,6 +81,10 @@ class FakeEngine:
                 continue
             del self.slots[key]
             done.append(_complete(request))
+        if self.steps in self.fail_at:
+            lost = tuple(self.slots)
+            self.slots.clear()
+            raise EngineError("the forward failed", lost, tuple(done))
         return done
 
 
@@ -110,3 +126,30 @@ class FakeMaker:
             replica=replica,
             max_rows=self.max_rows,
         )
+
+
+def run_locally(small: SmallJob, pool: LocalPool, attempts: int = 3) -> dict[str, UnitResult]:
+    """Runs the job on this pool, in this process -> what was published, by unit id. Raises JobFailed."""
+    progress = LogProgress(Meter(small.plan.rows), sys.stderr)
+    try:
+        return dispatch(small.plan.units, {}, pool, RetryPolicy(attempts, 0.1), threading.Event(), progress)
+    finally:
+        pool.close()
+
+
+def make_runner(small: SmallJob, engine: FakeEngine, store: PartStore | None = None) -> UnitRunner:
+    """A runner of this engine for the job's units."""
+    store = store or PartStore(small.spec, "r0")
+    params = GenerationParams()
+    return UnitRunner(engine, FakeTokenizer(), store, params, replica="r0", max_rows=engine.max_rows)
+
+
+def work_all(runner: UnitRunner) -> list[Outcome]:
+    """Works until the runner's units are finished, 30 s at most, and closes it."""
+    outcomes: list[Outcome] = []
+    deadline = time.monotonic() + 30
+    while runner.busy:
+        assert time.monotonic() < deadline
+        outcomes += runner.work(0.5)
+    runner.close()
+    return outcomes

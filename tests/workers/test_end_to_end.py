@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+
+from tests.workers.fakes import run_locally
+from tests.workers.jobs import SmallJob, open_job
+from workers import build, unit_runner
+from workers.local_pool import LocalPool
+from workers.unit_runner import UnitRunner
 
 ROOT = Path(__file__).parents[2]
 ROWS = 60
@@ -149,3 +157,38 @@ def test_a_stopped_job_says_how_to_go_on(job_file: Path, tmp_path: Path) -> None
     assert process.returncode == 143, text
     assert "submit the same job again to resume" in text.splitlines()[-1]
     assert "Traceback" not in text
+
+
+TEMPLATE = "You are asked a question about the text that follows; answer it in a few words, and nothing else. " * 3
+
+
+@dataclass
+class TinyMaker:
+    """Makes runners with the real engine in this process and keeps the engine."""
+
+    small: SmallJob
+    engine: Any = None
+
+    def __call__(self, replica: str) -> UnitRunner:
+        runner = build.make_runner(self.small.spec, replica)
+        self.engine = runner._engine
+        return runner
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "mock_ar", "ar"])
+def test_sharing_a_prefix_changes_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """A template of nearly 300 tokens, two units, some odd rows: bit-equal confidences with it shared and not."""
+    prompts = [f"{TEMPLATE}{'lorem ipsum ' * (i % 5)}{i}" for i in range(24)]
+    prompts[2], prompts[9], prompts[20] = "no template", TEMPLATE[:100], TEMPLATE[1:]
+    generation = {"max_new_tokens": 24, "temperature": 1.0, "top_p": 0.95, "seed": 5, "mode": mode}
+    outcome, shared = {}, {}
+    for name in ("with", "without"):
+        small = open_job(tmp_path / name, prompts, rows_per_file=20, generation=generation, engine={"max_rows": 6})
+        maker = TinyMaker(small)
+        if name == "without":
+            monkeypatch.setattr(unit_runner, "best_prefix", lambda _prompts, _known: array("i"))
+        run_locally(small, LocalPool(maker))
+        outcome[name] = [(row["completion"], row["steps_per_block"], row["mean_confidence"]) for row in small.rows()]
+        shared[name] = maker.engine.stats.shared_tokens
+    assert shared == {"with": 21 * 256, "without": 0}
+    assert outcome["with"] == outcome["without"]

@@ -8,25 +8,21 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
-from model.errors import CheckpointError, EngineError
-from model.params import GenerationParams
+from model.errors import EngineError
 from pipeline.dataset import UnitData
-from pipeline.dispatch import UnitDone, UnitFailed, dispatch
-from pipeline.errors import JobFailed, OutputError
-from pipeline.progress import LogProgress, Meter
-from pipeline.retry import RetryPolicy
+from pipeline.dispatch import UnitDone, UnitFailed
+from pipeline.errors import OutputError
 from pipeline.types import RowResult, UnitResult, WorkUnit
-from tests.workers.fakes import TOO_LONG, FakeEngine, FakeMaker, FakeTokenizer
+from tests.workers.fakes import TOO_LONG, FakeEngine, make_runner, work_all
 from tests.workers.jobs import SmallJob, open_job, prompts_of
 from workers import build
 from workers.build import PartStore
-from workers.local_pool import LocalPool
 from workers.replica import Replica
-from workers.unit_runner import QUEUE_FACTOR, Outcome, UnitRunner
+from workers.unit_runner import QUEUE_FACTOR
 
 
 class SlowStore(PartStore):
@@ -46,22 +42,6 @@ class SlowStore(PartStore):
         if data.unit.id in self.refuse:
             raise OutputError("the part is broken")
         return super().publish(data, results, **times)
-
-
-def make_runner(small: SmallJob, engine: FakeEngine, store: PartStore | None = None) -> UnitRunner:
-    store = store or PartStore(small.spec, "r0")
-    params = GenerationParams()
-    return UnitRunner(engine, FakeTokenizer(), store, params, replica="r0", max_rows=engine.max_rows)
-
-
-def work_all(runner: UnitRunner) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    deadline = time.monotonic() + 30
-    while runner.busy:
-        assert time.monotonic() < deadline
-        outcomes += runner.work(0.5)
-    runner.close()
-    return outcomes
 
 
 def test_every_row_leaves_once_as_a_completion_or_an_error_row(tmp_path: Path) -> None:
@@ -196,47 +176,50 @@ def test_progress_counts_from_the_units_start(tmp_path: Path) -> None:
     runner.close()
 
 
-def test_what_the_engine_raises_ends_the_replica_with_a_reason(
+def test_rows_that_a_failed_step_took_down_are_submitted_once_more(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = open_job(tmp_path, prompts_of(10))
-    replica = Replica("r0", lambda _name: make_runner(small, FakeEngine(fail_at_step=2)))
-    assert replica.start().fatal is None
-    replica.assign(small.plan.units[0], 1)
-    report = replica.work(10)
-    assert (report.fatal, report.refused) == ("the forward failed", False)
-    assert replica.work(1).fatal == "the forward failed"
-    assert "EngineError: the forward failed" in capsys.readouterr().err
+    """Every row leaves once: those that ended in the step itself, those that it lost, and those that were waiting."""
+    small = open_job(tmp_path, prompts_of(40), rows_per_file=20)
+    engine = FakeEngine(fail_at={2, 30})
+    runner = make_runner(small, engine)
+    for unit in small.plan.units:
+        runner.add(unit, 1)
+    assert all(isinstance(outcome, UnitDone) for outcome in work_all(runner))
+    assert [row["completion"] for row in small.rows()] == [prompt[::-1] for prompt in prompts_of(40)]
+    said = [line for line in capsys.readouterr().err.splitlines() if "the forward failed; trying its" in line]
+    again = sum(int(line.split()[-4]) for line in said)
+    assert len(said) == 2
+    assert len(engine.order) == 40 + again > 42
 
 
-def test_a_unit_assigned_twice_ends_the_replica(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = open_job(tmp_path, prompts_of(10))
-    replica = Replica("r0", lambda _name: make_runner(small, FakeEngine()))
-    replica.start()
-    for attempt in (1, 2):
-        replica.assign(small.plan.units[0], attempt)
-    assert "is already on replica r0" in (replica.work(1).fatal or "")
-    assert "ValueError" in capsys.readouterr().err
+@pytest.mark.parametrize("fail_at", [{2, 3}, {1, 2}], ids=["the same rows", "rows of the first step"])
+def test_a_row_that_fails_twice_is_an_error_that_names_it(tmp_path: Path, fail_at: set[int]) -> None:
+    """The row ends nowhere else: the unit is not published, and the replica's owner learns why."""
+    small = open_job(tmp_path, prompts_of(3))
+    runner = make_runner(small, FakeEngine(fail_at=fail_at))
+    runner.add(small.plan.units[0], 1)
+    with pytest.raises(EngineError, match="the forward failed") as caught:
+        work_all(runner)
+    assert caught.value.keys
+    assert not small.rows()
+    runner.close()
 
 
-@pytest.mark.parametrize(
-    ("error", "text", "refused"),
-    [
-        (CheckpointError("shard 2 is missing"), "shard 2 is missing", True),
-        (ZeroDivisionError("1/0"), "ZeroDivisionError: 1/0", False),
-    ],
-)
-def test_what_start_up_raises_is_reported(
-    error: Exception, text: str, refused: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With a traceback beside it only where it is a fault of ours."""
+def test_an_engine_error_that_names_no_row_is_raised(tmp_path: Path) -> None:
+    """Nothing would count such failures: they could come for ever."""
+    small = open_job(tmp_path, prompts_of(3))
+    engine = FakeEngine()
+    engine.step = functools.partial(_raise, EngineError("no rows"))  # type: ignore[method-assign]
+    runner = make_runner(small, engine)
+    runner.add(small.plan.units[0], 1)
+    with pytest.raises(EngineError, match="no rows"):
+        work_all(runner)
+    runner.close()
 
-    def fail(_name: str) -> UnitRunner:
-        raise error
 
-    report = Replica("r0", fail).start()
-    assert (report.fatal, report.refused) == (text, refused)
-    assert ("Traceback" in capsys.readouterr().err) != refused
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 @pytest.mark.parametrize("engine", [{"kv_tokens": 10**15}, {"kv_tokens": 10**15, "max_rows": 7}])
@@ -258,49 +241,6 @@ def test_more_cpus_than_there_are_make_no_more_threads(tmp_path: Path, monkeypat
     small = open_job(tmp_path, prompts_of(1), workers={"gpus": 0, "cpus": 2**40})
     build.make_runner(small.spec, "r0").close()
     assert asked == [os.cpu_count()]
-
-
-class UnluckyMaker(FakeMaker):
-    """The engine of its first `lives` replicas fails after a few steps."""
-
-    lives = 2
-
-    def __call__(self, replica: str) -> UnitRunner:
-        runner = super().__call__(replica)
-        if self.lives:
-            self.lives -= 1
-            runner._engine.fail_at_step = 5  # type: ignore[attr-defined]
-        return runner
-
-
-def run_locally(small: SmallJob, pool: LocalPool, attempts: int = 3) -> dict[str, UnitResult]:
-    progress = LogProgress(Meter(small.plan.rows), sys.stderr)
-    try:
-        return dispatch(small.plan.units, {}, pool, RetryPolicy(attempts, 0.1), threading.Event(), progress)
-    finally:
-        pool.close()
-
-
-def test_local_pool_repeats_what_a_dead_engine_held(tmp_path: Path) -> None:
-    small = open_job(tmp_path, prompts_of(95))
-    results = run_locally(small, LocalPool(UnluckyMaker(small.spec)))
-    assert sum(result.totals.rows for result in results.values()) == 95
-    assert [row["completion"] for row in small.rows()] == [prompt[::-1] for prompt in prompts_of(95)]
-    assert max(result.attempt for result in results.values()) == 3
-
-
-def test_local_pool_gives_up_after_the_attempts_allowed(tmp_path: Path) -> None:
-    small = open_job(tmp_path, prompts_of(20))
-    with pytest.raises(JobFailed, match=r"failed 2 of 2 attempts .*: replica local-2 was lost: the forward failed"):
-        run_locally(small, LocalPool(UnluckyMaker(small.spec)), attempts=2)
-
-
-def test_local_pool_says_why_it_cannot_start(tmp_path: Path) -> None:
-    def fail(_name: str) -> UnitRunner:
-        raise CheckpointError("shard 2 is missing")
-
-    with pytest.raises(JobFailed, match="no replica could start: shard 2 is missing"):
-        run_locally(open_job(tmp_path, prompts_of(20)), LocalPool(fail))
 
 
 MEMORY_SCRIPT = """

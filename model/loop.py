@@ -1,0 +1,328 @@
+"""The loop that generates, free of torch: rows come and go, and each turn runs what every row needs next.
+
+    lane by lane: collect -> admit -> prefill -> extend -> denoise
+
+A turn collects what a lane's last forwards predicted, refills the slots that became free, sends on their way a piece
+of waiting prompts, the lane's finished blocks (extend) and the blocks that it is filling (denoise), and leaves them
+there: while they compute, the other lanes have their turns. Each stage of the model runs its forwards in the order of
+their launch, so a row may begin a block behind an extension that has not come back yet.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from model.backend import Backend, H, Seen
+from model.ending import Decode, find_end
+from model.errors import EngineError, RequestError
+from model.lanes import ActiveRow, Lane, Prefix
+from model.params import Completion, FinishReason, Request
+from model.scheduler import Scheduler, Stats
+
+Kind = Literal["prefill", "extend", "denoise"]
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Under(Generic[H]):
+    """A forward under way."""
+
+    kind: Kind
+    rows: Sequence[ActiveRow | Prefix]
+    handle: H
+    halvings: int
+    """How often the limits had been halved when it was launched."""
+
+
+class Loop(Generic[H]):
+    """Drives a backend. Not thread-safe: one thread submits and steps."""
+
+    def __init__(
+        self,
+        backend: Backend[H],
+        scheduler: Scheduler,
+        decode: Decode | None = None,
+        *,
+        extend_every: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.backend, self.scheduler = backend, scheduler
+        self._decode, self._extend_every, self._clock = decode, extend_every, clock
+        self._under_way: dict[Lane, deque[_Under[H]]] = {lane: deque() for lane in scheduler.lanes}
+        self._prefills: deque[_Under[H]] = deque()
+        self._finished: list[Completion] = []
+        self._halvings = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that hold no slot."""
+        return len(self.scheduler.waiting)
+
+    @property
+    def active(self) -> int:
+        """Rows that hold a slot, or that have ended and were not given out yet."""
+        return len(self.scheduler.running) + len(self._finished)
+
+    @property
+    def max_rows(self) -> int:
+        """Rows generated together at most, from now on."""
+        return self.scheduler.max_rows
+
+    @property
+    def stats(self) -> Stats:
+        """What has been done so far."""
+        return self.scheduler.stats
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises RequestError where it could never run, or its key is in the engine already."""
+        self.check_request(request)
+        self.scheduler.submit(request, self._clock())
+
+    def check_request(self, request: Request) -> None:
+        """Raises RequestError where the request could never run."""
+
+    def cancel(self, key: str) -> bool:
+        """Takes a request out, waiting or running, and frees its slot; it gives no completion.
+
+        False where no request of this key is in the engine: it has ended, or was never there.
+        """
+        return self.scheduler.cancel(key)
+
+    def set_max_rows(self, rows: int) -> None:
+        """Lets more or fewer rows run together; rows above a lower limit end first.
+
+        Raises RequestError below 1, and EngineError, with the limit as it was, where what is under way fails.
+        """
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            raise RequestError(f"max_rows is {rows!r}: it must be a whole number of at least 1")
+        more = rows - self.scheduler.row_slots
+        if more > 0:
+            self._collect_all()
+            self.backend.add_slots(more)
+            self.scheduler.row_slots += more
+        self.scheduler.max_rows = rows
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Runs the requests to their ends, longest prompts first -> completions in the requests' order.
+
+        Raises RequestError, and runs none, where one of them could never run or the engine holds other rows (drive it
+        by submit and step then). After an EngineError the engine is empty.
+        """
+        if held := self.waiting + self.active:
+            raise RequestError(f"generate() needs an idle engine, this one holds {held} rows: use submit() and step()")
+        for request in requests:
+            self.check_request(request)
+        keys = Counter(request.key for request in requests)
+        if doubled := next((key for key, count in keys.items() if count > 1), None):
+            raise RequestError(f"request key {doubled!r} is given {keys[doubled]} times: keys must be unique")
+        now = self._clock()
+        done: dict[str, Completion] = {}
+        try:
+            for request in sorted(requests, key=lambda request: -len(request.prompt_ids)):
+                self.scheduler.submit(request, now)
+            while self.waiting or self.active:
+                done |= {completion.key: completion for completion in self.step()}
+        finally:
+            self.scheduler.clear()  # of what an error left
+            self._finished.clear()
+        return [done[request.key] for request in requests]
+
+    def step(self) -> list[Completion]:
+        """A turn of every lane -> the rows that ended since the last call.
+
+        Raises EngineError where a forward failed: it names the rows that are lost and holds the completions so far.
+        All other rows go on with the next call.
+        """
+        for lane in self.scheduler.lanes:
+            self._collect(lane)
+            self._prefill()
+            self._launch(lane)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def check(self) -> None:
+        """Integrity of slots, pages, lanes and keys. Raises AssertionError."""
+        under_way = [under for queue in self._under_way.values() for under in queue]
+        self.scheduler.check({row for under in under_way for row in under.rows if isinstance(row, ActiveRow)})
+
+    # -- launching ---------------------------------------------------------------------------------------------------
+
+    def _prefill(self) -> None:
+        admitted = self.scheduler.admit(self._clock())
+        self._try("admission", admitted, lambda: self.backend.enter(admitted))
+        batch = self.scheduler.prefill_batch()
+        with_tokens = [(item, count) for item, count in batch if count]  # a one-token prompt in an AR mode has none
+        rows = [item for item, _ in with_tokens]
+        if not rows or self._send(self._prefills, "prefill", rows, lambda: self.backend.prefill(with_tokens)):
+            self.scheduler.prefilled(batch)
+
+    def _launch(self, lane: Lane) -> None:
+        extend, begin = lane.turn(self._extend_every)
+        under_way = self._under_way[lane]
+        if begin:
+            for row in begin:
+                row.mark = lane.clock
+            self._try("begin", begin, lambda: self.backend.begin(begin))
+            extend = [row for row in extend if not row.ended]
+        if extend:
+            self._send(under_way, "extend", extend, lambda: self.backend.extend(extend))
+        if rows := list(lane.filling):
+            self._send(under_way, "denoise", rows, lambda: self.backend.denoise(rows))
+
+    def _send(
+        self, queue: "deque[_Under[H]]", kind: Kind, rows: Sequence[ActiveRow | Prefix], launch: Callable[[], H]
+    ) -> bool:
+        """Launches a forward; False where that failed and its rows were put back to the queue."""
+        handle = self._try(kind, rows, launch)
+        if handle is not None:
+            queue.append(_Under(kind, rows, handle, self._halvings))
+        return handle is not None
+
+    def _try(self, what: str, rows: Sequence[ActiveRow | Prefix], call: Callable[[], T]) -> T | None:
+        """What the backend says; None where it failed and the rows were put back to the queue."""
+        try:
+            return call()
+        except BaseException as error:  # whatever a device raises, no row may stay half-computed
+            self._fail(what, rows, error, self._halvings)
+        return None
+
+    # -- collecting --------------------------------------------------------------------------------------------------
+
+    def _collect(self, lane: Lane) -> None:
+        """Takes in what the lane's forwards predicted, and what prefills have ended."""
+        under_way = self._under_way[lane]
+        while under_way:
+            self.backend.wait(under_way[0].handle)
+            self._collect_prefills()  # launched before: their time is known before a row can end
+            self._take_in(under_way.popleft(), lane)
+        self._collect_prefills(at_most=len(self._under_way))
+
+    def _collect_prefills(self, at_most: int | None = None) -> None:
+        """Takes in the prefills that have ended, and waits for the oldest where more than `at_most` are under way."""
+        while self._prefills:
+            if at_most is not None and len(self._prefills) > at_most:
+                self.backend.wait(self._prefills[0].handle)
+            if not self.backend.done(self._prefills[0].handle):
+                return
+            self._take_in(self._prefills.popleft(), None)
+
+    def _collect_all(self) -> None:
+        for lane in self.scheduler.lanes:
+            self._collect(lane)
+        self._collect_prefills(at_most=0)
+
+    def _take_in(self, under: _Under[H], lane: Lane | None) -> None:
+        try:
+            seen = self.backend.collect(under.handle)
+        except BaseException as error:
+            self._fail(under.kind, under.rows, error, under.halvings)
+            return
+        self._share(under, lane)
+        wrong: list[tuple[ActiveRow, Exception]] = []
+        for block in seen:
+            if not block.row.ended:  # its room may have been another row's need a moment ago
+                try:
+                    self._look_at(block)
+                except Exception as error:  # a tokenizer may raise anything; the other rows are well
+                    wrong.append((block.row, error))
+                except BaseException as error:
+                    self._fail(under.kind, under.rows, error, under.halvings)
+        if wrong:
+            self._fail("end", [row for row, _ in wrong], wrong[0][1], under.halvings)
+
+    def _share(self, under: _Under[H], lane: Lane | None) -> None:
+        """Notes the time of a forward in its rows; that of denoiser forwards in the lane, once for all of them."""
+        seconds = under.handle.seconds
+        if lane is not None and under.kind == "denoise":
+            forwards, rows, so_far = lane.clock
+            lane.clock = forwards + 1, rows + len(under.rows), so_far + seconds
+            return
+        for row in under.rows:
+            if isinstance(row, Prefix):
+                continue
+            if under.kind == "prefill":
+                row.prefill_s += seconds
+            else:
+                row.commit_s += seconds
+                row.shared_rows += len(under.rows)
+                row.shared_forwards += 1
+
+    def _look_at(self, block: Seen) -> None:
+        """Ends the row, or sends its full block on to the context."""
+        row = block.row
+        if block.broken:
+            self._end(block, "error", row.tokens, None, _not_finite(row))
+            return
+        if block.may_end:
+            tokens = row.tokens + block.tokens[: block.ready]
+            end = find_end(tokens, row.request.params, self._decode, row.checked)
+            if end is not None:
+                self._end(block, end.reason, end.token_ids, end.text, None)
+                return
+            row.checked = len(tokens)
+        if block.complete:
+            self._finish_block(block)
+
+    def _finish_block(self, block: Seen) -> None:
+        row, lane = block.row, block.row.lane
+        assert lane is not None
+        self._count(block)
+        tokens = block.tokens[: block.ready]
+        # mock-AR keeps its newest token out of the context, as the input of its next forward
+        pending = [row.last_token] if row.mode == "mock_ar" else tokens
+        row.tokens += tokens
+        row.confidences += block.confidences[: block.ready]
+        row.checked = len(row.tokens)
+        lane.block_done(row, pending)
+        self.scheduler.make_room(row)
+
+    def _end(self, block: Seen, reason: FinishReason, ids: list[int], text: str | None, error: str | None) -> None:
+        row = block.row
+        self._count(block)
+        completion = row.completion(reason, ids, text, error, block.confidences[: block.ready], self._clock())
+        self.scheduler.remove(row)
+        self._finished.append(completion)
+
+    def _count(self, block: Seen) -> None:
+        """Adds what the block has cost to its row."""
+        row, lane = block.row, block.row.lane
+        row.forwards += block.steps
+        if row.mode == "diffusion":
+            row.steps.append(block.steps)
+        if lane is not None and row.mode != "ar":
+            row.took_part(lane.clock)
+
+    def _fail(self, what: str, rows: Sequence[ActiveRow | Prefix], error: BaseException, halvings: int) -> None:
+        """Takes the rows out and raises; where memory ran out, they go back to the queue under half the limits.
+
+        Limits are halved once for all forwards that were under way together. Nothing is raised where all the rows had
+        ended already.
+        """
+        lost = [row for row in rows if isinstance(row, ActiveRow) and not row.ended]
+        prefixes = [item for item in rows if isinstance(item, Prefix) and self.scheduler.knows(item)]
+        for prefix in prefixes:
+            lost += [row for row in self.scheduler.running.values() if row.prefix is prefix]
+        again = bool(lost) and isinstance(error, Exception) and self.backend.out_of_memory(error)
+        if again and halvings == self._halvings:
+            again = self.scheduler.halve()
+            self._halvings += again
+        for row in lost:
+            (self.scheduler.requeue if again else self.scheduler.remove)(row)
+        for prefix in prefixes:
+            self.scheduler.drop_prefix(prefix)
+        if not isinstance(error, Exception):
+            raise error
+        if again or not lost:
+            return
+        finished, self._finished = tuple(self._finished), []
+        text = f"{what} of {len(rows)} rows failed: {type(error).__name__}: {error}"
+        raise EngineError(text, tuple(row.request.key for row in lost), finished) from error
+
+
+def _not_finite(row: ActiveRow) -> str:
+    return (
+        f"the model's logits were not finite after {len(row.tokens)} tokens: "
+        "the kernels or the checkpoint are wrong, or the prompt breaks them"
+    )

@@ -1,0 +1,256 @@
+"""The memory plan: how many rows, and how many tokens of their contexts, fit beside the weights. Made once at start.
+
+A device holds, beside its weights: the Mamba states of every slot, the pages of keys and values, what one forward needs
+while it runs, and the slice of logits that is being reduced. The tightest device decides for all.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from model.config import TwoTowerConfig
+from model.errors import RequestError
+from model.params import EngineLimits
+from model.sampling import HEAD_WORKSPACE, LIMITED_BYTES
+from model.slots import PAGE_SIZE, PREFIX_SLOTS, pages_for
+from model.two_tower import Stage, TwoTower
+from model.weights import free_memory
+from model.workspace import Forward, causal_queries, forward_bytes
+
+KEPT_BACK: Mapping[str, float] = {"cuda": 0.05, "cpu": 0.5}
+"""Share of the free memory that stays free. On a GPU: fragments of the allocator and workspaces of cuBLAS, which no
+formula sees. On a CPU: what the job reads and writes, and the other replicas of the node, see the same memory free."""
+AUTO_MAX_ROWS: Mapping[str, int] = {"cuda": 256, "cpu": 32}
+"""Most rows that "auto" takes. On a GPU, 256 rows x 16 tokens are past the point where computing takes longer than
+reading the weights; on a CPU it is reached far earlier. Beyond it, more rows take memory and give nothing."""
+AUTO_CONTEXT_TOKENS = 4096
+"""Tokens of context that "auto" reckons for each row, or the longest allowed where that is less. Few rows are longer;
+when pages run out all the same, the youngest row is put back to the queue."""
+BLOCK_TOKENS = 32
+"""Tokens a row has in a denoiser forward at most, as reckoned here: twice the block size of the released model."""
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """One device's share, in bytes; stages on the same device are summed."""
+
+    device: str
+    free: int
+    """Free when the plan was made, the weights already loaded."""
+    kept_back: int
+    """Of `free`, what stays free."""
+    weights: int
+    states_per_row: int
+    kv_per_token: int
+    """Keys and values of one token of context."""
+    logits: int
+    workspace: int
+    """Largest temporaries of a forward."""
+
+    def fixed(self, rows: int) -> int:
+        """Bytes for so many rows before any context; prefixes have slots beside the rows'."""
+        return self.states_per_row * (rows + PREFIX_SLOTS) + self.workspace + self.logits
+
+    def kv_room(self, rows: int) -> int | None:
+        """Tokens of context, in whole pages, that fit beside so many rows; below 0 where the rows themselves do not
+        fit; None for no limit."""
+        left = self.free - self.kept_back - self.fixed(rows)
+        if left >= 0 and not self.kv_per_token:
+            return None
+        return left // (self.kv_per_token * PAGE_SIZE) * PAGE_SIZE if left >= 0 else -1
+
+    def left(self, rows: int, kv_tokens: int) -> int:
+        """Bytes still free with so many rows and pages for so many tokens of context."""
+        return self.free - self.fixed(rows) - self.kv_per_token * pages_for(kv_tokens) * PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What the engine holds, and where the memory goes."""
+
+    devices: tuple[DevicePlan, ...]
+    max_rows: int
+    kv_tokens: int
+
+    def lines(self) -> list[str]:
+        """A table to read: a line a device, and the rows and tokens that come out."""
+        heads = ("device", "weights", "free", "a row", "a token", "contexts", "logits", "workspace", "left")
+        table: list[tuple[str, ...]] = [heads]
+        for plan in self.devices:
+            contexts = plan.kv_per_token * pages_for(self.kv_tokens) * PAGE_SIZE
+            sizes = (plan.weights, plan.free, plan.states_per_row, plan.kv_per_token, contexts, plan.logits)
+            last = (plan.workspace, plan.left(self.max_rows, self.kv_tokens))
+            table.append((plan.device, *(_size(count) for count in sizes + last)))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+        return [*lines, f"max_rows {self.max_rows}, kv_tokens {self.kv_tokens:,}"]
+
+
+def plan_memory(pair: TwoTower, limits: EngineLimits, free: Mapping[str, int] | None = None) -> MemoryPlan:
+    """The plan for a loaded model.
+
+    free: device name -> bytes, instead of what is free now. Raises RequestError where the limits do not fit.
+    """
+    weights: dict[str, int] = {}
+    for tensor in (*pair.parameters(), *pair.buffers()):
+        name = _name(tensor.device)
+        weights[name] = weights.get(name, 0) + tensor.nbytes
+    if free is None:
+        free = {name: free_memory(name) for name in {_name(stage.device) for stage in pair.stages}}
+    return make_plan(pair.config, pair.dtype, pair.stages, weights, free, limits)
+
+
+def make_plan(
+    config: TwoTowerConfig,
+    dtype: torch.dtype,
+    stages: Sequence[Stage],
+    weights: Mapping[str, int],
+    free: Mapping[str, int],
+    limits: EngineLimits,
+) -> MemoryPlan:
+    """The plan from sizes alone. weights, free: device name -> bytes.
+
+    Raises RequestError where the limits do not fit.
+    """
+    return _Planner(config, dtype, stages, weights, free, limits).plan()
+
+
+@dataclass(frozen=True)
+class _Planner:
+    config: TwoTowerConfig
+    dtype: torch.dtype
+    stages: Sequence[Stage]
+    weights: Mapping[str, int]
+    free: Mapping[str, int]
+    limits: EngineLimits
+
+    @property
+    def context(self) -> int:
+        """Tokens of one row at most."""
+        return self.limits.context_tokens(self.config.max_position_embeddings)
+
+    def plan(self) -> MemoryPlan:
+        asked = self.limits.max_rows
+        rows = self._auto_rows() if asked == "auto" else asked
+        devices = self.devices(rows)
+        room = _room(devices, rows)
+        if room is not None and room < _in_pages(self.limits.kv_tokens or self.context):
+            raise RequestError(self._refusal(rows))
+        kv_tokens = self.limits.kv_tokens
+        if kv_tokens is None:
+            wanted = rows * _in_pages(self.context)
+            kv_tokens = wanted if room is None else min(wanted, room)
+        return MemoryPlan(devices, rows, kv_tokens)
+
+    def devices(self, rows: int) -> tuple[DevicePlan, ...]:
+        """What each device holds with so many rows."""
+        names = dict.fromkeys(_name(stage.device) for stage in self.stages)
+        return tuple(self._device(name, [s for s in self.stages if _name(s.device) == name], rows) for name in names)
+
+    def _device(self, name: str, stages: list[Stage], rows: int) -> DevicePlan:
+        config, size = self.config, self.dtype.itemsize
+        kinds = [config.layer_kinds[i] for stage in stages for i in stage.layers]
+        ssm = config.mamba_inner * config.ssm_state_size * 4  # float32 whatever the dtype
+        head = self._lane_rows(rows) * BLOCK_TOKENS * config.vocab_size * LIMITED_BYTES
+        return DevicePlan(
+            device=name,
+            free=self.free[name],
+            kept_back=int(self.free[name] * KEPT_BACK[torch.device(name).type]),
+            weights=self.weights.get(name, 0),
+            states_per_row=kinds.count("mamba") * (config.conv_dim * config.conv_kernel * size + ssm),
+            kv_per_token=kinds.count("attention") * 2 * config.kv_inner * size,
+            logits=min(HEAD_WORKSPACE, head) if self.stages[-1] in stages else 0,
+            # each stage runs one forward at a time, but stages that share a device may run at once
+            workspace=sum(self._workspace(stage, rows) for stage in stages),
+        )
+
+    def _lane_rows(self, rows: int) -> int:
+        """Rows of a lane at most: a row goes to the lane that has the fewest."""
+        return -(-rows // (self.limits.lanes or len(self.stages)))
+
+    def _workspace(self, stage: Stage, rows: int) -> int:
+        """Bytes of the largest forward: a piece of prompts, of any rows, or the blocks of a lane."""
+        prompts = self.limits.max_prefill_tokens
+        queries = min(causal_queries(stage.device.type), prompts)
+        lane = self._lane_rows(rows)
+        forwards = (
+            Forward(tokens=prompts, rows=min(rows, prompts), queries=queries),
+            Forward(tokens=lane * BLOCK_TOKENS, rows=lane, queries=BLOCK_TOKENS),
+        )
+        return max(
+            forward_bytes(self.config, self.dtype.itemsize, stage.layers, forward, self.context) for forward in forwards
+        )
+
+    def _fits(self, rows: int, kv_tokens: int) -> bool:
+        room = _room(self.devices(rows), rows)
+        return room is None or room >= kv_tokens
+
+    def _auto_rows(self) -> int:
+        """As many rows as fit with a usual context each, and one with the longest; 1 where even that is too much."""
+        cap = min(AUTO_MAX_ROWS[stage.device.type] for stage in self.stages)
+        usual = _in_pages(min(self.context, AUTO_CONTEXT_TOKENS))
+        given, least = self.limits.kv_tokens, _in_pages(self.context)
+        if given is not None:
+            cap = max(1, min(cap, given // usual))
+            rows = _largest(cap, lambda rows: self._fits(rows, _in_pages(given)))
+        else:
+            rows = _largest(cap, lambda rows: self._fits(rows, max(least, rows * usual)))
+        if rows and rows < (self.limits.lanes or 1):
+            raise RequestError(f"lanes is {self.limits.lanes}, but max_rows auto comes to {rows}: lower lanes")
+        return max(1, rows)
+
+    def _refusal(self, rows: int) -> str:
+        """Why the limits do not fit, and what would."""
+        given = self.limits.kv_tokens
+        context = _in_pages(given or self.context)
+        devices = self.devices(rows)
+        tight = min(devices, key=lambda plan: plan.left(rows, context) - plan.kept_back)
+        fault = (
+            f"{tight.device} has {_size(tight.free)} free beside its weights and keeps {_size(tight.kept_back)} of it "
+            f"back; needed are {_size(tight.states_per_row * (rows + PREFIX_SLOTS))} for states, "
+            f"{_size(tight.workspace + tight.logits)} for a forward and {_size(tight.kv_per_token * context)} for "
+            f"{context:,} tokens of context"
+        )
+        most = _largest(rows - 1, lambda fewer: self._fits(fewer, context))
+        if given is not None:
+            what = f"the context of engine.max_rows {rows} and engine.kv_tokens {given}; lower them"
+            room = _room(devices, rows) or 0
+            return f"no memory for {what}: {fault}" + (f"; {room:,} tokens would fit" if room > 0 else "")
+        if most:
+            return f"no memory for engine.max_rows {rows}; lower it to {most} at most, or use more devices: {fault}"
+        return (
+            f"no memory for one row of {self.context:,} tokens; lower engine.max_context_tokens or "
+            f"engine.max_prefill_tokens, or use more devices: {fault}"
+        )
+
+
+def _room(devices: Sequence[DevicePlan], rows: int) -> int | None:
+    """Tokens of context that fit on every device; None for no limit."""
+    rooms = [room for plan in devices if (room := plan.kv_room(rows)) is not None]
+    return min(rooms, default=None)
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to `most` that fits, where fewer always fit as well; 0 for none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _in_pages(tokens: int) -> int:
+    return pages_for(tokens) * PAGE_SIZE
+
+
+def _name(device: torch.device) -> str:
+    return "cuda:0" if str(device) == "cuda" else str(device)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -1,0 +1,252 @@
+"""A backend of the engine's loop that computes nothing: it says when forwards would end, on simulated devices.
+
+The scheduling is the engine's own (model.loop, model.scheduler); how long a forward takes comes from a layout, how many
+steps a row's block takes is drawn from a measured distribution. Free of torch; the clock is the simulation's.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.backend import Seen
+from model.lanes import ActiveRow, Prefix
+from model.slots import Slots
+from tests.benchmarks.roofline import Roofline, Work
+
+Ints = NDArray[np.int64]
+Kind = Literal["prefill", "extend", "denoise"]
+BLOCK = 16
+_TOKEN = 5  # what every simulated completion is made of
+_POOL = 1 << 20  # steps are drawn so many at a time
+
+
+class Steps:
+    """Denoiser forwards of blocks, drawn from a histogram: steps -> blocks."""
+
+    def __init__(self, histogram: Mapping[int, int], seed: int = 0) -> None:
+        values, counts = np.array(list(histogram)), np.array(list(histogram.values()), dtype=float)
+        self._pool = np.random.default_rng(seed).choice(values, _POOL, p=counts / counts.sum())
+        self._next = 0
+
+    def draw(self, count: int) -> Ints:
+        """(count,) steps; the draws repeat after about a million."""
+        if self._next + count > _POOL:
+            self._next = 0
+        self._next += count
+        drawn: Ints = self._pool[self._next - count : self._next]
+        return drawn
+
+
+class Layout(Protocol):
+    """Which device computes what."""
+
+    devices: int
+
+    def route(self, kind: Kind, work: Work) -> Sequence[tuple[int, float]]:
+        """The devices that a forward passes, in order, and its seconds on each."""
+
+    def handover(self, kind: Kind, work: Work) -> float:
+        """Seconds on the link between the devices, after the forward and before its rows go on."""
+
+
+class Layers:
+    """Two devices, each with its share of the layers of both towers; hidden states alone cross (20 us, not counted)."""
+
+    devices = 2
+
+    def __init__(self, roofline: Roofline, *, context: int, denoiser: int) -> None:
+        """The second device's first layer, of each tower. Layers with a state must lie on the same side in both."""
+        self.roofline = roofline
+        between = range(min(context, denoiser), max(context, denoiser))
+        assert all(roofline.config.layer_kinds[i] == "moe" for i in between), "a state would have to cross"
+        self._context, self._denoiser = (
+            (range(split), range(split, roofline.config.num_layers)) for split in (context, denoiser)
+        )
+
+    def route(self, kind: Kind, work: Work) -> Sequence[tuple[int, float]]:
+        """See Layout."""
+        ranges = self._denoiser if kind == "denoise" else self._context
+        return [(device, self.roofline.seconds(layers, work)) for device, layers in enumerate(ranges)]
+
+    def handover(self, kind: Kind, work: Work) -> float:
+        """See Layout."""
+        del kind, work
+        return 0.0
+
+
+class Towers:
+    """The context tower on device 0, the denoiser on device 1: a row's Mamba states, and its new K and V, cross."""
+
+    devices = 2
+
+    def __init__(self, roofline: Roofline) -> None:
+        self.roofline = roofline
+        self.layers = range(roofline.config.num_layers)
+        self._state = roofline.row_state_bytes(self.layers)
+        self._kv = roofline.kv_bytes_per_token()
+
+    def route(self, kind: Kind, work: Work) -> Sequence[tuple[int, float]]:
+        """See Layout."""
+        return [(int(kind == "denoise"), self.roofline.seconds(self.layers, work))]
+
+    def handover(self, kind: Kind, work: Work) -> float:
+        """See Layout."""
+        if kind == "denoise":
+            return 0.0
+        return (work.rows * self._state + work.tokens * self._kv) / self.roofline.hardware.link
+
+
+class Instant:
+    """Forwards take no time: what is left is the host's work."""
+
+    devices = 0
+
+    def route(self, kind: Kind, work: Work) -> Sequence[tuple[int, float]]:
+        """See Layout."""
+        del kind, work
+        return ()
+
+    def handover(self, kind: Kind, work: Work) -> float:
+        """See Layout."""
+        del kind, work
+        return 0.0
+
+
+@dataclass(slots=True)
+class Device:
+    """A simulated device: it runs forwards in the order of their launch."""
+
+    free: float = 0.0
+    """When it has ended what it was given."""
+    busy: float = 0.0
+    """Seconds it computed."""
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A simulated forward: when it runs, and the blocks that it completes."""
+
+    began: float
+    ended: float
+    rows: Sequence[ActiveRow] = ()
+    steps: list[int] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """See model.loop.Timed."""
+        return self.ended - self.began
+
+
+class CostModel:
+    """Backend of model.loop.Loop; diffusion rows alone. `host_s`: what preparing a forward takes the host."""
+
+    def __init__(self, slots: Slots, layout: Layout, steps: Steps, *, host_s: float = 0.0) -> None:
+        self.slots, self.layout, self.steps, self.host_s = slots, layout, steps, host_s
+        self.now = 0.0
+        self.devices = [Device() for _ in range(layout.devices)]
+        self.tokens = 0
+        """Committed, of all blocks."""
+        self._link_free = 0.0
+        self._context = np.zeros(slots.slots, np.int64)
+        self._ready = np.zeros(slots.slots)  # when a row's states are where the denoiser reads them
+        self._needed = np.ones(slots.slots, np.int64)
+        self._taken = np.zeros(slots.slots, np.int64)
+        self._full_block = [_TOKEN] * BLOCK, [1.0] * BLOCK
+
+    def clock(self) -> float:
+        """Simulated seconds."""
+        return self.now
+
+    def add_slots(self, count: int) -> None:
+        """See Backend."""
+        raise NotImplementedError("simulated runs keep their number of rows")
+
+    def enter(self, rows: Sequence[ActiveRow]) -> None:
+        """See Backend."""
+        slots = _slots(rows)
+        self._context[slots] = [self.slots.length(row.slot) for row in rows]
+        self._ready[slots] = 0.0
+
+    def begin(self, rows: Sequence[ActiveRow]) -> None:
+        """See Backend."""
+        slots = _slots(rows)
+        self._needed[slots] = self.steps.draw(len(rows))
+        self._taken[slots] = 0
+
+    def prefill(self, batch: Sequence[tuple[ActiveRow | Prefix, int]]) -> Ticket:
+        """See Backend."""
+        counts = [count for _, count in batch]
+        return self._store("prefill", [item for item, _ in batch], counts)
+
+    def extend(self, rows: Sequence[ActiveRow]) -> Ticket:
+        """See Backend."""
+        return self._store("extend", rows, [len(row.pending) for row in rows])
+
+    def _store(self, kind: Kind, rows: Sequence[ActiveRow | Prefix], counts: list[int]) -> Ticket:
+        slots, tokens = _slots(rows), np.array(counts)
+        context = self._context[slots]
+        pairs = float((tokens * (context + tokens / 2)).sum())
+        work = Work(len(rows), int(tokens.sum()), int(context.sum()), pairs, store=True)
+        ticket = self._launch(kind, work, self.now)
+        # without a handover the devices' own order is enough: what comes behind finds the states in place
+        if link := self.layout.handover(kind, work):
+            self._link_free = max(ticket.ended, self._link_free) + link
+            self._ready[slots] = self._link_free
+        self._context[slots] += tokens
+        self.slots.grow(slots.tolist(), counts)
+        return ticket
+
+    def denoise(self, rows: Sequence[ActiveRow]) -> Ticket:
+        """See Backend."""
+        slots = _slots(rows)
+        needed, taken = self._needed[slots], self._taken[slots]
+        context = int(self._context[slots].sum())
+        tokens = BLOCK * len(rows)
+        # a block loses its masks evenly over its steps
+        masked = round(BLOCK * float((1 - taken / needed).sum()))
+        work = Work(len(rows), tokens, context, BLOCK * (context + tokens), masked)
+        ticket = self._launch("denoise", work, float(self._ready[slots].max()))
+        self._taken[slots] += 1
+        done = np.flatnonzero(taken + 1 >= needed)
+        ticket.rows, ticket.steps = [rows[i] for i in done.tolist()], needed[done].tolist()
+        self.tokens += BLOCK * len(done)
+        return ticket
+
+    def _launch(self, kind: Kind, work: Work, ready: float) -> Ticket:
+        self.now += self.host_s
+        began, at = None, max(ready, self.now)
+        for number, seconds in self.layout.route(kind, work):
+            device = self.devices[number]
+            at = max(at, device.free)
+            began = at if began is None else began
+            at += seconds
+            device.free = at
+            device.busy += seconds
+        return Ticket(at if began is None else began, at)
+
+    def done(self, handle: Ticket) -> bool:
+        """See Backend."""
+        return handle.ended <= self.now
+
+    def wait(self, handle: Ticket) -> None:
+        """See Backend."""
+        self.now = max(self.now, handle.ended)
+
+    def collect(self, handle: Ticket) -> Sequence[Seen]:
+        """See Backend."""
+        return [
+            Seen(row, BLOCK, True, row.room <= BLOCK, False, steps, *self._full_block)
+            for row, steps in zip(handle.rows, handle.steps, strict=True)
+        ]
+
+    def out_of_memory(self, error: BaseException) -> bool:
+        """See Backend."""
+        del error
+        return False
+
+
+def _slots(rows: Sequence[ActiveRow | Prefix]) -> Ints:
+    return np.array([row.slot for row in rows], dtype=np.int64)

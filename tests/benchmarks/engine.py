@@ -1,0 +1,166 @@
+"""`make bench`: what the engine's design gains, as tests/benchmarks/out/engine.json and a table.
+
+    vs_lockstep            tokens/s of the engine over static batches in lockstep, by rows (golden checkpoint, CPU)
+    padding                share of padding in prefill forwards, 2,000 log-normal prompts, sorted and as they arrive
+    prefix_speedup         64 rows with a template of 1,000 tokens, computed once against computed for each row
+    scheduler_ms_256_rows  host time of one turn of the loop, forwards taking no time
+    modes                  tokens/s of the three modes at 16 rows (builtin:tiny, CPU)
+    simulated              100,000 requests at 256 rows on two H100s by a roofline, in three layouts
+
+Torch runs on one thread. The steps a block are those of rows whose thresholds differ (workload.THRESHOLDS). `--quick`
+makes everything small, to see that it runs; its figures mean nothing.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from model import load_model
+from model.two_tower import TwoTower
+from tests.benchmarks.cost_model import Layers, Steps, Towers
+from tests.benchmarks.host import host_ms
+from tests.benchmarks.measure import Comparison, mode_rates, prefix_speedup, vs_lockstep
+from tests.benchmarks.roofline import Hardware, Roofline, released
+from tests.benchmarks.simulate import Mix, Simulated, lockstep, padding_share, replay, turn_ms
+from tests.model.golden_cases import CHECKPOINT
+
+OUT = Path(__file__).parent / "out" / "engine.json"
+ONE_THRESHOLD = 0.8
+"""The published operating point, for a comparison in which no row is harder than another."""
+HOST_S = 1e-3
+"""What the simulation has the host take for each forward; measured: 2.5 ms for the three forwards of 256 rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is run."""
+
+    rounds: Mapping[int, int]
+    """Rows -> rounds of the comparison with lockstep."""
+    other_rounds: int = 3
+    template: int = 1000
+    turns: int = 3000
+    prompts: int = 2000
+    requests: int = 100_000
+    """Simulated, in each of the three layouts; a fifth of it in each variant of the third."""
+
+
+FULL = Sizes({1: 9, 8: 5, 32: 3})
+QUICK = Sizes({1: 1, 8: 1}, 1, 128, 50, 200, 1500)
+
+
+def measure(sizes: Sizes, console: Console) -> dict[str, Any]:
+    """Everything, in the form of engine.json."""
+    torch.set_num_threads(1)
+    golden, tiny = load_model(str(CHECKPOINT)), load_model("builtin:tiny")
+    found: dict[str, Any] = {}
+    with console.status("engine against lockstep"):
+        found |= _against_lockstep(golden, sizes)
+    steps = {int(k): v for k, v in found["details"]["steps_per_block"].items()}
+    with console.status("padding, prefix, host, modes"):
+        found["padding"] = {
+            name: padding_share(sizes.prompts, sort=sort) for name, sort in (("sorted", True), ("arrival", False))
+        }
+        found["prefix_speedup"] = prefix_speedup(tiny, rounds=sizes.other_rounds, template=sizes.template)
+        found["scheduler_ms_256_rows"] = turn_ms(256, Steps(steps), turns=sizes.turns)
+        found["details"]["engine_host_ms_256_rows"] = host_ms(tiny, 256, turns=sizes.turns // 10)
+        found["modes"] = mode_rates(tiny, rounds=sizes.other_rounds)
+    with console.status("simulated devices"):
+        found |= _simulated(steps, sizes.requests)
+    return found
+
+
+def _against_lockstep(pair: TwoTower, sizes: Sizes) -> dict[str, Any]:
+    runs = {rows: vs_lockstep(pair, rows, rounds=rounds) for rows, rounds in sizes.rounds.items()}
+    most = max(runs)
+    even = vs_lockstep(pair, most, rounds=max(1, sizes.rounds[most] // 2), thresholds=(ONE_THRESHOLD,))
+    return {
+        "vs_lockstep": {str(rows): run.ratio for rows, run in runs.items()},
+        "details": {
+            "tokens_per_s": {str(rows): {"engine": r.engine, "lockstep": r.lockstep} for rows, r in runs.items()},
+            "ratio_range": {str(rows): r.range for rows, r in runs.items()},
+            "steps_per_block": {str(k): v for k, v in runs[most].steps.items()},
+            "mean_steps_per_block": _mean(runs[most]),
+            "one_threshold": {"threshold": ONE_THRESHOLD, "rows": most, "ratio": even.ratio, "mean_steps": _mean(even)},
+        },
+    }
+
+
+def _mean(run: Comparison) -> float:
+    return statistics.fmean(step for step, blocks in run.steps.items() for _ in range(blocks))
+
+
+def _simulated(histogram: Mapping[int, int], requests: int) -> dict[str, Any]:
+    roofline, mix, part = Roofline(released(), Hardware()), Mix.draw(requests), Mix.draw(requests // 5)
+    half = roofline.config.num_layers // 2
+    layers = Layers(roofline, context=half, denoiser=half)
+
+    def steps() -> Steps:
+        return Steps(histogram)  # each run from its beginning: all draw alike
+
+    runs = {
+        "lockstep": lockstep(roofline, mix, steps()),
+        "per_row_towers": replay(Towers(roofline), mix, steps(), host_s=HOST_S)[0],
+        "per_row_layers": replay(layers, mix, steps(), host_s=HOST_S)[0],
+    }
+    # layer 27 is a mixture of experts and has no state: it may lie on one side in one tower, on the other in the other
+    even = Layers(roofline, context=27, denoiser=28)
+    variants = {
+        "layers_26": replay(layers, part, steps(), host_s=HOST_S)[0],
+        "layers_26_extend_every_2": replay(layers, part, steps(), host_s=HOST_S, extend_every=2)[0],
+        "layers_27_28": replay(even, part, steps(), host_s=HOST_S)[0],
+        "layers_27_28_extend_every_2": replay(even, part, steps(), host_s=HOST_S, extend_every=2)[0],
+    }
+    return {"simulated": _rates(runs), "simulated_variants": _rates(variants)}
+
+
+def _rates(runs: Mapping[str, Simulated]) -> dict[str, Any]:
+    return {name: {"tokens_per_s": run.tokens_per_s, "busy": list(run.busy)} for name, run in runs.items()}
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    """The table."""
+    table = Table("what", "figure", "beside it", title="engine", title_justify="left")
+    details = found["details"]
+    for rows, ratio in found["vs_lockstep"].items():
+        rates, (low, high) = details["tokens_per_s"][rows], details["ratio_range"][rows]
+        beside = f"{rates['engine']:,.0f} to {rates['lockstep']:,.0f} tokens/s; rounds {low:.2f} to {high:.2f}"
+        table.add_row(f"against lockstep, {rows} rows", f"{ratio:.2f} x", beside)
+    even = details["one_threshold"]
+    beside = f"{even['mean_steps']:.1f} steps a block, above {details['mean_steps_per_block']:.1f}"
+    table.add_row(f"  all rows at {even['threshold']}, {even['rows']} rows", f"{even['ratio']:.2f} x", beside)
+    for name, share in found["padding"].items():
+        table.add_row(f"padding in prefill, {name}", f"{share:.1%}", "")
+    table.add_row("shared prefix of 1,000 tokens", f"{found['prefix_speedup']:.2f} x", "64 rows")
+    host = f"{details['engine_host_ms_256_rows']:.2f} ms with the tables of blocks and pages"
+    table.add_row("host, one turn of 256 rows", f"{found['scheduler_ms_256_rows']:.2f} ms", host)
+    for mode, rate in found["modes"].items():
+        table.add_row(f"{mode}, 16 rows", f"{rate:,.0f} tokens/s", "builtin:tiny, one core")
+    for name, run in (found["simulated"] | found["simulated_variants"]).items():
+        busy = ", ".join(f"{share:.1%}" for share in run["busy"])
+        table.add_row(f"simulated {name}", f"{run['tokens_per_s']:,.0f} tokens/s", f"devices busy {busy}")
+    console.print(table)
+
+
+def main() -> None:
+    console, began = Console(width=None if sys.stdout.isatty() else 110), time.perf_counter()
+    quick = "--quick" in sys.argv[1:]
+    found = measure(QUICK if quick else FULL, console)
+    show(found, console)
+    if not quick:
+        OUT.parent.mkdir(exist_ok=True)
+        OUT.write_text(json.dumps(found, indent=1) + "\n")
+        console.print(f"{OUT} written after {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What `make bench` measures on the small models: both sides of a ratio in turns, in one run, medians of the rounds.
+
+Time is that of the process on its core: all of it runs on one thread and nothing waits, so on an idle machine it is the
+wall clock's, and on a busy one the neighbours stay out of it.
+"""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from model import Engine, EngineLimits, Request
+from model.params import Completion, Mode
+from model.two_tower import TwoTower
+from tests.benchmarks import lockstep
+from tests.benchmarks.workload import THRESHOLDS, requests
+
+BATCHES = 4  # requests for each row of a comparison
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The engine against the baseline at one number of rows; rates are useful tokens a second."""
+
+    ratio: float
+    engine: float
+    lockstep: float
+    range: tuple[float, float]
+    """The smallest and the largest ratio of a round."""
+    steps: dict[int, int]
+    """Steps a block -> blocks, over the engine's rows."""
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Processor time of one call."""
+    began = time.process_time()
+    run()
+    return time.process_time() - began
+
+
+def alternate(sides: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of each side in each round, sides in turns, the first of a round changing; one unmeasured round first."""
+    for side in sides:
+        side()
+    times: list[list[float]] = [[] for _ in sides]
+    for number in range(rounds):
+        order = range(len(sides)) if number % 2 == 0 else reversed(range(len(sides)))
+        for place in order:
+            times[place].append(seconds(sides[place]))
+    return times
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """Of each round."""
+    return [a / b for a, b in zip(slow, fast, strict=True)]
+
+
+def vs_lockstep(
+    pair: TwoTower, rows: int, *, rounds: int, max_new_tokens: int = 64, thresholds: Sequence[float] = THRESHOLDS
+) -> Comparison:
+    """The same requests, of equal length, through the engine and through static batches of `rows`."""
+    work = requests(
+        BATCHES * rows,
+        prompt_tokens=32,
+        max_new_tokens=max_new_tokens,
+        vocabulary=pair.config.vocab_size,
+        thresholds=thresholds,
+    )
+    engine = Engine(pair, EngineLimits(max_rows=rows, max_context_tokens=32 + max_new_tokens))
+    completions: list[Completion] = []
+
+    def ours() -> None:
+        completions[:] = engine.generate(work)
+
+    ours_s, theirs_s = alternate([ours, lambda: lockstep.serve(pair, work, rows)], rounds)
+    tokens = sum(len(completion.token_ids) for completion in completions)
+    assert tokens == BATCHES * rows * max_new_tokens, "every request runs to its length on both sides"
+    rounds_s = ratios(theirs_s, ours_s)
+    return Comparison(
+        statistics.median(rounds_s),
+        tokens / statistics.median(ours_s),
+        tokens / statistics.median(theirs_s),
+        (min(rounds_s), max(rounds_s)),
+        dict(sorted(Counter(n for completion in completions for n in completion.steps_per_block).items())),
+    )
+
+
+def prefix_speedup(pair: TwoTower, *, rounds: int, template: int = 1000, own: int = 50, rows: int = 64) -> float:
+    """Time without a shared prefix over time with it, for one short completion of each row."""
+
+    def generate(prefix_tokens: int) -> Callable[[], list[Completion]]:
+        work: list[Request] = requests(
+            rows,
+            prompt_tokens=template + own,
+            max_new_tokens=16,
+            vocabulary=pair.config.vocab_size,
+            template=template,
+            prefix_tokens=prefix_tokens,
+        )
+        engine = Engine(pair, EngineLimits(max_rows=rows, max_context_tokens=template + own + 16))
+        return lambda: engine.generate(work)
+
+    shared, apart = alternate([generate(template), generate(0)], rounds)
+    return statistics.median(ratios(apart, shared))
+
+
+def mode_rates(pair: TwoTower, *, rounds: int, rows: int = 16) -> dict[Mode, float]:
+    """Tokens a second of each mode on two times `rows` requests."""
+    modes: tuple[Mode, ...] = ("ar", "mock_ar", "diffusion")
+    engine = Engine(pair, EngineLimits(max_rows=rows, max_context_tokens=128))
+
+    def generate(mode: Mode) -> Callable[[], list[Completion]]:
+        work = requests(2 * rows, prompt_tokens=32, max_new_tokens=64, vocabulary=pair.config.vocab_size, mode=mode)
+        return lambda: engine.generate(work)
+
+    times = alternate([generate(mode) for mode in modes], rounds)
+    return {mode: 2 * rows * 64 / statistics.median(spent) for mode, spent in zip(modes, times, strict=True)}

@@ -1,0 +1,148 @@
+"""Many requests through the engine's own loop on simulated devices, and through static batches in lockstep."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.loop import Loop
+from model.params import GenerationParams, Request
+from model.scheduler import Scheduler, Stats
+from model.slots import PREFIX_SLOTS, Slots
+from tests.benchmarks.cost_model import BLOCK, CostModel, Instant, Ints, Layout, Steps, Ticket
+from tests.benchmarks.roofline import Roofline, Work
+from tests.benchmarks.workload import log_normal
+
+ROWS = 256
+KV_TOKENS = 1 << 20
+MAX_PREFILL_TOKENS = 4096
+UNIT = 10_000  # rows a work unit, which is sorted by length before it is fed
+PROMPT = {"median": 300, "p99": 4000, "longest": 16_384}
+COMPLETION = {"median": 128, "p99": 600, "longest": 2048}
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """Rates of a simulated run."""
+
+    tokens_per_s: float
+    """Tokens of completions a simulated second."""
+    busy: tuple[float, ...]
+    """Of each device, the share of the time that it computed."""
+    seconds: float
+    """Simulated, in all."""
+    host_seconds: float = 0.0
+    """What the simulation itself took, on this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Lengths of requests, in the order in which they are fed: units of 10,000, longest prompts first."""
+
+    prompts: Ints
+    completions: Ints
+
+    @classmethod
+    def draw(cls, count: int, *, unit: int = UNIT, seed: int = 0) -> "Mix":
+        """`count` requests; unit 1 leaves them in the order of arrival."""
+        rng = np.random.default_rng(seed)
+        prompts, completions = log_normal(rng, count, **PROMPT), log_normal(rng, count, **COMPLETION)
+        order = np.concatenate(
+            [first + np.argsort(-prompts[first : first + unit], kind="stable") for first in range(0, count, unit)]
+        )
+        return cls(prompts[order], completions[order])
+
+    def requests(self) -> Iterator[Request]:
+        """One after the other; the tokens are of no account."""
+        ids = [BLOCK] * int(self.prompts.max())
+        lengths = zip(self.prompts.tolist(), self.completions.tolist(), strict=True)
+        for number, (prompt, completion) in enumerate(lengths):
+            yield Request(str(number), ids[:prompt], GenerationParams(max_new_tokens=completion))
+
+
+def make_loop(
+    layout: Layout, steps: Steps, *, rows: int, lanes: int, host_s: float = 0.0, extend_every: int = 1
+) -> tuple[Loop[Ticket], CostModel]:
+    """The engine's loop over simulated devices."""
+    slots = Slots(rows + PREFIX_SLOTS, KV_TOKENS // 64)
+    backend = CostModel(slots, layout, steps, host_s=host_s)
+    scheduler = Scheduler(slots, rows, MAX_PREFILL_TOKENS, lanes)
+    return Loop(backend, scheduler, extend_every=extend_every, clock=backend.clock), backend
+
+
+def replay(
+    layout: Layout,
+    mix: Mix,
+    steps: Steps,
+    *,
+    rows: int = ROWS,
+    lanes: int = 2,
+    host_s: float = 0.0,
+    extend_every: int = 1,
+) -> tuple[Simulated, Stats]:
+    """Runs all requests of the mix to their ends."""
+    loop, backend = make_loop(layout, steps, rows=rows, lanes=lanes, host_s=host_s, extend_every=extend_every)
+    coming, tokens, ended = mix.requests(), 0, 0
+    began = time.perf_counter()
+    while True:
+        while loop.waiting < rows and (request := next(coming, None)) is not None:
+            loop.submit(request)
+        if not (loop.waiting or loop.active):
+            break
+        for completion in loop.step():
+            tokens += len(completion.token_ids)
+            ended += 1
+    assert ended == len(mix.prompts)
+    spent = backend.now
+    busy = tuple(device.busy / spent for device in backend.devices)
+    rate = tokens / spent if spent else 0.0
+    return Simulated(rate, busy, spent, time.perf_counter() - began), loop.stats
+
+
+def lockstep(roofline: Roofline, mix: Mix, steps: Steps, *, rows: int = ROWS) -> Simulated:
+    """Static batches, a tower a device: blocks take their slowest row's steps, batches their longest row's blocks.
+
+    In the baseline's favour: prompts are prefilled without padding, and in pieces, as the engine does.
+    """
+    layers, state = range(roofline.config.num_layers), roofline.row_state_bytes(range(roofline.config.num_layers))
+    busy, link = np.zeros(2), 0.0
+    for first in range(0, len(mix.prompts), rows):
+        prompts = mix.prompts[first : first + rows]
+        count, context = len(prompts), int(prompts.sum())
+        pieces = -(-context // MAX_PREFILL_TOKENS)
+        pairs = float((prompts * prompts / 2).sum()) / pieces
+        piece = Work(-(-count // pieces), context // pieces, context // pieces, pairs, store=True)
+        busy[0] += pieces * roofline.seconds(layers, piece)
+        blocks = -(-int(mix.completions[first : first + rows].max()) // BLOCK)
+        slowest = steps.draw(blocks * count).reshape(blocks, count).max(1)
+        for taken in slowest.tolist():
+            tokens = BLOCK * count
+            pairs = BLOCK * (context + tokens)
+            busy[1] += taken * roofline.seconds(layers, Work(count, tokens, context, pairs, tokens))
+            busy[0] += roofline.seconds(layers, Work(count, tokens, context, pairs, store=True))
+            link += (count * state + tokens * roofline.kv_bytes_per_token()) / roofline.hardware.link
+            context += tokens
+    spent = float(busy.sum()) + link  # one after the other: a batch has nothing else to compute
+    return Simulated(float(mix.completions.sum()) / spent, tuple((busy / spent).tolist()), spent)
+
+
+def padding_share(count: int, *, sort: bool, seed: int = 0) -> float:
+    """The share of padding in the prefill forwards of `count` prompts, sorted longest first or as they arrive."""
+    mix = Mix.draw(count, unit=count if sort else 1, seed=seed)
+    _, stats = replay(Instant(), mix, Steps({1: 1}), lanes=1)
+    return stats.padding_share
+
+
+def turn_ms(rows: int, steps: Steps, *, turns: int) -> float:
+    """Milliseconds of processor time of the host for one turn of the loop with `rows` rows, forwards taking no time."""
+    loop, _ = make_loop(Instant(), steps, rows=rows, lanes=1)
+    coming = Mix.draw(turns * rows // 4 + 2 * rows).requests()
+    spent = 0.0
+    for turn in range(-turns // 10, turns):  # the first ones fill the slots
+        while loop.waiting < rows:
+            loop.submit(next(coming))
+        began = time.process_time()
+        loop.step()
+        spent += (time.process_time() - began) * (turn >= 0)
+    return 1e3 * spent / turns

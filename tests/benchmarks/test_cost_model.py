@@ -1,0 +1,97 @@
+"""The simulated devices do what they claim, under the engine's own loop."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from tests.benchmarks.cost_model import BLOCK, Instant, Kind, Layers, Steps, Towers
+from tests.benchmarks.roofline import Hardware, Roofline, Work, released
+from tests.benchmarks.simulate import Mix, lockstep, padding_share, replay
+
+
+def evenly() -> Steps:
+    """One to 16 steps a block, each as often."""
+    return Steps(dict.fromkeys(range(1, 17), 1))
+
+
+@pytest.fixture(scope="module")
+def roofline() -> Roofline:
+    return Roofline(released(), Hardware())
+
+
+def same(count: int, *, prompt: int, completion: int) -> Mix:
+    """Requests that are all alike."""
+    return Mix(np.full(count, prompt), np.full(count, completion))
+
+
+def test_one_row_takes_the_sum_of_its_forwards(roofline: Roofline) -> None:
+    """One row, two blocks of three steps on one lane: a prefill, six denoiser forwards and one extension, no more."""
+    calls: list[tuple[Kind, float]] = []
+
+    class Counted(Layers):
+        def route(self, kind: Kind, work: Work) -> Sequence[tuple[int, float]]:
+            parts = super().route(kind, work)
+            calls.append((kind, sum(seconds for _, seconds in parts)))
+            return parts
+
+    layers = Counted(roofline, context=26, denoiser=26)
+    run, _ = replay(layers, same(1, prompt=100, completion=2 * BLOCK), Steps({3: 1}), rows=1, lanes=1)
+    assert sorted(kind for kind, _ in calls) == ["denoise"] * 6 + ["extend"] + ["prefill"]
+    computed = sum(seconds for _, seconds in calls)
+    assert sum(run.busy) * run.seconds == pytest.approx(computed)
+    # a denoiser forward follows a context forward from stage to stage; all others wait for the one before
+    assert computed - 2 * max(seconds for _, seconds in calls) <= run.seconds < computed
+
+
+def test_two_lanes_keep_both_devices_busy(roofline: Roofline) -> None:
+    """Even work: with one lane a device waits while the other computes, with two they compute at once."""
+    mix, layers = same(512, prompt=256, completion=128), Layers(roofline, context=27, denoiser=28)
+    one, two = (replay(layers, mix, evenly(), rows=128, lanes=lanes)[0] for lanes in (1, 2))
+    assert min(two.busy) > 0.9 > max(one.busy)
+
+
+def test_layers_across_devices_beat_towers_and_lockstep(roofline: Roofline) -> None:
+    """The order that the design rests on, for a mix of lengths."""
+    mix = Mix.draw(1024)
+    layers = replay(Layers(roofline, context=26, denoiser=26), mix, evenly(), rows=128)[0]
+    towers = replay(Towers(roofline), mix, evenly(), rows=128)[0]
+    assert layers.tokens_per_s > towers.tokens_per_s > lockstep(roofline, mix, evenly(), rows=128).tokens_per_s
+
+
+def test_a_state_may_not_cross_between_the_stages(roofline: Roofline) -> None:
+    """Layer 26 is attention: the towers cannot be split on two sides of it."""
+    with pytest.raises(AssertionError, match="state"):
+        Layers(roofline, context=26, denoiser=28)
+
+
+def test_a_handover_delays_the_rows_that_it_carries(roofline: Roofline) -> None:
+    """A slower link between the towers takes tokens a second, and nothing else does."""
+    slow = Roofline(released(), Hardware(link=45e9))
+    mix = same(64, prompt=64, completion=128)
+    fast_run, slow_run = (replay(Towers(r), mix, Steps({2: 1}), rows=32)[0] for r in (roofline, slow))
+    assert fast_run.tokens_per_s > 1.05 * slow_run.tokens_per_s
+
+
+def test_replay_commits_every_token_once() -> None:
+    """Without devices no time passes; each request still gets its completion and each prompt token its place."""
+    mix = Mix.draw(300)
+    run, stats = replay(Instant(), mix, evenly(), rows=16, lanes=2)
+    assert run.seconds == 0
+    assert stats.prefill_tokens == mix.prompts.sum() <= stats.padded_tokens
+
+
+def test_units_are_fed_longest_first() -> None:
+    mix = Mix.draw(100, unit=50)
+    assert all((np.diff(part) <= 0).all() for part in (mix.prompts[:50], mix.prompts[50:]))
+    assert sorted(mix.prompts) == sorted(Mix.draw(100, unit=1).prompts)
+
+
+def test_sorted_prompts_are_padded_less() -> None:
+    assert padding_share(600, sort=True) < padding_share(600, sort=False)
+
+
+def test_steps_follow_their_histogram() -> None:
+    drawn = Steps({2: 3, 16: 1}).draw(100_000)
+    assert set(drawn) == {2, 16}
+    assert (drawn == 2).mean() == pytest.approx(0.75, abs=0.01)

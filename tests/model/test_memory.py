@@ -1,0 +1,282 @@
+"""The memory plan holds: the plan bounds what is used, what is refused would not fit, auto takes what there is."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import EngineLimits, RequestError, TwoTower, load_model
+from model.cache import ContextCache
+from model.config import TwoTowerConfig, expected_tensors
+from model.layers.attention import AttentionState
+from model.layers.mamba2 import MambaState
+from model.memory import AUTO_CONTEXT_TOKENS, AUTO_MAX_ROWS, BLOCK_TOKENS, KEPT_BACK, MemoryPlan, make_plan, plan_memory
+from model.sampling import Draws, choose_from
+from model.slots import PAGE_SIZE, PREFIX_SLOTS, pages_for
+from model.two_tower import Stage
+from tests.model.memory_meter import MemoryMeter
+
+GOLDEN = str(Path(__file__).parent / "golden" / "checkpoint")
+GIB = 2**30
+RELEASED = TwoTowerConfig(  # the released checkpoint, as TWOTOWER.md has it
+    hidden_size=2688,
+    vocab_size=131072,
+    layer_kinds=tuple(
+        {"M": "mamba", "E": "moe", "*": "attention"}[letter]  # type: ignore[misc]
+        for letter in "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+    ),
+    layer_norm_epsilon=1e-5,
+    max_position_embeddings=131072,
+    mamba_num_heads=64,
+    mamba_head_dim=64,
+    n_groups=8,
+    ssm_state_size=128,
+    conv_kernel=4,
+    time_step_limit=(0.0, float("inf")),
+    chunk_size=128,
+    num_attention_heads=32,
+    num_key_value_heads=2,
+    head_dim=128,
+    n_routed_experts=128,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1856,
+    moe_shared_expert_intermediate_size=3712,
+    routed_scaling_factor=2.5,
+    norm_topk_prob=True,
+    mask_token_id=3,
+    bos_token_id=1,
+    pad_token_id=0,
+    eos_token_ids=(2,),
+)
+WEIGHTS = sum(torch.Size(shape).numel() for shape in expected_tensors(RELEASED).values()) * 2  # bytes in bfloat16
+
+
+def released(total: int, gpus: int, limits: EngineLimits) -> MemoryPlan:
+    """The plan for the released model on GPUs of `total` bytes each, the layers in equal parts."""
+    layers = RELEASED.num_layers
+    stages = [
+        Stage(torch.device(f"cuda:{i}"), range(layers * i // gpus, layers * (i + 1) // gpus)) for i in range(gpus)
+    ]
+    names = [str(stage.device) for stage in stages]
+    weights = dict.fromkeys(names, WEIGHTS // gpus)
+    return make_plan(RELEASED, torch.bfloat16, stages, weights, dict.fromkeys(names, total - WEIGHTS // gpus), limits)
+
+
+def needed(plan: MemoryPlan, rows: int, kv_tokens: int) -> list[int]:
+    """Bytes that each device needs with the plan's workspace, reckoned anew."""
+    return [
+        device.states_per_row * (rows + PREFIX_SLOTS)
+        + device.kv_per_token * pages_for(kv_tokens) * PAGE_SIZE
+        + device.workspace
+        + device.logits
+        for device in plan.devices
+    ]
+
+
+def fits(plan: MemoryPlan) -> bool:
+    wanted = needed(plan, plan.max_rows, plan.kv_tokens)
+    return all(need <= device.free - device.kept_back for need, device in zip(wanted, plan.devices, strict=True))
+
+
+def test_the_released_model_on_one_large_gpu_and_on_two() -> None:
+    """Figures that follow from the config alone, and how many rows come of them."""
+    limits = EngineLimits(max_rows="auto", max_context_tokens=32768)
+    one, two = released(139 * GIB, 1, limits), released(80 * GIB, 2, limits)
+    assert one.devices[0].states_per_row == 23 * (6144 * 4 * 2 + 64 * 64 * 128 * 4)
+    assert one.devices[0].kv_per_token == 6 * 2 * 2 * 128 * 2
+    assert [sum(d.kv_per_token for d in plan.devices) for plan in (one, two)] == [6144, 6144]
+    assert sum(d.states_per_row for d in two.devices) == one.devices[0].states_per_row
+    assert [d.logits > 0 for d in two.devices] == [False, True]  # the head is on the last stage
+    assert fits(one)
+    assert fits(two)
+    assert 128 <= one.max_rows <= two.max_rows == AUTO_MAX_ROWS["cuda"]
+    assert min(one.kv_tokens // one.max_rows, two.kv_tokens // two.max_rows) >= AUTO_CONTEXT_TOKENS
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    free=st.integers(0, 40 * GIB),
+    gpus=st.integers(1, 4),
+    context=st.sampled_from([64, 1000, 4096, 131072]),
+    prefill=st.sampled_from([64, 4096, 16384]),
+    lanes=st.none() | st.integers(1, 3),
+)
+def test_auto_fits_and_one_row_more_would_not(
+    free: int, gpus: int, context: int, prefill: int, lanes: int | None
+) -> None:
+    """On any amount of memory: the plan fits, holds a whole context, and is at its cap or full."""
+
+    def plan(rows: int | str) -> MemoryPlan:
+        limits = EngineLimits(
+            max_rows=rows,  # type: ignore[arg-type]
+            max_context_tokens=context,
+            max_prefill_tokens=prefill,
+            lanes=lanes,
+        )
+        return released(free + WEIGHTS // gpus, gpus, limits)
+
+    try:
+        auto = plan("auto")
+    except RequestError:
+        with pytest.raises(RequestError):
+            plan(lanes or 1)
+        return
+    assert fits(auto)
+    assert pages_for(context) * PAGE_SIZE <= auto.kv_tokens <= auto.max_rows * pages_for(context) * PAGE_SIZE
+    if auto.max_rows < AUTO_MAX_ROWS["cuda"]:
+        usual = pages_for(min(context, AUTO_CONTEXT_TOKENS)) * PAGE_SIZE
+        try:
+            more = plan(auto.max_rows + 1)
+        except RequestError:
+            return
+        assert more.kv_tokens < (auto.max_rows + 1) * usual
+
+
+@settings(max_examples=100, deadline=None)
+@given(free=st.integers(4 * GIB, 40 * GIB), rows=st.integers(1, 2000))
+def test_rows_that_are_given_fit_or_the_refusal_names_the_most_that_do(free: int, rows: int) -> None:
+    """The figure in the message is exact: so many rows fit, one more does not."""
+
+    def plan(rows: int) -> MemoryPlan:
+        return released(free + WEIGHTS, 1, EngineLimits(max_rows=rows, max_context_tokens=8192))
+
+    try:
+        assert fits(plan(rows))
+    except RequestError as error:
+        words = str(error).split()
+        if "lower it to" not in str(error):
+            with pytest.raises(RequestError, match="no memory for one row of 8,192 tokens"):
+                plan(1)
+            return
+        most = int(words[words.index("to") + 1])
+        assert most < rows
+        assert fits(plan(most))
+        with pytest.raises(RequestError, match=rf"lower it to {most} at most, .*: cuda:0 has .* free"):
+            plan(most + 1)
+
+
+def test_the_tightest_device_decides() -> None:
+    """Two GPUs of which one is nearly full give as little as two nearly full ones."""
+    limits = EngineLimits(max_rows="auto", max_context_tokens=8192)
+    stages = [Stage(torch.device("cuda:0"), range(26)), Stage(torch.device("cuda:1"), range(26, 52))]
+
+    def rows(*free: int) -> int:
+        names = {f"cuda:{i}": count for i, count in enumerate(free)}
+        return make_plan(RELEASED, torch.bfloat16, stages, {}, names, limits).max_rows
+
+    assert rows(5 * GIB, 30 * GIB) < rows(30 * GIB, 30 * GIB)
+    assert rows(30 * GIB, 5 * GIB) < rows(30 * GIB, 30 * GIB)
+    with pytest.raises(RequestError, match=r"^no memory for one row .*: cuda:1 has 512 MiB free"):
+        rows(30 * GIB, 2**29)
+
+
+def test_given_context_tokens_are_kept_or_refused() -> None:
+    """kv_tokens is taken as it is; rows follow from it; too much is refused by name, with what would fit."""
+    given_plan = released(139 * GIB, 1, EngineLimits(max_rows="auto", kv_tokens=10 * AUTO_CONTEXT_TOKENS))
+    assert (given_plan.max_rows, given_plan.kv_tokens) == (10, 10 * AUTO_CONTEXT_TOKENS)
+    with pytest.raises(RequestError, match=r"engine.max_rows 7 and engine.kv_tokens 1000000000; lower them: cuda:0"):
+        released(139 * GIB, 1, EngineLimits(max_rows=7, kv_tokens=10**9))
+    limits = EngineLimits(max_rows=3, kv_tokens=200, max_context_tokens=128)
+    assert released(139 * GIB, 1, limits).kv_tokens == 200
+
+
+def test_too_few_rows_for_the_lanes_are_refused() -> None:
+    """With auto, the number of rows is known only here."""
+    with pytest.raises(RequestError, match="lanes is 300, but max_rows auto comes to 256"):
+        released(400 * GIB, 1, EngineLimits(max_rows="auto", lanes=300, max_context_tokens=64))
+
+
+@pytest.fixture(scope="module", params=["builtin:tiny", GOLDEN], ids=["tiny", "golden"])
+def pair(request: pytest.FixtureRequest) -> TwoTower:
+    return load_model(request.param)
+
+
+def test_a_loaded_model_is_planned_on_its_own_device(pair: TwoTower) -> None:
+    """Weights, states and pages are those that there are, byte for byte; the CPU's cap and margin hold."""
+    plan = plan_memory(pair, EngineLimits(max_rows="auto", max_context_tokens=500), free={"cpu": GIB})
+    assert plan.max_rows == AUTO_MAX_ROWS["cpu"]
+    assert plan.kv_tokens == plan.max_rows * 512
+    device = plan.devices[0]
+    assert (device.free, device.kept_back) == (GIB, int(GIB * KEPT_BACK["cpu"]))
+    assert device.weights == sum(parameter.nbytes for parameter in pair.parameters())
+    cache = pair.new_cache(slots=plan.max_rows + PREFIX_SLOTS, kv_tokens=plan.kv_tokens)
+    states = sum(s.conv.nbytes + s.ssm.nbytes for s in cache.layers if isinstance(s, MambaState))
+    pages = sum(s.pages.nbytes for s in cache.layers if isinstance(s, AttentionState))
+    fixed = device.fixed(plan.max_rows) - device.workspace - device.logits
+    assert (fixed, plan.kv_tokens * device.kv_per_token) == (states, pages)
+    assert device.left(plan.max_rows, plan.kv_tokens) == GIB - states - pages - device.workspace - device.logits
+
+
+def test_stages_on_one_device_are_summed() -> None:
+    """Two stages on the CPU: one line in the plan, the same states, and both workspaces, as both may run at once."""
+    limits = EngineLimits(max_rows=4, lanes=1)
+    one = plan_memory(load_model(GOLDEN), limits, free={"cpu": GIB}).devices
+    two = plan_memory(load_model(GOLDEN, devices=["cpu", "cpu"]), limits, free={"cpu": GIB}).devices
+    assert len(two) == 1
+    assert (two[0].states_per_row, two[0].kv_per_token) == (one[0].states_per_row, one[0].kv_per_token)
+    assert one[0].workspace < two[0].workspace <= 2 * one[0].workspace
+
+
+def test_the_table_can_be_read() -> None:
+    """A line a device, with units, and the result last."""
+    lines = released(80 * GIB, 2, EngineLimits(max_rows=64, max_context_tokens=8192)).lines()
+    assert len(lines) == 4
+    assert lines[0].split()[:2] == ["device", "weights"]
+    assert lines[1].split()[:3] == ["cuda:0", f"{WEIGHTS / 2 / GIB:.1f}", "GiB"]
+    assert len({len(line) for line in lines[:3]}) == 1
+    assert lines[3] == "max_rows 64, kv_tokens 524,288"
+
+
+@pytest.mark.parametrize(
+    ("rows", "prefill", "context", "lanes"), [(4, 256, 256, 1), (16, 1024, 512, 2), (3, 2048, 1024, 1), (24, 64, 64, 1)]
+)
+def test_forwards_stay_within_the_planned_workspace(
+    pair: TwoTower, rows: int, prefill: int, context: int, lanes: int
+) -> None:
+    """Measured peaks of live bytes lie below the plan's workspace, and the largest not far below: it is no fantasy."""
+    limits = EngineLimits(max_rows=rows, max_prefill_tokens=prefill, max_context_tokens=context, lanes=lanes)
+    plan = plan_memory(pair, limits, free={"cpu": GIB})
+    cache = pair.new_cache(slots=rows, kv_tokens=plan.kv_tokens)
+    slots = [cache.slots.acquire(context) or 0 for _ in range(rows)]
+    room = context - BLOCK_TOKENS
+    at_once, peaks = max(1, min(rows, prefill // room)), []
+    with torch.inference_mode():
+        for first in range(0, rows, at_once):
+            some = slots[first : first + at_once]
+            while (left := room - cache.slots.length(some[0])) > 0:
+                longest = min(left, prefill // len(some))
+                peaks.append(_extend(pair, cache, some, [longest] * len(some)))
+        lane = slots[: -(-rows // lanes)]
+        batch = cache.rows(lane, [BLOCK_TOKENS - i % 3 for i in range(len(lane))])
+        with MemoryMeter() as meter:
+            pair.denoise(cache, batch, torch.full((sum(batch.lengths),), 3), torch.linspace(0, 1, len(lane)))
+        peaks.append(meter.peak)
+        peaks.append(_extend(pair, cache, lane, list(batch.lengths)))
+    assert plan.devices[0].workspace / 4 < max(peaks) < plan.devices[0].workspace, peaks
+
+
+def _extend(pair: TwoTower, cache: ContextCache, slots: list[int], lengths: list[int]) -> int:
+    """The peak of an extend forward."""
+    batch = cache.rows(slots, lengths)
+    with MemoryMeter() as meter:
+        pair.extend(cache, batch, torch.full((sum(lengths),), 5))
+    return meter.peak
+
+
+def test_choosing_tokens_stays_within_the_planned_logits(pair: TwoTower) -> None:
+    """The same for what the head and the choice need, sampled within limits: the most that there is."""
+    plan = plan_memory(pair, EngineLimits(max_rows=4), free={"cpu": GIB})
+    count = 4 * BLOCK_TOKENS
+    draws = Draws(
+        temperature=torch.ones(count),
+        top_k=torch.full((count,), 5),
+        top_p=torch.full((count,), 0.9, dtype=torch.float64),
+        key=torch.zeros(count, 2, dtype=torch.int64),
+        counter=torch.zeros(count, 3, dtype=torch.int64),
+    )
+    logits = torch.randn(count, pair.config.vocab_size, generator=torch.Generator().manual_seed(0))
+    with MemoryMeter() as meter:
+        choose_from(logits, torch.ones(count, dtype=torch.bool), 3, draws)
+    assert plan.devices[0].logits / 8 < meter.peak < plan.devices[0].logits
