@@ -110,12 +110,12 @@ class BlockTable:
 
         Draws are None where all are greedy.
         """
-        which, position = np.nonzero(filling.masked)
-        slots = filling.slots[which]
-        settings = self._settings[slots]
-        suppress = torch.from_numpy(settings["diffusion"].copy()).to(device)
+        settings, counts = self._settings[filling.slots], filling.masked.sum(-1)
+        suppress = torch.from_numpy(np.repeat(settings["diffusion"], counts)).to(device)
         if not (settings["temperature"] > 0).any():
             return suppress, None
+        which, position = np.nonzero(filling.masked)
+        slots, settings = filling.slots[which], settings[which]
         counter = np.concatenate([self._counters[slots], position[:, None]], axis=1)
         columns = [settings[name].copy() for name in ("temperature", "top_k", "top_p", "key")]
         return suppress, Draws(*(torch.from_numpy(column).to(device) for column in (*columns, counter)))
@@ -189,4 +189,5 @@ def _any(array: Array) -> Array:
 
 def _widened(array: Array, width: int) -> Array:
     """The array with at least `width` columns; new ones are never read before they are written."""
-    return np.pad(array, ((0, 0), (0, max(0, width - array.shape[1]))))
+    more = width - array.shape[1]
+    return np.pad(array, ((0, 0), (0, more))) if more > 0 else array

@@ -51,14 +51,8 @@ class ContextCache:
 
     def rows(self, slots: Sequence[int], lengths: Sequence[int]) -> Rows:
         """The rows of a forward of `lengths[r]` tokens for each slot, as their contexts are now."""
-        own = self.slots
-        return Rows(
-            slots=tuple(slots),
-            seeds=tuple(own.seed(slot) for slot in slots),
-            lengths=tuple(lengths),
-            context=tuple(own.length(slot) for slot in slots),
-            pages=tuple(own.table(slot) for slot in slots),
-        )
+        seeds, context, pages = self.slots.view(slots)
+        return Rows(tuple(slots), seeds, tuple(lengths), context, pages)
 
     def grow(self, rows: Rows) -> None:
         """Notes that a forward stores the rows' tokens: later forwards come behind it."""

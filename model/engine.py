@@ -53,8 +53,8 @@ class Engine(Loop[Handle]):
                 f"request {request.key!r}: {len(prompt)} prompt tokens and max_new_tokens {params.max_new_tokens} "
                 f"exceed {limit} of {room} tokens; shorten the prompt or lower max_new_tokens"
             )
-        wrong = next((i for i in prompt if not 0 <= i < vocabulary), None)
-        if wrong is not None:
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            wrong = next(i for i in prompt if not 0 <= i < vocabulary)
             raise RequestError(f"request {request.key!r}: token id {wrong} is outside the vocabulary of {vocabulary}")
         if params.mode == "diffusion" and params.block_size > self.max_context:
             raise RequestError(f"block_size is {params.block_size}, above the context of {self.max_context} tokens")

@@ -1,8 +1,13 @@
 """What the engine keeps of a request on its way, and the lanes in which rows share their forwards. Free of torch."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from model.params import Completion, FinishReason, Mode, Request
+
+Clock = tuple[int, int, float]
+"""Of a lane: its denoiser forwards so far, the rows in them together, their seconds."""
+NO_TIME: Clock = (0, 0, 0.0)
 
 
 @dataclass(slots=True, eq=False)
@@ -14,6 +19,7 @@ class Prefix:
     pending: list[int]
     """Tokens that are not on their way into the context yet."""
     last_used: int = 0
+    prefix: ClassVar[None] = None
 
 
 @dataclass(slots=True, eq=False)
@@ -42,8 +48,10 @@ class ActiveRow:
     steps: list[int] = field(default_factory=list)
     forwards: int = 0
     trace: list[tuple[int, ...]] = field(default_factory=list)
-    mark: tuple[int, int, float] = (0, 0, 0.0)
-    """The lane's clock when the row's block began."""
+    since: Clock = NO_TIME
+    """The lane's clock when the row joined its denoiser forwards."""
+    until: Clock = NO_TIME
+    """The lane's clock when the row's last block was full."""
     queue_s: float = 0.0
     prefill_s: float = 0.0
     denoise_s: float = 0.0
@@ -70,12 +78,12 @@ class ActiveRow:
         """Tokens that the completion may still take, behind `tokens`."""
         return self.request.params.max_new_tokens - len(self.tokens)
 
-    def took_part(self, clock: tuple[int, int, float]) -> None:
-        """Notes the denoiser forwards of its lane since its block began."""
-        self.shared_forwards += clock[0] - self.mark[0]
-        self.shared_rows += clock[1] - self.mark[1]
-        self.denoise_s += clock[2] - self.mark[2]
-        self.mark = clock
+    def rejoin(self, clock: Clock) -> None:
+        """Notes the denoiser forwards that it took part in, from `since` to `until`, and begins again at `clock`."""
+        self.shared_forwards += self.until[0] - self.since[0]
+        self.shared_rows += self.until[1] - self.since[1]
+        self.denoise_s += self.until[2] - self.since[2]
+        self.since = self.until = clock
 
     def completion(
         self,
@@ -88,7 +96,7 @@ class ActiveRow:
     ) -> Completion:
         """The row's end, with what it has cost. block_confidences: of the block it ended in."""
         kept = (self.confidences + block_confidences)[: len(token_ids)]
-        threshold = float(self.request.params.confidence_threshold)
+        threshold = self.request.params.confidence_threshold
         return Completion(
             key=self.request.key,
             token_ids=tuple(token_ids),
@@ -98,7 +106,7 @@ class ActiveRow:
             prompt_tokens=len(self.request.prompt_ids),
             denoiser_forwards=self.forwards,
             steps_per_block=tuple(self.steps),
-            forced_commits=sum(map(threshold.__ge__, kept)) if self.steps else 0,
+            forced_commits=len([c for c in kept if c <= threshold]) if self.steps else 0,
             mean_confidence=sum(kept) / len(kept) if kept else None,
             queue_s=self.queue_s,
             prefill_s=self.prefill_s,
@@ -120,7 +128,7 @@ class Lane:
         self.extending: dict[ActiveRow, None] = {}  # its pending tokens go into the context with the next turn
         self.rows = 0
         self.turns = 0
-        self.clock = (0, 0, 0.0)  # denoiser forwards so far, rows in them, seconds of them
+        self.clock = NO_TIME
 
     def put(self, row: ActiveRow) -> None:
         """Takes a row whose prompt is in the context, or on its way there."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 from model.backend import Backend, H, Seen
-from model.ending import Decode, find_end
+from model.ending import Decode, End, find_end
 from model.errors import EngineError, RequestError
 from model.lanes import ActiveRow, Lane, Prefix
 from model.params import Completion, FinishReason, Request
@@ -163,7 +163,8 @@ class Loop(Generic[H]):
         under_way = self._under_way[lane]
         if begin:
             for row in begin:
-                row.mark = lane.clock
+                if row.until is not lane.clock:  # it did not go on at once
+                    row.rejoin(lane.clock)
             self._try("begin", begin, lambda: self.backend.begin(begin))
             extend = [row for row in extend if not row.ended]
         if extend:
@@ -251,48 +252,53 @@ class Loop(Generic[H]):
 
     def _look_at(self, block: Seen) -> None:
         """Ends the row, or sends its full block on to the context."""
-        row = block.row
-        if block.broken:
-            self._end(block, "error", row.tokens, None, _not_finite(row))
+        row, ready, complete, may_end, broken, steps, tokens, confidences = block
+        tokens, confidences = tokens[:ready], confidences[:ready]
+        end: End | None = None
+        if may_end and not broken:
+            so_far = row.tokens + tokens
+            end = find_end(so_far, row.request.params, self._decode, row.checked)
+            row.checked = len(so_far)
+        if not (complete or broken or end):
             return
-        if block.may_end:
-            tokens = row.tokens + block.tokens[: block.ready]
-            end = find_end(tokens, row.request.params, self._decode, row.checked)
-            if end is not None:
-                self._end(block, end.reason, end.token_ids, end.text, None)
-                return
-            row.checked = len(tokens)
-        if block.complete:
-            self._finish_block(block)
+        row.forwards += steps
+        if row.mode == "diffusion":
+            row.steps.append(steps)
+        if broken:
+            self._end(row, confidences, "error", row.tokens, None, _not_finite(row))
+        elif end is not None:
+            self._end(row, confidences, end.reason, end.token_ids, end.text)
+        else:
+            self._go_on(row, tokens, confidences)
 
-    def _finish_block(self, block: Seen) -> None:
-        row, lane = block.row, block.row.lane
+    def _go_on(self, row: ActiveRow, tokens: list[int], confidences: list[float]) -> None:
+        """Takes a full block in and sends it on to the context."""
+        lane = row.lane
         assert lane is not None
-        self._count(block)
-        tokens = block.tokens[: block.ready]
         # mock-AR keeps its newest token out of the context, as the input of its next forward
         pending = [row.last_token] if row.mode == "mock_ar" else tokens
         row.tokens += tokens
-        row.confidences += block.confidences[: block.ready]
+        row.confidences += confidences
         row.checked = len(row.tokens)
+        row.until = lane.clock
         lane.block_done(row, pending)
         self.scheduler.make_room(row)
 
-    def _end(self, block: Seen, reason: FinishReason, ids: list[int], text: str | None, error: str | None) -> None:
-        row = block.row
-        self._count(block)
-        completion = row.completion(reason, ids, text, error, block.confidences[: block.ready], self._clock())
+    def _end(
+        self,
+        row: ActiveRow,
+        confidences: list[float],
+        reason: FinishReason,
+        ids: list[int],
+        text: str | None,
+        error: str | None = None,
+    ) -> None:
+        if row.lane is not None and row.mode != "ar":
+            row.until = row.lane.clock
+            row.rejoin(row.until)
+        completion = row.completion(reason, ids, text, error, confidences, self._clock())
         self.scheduler.remove(row)
         self._finished.append(completion)
-
-    def _count(self, block: Seen) -> None:
-        """Adds what the block has cost to its row."""
-        row, lane = block.row, block.row.lane
-        row.forwards += block.steps
-        if row.mode == "diffusion":
-            row.steps.append(block.steps)
-        if lane is not None and row.mode != "ar":
-            row.took_part(lane.clock)
 
     def _fail(self, what: str, rows: Sequence[ActiveRow | Prefix], error: BaseException, halvings: int) -> None:
         """Takes the rows out and raises; where memory ran out, they go back to the queue under half the limits.

@@ -150,7 +150,7 @@ class _Planner:
 
     def _device(self, name: str, stages: list[Stage], rows: int) -> DevicePlan:
         config, size = self.config, self.dtype.itemsize
-        kinds = [config.layer_kinds[i] for stage in stages for i in stage.layers]
+        kinds = [config.layer_kinds[i] for stage in stages for i in stage.context]
         ssm = config.mamba_inner * config.ssm_state_size * 4  # float32 whatever the dtype
         head = self._lane_rows(rows) * BLOCK_TOKENS * config.vocab_size * LIMITED_BYTES
         return DevicePlan(
@@ -179,7 +179,10 @@ class _Planner:
             Forward(tokens=lane * BLOCK_TOKENS, rows=lane, queries=BLOCK_TOKENS),
         )
         return max(
-            forward_bytes(self.config, self.dtype.itemsize, stage.layers, forward, self.context) for forward in forwards
+            forward_bytes(
+                self.config, self.dtype.itemsize, max(stage.context, stage.denoiser, key=len), forward, self.context
+            )
+            for forward in forwards
         )
 
     def _fits(self, rows: int, kv_tokens: int) -> bool:

@@ -17,6 +17,9 @@ from model.lanes import ActiveRow, Lane, Prefix
 from model.params import Request
 from model.slots import PAGE_SIZE, PREFIX_SLOTS, Slots, pages_for
 
+PREFILL_WINDOW = 64
+"""Rows that are looked at to find some of like length: bounds the time that a turn takes."""
+
 
 @dataclass(slots=True)
 class Stats:
@@ -174,12 +177,10 @@ class Scheduler:
         The oldest, with those nearest to it in length, so that little is padded. One with more tokens than the budget
         goes alone, in pieces, and takes turns with the others, so that they do not wait for its end.
         """
-        ready = [item for item in self.prefilling if self._may_prefill(item)]
-        long = [item for item in ready if len(item.pending) > self.prefill_budget]
-        short = [item for item in ready if len(item.pending) <= self.prefill_budget]
-        self._long_turn = bool(long) and not (short and self._long_turn)
-        if self._long_turn:
-            return self._count([(long[0], self.prefill_budget)])
+        long, short = self._prefill_candidates()
+        self._long_turn = long is not None and not (short and self._long_turn)
+        if long is not None and self._long_turn:
+            return [(long, self.prefill_budget)]
         if not short:
             return []
         first, *others = short
@@ -189,20 +190,27 @@ class Scheduler:
             if (len(batch) + 1) * longest > self.prefill_budget:
                 break
             batch.append(item)
-        return self._count([(item, len(item.pending)) for item in batch])
+        return [(item, len(item.pending)) for item in batch]
 
-    def _may_prefill(self, item: ActiveRow | Prefix) -> bool:
-        """A row begins behind its prefix, once all of that is on its way."""
-        return isinstance(item, Prefix) or item.prefix is None or not item.prefix.pending
-
-    def _count(self, batch: list[tuple[ActiveRow | Prefix, int]]) -> list[tuple[ActiveRow | Prefix, int]]:
-        lengths = [count for _, count in batch if count]
-        self.stats.prefill_tokens += sum(lengths)
-        self.stats.padded_tokens += len(lengths) * max(lengths, default=0)
-        return batch
+    def _prefill_candidates(self) -> tuple[ActiveRow | Prefix | None, list[ActiveRow | Prefix]]:
+        """The oldest one that is longer than the budget, and the oldest of the others."""
+        long, short = None, list[ActiveRow | Prefix]()
+        for item in self.prefilling:
+            if item.prefix is not None and item.prefix.pending:
+                continue  # a row begins behind its prefix, once all of that is on its way
+            if len(item.pending) <= self.prefill_budget:
+                short.append(item)
+                if len(short) == PREFILL_WINDOW:
+                    break
+            elif long is None:
+                long = item
+        return long, short
 
     def prefilled(self, batch: list[tuple[ActiveRow | Prefix, int]]) -> None:
         """These pieces are on their way. A row whose whole prompt is goes to the lane with the fewest rows."""
+        lengths = [count for _, count in batch if count]
+        self.stats.prefill_tokens += sum(lengths)
+        self.stats.padded_tokens += len(lengths) * max(lengths, default=0)
         for item, count in batch:
             del item.pending[:count]
             if not item.pending:
@@ -217,7 +225,7 @@ class Scheduler:
 
         False where the row itself was the youngest, and went back to the queue.
         """
-        while not self.slots.reserve(row.slot, self.slots.length(row.slot) + len(row.pending)):
+        while not self.slots.reserve_more(row.slot, len(row.pending)):
             if self._drop_unused_prefix():
                 continue
             youngest = max(self.running.values(), key=lambda other: other.number)

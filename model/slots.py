@@ -70,10 +70,16 @@ class Slots:
 
     def reserve(self, slot: int, tokens: int) -> bool:
         """Takes the pages that the slot lacks for `tokens` tokens; False, and none taken, where too few are free."""
-        wanted = pages_for(tokens) - len(self._held[slot].table)
-        if wanted > len(self._free_pages):
-            return False
-        self._take(slot, wanted)
+        return self.reserve_more(slot, tokens - self._held[slot].length)
+
+    def reserve_more(self, slot: int, tokens: int) -> bool:
+        """`reserve` for so many tokens more than its context has."""
+        held = self._held[slot]
+        wanted = -(-(held.length + tokens) // PAGE_SIZE) - len(held.table)
+        if wanted > 0:
+            if wanted > len(self._free_pages):
+                return False
+            self._take(slot, wanted)
         return True
 
     def _take(self, slot: int, pages: int) -> None:
@@ -114,6 +120,11 @@ class Slots:
     def table(self, slot: int) -> tuple[int, ...]:
         """The slot's pages, in the order of its tokens."""
         return tuple(self._held[slot].table)
+
+    def view(self, slots: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
+        """Of each slot, as it is now: its seed, its length, and its pages."""
+        held = [self._held[slot] for slot in slots]
+        return tuple(h.seed for h in held), tuple(h.length for h in held), tuple(tuple(h.table) for h in held)
 
     def add_slots(self, count: int) -> None:
         """More slots, numbered on."""

@@ -39,7 +39,7 @@ class Layer(nn.Module):
         if conditioning is None:
             plain: Tensor = self.mixer(self.norm(x), state, rows, causal=causal, store=store)
             return x + plain
-        shift, scale, gate = conditioning[rows.on(x.device).row_of_token].unbind(1)  # (N, H) each
+        shift, scale, gate = conditioning.index_select(0, rows.on(x.device).row_of_token).unbind(1)  # (N, H) each
         moe = self.kind == "moe"
         normed = modulate(self.norm(x), shift, scale) if moe else self.norm(modulate(x, shift, scale))
         mixed: Tensor = self.mixer(normed, state, rows, causal=causal, store=store)
@@ -78,12 +78,12 @@ class Tower(nn.Module):
         layers: range,
         states: Sequence[LayerState],
         rows: Rows,
-        conditioning: Sequence[Tensor] | None = None,
+        conditioning: Tensor | None = None,
     ) -> Tensor:
         """The embedding where `layers` begin with the first, then those layers, all on one device.
 
         x: tokens (N,) int64 before the first layer, otherwise hidden (N, H) -> hidden (N, H) before the final norm.
-        conditioning: (R, 3, H) for each of `layers`. A causal tower stores the tokens in the context.
+        conditioning: (len(layers), R, 3, H). A causal tower stores the tokens in the context.
         """
         if layers.start == 0:
             x = F.embedding(x, self.embeddings.weight)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from model.config import Towers, TwoTowerConfig
 from model.errors import RequestError
 from model.kernels import kernels_for
 from model.layers.time import TimeConditioning
+from model.partition import partition
 from model.rows import Rows
 from model.tokenizer import Tokenizer
 from model.tower import Tower
@@ -65,10 +65,11 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A device and the layers, of both towers, that run there."""
+    """A device and the layers of each tower that run there; of those with a state, the same ones (model.partition)."""
 
     device: torch.device
-    layers: range
+    context: range
+    denoiser: range
 
 
 Part = Callable[[Tensor], Tensor]
@@ -78,8 +79,8 @@ Part = Callable[[Tensor], Tensor]
 class TwoTower(nn.Module):
     """The context tower, the denoiser tower unless AR is all that is wanted, and the time conditioning.
 
-    Denoiser layer i reads the context of layer i alone, so each stage holds the same layers of both towers, and nothing
-    but hidden states goes from stage to stage. The time conditioning, which all layers need, stands on each of them.
+    Denoiser layer i reads the context of layer i alone, so a stage holds both of them, and nothing but hidden states
+    goes from stage to stage. The time conditioning, which all layers need, stands on each of them.
     """
 
     def __init__(
@@ -88,22 +89,27 @@ class TwoTower(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.stages = _split(config.num_layers, devices)
-        self.devices = [stage.device for stage in self.stages for _ in stage.layers]
+        parts = partition(config, len(devices), towers)
+        self.stages = [Stage(device, *ranges) for device, ranges in zip(devices, parts, strict=True)]
+        self.devices = [stage.device for stage in self.stages for _ in stage.context]
         self.tokenizer: Tokenizer | None = None
         self.context = Tower(config, self.devices, dtype, causal=True)
         self.denoiser: Tower | None = None
         if towers == "both":
-            self.denoiser = Tower(config, self.devices, dtype, causal=False)
+            devices_of_layers = [stage.device for stage in self.stages for _ in stage.denoiser]
+            self.denoiser = Tower(config, devices_of_layers, dtype, causal=False)
             with torch.device("meta"):
                 self.times = nn.ModuleList(
                     TimeConditioning(config, dtype, kernels_for(stage.device)) for stage in self.stages
                 )
             for stage, time in zip(self.stages, self.times, strict=True):
                 time.to_empty(device=stage.device).requires_grad_(False)
-            self.tables = nn.ParameterList(
-                nn.Parameter(torch.empty(3, config.hidden_size, dtype=dtype, device=device), requires_grad=False)
-                for device in self.devices
+            self.tables = nn.ParameterList(  # (layers of the stage, 3, H) each
+                nn.Parameter(
+                    torch.empty(len(stage.denoiser), 3, config.hidden_size, dtype=dtype, device=stage.device),
+                    requires_grad=False,
+                )
+                for stage in self.stages
             )
 
     @property
@@ -127,7 +133,8 @@ class TwoTower(nn.Module):
             for name, parameter in self.times[0].named_parameters():  # the other stages' are copies: share_time()
                 module, _, last = name.partition(".")
                 targets[f"{_TIME_NAMES[module]}.{last}"] = parameter.data
-            targets |= {f"scale_shift_tables.{i}": table.data for i, table in enumerate(self.tables)}
+            tables = [table for stage in self.tables for table in stage.data]
+            targets |= {f"scale_shift_tables.{i}": table for i, table in enumerate(tables)}
         return targets
 
     def share_time(self) -> None:
@@ -154,7 +161,7 @@ class TwoTower(nn.Module):
         """`extend`, a part a stage. The caller notes the rows' growth when it has sent them on their way."""
 
         def part(x: Tensor, stage: Stage) -> Tensor:
-            return self.context.run(x.to(stage.device), stage.layers, cache.layers, rows)
+            return self.context.run(x.to(stage.device), stage.context, cache.layers, rows)
 
         return [partial(part, stage=stage) for stage in self.stages]
 
@@ -165,20 +172,20 @@ class TwoTower(nn.Module):
         conditioned = not bool(t.isnan().all())
 
         def part(x: Tensor, stage: int) -> Tensor:
-            device, layers = self.stages[stage].device, self.stages[stage].layers
+            device, layers = self.stages[stage].device, self.stages[stage].denoiser
             conditioning = self._conditioning(t.to(device), stage) if conditioned else None
             return denoiser.run(x.to(device), layers, cache.layers, rows, conditioning)
 
         return [partial(part, stage=stage) for stage in range(len(self.stages))]
 
-    def _conditioning(self, t: Tensor, stage: int) -> list[Tensor]:
-        """t (R,) -> (R, 3, H) for each layer of the stage. Rows at the same t, such as all new blocks, share it."""
+    def _conditioning(self, t: Tensor, stage: int) -> Tensor:
+        """t (R,) -> (layers of the stage, R, 3, H). Rows at the same t, such as all new blocks, are computed once."""
         values, which = t.unique(return_inverse=True)  # a NaN equals no other: it stays a value of its own
         plain = values.isnan()[:, None, None]
         shared = self.times[stage](values.nan_to_num())  # (U, 3, H)
         # modulates nothing, gates nothing
         neutral = torch.tensor([0.0, 0.0, 1.0], dtype=self.dtype, device=t.device)[:, None]
-        return [torch.where(plain, neutral, shared + self.tables[i])[which] for i in self.stages[stage].layers]
+        return torch.where(plain, neutral, shared + self.tables[stage][:, None]).index_select(1, which)
 
     @torch.inference_mode()
     def context_logits(self, prompt_ids: Sequence[int]) -> Tensor:
@@ -221,12 +228,3 @@ def _run(parts: Sequence[Part], x: Tensor) -> Tensor:
     for part in parts:
         x = part(x)
     return x
-
-
-def _split(layers: int, devices: Sequence[torch.device]) -> list[Stage]:
-    """Contiguous ranges of layers of equal length, one a device."""
-    count = len(devices)
-    if count > layers:
-        raise RequestError(f"{count} devices for {layers} layers: give at most one device a layer")
-    borders = [-(-layers * i // count) for i in range(count + 1)]
-    return [Stage(device, range(*pair)) for device, pair in zip(devices, pairwise(borders), strict=True)]

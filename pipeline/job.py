@@ -144,9 +144,9 @@ class EngineSection(Section):
     """Tokens of attention context for all rows together; null: sized from the above, within memory."""
     lanes: int | None = None
     """Groups of rows that take turns, so that every stage has work while the others compute; null: one a stage."""
-    extend_every: int = 1
-    """Turns of a lane between two context forwards for its finished blocks. Above 1, rows wait for each other a little
-    and share one reading of the context tower's weights: worth it where reading weights is what takes the time."""
+    extend_every: int = 2
+    """Turns of a lane from one context forward for its finished blocks to the next: with 2 a finished block may wait for
+    one turn, and more of them share a forward."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

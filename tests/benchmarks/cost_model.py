@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from model.backend import Seen
 from model.lanes import ActiveRow, Prefix
+from model.partition import partition
 from model.slots import Slots
 from tests.benchmarks.roofline import Roofline, Work
 
@@ -57,14 +58,10 @@ class Layers:
 
     devices = 2
 
-    def __init__(self, roofline: Roofline, *, context: int, denoiser: int) -> None:
-        """The second device's first layer, of each tower. Layers with a state must lie on the same side in both."""
+    def __init__(self, roofline: Roofline) -> None:
+        """The layers lie where the engine puts them (model.partition)."""
         self.roofline = roofline
-        between = range(min(context, denoiser), max(context, denoiser))
-        assert all(roofline.config.layer_kinds[i] == "moe" for i in between), "a state would have to cross"
-        self._context, self._denoiser = (
-            (range(split), range(split, roofline.config.num_layers)) for split in (context, denoiser)
-        )
+        self._context, self._denoiser = zip(*partition(roofline.config, self.devices), strict=True)
 
     def route(self, kind: Kind, work: Work) -> Sequence[tuple[int, float]]:
         """See Layout."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from model.config import LayerKind, TwoTowerConfig, mixer_tensors
-from tests.model.test_config import RELEASED
+from tests.released import RELEASED_CONFIG
 
 WEIGHT_BYTES = 2  # bfloat16
 STATE_BYTES = 4  # Mamba states are float32
@@ -52,7 +52,7 @@ class Work:
 
 def released() -> TwoTowerConfig:
     """The released model's shape."""
-    return TwoTowerConfig.from_dict(RELEASED)
+    return RELEASED_CONFIG
 
 
 class Roofline:

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from model.loop import Loop
-from model.params import GenerationParams, Request
+from model.params import EngineLimits, GenerationParams, Request
 from model.scheduler import Scheduler, Stats
 from model.slots import PREFIX_SLOTS, Slots
 from tests.benchmarks.cost_model import BLOCK, CostModel, Instant, Ints, Layout, Steps, Ticket
@@ -15,6 +16,7 @@ from tests.benchmarks.roofline import Roofline, Work
 from tests.benchmarks.workload import log_normal
 
 ROWS = 256
+EXTEND_EVERY = EngineLimits().extend_every
 KV_TOKENS = 1 << 20
 MAX_PREFILL_TOKENS = 4096
 UNIT = 10_000  # rows a work unit, which is sorted by length before it is fed
@@ -62,7 +64,7 @@ class Mix:
 
 
 def make_loop(
-    layout: Layout, steps: Steps, *, rows: int, lanes: int, host_s: float = 0.0, extend_every: int = 1
+    layout: Layout, steps: Steps, *, rows: int, lanes: int, host_s: float = 0.0, extend_every: int = EXTEND_EVERY
 ) -> tuple[Loop[Ticket], CostModel]:
     """The engine's loop over simulated devices."""
     slots = Slots(rows + PREFIX_SLOTS, KV_TOKENS // 64)
@@ -79,7 +81,7 @@ def replay(
     rows: int = ROWS,
     lanes: int = 2,
     host_s: float = 0.0,
-    extend_every: int = 1,
+    extend_every: int = EXTEND_EVERY,
 ) -> tuple[Simulated, Stats]:
     """Runs all requests of the mix to their ends."""
     loop, backend = make_loop(layout, steps, rows=rows, lanes=lanes, host_s=host_s, extend_every=extend_every)
@@ -134,15 +136,39 @@ def padding_share(count: int, *, sort: bool, seed: int = 0) -> float:
     return stats.padding_share
 
 
-def turn_ms(rows: int, steps: Steps, *, turns: int) -> float:
-    """Milliseconds of processor time of the host for one turn of the loop with `rows` rows, forwards taking no time."""
-    loop, _ = make_loop(Instant(), steps, rows=rows, lanes=1)
+class Timed:
+    """A backend with the processor time that its methods take."""
+
+    def __init__(self, backend: CostModel) -> None:
+        self._backend = backend
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._backend, name)
+
+        def timed(*arguments: Any) -> Any:
+            began = time.process_time()
+            try:
+                return method(*arguments)
+            finally:
+                self.seconds += time.process_time() - began
+
+        setattr(self, name, timed)
+        return timed
+
+
+def turn_ms(rows: int, steps: Steps, *, turns: int) -> tuple[float, float]:
+    """Milliseconds of processor time of one turn of the loop with `rows` rows: its own, and that of the stand-in."""
+    loop, backend = make_loop(Instant(), steps, rows=rows, lanes=1)
+    loop.backend = timed = Timed(backend)
     coming = Mix.draw(turns * rows // 4 + 2 * rows).requests()
     spent = 0.0
     for turn in range(-turns // 10, turns):  # the first ones fill the slots
         while loop.waiting < rows:
             loop.submit(next(coming))
+        if turn == 0:
+            spent = timed.seconds = 0.0
         began = time.process_time()
         loop.step()
-        spent += (time.process_time() - began) * (turn >= 0)
-    return 1e3 * spent / turns
+        spent += time.process_time() - began
+    return 1e3 * (spent - timed.seconds) / turns, 1e3 * timed.seconds / turns

@@ -35,7 +35,7 @@ def test_one_row_takes_the_sum_of_its_forwards(roofline: Roofline) -> None:
             calls.append((kind, sum(seconds for _, seconds in parts)))
             return parts
 
-    layers = Counted(roofline, context=26, denoiser=26)
+    layers = Counted(roofline)
     run, _ = replay(layers, same(1, prompt=100, completion=2 * BLOCK), Steps({3: 1}), rows=1, lanes=1)
     assert sorted(kind for kind, _ in calls) == ["denoise"] * 6 + ["extend"] + ["prefill"]
     computed = sum(seconds for _, seconds in calls)
@@ -46,7 +46,7 @@ def test_one_row_takes_the_sum_of_its_forwards(roofline: Roofline) -> None:
 
 def test_two_lanes_keep_both_devices_busy(roofline: Roofline) -> None:
     """Even work: with one lane a device waits while the other computes, with two they compute at once."""
-    mix, layers = same(512, prompt=256, completion=128), Layers(roofline, context=27, denoiser=28)
+    mix, layers = same(512, prompt=256, completion=128), Layers(roofline)
     one, two = (replay(layers, mix, evenly(), rows=128, lanes=lanes)[0] for lanes in (1, 2))
     assert min(two.busy) > 0.9 > max(one.busy)
 
@@ -54,15 +54,9 @@ def test_two_lanes_keep_both_devices_busy(roofline: Roofline) -> None:
 def test_layers_across_devices_beat_towers_and_lockstep(roofline: Roofline) -> None:
     """The order that the design rests on, for a mix of lengths."""
     mix = Mix.draw(1024)
-    layers = replay(Layers(roofline, context=26, denoiser=26), mix, evenly(), rows=128)[0]
+    layers = replay(Layers(roofline), mix, evenly(), rows=128)[0]
     towers = replay(Towers(roofline), mix, evenly(), rows=128)[0]
     assert layers.tokens_per_s > towers.tokens_per_s > lockstep(roofline, mix, evenly(), rows=128).tokens_per_s
-
-
-def test_a_state_may_not_cross_between_the_stages(roofline: Roofline) -> None:
-    """Layer 26 is attention: the towers cannot be split on two sides of it."""
-    with pytest.raises(AssertionError, match="state"):
-        Layers(roofline, context=26, denoiser=28)
 
 
 def test_a_handover_delays_the_rows_that_it_carries(roofline: Roofline) -> None:

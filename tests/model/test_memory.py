@@ -9,59 +9,32 @@ from hypothesis import strategies as st
 
 from model import EngineLimits, RequestError, TwoTower, load_model
 from model.cache import ContextCache
-from model.config import TwoTowerConfig, expected_tensors
+from model.config import expected_tensors
 from model.layers.attention import AttentionState
 from model.layers.mamba2 import MambaState
 from model.memory import AUTO_CONTEXT_TOKENS, AUTO_MAX_ROWS, BLOCK_TOKENS, KEPT_BACK, MemoryPlan, make_plan, plan_memory
+from model.partition import partition
 from model.sampling import Draws, choose_from
 from model.slots import PAGE_SIZE, PREFIX_SLOTS, pages_for
 from model.two_tower import Stage
 from tests.model.memory_meter import MemoryMeter
+from tests.released import RELEASED_CONFIG
 
 GOLDEN = str(Path(__file__).parent / "golden" / "checkpoint")
 GIB = 2**30
-RELEASED = TwoTowerConfig(  # the released checkpoint, as TWOTOWER.md has it
-    hidden_size=2688,
-    vocab_size=131072,
-    layer_kinds=tuple(
-        {"M": "mamba", "E": "moe", "*": "attention"}[letter]  # type: ignore[misc]
-        for letter in "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
-    ),
-    layer_norm_epsilon=1e-5,
-    max_position_embeddings=131072,
-    mamba_num_heads=64,
-    mamba_head_dim=64,
-    n_groups=8,
-    ssm_state_size=128,
-    conv_kernel=4,
-    time_step_limit=(0.0, float("inf")),
-    chunk_size=128,
-    num_attention_heads=32,
-    num_key_value_heads=2,
-    head_dim=128,
-    n_routed_experts=128,
-    num_experts_per_tok=6,
-    moe_intermediate_size=1856,
-    moe_shared_expert_intermediate_size=3712,
-    routed_scaling_factor=2.5,
-    norm_topk_prob=True,
-    mask_token_id=3,
-    bos_token_id=1,
-    pad_token_id=0,
-    eos_token_ids=(2,),
-)
-WEIGHTS = sum(torch.Size(shape).numel() for shape in expected_tensors(RELEASED).values()) * 2  # bytes in bfloat16
+WEIGHTS = (
+    sum(torch.Size(shape).numel() for shape in expected_tensors(RELEASED_CONFIG).values()) * 2
+)  # bytes in bfloat16
 
 
 def released(total: int, gpus: int, limits: EngineLimits) -> MemoryPlan:
     """The plan for the released model on GPUs of `total` bytes each, the layers in equal parts."""
-    layers = RELEASED.num_layers
-    stages = [
-        Stage(torch.device(f"cuda:{i}"), range(layers * i // gpus, layers * (i + 1) // gpus)) for i in range(gpus)
-    ]
+    stages = [Stage(torch.device(f"cuda:{i}"), *ranges) for i, ranges in enumerate(partition(RELEASED_CONFIG, gpus))]
     names = [str(stage.device) for stage in stages]
     weights = dict.fromkeys(names, WEIGHTS // gpus)
-    return make_plan(RELEASED, torch.bfloat16, stages, weights, dict.fromkeys(names, total - WEIGHTS // gpus), limits)
+    return make_plan(
+        RELEASED_CONFIG, torch.bfloat16, stages, weights, dict.fromkeys(names, total - WEIGHTS // gpus), limits
+    )
 
 
 def needed(plan: MemoryPlan, rows: int, kv_tokens: int) -> list[int]:
@@ -160,11 +133,11 @@ def test_rows_that_are_given_fit_or_the_refusal_names_the_most_that_do(free: int
 def test_the_tightest_device_decides() -> None:
     """Two GPUs of which one is nearly full give as little as two nearly full ones."""
     limits = EngineLimits(max_rows="auto", max_context_tokens=8192)
-    stages = [Stage(torch.device("cuda:0"), range(26)), Stage(torch.device("cuda:1"), range(26, 52))]
+    stages = [Stage(torch.device(f"cuda:{i}"), *ranges) for i, ranges in enumerate(partition(RELEASED_CONFIG, 2))]
 
     def rows(*free: int) -> int:
         names = {f"cuda:{i}": count for i, count in enumerate(free)}
-        return make_plan(RELEASED, torch.bfloat16, stages, {}, names, limits).max_rows
+        return make_plan(RELEASED_CONFIG, torch.bfloat16, stages, {}, names, limits).max_rows
 
     assert rows(5 * GIB, 30 * GIB) < rows(30 * GIB, 30 * GIB)
     assert rows(30 * GIB, 5 * GIB) < rows(30 * GIB, 30 * GIB)

@@ -74,6 +74,8 @@ class ScriptedBackend:
         self._blocks: dict[ActiveRow, _Block] = {}
         self._poison: set[int] = set()
         self._entered: set[ActiveRow] = set()
+        self.ended_rows = 0
+        self.call_error: type[Exception] = ScriptedError
 
     # -- the host's calls --------------------------------------------------------------------------------------------
 
@@ -115,7 +117,7 @@ class ScriptedBackend:
         number = self._calls[name]
         self._calls[name] += 1
         if number in self.failing_calls.get(name, ()):
-            raise ScriptedError(f"{name} {number}")
+            raise self.call_error(f"{name} {number}")
 
     # -- forwards ----------------------------------------------------------------------------------------------------
 
@@ -164,7 +166,9 @@ class ScriptedBackend:
         rows = [row for row, _ in work]
         assert rows, f"{kind} of no rows"
         assert len({row.slot for row in rows}) == len(rows), "a slot twice in one forward"
-        assert not any(isinstance(row, ActiveRow) and row.ended for row in rows), "a row that has ended"
+        # noted, too: the loop keeps to itself what goes wrong with rows that have ended
+        self.ended_rows += sum(isinstance(row, ActiveRow) and row.ended for row in rows)
+        assert not self.ended_rows, "a row that has ended"
         if kind != "prefill":
             flying = {row for ticket in self.tickets if not ticket.collected for row in ticket.fills}
             assert not flying & set(rows), "a row's block is in two forwards at once"

@@ -218,6 +218,7 @@ class Run:
 
     def _check(self) -> None:
         self.loop.check()
+        assert not self.backend.ended_rows, "a forward with rows that have ended"
         numbers = [row.number for row in self.loop.scheduler.waiting]
         assert numbers == sorted(set(numbers)), "the queue is out of order"
         if self.case.lanes == 1 and not self.case.faults:

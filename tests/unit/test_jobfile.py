@@ -48,8 +48,8 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
 
 def test_all_engine_settings_reach_the_engine(tmp_path: Path) -> None:
     """max_rows may be left to the engine, which then also judges the lanes; from a file as from --set."""
-    job = load_job(write(tmp_path, GOOD + "engine: {max_rows: auto, lanes: 40}\n"), ["engine.extend_every=2"])
-    assert job.engine.limits() == EngineLimits(max_rows="auto", lanes=40, extend_every=2)
+    job = load_job(write(tmp_path, GOOD + "engine: {max_rows: auto, lanes: 40}\n"), ["engine.extend_every=3"])
+    assert job.engine.limits() == EngineLimits(max_rows="auto", lanes=40, extend_every=3)
     assert load_job(write(tmp_path, GOOD), ["engine.max_rows=auto"]).engine.max_rows == "auto"
 
 

@@ -14,7 +14,7 @@ from tests.unit.engine_runs import Case, Run, cases
 from tests.unit.engine_scripts import Script, request
 
 
-@settings(max_examples=200)
+@settings(max_examples=250)
 @given(cases(calm=True))
 def test_every_request_ends_once_and_as_scripted(case: Case) -> None:
     """Any mix of modes, lengths, prefixes and arrivals, through few slots and pages: see Run; and the tokens add up."""
@@ -31,7 +31,7 @@ def test_every_request_ends_once_and_as_scripted(case: Case) -> None:
         assert stats.prefill_tokens - of_prefixes + stats.shared_tokens == prompts
 
 
-@settings(max_examples=100)
+@settings(max_examples=150)
 @given(cases(calm=True, growing=True))
 def test_rows_that_go_back_for_want_of_pages_end_as_scripted(case: Case) -> None:
     """Pages for little more than one row: see Run; the oldest row never goes back, and a row that did starts again."""
@@ -39,7 +39,7 @@ def test_rows_that_go_back_for_want_of_pages_end_as_scripted(case: Case) -> None
     assert run.done[run.first].preemptions == 0
 
 
-@settings(max_examples=200)
+@settings(max_examples=250)
 @given(cases(calm=False) | cases(calm=False, growing=True))
 def test_nothing_is_lost_in_cancels_limits_and_failures(case: Case) -> None:
     """Cancels and row limits at any time, forwards that fail or find no memory: named rows come again, and end."""
@@ -163,6 +163,18 @@ def test_statistics_of_a_scripted_run() -> None:
     assert b.batch_rows == pytest.approx((2 + 2 + 2 + 2 + 1 + 1) / 6)
     assert [(c.prefill_s, c.denoise_s, c.commit_s) for c in (a, b)] == [(1, 4, 1), (1, 5, 1)]
     assert all(c.latency_s > c.queue_s > 0 for c in (a, b))
+
+
+def test_statistics_count_no_forward_before_a_row_or_between_its_blocks() -> None:
+    """A row that comes later, or whose full block waits for an extension, has no part in the forwards of that time."""
+    loop, _ = make_loop({"a": Script((8,)), "b": Script((2,))}, extend_every=4)
+    loop.submit(request("a", 10, max_new_tokens=80))
+    for _ in range(9):
+        loop.step()
+    done = drive(loop, [request("b", 10, max_new_tokens=24)])
+    assert done["b"].steps_per_block == (2, 2, 2)
+    assert (done["b"].denoise_s, done["b"].commit_s) == (6, 2)
+    assert done["b"].batch_rows <= 2
 
 
 def test_lanes_share_the_rows() -> None:

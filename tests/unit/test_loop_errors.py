@@ -36,6 +36,7 @@ def resume(loop: Loop[Ticket], again: dict[str, Request]) -> dict[str, Completio
         assert not done.keys() & {completion.key for completion in ended}
         done |= {completion.key: completion for completion in ended}
         loop.check()
+        assert not loop.backend.ended_rows  # type: ignore[attr-defined]
     return done
 
 
@@ -72,12 +73,14 @@ def test_every_single_forward_may_fail(kind: Fault, lanes: int) -> None:
             assert not run.named, "less at once would have done"
 
 
+@pytest.mark.parametrize("error", [ScriptedError, NoMemoryError])
 @pytest.mark.parametrize("name", ["begin", "enter"])
-def test_a_backend_that_cannot_set_up_a_row(name: str) -> None:
-    """begin or enter fails, whenever: the rows that were not set up are named, none is computed without it."""
+def test_a_backend_that_cannot_set_up_a_row(name: str, error: type[Exception]) -> None:
+    """begin or enter fails, whenever: its rows are named, or come again by themselves; none is computed without it."""
     for number in range(12):
         rows = some()
-        loop, _ = make_loop(ABC, rows=2, failing_calls={name: {number}})
+        loop, backend = make_loop(ABC, rows=2, failing_calls={name: {number}})
+        backend.call_error = error
         for each in rows:
             loop.submit(each)
         assert_as_told(resume(loop, {each.key: each for each in rows}), rows, ABC)

@@ -130,6 +130,28 @@ def test_the_youngest_goes_back_to_its_place_in_the_queue() -> None:
     assert len(scheduler.slots.table(c.slot)) == pages_for(longest_context(c.request))
 
 
+def test_an_unused_prefix_goes_before_any_row() -> None:
+    """Pages for a running row come from a prefix that nobody uses, not from a younger row."""
+    scheduler = make(3, 8)
+    scheduler.submit(request("p", 140, shared=range(1000, 1128), prefix_tokens=128), 0.0)
+    scheduler.admit(0.0)
+    while prefill(scheduler):
+        pass
+    scheduler.cancel("p")
+    for key in "ab":
+        scheduler.submit(request(key, PAGE_SIZE - 8, max_new_tokens=4 * PAGE_SIZE), 0.0)
+    a, b = scheduler.admit(0.0)
+    prefill(scheduler)
+    assert scheduler.slots.reserve(b.slot, 5 * PAGE_SIZE)
+    scheduler.slots.grow([a.slot], [8])
+    a.pending = [1] * 8
+    assert not scheduler.slots.free_pages
+    assert scheduler.make_room(a)
+    assert list(scheduler.running) == ["a", "b"]
+    assert not scheduler.prefixes
+    scheduler.check(set())
+
+
 def test_a_row_may_be_the_one_that_goes_back() -> None:
     """The youngest itself wants a page: it goes back, the older one keeps all it has."""
     scheduler = make(2, 4)
@@ -206,6 +228,12 @@ def test_a_lane_does_not_wait_when_it_has_nothing_else() -> None:
     lane.block_done(b, [1])
     assert lane.turn(3) == ([a, b], [a, b])
     assert list(lane.filling) == [a, b]
+    ar = ActiveRow(request("ar", 10, mode="ar"), 2, 0.0)
+    lane.put(ar)
+    for _ in range(4):  # its context forward is the one that fills: it waits for no third turn
+        assert lane.turn(3) == ([ar], [ar])
+        assert list(lane.filling) == [a, b]
+        lane.block_done(ar, [1])
 
 
 @pytest.mark.parametrize("break_it", ["lost", "doubled", "key", "slot"])
