@@ -34,8 +34,12 @@ class Timed(Protocol):
 H = TypeVar("H", bound=Timed)
 
 
+Batch = Sequence[tuple[ActiveRow | Prefix, int]]
+"""Rows and prefixes, and how many of their pending tokens a context forward takes."""
+
+
 class Backend(Protocol[H]):
-    """What computes. Forwards run in the order of their launch; nothing here waits but `wait` and `collect`."""
+    """What computes. Forwards run in the order of their launch; nothing here waits but `collect`."""
 
     def add_slots(self, count: int) -> None:
         """Makes room for more rows. Nothing is under way."""
@@ -46,23 +50,17 @@ class Backend(Protocol[H]):
     def begin(self, rows: Sequence[ActiveRow]) -> None:
         """Each of these rows begins a block."""
 
-    def prefill(self, batch: Sequence[tuple[ActiveRow | Prefix, int]]) -> H:
-        """Launches a context forward over the first `count` pending tokens of each."""
+    def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> H:
+        """Launches a context forward: pieces of prompts and finished blocks together.
 
-    def extend(self, rows: Sequence[ActiveRow]) -> H:
-        """Launches a context forward over the rows' pending tokens; it fills the blocks of AR rows."""
+        fill: rows in AR mode, the last ones of the batch; it predicts the token behind those that it stores.
+        """
 
     def denoise(self, rows: Sequence[ActiveRow]) -> H:
         """Launches a denoiser forward over the rows' blocks."""
 
-    def done(self, handle: H) -> bool:
-        """Whether it has ended, well or not."""
-
-    def wait(self, handle: H) -> None:
-        """Returns when it has ended, well or not."""
-
     def collect(self, handle: H) -> Sequence[Seen]:
-        """What a forward that has ended predicted: the blocks that need attention. Raises what went wrong in it."""
+        """Waits for a forward -> the blocks that need attention. Raises what went wrong in it."""
 
     def out_of_memory(self, error: BaseException) -> bool:
         """Whether fewer rows could help; gives back what the device allocator holds if so."""

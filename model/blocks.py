@@ -94,7 +94,8 @@ class BlockTable:
     def take(self, rows: Sequence[ActiveRow]) -> "Filling":
         """The blocks of these rows as they are now, for a forward to predict what is masked in them."""
         slots = _slots(rows)
-        return Filling(rows, slots, self._masked[slots])
+        width = int(self._settings["size"][slots].max())  # not the table's: one row's huge block is not all rows' cost
+        return Filling(rows, slots, self._masked[slots, :width])
 
     def inputs(self, filling: "Filling") -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
         """For a denoiser forward: tokens a row, all tokens (N,), t (R,) and which of the N are to be predicted (N,)."""

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.backend import Seen
+from model.backend import Batch, Seen
 from model.blocks import BlockTable, Filling
 from model.cache import ContextCache
-from model.lanes import ActiveRow, Prefix
+from model.lanes import ActiveRow
 from model.sampling import Draws, choose
 from model.stages import Flight, Part, Stages
 from model.tower import Tower
@@ -35,7 +35,7 @@ class Forwards:
     def __init__(self, pair: TwoTower, cache: ContextCache, *, trace: bool = False) -> None:
         self.pair, self.cache, self.trace = pair, cache, trace
         self.table = BlockTable(cache.slots.slots, pair.config.mask_token_id)
-        self.stages = Stages(len(pair.stages))
+        self.stages = Stages([stage.device for stage in pair.stages])
 
     def add_slots(self, count: int) -> None:
         """See Backend."""
@@ -51,27 +51,18 @@ class Forwards:
         """See Backend."""
         self.table.begin(rows)
 
-    def prefill(self, batch: Sequence[tuple[ActiveRow | Prefix, int]]) -> Handle:
+    def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Handle:
         """See Backend."""
-        rows = self.cache.rows([item.slot for item, _ in batch], [count for _, count in batch])
+        lengths = [count for _, count in batch]
+        rows = self.cache.rows([item.slot for item, _ in batch], lengths)
         tokens = torch.tensor([token for item, count in batch for token in item.pending[:count]])
-        flight = self.stages.launch(self.pair.extend_parts(self.cache, rows), tokens)
-        self.cache.grow(rows)
-        return Handle(flight)
-
-    def extend(self, rows: Sequence[ActiveRow]) -> Handle:
-        """See Backend."""
-        lengths = [len(row.pending) for row in rows]
-        batch = self.cache.rows([row.slot for row in rows], lengths)
-        tokens = torch.tensor([token for row in rows for token in row.pending])
-        parts: list[Part] = [*self.pair.extend_parts(self.cache, batch)]
-        ar = [i for i, row in enumerate(rows) if row.mode == "ar"]
-        filling = self.table.take([rows[i] for i in ar]) if ar else None
+        parts: list[Part] = [*self.pair.extend_parts(self.cache, rows)]
+        filling = self.table.take(fill) if fill else None
         if filling is not None:
-            last = torch.tensor(lengths).cumsum(0)[ar] - 1
+            last = torch.tensor(lengths).cumsum(0)[-len(fill) :] - 1
             parts = self._predicting(parts, self.pair.context, last, filling)
         flight = self.stages.launch(parts, tokens)
-        self.cache.grow(batch)
+        self.cache.grow(rows)
         return Handle(flight, filling)
 
     def denoise(self, rows: Sequence[ActiveRow]) -> Handle:
@@ -99,14 +90,6 @@ class Forwards:
         hidden = hidden[picked.to(hidden.device)]
         config = self.pair.config
         return choose(tower.head_on(hidden), len(hidden), config.vocab_size, suppress, config.mask_token_id, draws)
-
-    def done(self, handle: Handle) -> bool:
-        """See Backend."""
-        return handle.flight.done()
-
-    def wait(self, handle: Handle) -> None:
-        """See Backend."""
-        handle.flight.wait()
 
     def collect(self, handle: Handle) -> list[Seen]:
         """See Backend."""

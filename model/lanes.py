@@ -152,16 +152,22 @@ class Lane:
         for place in (self.fresh, self.filling, self.extending):
             place.pop(row, None)
 
-    def turn(self, extend_every: int) -> tuple[list[ActiveRow], list[ActiveRow]]:
-        """The rows of this turn's context forward, and those that begin a block with it."""
+    def due(self, extend_every: int) -> bool:
+        """Counts a turn -> whether it is one with a context forward."""
         self.turns += 1
-        due = self.turns % extend_every == 0 or not (self.filling or self.fresh)
-        extend = [row for row in self.extending if due or row.mode == "ar"]  # for these it is the forward that fills
-        for row in extend:
-            del self.extending[row]
-        begin = [*self.fresh, *extend]
+        if self.turns % extend_every == 0 or not (self.filling or self.fresh):
+            return True
+        return any(row.mode == "ar" for row in self.extending)  # for these it is the forward that fills
+
+    def take_extending(self) -> list[ActiveRow]:
+        """The rows whose pending tokens go into the context now, those in AR mode last."""
+        rows = sorted(self.extending, key=lambda row: row.mode == "ar")
+        self.extending = {}
+        return rows
+
+    def take_fresh(self, extended: list[ActiveRow]) -> list[ActiveRow]:
+        """The rows that begin a block for the denoiser: new ones, and those that were extended."""
+        begin = [*self.fresh, *(row for row in extended if row.mode != "ar" and not row.ended)]
         self.fresh = {}
-        for row in begin:
-            if row.mode != "ar":
-                self.filling[row] = None
-        return extend, begin
+        self.filling.update(dict.fromkeys(begin))
+        return begin

@@ -1,10 +1,11 @@
 """The loop that generates, free of torch: rows come and go, and each turn runs what every row needs next.
 
-    lane by lane: collect -> admit -> prefill -> extend -> denoise
+    lane by lane: collect -> admit -> extend (prompts and finished blocks) -> denoise
 
-A turn collects what a lane's last forwards predicted, refills the slots that became free, sends on their way a piece
-of waiting prompts, the lane's finished blocks (extend) and the blocks that it is filling (denoise), and leaves them
-there: while they compute, the other lanes have their turns. Each stage of the model runs its forwards in the order of
+A turn collects what a lane's last forwards predicted and refills the slots that became free. Then it sends two forwards
+on their way and leaves them there: of the context tower, over a piece of the waiting prompts and the lane's finished
+blocks together, so that they share one reading of its weights; and of the denoiser, over the blocks that the lane is
+filling. While they compute, the other lanes have their turns. Each stage of the model runs its forwards in the order of
 their launch, so a row may begin a block behind an extension that has not come back yet.
 """
 
@@ -21,7 +22,7 @@ from model.lanes import ActiveRow, Lane, Prefix
 from model.params import Completion, FinishReason, Request
 from model.scheduler import Scheduler, Stats
 
-Kind = Literal["prefill", "extend", "denoise"]
+Kind = Literal["context", "denoise"]
 T = TypeVar("T")
 
 
@@ -29,11 +30,14 @@ T = TypeVar("T")
 class _Under(Generic[H]):
     """A forward under way."""
 
+    lane: Lane
     kind: Kind
     rows: Sequence[ActiveRow | Prefix]
     handle: H
     halvings: int
     """How often the limits had been halved when it was launched."""
+    reading: set[ActiveRow | Prefix]
+    """Those of the rows whose prompt it takes in."""
 
 
 class Loop(Generic[H]):
@@ -50,8 +54,7 @@ class Loop(Generic[H]):
     ) -> None:
         self.backend, self.scheduler = backend, scheduler
         self._decode, self._extend_every, self._clock = decode, extend_every, clock
-        self._under_way: dict[Lane, deque[_Under[H]]] = {lane: deque() for lane in scheduler.lanes}
-        self._prefills: deque[_Under[H]] = deque()
+        self._under_way: deque[_Under[H]] = deque()  # in the order of their launch
         self._finished: list[Completion] = []
         self._halvings = 0
 
@@ -99,7 +102,8 @@ class Loop(Generic[H]):
             raise RequestError(f"max_rows is {rows!r}: it must be a whole number of at least 1")
         more = rows - self.scheduler.row_slots
         if more > 0:
-            self._collect_all()
+            for lane in self.scheduler.lanes:
+                self._collect(lane)
             self.backend.add_slots(more)
             self.scheduler.row_slots += more
         self.scheduler.max_rows = rows
@@ -137,48 +141,50 @@ class Loop(Generic[H]):
         """
         for lane in self.scheduler.lanes:
             self._collect(lane)
-            self._prefill()
+            self._admit()
             self._launch(lane)
         finished, self._finished = self._finished, []
         return finished
 
     def check(self) -> None:
         """Integrity of slots, pages, lanes and keys. Raises AssertionError."""
-        under_way = [under for queue in self._under_way.values() for under in queue]
-        self.scheduler.check({row for under in under_way for row in under.rows if isinstance(row, ActiveRow)})
+        self.scheduler.check({row for under in self._under_way for row in under.rows if isinstance(row, ActiveRow)})
 
     # -- launching ---------------------------------------------------------------------------------------------------
 
-    def _prefill(self) -> None:
-        admitted = self.scheduler.admit(self._clock())
-        self._try("admission", admitted, lambda: self.backend.enter(admitted))
-        batch = self.scheduler.prefill_batch()
-        with_tokens = [(item, count) for item, count in batch if count]  # a one-token prompt in an AR mode has none
-        rows = [item for item, _ in with_tokens]
-        if not rows or self._send(self._prefills, "prefill", rows, lambda: self.backend.prefill(with_tokens)):
-            self.scheduler.prefilled(batch)
+    def _admit(self) -> None:
+        rows = self.scheduler.admit(self._clock())
+        self._try("admission", rows, lambda: self.backend.enter(rows))
 
     def _launch(self, lane: Lane) -> None:
-        extend, begin = lane.turn(self._extend_every)
-        under_way = self._under_way[lane]
-        if begin:
-            for row in begin:
-                if row.until is not lane.clock:  # it did not go on at once
-                    row.rejoin(lane.clock)
-            self._try("begin", begin, lambda: self.backend.begin(begin))
-            extend = [row for row in extend if not row.ended]
-        if extend:
-            self._send(under_way, "extend", extend, lambda: self.backend.extend(extend))
+        due = lane.due(self._extend_every) or self.scheduler.many_prompts_wait
+        if due:  # first of all: where it fails, nothing has been taken out of its place yet
+            self._begin(lane, [row for row in lane.extending if row.mode == "ar"])
+        pieces = self.scheduler.prefill_batch() if due else []
+        extend = lane.take_extending() if due else []
+        fill = [row for row in extend if row.mode == "ar"]
+        # a one-token prompt in an AR mode has no tokens to prefill
+        batch = [(item, count) for item, count in (*pieces, *((row, len(row.pending)) for row in extend)) if count]
+        items = [item for item, _ in batch]
+        if not batch or self._send(lane, "context", items, lambda: self.backend.extend(batch, fill)):
+            self.scheduler.prefilled(pieces)
+        self._begin(lane, lane.take_fresh(extend))
         if rows := list(lane.filling):
-            self._send(under_way, "denoise", rows, lambda: self.backend.denoise(rows))
+            self._send(lane, "denoise", rows, lambda: self.backend.denoise(rows))
 
-    def _send(
-        self, queue: "deque[_Under[H]]", kind: Kind, rows: Sequence[ActiveRow | Prefix], launch: Callable[[], H]
-    ) -> bool:
+    def _begin(self, lane: Lane, rows: Sequence[ActiveRow]) -> None:
+        for row in rows:
+            if row.until is not lane.clock:  # it did not go on at once
+                row.rejoin(lane.clock)
+        if rows:
+            self._try("begin", rows, lambda: self.backend.begin(rows))
+
+    def _send(self, lane: Lane, kind: Kind, rows: Sequence[ActiveRow | Prefix], launch: Callable[[], H]) -> bool:
         """Launches a forward; False where that failed and its rows were put back to the queue."""
         handle = self._try(kind, rows, launch)
         if handle is not None:
-            queue.append(_Under(kind, rows, handle, self._halvings))
+            reading = {item for item in rows if item in self.scheduler.prefilling}
+            self._under_way.append(_Under(lane, kind, rows, handle, self._halvings, reading))
         return handle is not None
 
     def _try(self, what: str, rows: Sequence[ActiveRow | Prefix], call: Callable[[], T]) -> T | None:
@@ -192,35 +198,20 @@ class Loop(Generic[H]):
     # -- collecting --------------------------------------------------------------------------------------------------
 
     def _collect(self, lane: Lane) -> None:
-        """Takes in what the lane's forwards predicted, and what prefills have ended."""
-        under_way = self._under_way[lane]
-        while under_way:
-            self.backend.wait(under_way[0].handle)
-            self._collect_prefills()  # launched before: their time is known before a row can end
-            self._take_in(under_way.popleft(), lane)
-        self._collect_prefills(at_most=len(self._under_way))
+        """Takes in what the lane's forwards predicted, and before that all that was launched earlier.
 
-    def _collect_prefills(self, at_most: int | None = None) -> None:
-        """Takes in the prefills that have ended, and waits for the oldest where more than `at_most` are under way."""
-        while self._prefills:
-            if at_most is not None and len(self._prefills) > at_most:
-                self.backend.wait(self._prefills[0].handle)
-            if not self.backend.done(self._prefills[0].handle):
-                return
-            self._take_in(self._prefills.popleft(), None)
+        Earlier ones of other lanes are there only after a step that an error ended; what they say comes first.
+        """
+        while any(under.lane is lane for under in self._under_way):
+            self._take_in(self._under_way.popleft())
 
-    def _collect_all(self) -> None:
-        for lane in self.scheduler.lanes:
-            self._collect(lane)
-        self._collect_prefills(at_most=0)
-
-    def _take_in(self, under: _Under[H], lane: Lane | None) -> None:
+    def _take_in(self, under: _Under[H]) -> None:
         try:
             seen = self.backend.collect(under.handle)
         except BaseException as error:
             self._fail(under.kind, under.rows, error, under.halvings)
             return
-        self._share(under, lane)
+        self._share(under)
         wrong: list[tuple[ActiveRow, Exception]] = []
         for block in seen:
             if not block.row.ended:  # its room may have been another row's need a moment ago
@@ -233,17 +224,17 @@ class Loop(Generic[H]):
         if wrong:
             self._fail("end", [row for row, _ in wrong], wrong[0][1], under.halvings)
 
-    def _share(self, under: _Under[H], lane: Lane | None) -> None:
+    def _share(self, under: _Under[H]) -> None:
         """Notes the time of a forward in its rows; that of denoiser forwards in the lane, once for all of them."""
         seconds = under.handle.seconds
-        if lane is not None and under.kind == "denoise":
-            forwards, rows, so_far = lane.clock
-            lane.clock = forwards + 1, rows + len(under.rows), so_far + seconds
+        if under.kind == "denoise":
+            forwards, rows, so_far = under.lane.clock
+            under.lane.clock = forwards + 1, rows + len(under.rows), so_far + seconds
             return
         for row in under.rows:
             if isinstance(row, Prefix):
                 continue
-            if under.kind == "prefill":
+            if row in under.reading:
                 row.prefill_s += seconds
             else:
                 row.commit_s += seconds

@@ -170,20 +170,12 @@ class _Planner:
         return -(-rows // (self.limits.lanes or len(self.stages)))
 
     def _workspace(self, stage: Stage, rows: int) -> int:
-        """Bytes of the largest forward: a piece of prompts, of any rows, or the blocks of a lane."""
-        prompts = self.limits.max_prefill_tokens
-        queries = min(causal_queries(stage.device.type), prompts)
-        lane = self._lane_rows(rows)
-        forwards = (
-            Forward(tokens=prompts, rows=min(rows, prompts), queries=queries),
-            Forward(tokens=lane * BLOCK_TOKENS, rows=lane, queries=BLOCK_TOKENS),
-        )
-        return max(
-            forward_bytes(
-                self.config, self.dtype.itemsize, max(stage.context, stage.denoiser, key=len), forward, self.context
-            )
-            for forward in forwards
-        )
+        """Bytes of the largest forward: of the context tower, pieces of prompts and the finished blocks of a lane."""
+        prompts, blocks = self.limits.max_prefill_tokens, self._lane_rows(rows) * BLOCK_TOKENS
+        queries = max(BLOCK_TOKENS, min(causal_queries(stage.device.type), prompts))
+        forward = Forward(tokens=prompts + blocks, rows=min(rows, prompts), queries=queries)
+        layers = max(stage.context, stage.denoiser, key=len)
+        return forward_bytes(self.config, self.dtype.itemsize, layers, forward, self.context)
 
     def _fits(self, rows: int, kv_tokens: int) -> bool:
         room = _room(self.devices(rows), rows)

@@ -182,9 +182,8 @@ class EngineLimits:
     lanes: int | None = None
     """Groups of rows that take turns, so that every stage has work while the others compute; None: one a stage."""
     extend_every: int = 2
-    """Turns of a lane from one context forward for its finished blocks to the next. With 2 a finished block may wait
-    for one turn, and twice as many share what such a forward costs in any case, the reading of the weights above all:
-    8 to 12% more tokens a second than with 1, simulated on GPUs and measured on a CPU; 3 and 4 give no more."""
+    """Turns of a lane from one context forward to the next. With 2 a finished block may wait for one turn, and twice as
+    many share what such a forward costs in any case, the reading of the weights above all."""
 
     def context_tokens(self, max_position_embeddings: int) -> int:
         """Prompt + completion of one row at most, on a checkpoint whose contexts hold so many tokens.

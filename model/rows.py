@@ -43,11 +43,6 @@ class Rows:
     _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def padded_tokens(self) -> int:
-        """R * L: what a layer that pads its rows to the longest computes."""
-        return len(self.lengths) * max(self.lengths)
-
-    @property
     def starts(self) -> list[int]:
         starts = [0]
         for length in self.lengths[:-1]:
@@ -63,6 +58,27 @@ class Rows:
         if key not in self._made:
             self._made[key] = make()
         made: T = self._made[key]
+        return made
+
+    def alike(self, device: torch.device, step: int) -> list[tuple["Rows", Tensor]]:
+        """The rows in groups of like length, for layers that pad, each with the places of its tokens among the N.
+
+        Counted in steps of `step` tokens, a group's longest row is at most a quarter longer than its shortest.
+        """
+        starts, groups = self.starts, list[list[int]]()
+        longest = 0.0
+        for row in sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row]):
+            steps = -(-self.lengths[row] // step)
+            if not groups or steps < 0.8 * longest:
+                groups.append([])
+                longest = steps
+            groups[-1].append(row)
+        columns = (self.slots, self.seeds, self.lengths, self.context, self.pages)
+        made = []
+        for group in groups:
+            places = [place for row in group for place in range(starts[row], starts[row] + self.lengths[row])]
+            rows = Rows(*(tuple(column[row] for row in group) for column in columns))  # type: ignore[arg-type]
+            made.append((rows, torch.tensor(places, device=device)))
         return made
 
     def _index(self, device: torch.device) -> RowIndex:

@@ -17,6 +17,7 @@ from model.lanes import ActiveRow, Lane, Prefix
 from model.params import Request
 from model.slots import PAGE_SIZE, PREFIX_SLOTS, Slots, pages_for
 
+MANY = 4  # a quarter of the rows
 PREFILL_WINDOW = 64
 """Rows that are looked at to find some of like length: bounds the time that a turn takes."""
 
@@ -72,50 +73,55 @@ class Scheduler:
         admitted = []
         while self.waiting and len(self.running) < self.max_rows:
             row = self.waiting[0]
-            prefix = self._prefix_of(row)
-            slot = self._slot_for(row, prefix)
-            if slot is None:
+            begin = self._shareable(row)
+            prefix = self.prefixes.get(begin)
+            tokens = self._tokens_at_first(row)
+            if not self._has_room(tokens - (len(begin) if prefix else 0)):
                 if self._drop_unused_prefix(prefix):
                     continue
                 break
-            self.waiting.popleft()
-            row.slot, row.prefix, row.queue_s = slot, prefix, now - row.submitted
-            shared = len(prefix.tokens) if prefix else 0
-            row.pending = list(row.request.prompt_ids[shared : row.prefill_tokens])
-            self.stats.shared_tokens += shared
-            self.running[row.request.key] = row
-            self.prefilling[row] = None
+            if begin and prefix is None:
+                prefix = self._make_prefix(begin)
+            self._take_in(self.waiting.popleft(), prefix, tokens, now)
             admitted.append(row)
         return admitted
 
-    def _slot_for(self, row: ActiveRow, prefix: Prefix | None) -> int | None:
-        params, prompt = row.request.params, len(row.request.prompt_ids)
-        tokens = prompt + min(params.block_size, params.max_new_tokens)
+    def _tokens_at_first(self, row: ActiveRow) -> int:
+        """The context for which a row gets pages when it comes in."""
         if row.preemptions:  # once is enough: now it takes all it can come to need
-            tokens = longest_context(row.request)
+            return longest_context(row.request)
+        return len(row.request.prompt_ids) + min(row.request.params.block_size, row.request.params.max_new_tokens)
+
+    def _has_room(self, tokens: int) -> bool:
         # a page for each running row's next block stays free, or the newcomer would be the next to go back
         spare = min(len(self.running), self.slots.pages // 8)
-        shared = len(prefix.tokens) if prefix else 0
-        if self.running and pages_for(tokens - shared) + spare > self.slots.free_pages:
-            return None
-        return self.slots.acquire(tokens, prefix.slot if prefix else -1)
+        return pages_for(tokens) + spare <= self.slots.free_pages
 
-    def _prefix_of(self, row: ActiveRow) -> Prefix | None:
-        """The prefix to begin with; made now where it is the first row to name it and there is room."""
+    def _take_in(self, row: ActiveRow, prefix: Prefix | None, tokens: int, now: float) -> None:
+        slot = self.slots.acquire(tokens, prefix.slot if prefix else -1)
+        assert slot is not None, "asked for before"
+        shared = len(prefix.tokens) if prefix else 0
+        if prefix is not None:
+            prefix.last_used = self._arrivals
+        row.slot, row.prefix, row.queue_s = slot, prefix, now - row.submitted
+        row.pending = list(row.request.prompt_ids[shared : row.prefill_tokens])
+        self.stats.shared_tokens += shared
+        self.running[row.request.key] = row
+        self.prefilling[row] = None
+
+    def _shareable(self, row: ActiveRow) -> tuple[int, ...]:
+        """The tokens of the prefix that the row names, in whole pages."""
         length = min(row.request.prefix_tokens, row.prefill_tokens) // PAGE_SIZE * PAGE_SIZE
-        if not length:
+        return tuple(row.request.prompt_ids[:length])
+
+    def _make_prefix(self, tokens: tuple[int, ...]) -> Prefix | None:
+        """A new prefix, to be computed; None where all slots for prefixes are in use."""
+        if len(self.prefixes) == PREFIX_SLOTS and not self._drop_unused_prefix():
             return None
-        tokens = tuple(row.request.prompt_ids[:length])
-        prefix = self.prefixes.get(tokens)
-        if prefix is None:
-            if len(self.prefixes) == PREFIX_SLOTS and not self._drop_unused_prefix():
-                return None
-            slot = self.slots.acquire(length)
-            if slot is None:
-                return None
-            prefix = self.prefixes[tokens] = Prefix(tokens, slot, list(tokens))
-            self.prefilling[prefix] = None
-        prefix.last_used = self._arrivals
+        slot = self.slots.acquire(len(tokens))
+        assert slot is not None, "a part of what there is room for"
+        prefix = self.prefixes[tokens] = Prefix(tokens, slot, list(tokens))
+        self.prefilling[prefix] = None
         return prefix
 
     def _drop_unused_prefix(self, kept: Prefix | None = None) -> bool:
@@ -170,6 +176,11 @@ class Scheduler:
         row.ended = True
 
     # -- what to compute ---------------------------------------------------------------------------------------------
+
+    @property
+    def many_prompts_wait(self) -> bool:
+        """Whether so many rows have a prompt to be read that it should not wait for the next context forward."""
+        return bool(self.prefilling) and MANY * len(self.prefilling) >= len(self.running)
 
     def prefill_batch(self) -> list[tuple[ActiveRow | Prefix, int]]:
         """What to prefill together, and how many tokens of each: rows x longest within the budget.

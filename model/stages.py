@@ -27,24 +27,19 @@ class Flight:
         """From the start on the first stage to the end on the last one."""
         return self._ended - self._began
 
-    def done(self) -> bool:
-        """Whether `result` would return at once."""
-        return self._last.done()
-
-    def wait(self) -> None:
-        """Returns when the forward has ended, well or not."""
-        self._last.exception()
-
     def result(self) -> Any:
-        """What the last part returned. Raises what any of them raised."""
+        """Waits -> what the last part returned. Raises what any of them raised."""
         return self._last.result()
 
 
 class Stages:
-    """The threads of `count` stages; they end with this object."""
+    """A thread for each stage's device; they end with this object."""
 
-    def __init__(self, count: int) -> None:
-        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"stage-{i}") for i in range(count)]
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._threads = [
+            ThreadPoolExecutor(1, thread_name_prefix=f"stage-{i}", initializer=_use, initargs=(device,))
+            for i, device in enumerate(devices)
+        ]
 
     def launch(self, parts: Sequence[Part], start: Any) -> Flight:
         """Sends `start` through the parts: part i runs on stage i, later ones on the last stage."""
@@ -60,6 +55,11 @@ class Stages:
                 before = _run_here(part, before, flight, first, last)
         flight._last = before
         return flight
+
+
+def _use(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _run(part: Part, before: "Future[Any]", flight: Flight, first: bool, last: bool) -> Any:

@@ -145,8 +145,8 @@ class EngineSection(Section):
     lanes: int | None = None
     """Groups of rows that take turns, so that every stage has work while the others compute; null: one a stage."""
     extend_every: int = 2
-    """Turns of a lane from one context forward for its finished blocks to the next: with 2 a finished block may wait for
-    one turn, and more of them share a forward."""
+    """Turns of a lane from one context forward to the next: with 2 a finished block may wait for one turn, and more of
+    them share a forward."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -49,6 +49,28 @@ class PlainKernels:
         *,
         store: bool,
     ) -> Tensor:
+        groups = rows.once((xbc.device, "scan"), lambda: rows.alike(xbc.device, SCAN_CHUNK))
+        if len(groups) == 1:
+            return self._scan(xbc, dt, weights, conv_states, ssm_states, rows, store=store)
+        out = torch.empty(len(xbc), ssm_states.shape[1] * ssm_states.shape[2], device=xbc.device)
+        for some, places in groups:  # short rows are not padded to the length of long ones
+            x, d = xbc.index_select(0, places), dt.index_select(0, places)
+            y = self._scan(x, d, weights, conv_states, ssm_states, some, store=store)
+            out.index_copy_(0, places, y)
+        return out
+
+    def _scan(
+        self,
+        xbc: Tensor,
+        dt: Tensor,
+        weights: ScanWeights,
+        conv_states: Tensor,
+        ssm_states: Tensor,
+        rows: Rows,
+        *,
+        store: bool,
+    ) -> Tensor:
+        """All rows padded to the longest."""
         index = rows.on(xbc.device)
         xbc = rows.padded(xbc)  # (R, L, conv_dim)
         seeds = index.seeds.clamp(min=0)

@@ -11,14 +11,14 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from model.backend import Seen
+from model.backend import Batch, Seen
 from model.lanes import ActiveRow, Prefix
 from model.partition import partition
 from model.slots import Slots
 from tests.benchmarks.roofline import Roofline, Work
 
 Ints = NDArray[np.int64]
-Kind = Literal["prefill", "extend", "denoise"]
+Kind = Literal["context", "denoise"]
 BLOCK = 16
 _TOKEN = 5  # what every simulated completion is made of
 _POOL = 1 << 20  # steps are drawn so many at a time
@@ -173,23 +173,17 @@ class CostModel:
         self._needed[slots] = self.steps.draw(len(rows))
         self._taken[slots] = 0
 
-    def prefill(self, batch: Sequence[tuple[ActiveRow | Prefix, int]]) -> Ticket:
+    def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Ticket:
         """See Backend."""
-        counts = [count for _, count in batch]
-        return self._store("prefill", [item for item, _ in batch], counts)
-
-    def extend(self, rows: Sequence[ActiveRow]) -> Ticket:
-        """See Backend."""
-        return self._store("extend", rows, [len(row.pending) for row in rows])
-
-    def _store(self, kind: Kind, rows: Sequence[ActiveRow | Prefix], counts: list[int]) -> Ticket:
+        assert not fill, "AR rows are not simulated"
+        rows, counts = [item for item, _ in batch], [count for _, count in batch]
         slots, tokens = _slots(rows), np.array(counts)
         context = self._context[slots]
         pairs = float((tokens * (context + tokens / 2)).sum())
         work = Work(len(rows), int(tokens.sum()), int(context.sum()), pairs, store=True)
-        ticket = self._launch(kind, work, self.now)
+        ticket = self._launch("context", work, self.now)
         # without a handover the devices' own order is enough: what comes behind finds the states in place
-        if link := self.layout.handover(kind, work):
+        if link := self.layout.handover("context", work):
             self._link_free = max(ticket.ended, self._link_free) + link
             self._ready[slots] = self._link_free
         self._context[slots] += tokens
@@ -224,16 +218,9 @@ class CostModel:
             device.busy += seconds
         return Ticket(at if began is None else began, at)
 
-    def done(self, handle: Ticket) -> bool:
-        """See Backend."""
-        return handle.ended <= self.now
-
-    def wait(self, handle: Ticket) -> None:
-        """See Backend."""
-        self.now = max(self.now, handle.ended)
-
     def collect(self, handle: Ticket) -> Sequence[Seen]:
         """See Backend."""
+        self.now = max(self.now, handle.ended)
         return [
             Seen(row, BLOCK, True, row.room <= BLOCK, False, steps, *self._full_block)
             for row, steps in zip(handle.rows, handle.steps, strict=True)

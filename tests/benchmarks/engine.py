@@ -1,6 +1,6 @@
 """`make bench`: what the engine's design gains, as tests/benchmarks/out/engine.json and a table.
 
-    vs_lockstep            tokens/s of the engine over static batches in lockstep, by rows (golden checkpoint, CPU)
+    vs_lockstep            tokens/s of the engine over static batches in lockstep, by rows (builtin:tiny, CPU)
     padding                share of padding in prefill forwards, 2,000 log-normal prompts, sorted and as they arrive
     prefix_speedup         64 rows with a template of 1,000 tokens, computed once against computed for each row
     scheduler_ms_256_rows  host time of one turn of the loop, forwards taking no time
@@ -28,7 +28,7 @@ from model import load_model
 from model.two_tower import TwoTower
 from tests.benchmarks.cost_model import Layers, Steps, Towers
 from tests.benchmarks.host import host_ms
-from tests.benchmarks.measure import Comparison, mode_rates, prefix_speedup, vs_lockstep
+from tests.benchmarks.measure import Comparison, bfloat16_differences, mode_rates, prefix_speedup, vs_lockstep
 from tests.benchmarks.roofline import Hardware, Roofline, released
 from tests.benchmarks.simulate import Mix, Simulated, lockstep, padding_share, replay, turn_ms
 from tests.model.golden_cases import CHECKPOINT
@@ -36,8 +36,6 @@ from tests.model.golden_cases import CHECKPOINT
 OUT = Path(__file__).parent / "out" / "engine.json"
 ONE_THRESHOLD = 0.8
 """The published operating point, for a comparison in which no row is harder than another."""
-MIXED_LENGTHS = (16, 32, 64, 128)
-"""Tokens of completions, for a comparison in which they differ: a batch in lockstep runs to its longest one."""
 HOST_S = 1e-3
 """What the simulation has the host take for each forward; measured: 1.5 ms for the three forwards of 256 rows."""
 
@@ -51,22 +49,24 @@ class Sizes:
     other_rounds: int = 3
     template: int = 1000
     turns: int = 3000
+    bfloat16_rows: int = 128
+    """Compared alone and among others, on each of the two small models."""
     prompts: int = 2000
     requests: int = 100_000
     """Simulated, in each of the three layouts; a fifth of it in each variant of the third."""
 
 
 FULL = Sizes({1: 9, 8: 5, 32: 3})
-QUICK = Sizes({1: 1, 8: 1}, 1, 128, 50, 200, 1500)
+QUICK = Sizes({1: 1, 8: 1}, 1, 128, 50, 4, 200, 1500)
 
 
 def measure(sizes: Sizes, console: Console) -> dict[str, Any]:
     """Everything, in the form of engine.json."""
     torch.set_num_threads(1)
-    golden, tiny = load_model(str(CHECKPOINT)), load_model("builtin:tiny")
+    tiny = load_model("builtin:tiny")
     found: dict[str, Any] = {}
     with console.status("engine against lockstep"):
-        found |= _against_lockstep(golden, sizes)
+        found |= _against_lockstep(tiny, sizes)
     steps = {int(k): v for k, v in found["details"]["steps_per_block"].items()}
     with console.status("padding, prefix, host, modes"):
         found["padding"] = {
@@ -77,6 +77,10 @@ def measure(sizes: Sizes, console: Console) -> dict[str, Any]:
         found["details"]["stand_in_ms_256_rows"] = stand_in
         found["details"]["engine_host_ms_256_rows"] = host_ms(tiny, 256, turns=sizes.turns // 10)
         found["modes"] = mode_rates(tiny, rounds=sizes.other_rounds)
+        differ = {
+            uri: bfloat16_differences(uri, count=sizes.bfloat16_rows) for uri in ("builtin:tiny", str(CHECKPOINT))
+        }
+        found["details"]["bfloat16"] = {"rows": 2 * sizes.bfloat16_rows, "differ": sum(differ.values())}
     with console.status("simulated devices"):
         found |= _simulated(steps, sizes.requests)
     return found
@@ -86,8 +90,8 @@ def _against_lockstep(pair: TwoTower, sizes: Sizes) -> dict[str, Any]:
     runs = {rows: vs_lockstep(pair, rows, rounds=rounds) for rows, rounds in sizes.rounds.items()}
     most = max(runs)
     few = max(1, sizes.rounds[most] // 2)
-    even = vs_lockstep(pair, most, rounds=few, thresholds=(ONE_THRESHOLD,))
-    mixed = vs_lockstep(pair, most, rounds=few, lengths=MIXED_LENGTHS)
+    equal = {rows: vs_lockstep(pair, rows, rounds=few, lengths=(64,)) for rows in runs}
+    even = vs_lockstep(pair, most, rounds=few, lengths=(64,), thresholds=(ONE_THRESHOLD,))
     return {
         "vs_lockstep": {str(rows): run.ratio for rows, run in runs.items()},
         "details": {
@@ -95,8 +99,13 @@ def _against_lockstep(pair: TwoTower, sizes: Sizes) -> dict[str, Any]:
             "ratio_range": {str(rows): r.range for rows, r in runs.items()},
             "steps_per_block": {str(k): v for k, v in runs[most].steps.items()},
             "mean_steps_per_block": _mean(runs[most]),
-            "one_threshold": {"threshold": ONE_THRESHOLD, "rows": most, "ratio": even.ratio, "mean_steps": _mean(even)},
-            "mixed_lengths": {"lengths": MIXED_LENGTHS, "rows": most, "ratio": mixed.ratio},
+            "equal_lengths_and_threshold": {
+                "threshold": ONE_THRESHOLD,
+                "rows": most,
+                "ratio": even.ratio,
+                "mean_steps": _mean(even),
+            },
+            "equal_lengths": {str(rows): run.ratio for rows, run in equal.items()},
         },
     }
 
@@ -136,12 +145,13 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         rates, (low, high) = details["tokens_per_s"][rows], details["ratio_range"][rows]
         beside = f"{rates['engine']:,.0f} to {rates['lockstep']:,.0f} tokens/s; rounds {low:.2f} to {high:.2f}"
         table.add_row(f"against lockstep, {rows} rows", f"{ratio:.2f} x", beside)
-    even = details["one_threshold"]
+    even = details["equal_lengths_and_threshold"]
     beside = f"{even['mean_steps']:.1f} steps a block, above {details['mean_steps_per_block']:.1f}"
-    table.add_row(f"  all rows at {even['threshold']}, {even['rows']} rows", f"{even['ratio']:.2f} x", beside)
-    mixed = details["mixed_lengths"]
-    beside = f"{', '.join(map(str, mixed['lengths']))} tokens"
-    table.add_row(f"  completions of mixed lengths, {mixed['rows']} rows", f"{mixed['ratio']:.2f} x", beside)
+    table.add_row(
+        f"  and all rows at threshold {even['threshold']}, {even['rows']} rows", f"{even['ratio']:.2f} x", beside
+    )
+    for rows, ratio in details["equal_lengths"].items():
+        table.add_row(f"  all completions of 64 tokens, {rows} rows", f"{ratio:.2f} x", "16 to 112 above")
     for name, share in found["padding"].items():
         table.add_row(f"padding in prefill, {name}", f"{share:.1%}", "")
     table.add_row("shared prefix of 1,000 tokens", f"{found['prefix_speedup']:.2f} x", "64 rows")
@@ -149,6 +159,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     table.add_row("host, one turn of 256 rows", f"{found['scheduler_ms_256_rows']:.2f} ms", host)
     for mode, rate in found["modes"].items():
         table.add_row(f"{mode}, 16 rows", f"{rate:,.0f} tokens/s", "builtin:tiny, one core")
+    bf16 = details["bfloat16"]
+    table.add_row("rows that differ among others in bfloat16", str(bf16["differ"]), f"of {bf16['rows']}")
     for name, run in (found["simulated"] | found["simulated_variants"]).items():
         busy = ", ".join(f"{share:.1%}" for share in run["busy"])
         table.add_row(f"simulated {name}", f"{run['tokens_per_s']:,.0f} tokens/s", f"devices busy {busy}")

@@ -9,7 +9,7 @@ Shapes: R rows of the batch, S positions of a block, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,15 +36,17 @@ class Batch:
 def serve(pair: TwoTower, requests: Sequence[Request], rows: int) -> list[list[int]]:
     """Runs the requests in batches of `rows`, longest prompts first -> each one's tokens, in the requests' order.
 
-    All need the same max_new_tokens, a multiple of their block_size (ValueError).
+    A batch runs until its longest completion is there; a multiple of the block_size that all have (ValueError).
     """
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
     done: list[list[int]] = [[] for _ in requests]
     for first in range(0, len(order), rows):
         members = order[first : first + rows]
-        batch = generate(pair, [requests[i].prompt_ids for i in members], [requests[i].params for i in members])
+        longest = max(requests[i].params.max_new_tokens for i in members)
+        params = [replace(requests[i].params, max_new_tokens=longest) for i in members]
+        batch = generate(pair, [requests[i].prompt_ids for i in members], params)
         for i, tokens in zip(members, batch.tokens, strict=True):
-            done[i] = tokens
+            done[i] = tokens[: requests[i].params.max_new_tokens]
     return done
 
 

@@ -10,13 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from model import Engine, EngineLimits, Request
+from model import Engine, EngineLimits, Request, load_model
 from model.params import Completion, Mode
 from model.two_tower import TwoTower
 from tests.benchmarks import lockstep
 from tests.benchmarks.workload import THRESHOLDS, requests
 
 BATCHES = 12  # requests for each row of a comparison: a corpus is long, its end is not what counts
+
+
+LENGTHS = (16, 64, 112, 32, 80, 48, 96)
+"""Tokens of completions, 64 on average: a corpus has short and long ones, and they are not known beforehand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,34 +65,34 @@ def vs_lockstep(
     rows: int,
     *,
     rounds: int,
-    lengths: Sequence[int] = (64,),
+    lengths: Sequence[int] = LENGTHS,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> Comparison:
-    """The same requests through the engine and through static batches of `rows`, which run to the longest of `lengths`.
-
-    Useful tokens count: those that a request asked for.
-    """
+    """The same requests through the engine and through static batches of `rows`, whose completions take `lengths`."""
     longest = max(lengths)
-    work = requests(
-        BATCHES * rows,
-        prompt_tokens=32,
-        max_new_tokens=longest,
-        vocabulary=pair.config.vocab_size,
-        thresholds=thresholds,
-    )
-    ours_work = [
+    work = [
         replace(request, params=replace(request.params, max_new_tokens=lengths[i % len(lengths)]))
-        for i, request in enumerate(work)
+        for i, request in enumerate(
+            requests(
+                BATCHES * rows,
+                prompt_tokens=32,
+                max_new_tokens=longest,
+                vocabulary=pair.config.vocab_size,
+                thresholds=thresholds,
+            )
+        )
     ]
     engine = Engine(pair, EngineLimits(max_rows=rows, max_context_tokens=32 + longest))
     completions: list[Completion] = []
 
     def ours() -> None:
-        completions[:] = engine.generate(ours_work)
+        completions[:] = engine.generate(work)
 
     ours_s, theirs_s = alternate([ours, lambda: lockstep.serve(pair, work, rows)], rounds)
     tokens = sum(len(completion.token_ids) for completion in completions)
-    assert tokens == sum(request.params.max_new_tokens for request in ours_work), "every request runs to its length"
+    assert tokens == sum(request.params.max_new_tokens for request in work), (
+        "every request runs to its length on both sides"
+    )
     rounds_s = ratios(theirs_s, ours_s)
     return Comparison(
         statistics.median(rounds_s),
@@ -129,3 +133,17 @@ def mode_rates(pair: TwoTower, *, rounds: int, rows: int = 16) -> dict[Mode, flo
 
     times = alternate([generate(mode) for mode in modes], rounds)
     return {mode: 2 * rows * 64 / statistics.median(spent) for mode, spent in zip(modes, times, strict=True)}
+
+
+def bfloat16_differences(uri: str, *, count: int, rows: int = 16) -> int:
+    """Of `count` requests, half of them sampled, those whose tokens differ in bfloat16 alone and among `rows`."""
+    pair = load_model(uri, dtype="bfloat16")
+    work = [
+        replace(request, params=replace(request.params, temperature=0.8 * (i % 2)))
+        for i, request in enumerate(
+            requests(count, prompt_tokens=40, max_new_tokens=48, vocabulary=pair.config.vocab_size)
+        )
+    ]
+    limits = (EngineLimits(max_rows=1), EngineLimits(max_rows=rows, max_prefill_tokens=256))
+    alone, together = (Engine(pair, limit).generate(work) for limit in limits)
+    return sum(a.token_ids != b.token_ids for a, b in zip(alone, together, strict=True))

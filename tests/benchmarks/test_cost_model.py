@@ -37,7 +37,7 @@ def test_one_row_takes_the_sum_of_its_forwards(roofline: Roofline) -> None:
 
     layers = Counted(roofline)
     run, _ = replay(layers, same(1, prompt=100, completion=2 * BLOCK), Steps({3: 1}), rows=1, lanes=1)
-    assert sorted(kind for kind, _ in calls) == ["denoise"] * 6 + ["extend"] + ["prefill"]
+    assert sorted(kind for kind, _ in calls) == ["context"] * 2 + ["denoise"] * 6
     computed = sum(seconds for _, seconds in calls)
     assert sum(run.busy) * run.seconds == pytest.approx(computed)
     # a denoiser forward follows a context forward from stage to stage; all others wait for the one before

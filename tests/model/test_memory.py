@@ -227,6 +227,10 @@ def test_forwards_stay_within_the_planned_workspace(
             pair.denoise(cache, batch, torch.full((sum(batch.lengths),), 3), torch.linspace(0, 1, len(lane)))
         peaks.append(meter.peak)
         peaks.append(_extend(pair, cache, lane, list(batch.lengths)))
+        cache = pair.new_cache(slots=len(lane) + at_once, kv_tokens=PAGE_SIZE * (len(lane) + at_once * (context + 64)))
+        slots = [cache.slots.acquire(tokens) or 0 for tokens in [room] * at_once + [BLOCK_TOKENS] * len(lane)]
+        pieces = [min(room, prefill // at_once)] * at_once  # of prompts, with the blocks of a lane
+        peaks.append(_extend(pair, cache, slots, pieces + [BLOCK_TOKENS] * len(lane)))
     assert plan.devices[0].workspace / 4 < max(peaks) < plan.devices[0].workspace, peaks
 
 

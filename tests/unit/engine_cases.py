@@ -6,38 +6,14 @@ AssertionError.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
-from model.loop import Kind, Loop, Seen
+from model.backend import Batch
+from model.loop import Loop, Seen
 from model.scheduler import ActiveRow, Prefix, Scheduler
 from model.slots import PAGE_SIZE, PREFIX_SLOTS, Slots
+from tests.unit.engine_launches import Fault, Launch, NoMemoryError, ScriptedError, Ticket, error_of
 from tests.unit.engine_scripts import MASK, Script, confidence, size_of
-
-Fault = Literal["launch", "collect", "launch oom", "collect oom", "launch interrupt"]
-
-
-class ScriptedError(RuntimeError):
-    """A forward that failed by script."""
-
-
-class NoMemoryError(RuntimeError):
-    """A forward that found no memory, by script."""
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A scripted forward. It takes a second."""
-
-    kind: Kind
-    number: int
-    rows: list[ActiveRow | Prefix]
-    fills: list[ActiveRow] = field(default_factory=list)
-    poisoned: list[ActiveRow] = field(default_factory=list)
-    """Rows that it computed behind a forward that failed."""
-    fault: Fault | None = None
-    seconds: float = 1.0
-    collected: bool = False
 
 
 @dataclass(slots=True)
@@ -50,32 +26,29 @@ class _Block:
 
 
 class ScriptedBackend:
-    """See the module. Launches are numbered from 0; a forward is done when `late` more have been launched."""
+    """See the module. Launches are numbered from 0."""
 
     def __init__(
         self,
-        slots: Slots,
+        scheduler: Scheduler,
         scripts: dict[str, Script],
         *,
-        late: int = 0,
         faults: dict[int, Fault] | None = None,
         failing_calls: dict[str, set[int]] | None = None,
     ) -> None:
         """failing_calls: of "begin", "enter" and "add_slots", which calls fail, counted from 0."""
-        self.slots, self.scripts, self.late, self.faults = slots, scripts, late, faults or {}
+        self.scheduler, self.slots, self.scripts, self.faults = scheduler, scheduler.slots, scripts, faults or {}
         self.failing_calls, self._calls = failing_calls or {}, {"begin": 0, "enter": 0, "add_slots": 0}
-        self.scheduler: Scheduler | None = None
         self.tickets: list[Ticket] = []
         self.entered: list[ActiveRow] = []
-        self.launches: list[tuple[Kind, list[tuple[ActiveRow | Prefix, int]]]] = []
-        self._ended = -1  # the newest launch that has been waited for
+        self.launches: list[Launch] = []
         self._states: dict[int, list[int]] = {}
         self._pages: dict[int, list[int]] = {}
         self._blocks: dict[ActiveRow, _Block] = {}
         self._poison: set[int] = set()
         self._entered: set[ActiveRow] = set()
         self.ended_rows = 0
-        self.call_error: type[Exception] = ScriptedError
+        self.call_error: type[BaseException] = ScriptedError
 
     # -- the host's calls --------------------------------------------------------------------------------------------
 
@@ -90,10 +63,9 @@ class ScriptedBackend:
         if not rows:
             return
         self._call("enter")
-        if self.scheduler is not None:
-            assert len(self.scheduler.running) <= self.scheduler.max_rows, "a row got in above max_rows"
-            oldest_waiting = min((row.number for row in self.scheduler.waiting), default=1 << 60)
-            assert all(row.number < oldest_waiting for row in rows), "an older row still waits"
+        assert len(self.scheduler.running) <= self.scheduler.max_rows, "a row got in above max_rows"
+        oldest_waiting = min((row.number for row in self.scheduler.waiting), default=1 << 60)
+        assert all(row.number < oldest_waiting for row in rows), "an older row still waits"
         for row in rows:
             assert self.slots.table(row.slot), "no pages"
         self.entered.extend(rows)
@@ -121,33 +93,62 @@ class ScriptedBackend:
 
     # -- forwards ----------------------------------------------------------------------------------------------------
 
-    def prefill(self, batch: Sequence[tuple[ActiveRow | Prefix, int]]) -> Ticket:
+    def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Ticket:
         """See Backend."""
-        counts = [count for _, count in batch]
-        assert min(counts) > 0, "an item without tokens"
-        if self.scheduler is not None:
-            assert len(counts) * max(counts) <= self.scheduler.prefill_budget, "above the prefill budget"
-        ticket = self._launch("prefill", list(batch))
+        self._check_alive([item for item, _ in batch])
+        pieces = [(item, count) for item, count in batch if self._is_read(item)]
+        blocks = [(item, count) for item, count in batch if not self._is_read(item)]
+        assert pieces + blocks == list(batch), "prompts come first"
+        assert [row for row, _ in blocks][len(blocks) - len(fill) :] == list(fill), "AR rows come last"
+        assert [row for row, _ in blocks if row.mode == "ar"] == list(fill)  # type: ignore[union-attr]
+        self._check_pieces(pieces)
+        self._check_blocks(blocks)
+        ticket = self._launch(Launch("context", pieces, blocks))
+        ticket.fills = list(fill)
         for item, count in batch:
             end = self._store(ticket, item, item.pending[:count])
             assert end % PAGE_SIZE == 0 or count == len(item.pending), f"cut at token {end}"
+            if isinstance(item, ActiveRow) and not self._is_read(item) and (item.mode != "ar" or not end % 16):
+                self._check_pages(item)
         return ticket
 
-    def extend(self, rows: Sequence[ActiveRow]) -> Ticket:
-        """See Backend."""
-        ticket = self._launch("extend", [(row, len(row.pending)) for row in rows])
-        ticket.fills = [row for row in rows if row.mode == "ar"]
-        for row in rows:
-            assert row.pending
-            end = self._store(ticket, row, row.pending)
-            assert end == len(row.request.prompt_ids) + len(row.tokens) - (row.mode == "mock_ar")
-            if row.mode != "ar" or not end % 16:
-                self._check_pages(row)
-        return ticket
+    def _check_alive(self, rows: Sequence[ActiveRow | Prefix]) -> None:
+        # noted, too: the loop keeps to itself what goes wrong with rows that have ended
+        self.ended_rows += sum(isinstance(row, ActiveRow) and row.ended for row in rows)
+        assert not self.ended_rows, "a row that has ended"
+
+    def _is_read(self, item: ActiveRow | Prefix) -> bool:
+        """Whether the item's prompt is being read."""
+        return isinstance(item, Prefix) or item in self.scheduler.prefilling
+
+    def _check_pieces(self, pieces: Batch) -> None:
+        counts = [count for _, count in pieces]
+        assert not counts or min(counts) > 0, "an item without tokens"
+        assert len(counts) * max(counts, default=0) <= self.scheduler.prefill_budget, "above the prefill budget"
+        for item, count in pieces:
+            assert item in self.scheduler.prefilling
+            assert count <= len(item.pending)
+            if item.prefix:  # before this forward: states of one are read before it writes any
+                whole = len(item.prefix.tokens)
+                assert self.slots.length(item.prefix.slot) == whole, "behind a prefix that is not there yet"
+
+    def _check_blocks(self, blocks: Batch) -> None:
+        assert len({row.lane for row, _ in blocks}) <= 1, "rows of two lanes"  # type: ignore[union-attr]
+        for row, count in blocks:
+            assert isinstance(row, ActiveRow)
+            assert 0 < count == len(row.pending), "a finished block goes into the context whole"
+            length = len(row.request.prompt_ids) + len(row.tokens) - (row.mode == "mock_ar")
+            assert self.slots.length(row.slot) + count == length, "other tokens than its last block"
+            block = self._blocks[row]
+            if row.mode == "ar":
+                assert not block.steps, "an AR row's block has not begun"
+            else:
+                assert block.full, "a block that is being filled goes into the context"
 
     def denoise(self, rows: Sequence[ActiveRow]) -> Ticket:
         """See Backend."""
-        ticket = self._launch("denoise", [(row, size_of(row.request.params)) for row in rows])
+        self._check_alive(rows)
+        ticket = self._launch(Launch("denoise", [], [(row, size_of(row.request.params)) for row in rows]))
         ticket.fills = list(rows)
         for row in rows:
             assert row.mode != "ar"
@@ -162,21 +163,17 @@ class ScriptedBackend:
                 self._check_pages(row)
         return ticket
 
-    def _launch(self, kind: Kind, work: list[tuple[ActiveRow | Prefix, int]]) -> Ticket:
-        rows = [row for row, _ in work]
-        assert rows, f"{kind} of no rows"
+    def _launch(self, launch: Launch) -> Ticket:
+        rows = [row for row, _ in launch.work]
+        assert rows, f"{launch.kind} of no rows"
         assert len({row.slot for row in rows}) == len(rows), "a slot twice in one forward"
-        # noted, too: the loop keeps to itself what goes wrong with rows that have ended
-        self.ended_rows += sum(isinstance(row, ActiveRow) and row.ended for row in rows)
-        assert not self.ended_rows, "a row that has ended"
-        if kind != "prefill":
-            flying = {row for ticket in self.tickets if not ticket.collected for row in ticket.fills}
-            assert not flying & set(rows), "a row's block is in two forwards at once"
+        flying = {row for ticket in self.tickets if not ticket.collected for row in ticket.fills}
+        assert not flying & set(rows), "a row's block is in two forwards at once"
         number = len(self.launches)
-        self.launches.append((kind, work))
-        ticket = Ticket(kind, number, rows, fault=self.faults.get(number))
+        self.launches.append(launch)
+        ticket = Ticket(launch.kind, number, fault=self.faults.get(number))
         if ticket.fault and ticket.fault.startswith("launch"):
-            raise _error(ticket)
+            raise error_of(ticket)
         self.tickets = [other for other in self.tickets if not other.collected] + [ticket]
         return ticket
 
@@ -184,9 +181,7 @@ class ScriptedBackend:
         """Puts tokens behind the item's context -> how long that is then."""
         slot, seed, length = item.slot, self.slots.seed(item.slot), self.slots.length(item.slot)
         table, end = self.slots.table(slot), length + len(tokens)
-        if isinstance(item, ActiveRow) and item.prefix:
-            whole = len(item.prefix.tokens)
-            assert self.slots.length(item.prefix.slot) == whole <= length, "behind a prefix that is not there yet"
+        assert not item.prefix or len(item.prefix.tokens) <= length, "inside its prefix"
         if ticket.fault or seed in self._poison:  # a launch's fault has raised already
             self._poison.add(slot)
             if isinstance(item, ActiveRow):
@@ -221,21 +216,12 @@ class ScriptedBackend:
 
     # -- what comes back ---------------------------------------------------------------------------------------------
 
-    def done(self, handle: Ticket) -> bool:
-        """See Backend."""
-        return handle.number <= max(self._ended, len(self.launches) - 1 - self.late)
-
-    def wait(self, handle: Ticket) -> None:
-        """See Backend."""
-        self._ended = max(self._ended, handle.number)
-
     def collect(self, handle: Ticket) -> Sequence[Seen]:
         """See Backend."""
-        assert self.done(handle), "collected before its end"
         assert not handle.collected, "collected twice"
         handle.collected = True
         if handle.fault:
-            raise _error(handle)
+            raise error_of(handle)
         assert all(row.ended for row in handle.poisoned), "a row goes on behind a forward that failed"
         return [seen for row in handle.fills if not row.ended and (seen := self._fill(row))]
 
@@ -258,14 +244,6 @@ class ScriptedBackend:
         return isinstance(error, NoMemoryError)
 
 
-def _error(ticket: Ticket) -> BaseException:
-    assert ticket.fault
-    what = f"{ticket.kind} {ticket.number}"
-    if ticket.fault.endswith("interrupt"):
-        return KeyboardInterrupt(what)
-    return NoMemoryError(what) if ticket.fault.endswith("oom") else ScriptedError(what)
-
-
 class Clock:
     """A second goes by whenever it is read."""
 
@@ -285,14 +263,12 @@ def make_loop(
     budget: int = 4096,
     lanes: int = 1,
     extend_every: int = 1,
-    late: int = 0,
     faults: dict[int, Fault] | None = None,
     failing_calls: dict[str, set[int]] | None = None,
 ) -> tuple[Loop[Ticket], ScriptedBackend]:
     """A loop over a scripted backend; text is its tokens' letters."""
-    slots = Slots(rows + PREFIX_SLOTS, pages)
-    backend = ScriptedBackend(slots, scripts, late=late, faults=faults, failing_calls=failing_calls)
-    scheduler = backend.scheduler = Scheduler(slots, rows, budget, lanes)
+    scheduler = Scheduler(Slots(rows + PREFIX_SLOTS, pages), rows, budget, lanes)
+    backend = ScriptedBackend(scheduler, scripts, faults=faults, failing_calls=failing_calls)
     return Loop(
         backend, scheduler, lambda ids: "".join(map(chr, ids)), extend_every=extend_every, clock=Clock()
     ), backend

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from model.errors import EngineError
 from model.params import Completion, Request
-from model.scheduler import longest_context
+from model.scheduler import ActiveRow, Prefix, longest_context
 from model.slots import PAGE_SIZE, pages_for
-from tests.unit.engine_cases import Fault, NoMemoryError, ScriptedError, make_loop
+from tests.unit.engine_cases import make_loop
+from tests.unit.engine_launches import Fault, NoMemoryError, ScriptedError
 from tests.unit.engine_scripts import Script, expected, request, size_of
 
 TEMPLATES = [[], *([kind * 100_000 + i for i in range(700)] for kind in (1, 2, 3))]
@@ -55,9 +56,10 @@ class Case:
     budget_pages: int = 8
     lanes: int = 1
     extend_every: int = 1
-    late: int = 0
     changes: Sequence[tuple[int, str, int]] = ()
     faults: dict[int, Fault] = field(default_factory=dict)
+    failing_calls: dict[str, set[int]] = field(default_factory=dict)
+    call_error: type[BaseException] = ScriptedError
 
 
 scripts = st.builds(
@@ -88,14 +90,20 @@ def drawn_requests(*, growing: bool) -> st.SearchStrategy[Drawn]:
 changes = st.tuples(st.integers(0, 80), st.just("rows"), st.integers(1, 9)) | st.tuples(
     st.integers(0, 80), st.just("cancel"), st.integers(0, 11)
 )
-fault_kinds: st.SearchStrategy[Fault] = st.sampled_from(["launch", "collect", "launch oom", "collect oom"])
+fault_kinds: st.SearchStrategy[Fault] = st.sampled_from(
+    ["launch", "collect", "launch oom", "collect oom", "launch interrupt", "collect interrupt"]
+)
 
 
 def cases(*, calm: bool, growing: bool = False) -> st.SearchStrategy[Case]:
     """calm: nobody cancels, no limit changes, nothing fails. growing: pages run out."""
     wild = {
         "changes": st.lists(changes, max_size=8),
-        "faults": st.dictionaries(st.integers(0, 120), fault_kinds, max_size=5),
+        "faults": st.dictionaries(st.integers(0, 30) | st.integers(0, 120), fault_kinds, max_size=5),
+        "failing_calls": st.dictionaries(
+            st.sampled_from(["begin", "enter"]), st.sets(st.integers(0, 30), max_size=2), max_size=2
+        ),
+        "call_error": st.sampled_from([ScriptedError, NoMemoryError, KeyboardInterrupt]),
     }
 
     def build(lanes: int) -> st.SearchStrategy[Case]:
@@ -107,7 +115,6 @@ def cases(*, calm: bool, growing: bool = False) -> st.SearchStrategy[Case]:
             budget_pages=st.integers(1, 12),
             lanes=st.just(lanes),
             extend_every=st.integers(1, 4),
-            late=st.integers(0, 5),
             **({} if calm else wild),
         )
 
@@ -129,23 +136,27 @@ class Run:
             budget=case.budget_pages * PAGE_SIZE,
             lanes=case.lanes,
             extend_every=case.extend_every,
-            late=case.late,
             faults=case.faults,
+            failing_calls=case.failing_calls,
         )
+        self.backend.call_error = case.call_error
         self.coming = sorted(self.requests, key=lambda key: case.requests[int(key[1:])].turn)
         self.first = self.coming[0]
         self.done: dict[str, Completion] = {}
         self.cancelled: set[str] = set()
         self.named: list[str] = []
         """Keys that errors named; they came again."""
+        self.turns_unread = 0
+        """Turns since a prompt that waits, or another one, was read on."""
 
     def bound(self) -> int:
         """More steps than any run may take.
 
-        The oldest request in the engine ends within its own work (a step each for its pieces, forwards, and blocks
-        waiting to be extended), once the younger ones that hold what it needs have ended theirs, or been put back; in a
-        step only one prompt may get on. So the oldest ends within all the pieces and twice the most work of one; then
-        the next is the oldest. A fault can throw all of them back once, and gives them smaller pieces.
+        The oldest request in the engine ends within its own work (a step each for its forwards and, where it waits for
+        the turn of the context forwards, extend_every of them for each piece and each block), once the younger ones
+        that hold what it needs have ended theirs, or been put back; in such a turn only one prompt may get on. So the
+        oldest ends within all the pieces and twice the most work of one; then the next is the oldest. A fault can throw
+        all of them back once, and gives them smaller pieces.
         """
         pieces, work = 0, 0
         for key, each in self.requests.items():
@@ -153,21 +164,30 @@ class Run:
             blocks = len(told.token_ids) // size_of(params) + 1
             work = max(work, blocks * (1 + self.case.extend_every) + max(told.forwards, len(told.token_ids)))
             pieces += 2 * (pages_for(len(each.prompt_ids)) + 1)  # once as a prefix, once as a row
-        return 90 + 2 * (len(self.requests) + len(self.case.faults) + 1) * (pieces + work)
+        faults = len(self.case.faults) + sum(map(len, self.case.failing_calls.values()))
+        return 90 + 2 * (len(self.requests) + faults + 1) * (self.case.extend_every * pieces + work)
 
     def go(self) -> "Run":
         """All requests, to their ends."""
         turn, bound = 0, self.bound()
         while self.coming or self.loop.waiting or self.loop.active:
             self._arrive(turn)
+            unread, launched = self._unread(), len(self.backend.launches)
             try:
                 self._change(turn)
                 ended: Sequence[Completion] = self.loop.step()
             except EngineError as error:
                 ended = self._failed(error)
+            except KeyboardInterrupt:
+                ended = self._interrupted()
             for completion in ended:
                 self._end(completion)
             self._check()
+            stands = unread and unread == self._unread()
+            stands = stands and not any(launch.pieces for launch in self.backend.launches[launched:])
+            self.turns_unread = self.turns_unread + 1 if stands else 0
+            if not (self.case.faults or self.case.failing_calls):
+                assert self.turns_unread < self.case.extend_every, "prompts are not read"
             turn += 1
             assert turn < bound, "no end"
         self._check_end()
@@ -199,6 +219,20 @@ class Run:
             self.named.append(key)
         return error.completions
 
+    def _interrupted(self) -> Sequence[Completion]:
+        """Nobody is told who was lost: those who are in no place come again."""
+        inside = set(self.loop.scheduler.running) | {row.request.key for row in self.loop.scheduler.waiting}
+        inside |= {completion.key for completion in self.loop._finished}
+        inside |= self.done.keys() | self.cancelled | set(self.coming)
+        for key in self.requests.keys() - inside:
+            self.loop.submit(self.requests[key])
+            self.named.append(key)
+        return ()
+
+    def _unread(self) -> list[tuple[ActiveRow | Prefix, int]]:
+        """The prompts that are being read, and what is left of each."""
+        return [(item, len(item.pending)) for item in self.loop.scheduler.prefilling]
+
     def _end(self, completion: Completion) -> None:
         key = completion.key
         assert key not in self.done, "ended twice"
@@ -221,9 +255,10 @@ class Run:
         assert not self.backend.ended_rows, "a forward with rows that have ended"
         numbers = [row.number for row in self.loop.scheduler.waiting]
         assert numbers == sorted(set(numbers)), "the queue is out of order"
-        if self.case.lanes == 1 and not self.case.faults:
+        if self.case.lanes == 1 and not (self.case.faults or self.case.failing_calls):
             (lane,) = self.loop.scheduler.lanes
-            assert lane.filling or not lane.extending, "rows wait for an extension in an idle lane"
+            waiting = [row for row in lane.extending if row.mode != "ar" or row.tokens]  # an AR row may have come now
+            assert lane.filling or not waiting, "rows wait for an extension in an idle lane"
 
     def _check_end(self) -> None:
         assert set(self.done) | self.cancelled == set(self.requests)

@@ -21,7 +21,7 @@ def test_every_request_ends_once_and_as_scripted(case: Case) -> None:
     run = Run(case).go()
     assert not run.cancelled
     assert not run.named
-    stats, launched = run.loop.stats, [work for kind, work in run.backend.launches if kind == "prefill"]
+    stats, launched = run.loop.stats, [launch.pieces for launch in run.backend.launches if launch.pieces]
     assert stats.prefill_tokens == sum(count for work in launched for _, count in work)
     assert stats.padded_tokens == sum(len(work) * max(count for _, count in work) for work in launched)
     assert sum(completion.preemptions for completion in run.done.values()) == stats.preemptions
@@ -74,9 +74,9 @@ def test_a_long_prompt_lets_the_others_go_on() -> None:
         before = len(backend.launches)
         loop.step()
         launched = backend.launches[before:]
-        fed = {item.request.key for kind, work in launched if kind == "prefill" for item, _ in work}
+        fed = {item.request.key for launch in launched for item, _ in launch.pieces}
         long_turns += "long" in fed
-        assert any(kind == "denoise" for kind, _ in launched)
+        assert any(launch.kind == "denoise" for launch in launched)
         for key in fed - {"long"}:
             assert turn - came.pop(key) <= 2
     assert long_turns * 1024 >= 97_000, "the long prompt has been put off"
@@ -91,7 +91,7 @@ def test_a_prefix_is_computed_once_and_kept() -> None:
     for half in (keys[:6], keys[6:]):
         rows = [request(key, 230, shared=shared, prefix_tokens=200, max_new_tokens=4) for key in half]
         assert set(drive(loop, rows)) == set(half)
-    work = [entry for kind, work in backend.launches if kind == "prefill" for entry in work]
+    work = [piece for launch in backend.launches for piece in launch.pieces]
     assert sum(count for item, count in work if isinstance(item, Prefix)) == 192
     assert sum(count for item, count in work if isinstance(item, ActiveRow)) == 12 * (230 - 192)
     assert loop.stats.shared_tokens == 12 * 192
@@ -122,8 +122,7 @@ def test_a_row_that_is_all_prefix_needs_no_prefill_of_its_own() -> None:
         ],
     )
     assert {len(completion.token_ids) for completion in done.values()} == {20}
-    fed = [(item, count) for kind, work in backend.launches if kind == "prefill" for item, count in work]
-    assert [count for _, count in fed] == [128, 1]
+    assert [count for launch in backend.launches for _, count in launch.pieces] == [128, 1]
 
 
 def test_finished_blocks_wait_for_each_other_no_longer_than_told() -> None:
@@ -134,20 +133,13 @@ def test_finished_blocks_wait_for_each_other_no_longer_than_told() -> None:
     for every in (1, 3):
         loop, backend = make_loop(keys, rows=12, extend_every=every)
         done = drive(loop, rows)
-        seen[every] = [kind for kind, _ in backend.launches].count("extend")
+        seen[every] = len([launch for launch in backend.launches if launch.kind == "context" and launch.blocks])
         assert {len(done[key].token_ids) for key in keys} == {64}
     # with one row nothing is won by waiting: the lane would have no work
     assert seen[3] < 0.6 * seen[1]
     single, backend = make_loop({"r1": keys["r1"]}, extend_every=3)
     drive(single, [rows[1]])
-    assert [kind for kind, _ in backend.launches][:6] == [
-        "prefill",
-        "denoise",
-        "denoise",
-        "extend",
-        "denoise",
-        "denoise",
-    ]
+    assert [launch.kind for launch in backend.launches][:6] == 2 * ["context", "denoise", "denoise"]
 
 
 def test_statistics_of_a_scripted_run() -> None:
@@ -165,6 +157,36 @@ def test_statistics_of_a_scripted_run() -> None:
     assert all(c.latency_s > c.queue_s > 0 for c in (a, b))
 
 
+def test_a_shared_context_forward_counts_whole_for_prompts_and_blocks() -> None:
+    """A prompt is read in the forward that takes a finished block in: a second of prefill_s here, of commit_s there."""
+    loop, backend = make_loop({"a": Script((1,)), "b": Script((1,))}, rows=2)
+    loop.submit(request("a", 10, max_new_tokens=24))
+    loop.step()
+    done = drive(loop, [request("b", 10, max_new_tokens=8)])
+    assert [(len(launch.pieces), len(launch.blocks)) for launch in backend.launches[2:4]] == [(1, 1), (0, 2)]
+    assert [(done[key].prefill_s, done[key].commit_s) for key in "ab"] == [(1, 2), (1, 0)]
+    # a: denoised alone, extended with b's prompt, denoised with b, extended and denoised alone
+    assert done["a"].batch_rows == pytest.approx((1 + 2 + 2 + 1 + 1) / 5)
+    assert done["b"].batch_rows == 2
+
+
+def test_prompts_wait_for_finished_blocks_no_longer_than_told() -> None:
+    """extend_every far above the blocks' steps: a prompt is read when the lane has filled its blocks, or when due."""
+    scripts = {**{f"r{i}": Script((7,)) for i in range(8)}, "late": Script((1,))}
+    for every, most in ((1, 0), (3, 2), (1000, 7)):
+        loop, backend = make_loop(scripts, rows=9, extend_every=every)
+        for key in scripts.keys() - {"late"}:
+            loop.submit(request(key, 20, max_new_tokens=400))
+        for _ in range(9):
+            loop.step()
+        loop.submit(request("late", 20, max_new_tokens=8))
+        waited = 0
+        while backend.entered[-1].request.key != "late" or backend.entered[-1].pending:
+            loop.step()
+            waited += 1
+        assert waited - 1 <= most
+
+
 def test_statistics_count_no_forward_before_a_row_or_between_its_blocks() -> None:
     """A row that comes later, or whose full block waits for an extension, has no part in the forwards of that time."""
     loop, _ = make_loop({"a": Script((8,)), "b": Script((2,))}, extend_every=4)
@@ -180,9 +202,9 @@ def test_statistics_count_no_forward_before_a_row_or_between_its_blocks() -> Non
 def test_lanes_share_the_rows() -> None:
     """Three lanes, nine rows: each lane's forwards have three rows, and in every turn each lane has one under way."""
     keys = [f"r{i}" for i in range(9)]
-    loop, backend = make_loop(dict.fromkeys(keys, Script((3,))), rows=9, lanes=3, late=4)
+    loop, backend = make_loop(dict.fromkeys(keys, Script((3,))), rows=9, lanes=3)
     drive(loop, [request(key, 20, max_new_tokens=80) for key in keys])
-    sizes = [len(work) for kind, work in backend.launches if kind == "denoise"]
+    sizes = [len(launch.blocks) for launch in backend.launches if launch.kind == "denoise"]
     assert sizes.count(3) >= 0.8 * len(sizes)
     assert max(sizes) <= 4
 
@@ -190,7 +212,7 @@ def test_lanes_share_the_rows() -> None:
 def test_fewer_rows_from_now_on_and_more_again() -> None:
     """set_max_rows: running rows above a lower limit go on, none gets in; a higher limit makes slots."""
     keys = [f"r{i}" for i in range(12)]
-    loop, _ = make_loop(dict.fromkeys(keys, Script((2,))), rows=4, late=2)
+    loop, _ = make_loop(dict.fromkeys(keys, Script((2,))), rows=4)
     for key in keys:
         loop.submit(request(key, 20, max_new_tokens=24))
     loop.step()
@@ -210,7 +232,7 @@ def test_fewer_rows_from_now_on_and_more_again() -> None:
 
 def test_a_cancelled_key_is_free_at_once() -> None:
     """Cancelled in the queue, in prefill and while running, and submitted again: the second life is a whole one."""
-    loop, _ = make_loop({"x": Script((2,)), "y": Script()}, rows=1, budget=64, late=3)
+    loop, _ = make_loop({"x": Script((2,)), "y": Script()}, rows=1, budget=64)
     row = request("x", 400, max_new_tokens=32)
     for turns in (0, 1, 4, 9, 13):
         loop.submit(row)

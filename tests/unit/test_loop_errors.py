@@ -8,7 +8,8 @@ from model.errors import EngineError
 from model.loop import Loop
 from model.params import Completion, Request
 from model.scheduler import Prefix
-from tests.unit.engine_cases import Fault, NoMemoryError, ScriptedBackend, ScriptedError, Ticket, make_loop
+from tests.unit.engine_cases import ScriptedBackend, make_loop
+from tests.unit.engine_launches import Fault, NoMemoryError, ScriptedError, Ticket
 from tests.unit.engine_runs import Case, Drawn, Run
 from tests.unit.engine_scripts import Script, expected, request
 
@@ -68,7 +69,7 @@ def test_every_single_forward_may_fail(kind: Fault, lanes: int) -> None:
     ]
     for first, many in itertools.product(range(60), (1, 3)):
         faults = dict.fromkeys(range(first, first + many), kind)
-        run = Run(Case(drawn, rows=3, lanes=lanes, budget_pages=1, late=first % 4, faults=faults)).go()
+        run = Run(Case(drawn, rows=3, lanes=lanes, budget_pages=1, faults=faults)).go()
         if "oom" in kind and many == 1:
             assert not run.named, "less at once would have done"
 
@@ -90,7 +91,7 @@ def test_an_interrupted_generate_leaves_an_empty_engine() -> None:
     """Ctrl-C in any launch: it comes through, slots and pages are free, and the next generate() is a whole one."""
     for number in range(40):
         rows = some()
-        loop, backend = make_loop(ABC, rows=2, lanes=2, late=3, faults={number: "launch interrupt"})
+        loop, backend = make_loop(ABC, rows=2, lanes=2, faults={number: "launch interrupt"})
         with pytest.raises(KeyboardInterrupt):
             generate_on(loop, rows)
         loop.check()
@@ -124,7 +125,7 @@ def test_a_failure_does_not_reach_the_next_generate() -> None:
     row = request("a", 20, max_new_tokens=24)
     probe, backend = make_loop(ABC)
     probe.generate([row])
-    first = [kind for kind, _ in backend.launches].index("extend")
+    first = next(i for i, launch in enumerate(backend.launches) if launch.kind == "context" and launch.blocks)
     loop, _ = make_loop(ABC, faults={first: "collect", first + 1: "collect"})
     with pytest.raises(EngineError) as raised:
         loop.generate([row])
@@ -145,18 +146,19 @@ def test_a_forward_of_cancelled_rows_may_fail_in_silence() -> None:
 
 
 def test_limits_are_halved_once_for_what_was_under_way_together() -> None:
-    """Three forwards of one turn find no memory: half the limits, not an eighth; all rows end."""
+    """Four forwards of one turn of two lanes find no memory: half the limits, not a sixteenth; all rows end."""
     scripts = {f"r{i}": Script((1 + i % 3,)) for i in range(32)}
     rows = [request(key, 20, max_new_tokens=40) for key in scripts]
-    probe, backend = make_loop(scripts, rows=16, budget=128)
+    probe, backend = make_loop(scripts, rows=16, budget=128, lanes=2)
     for each in rows:
         probe.submit(each)
     launched: list[int] = []
-    while len(launched) < 3:  # prefill, extend, denoise
+    while not (len(launched) == 4 and all(backend.launches[i].pieces for i in launched[::2])):
         before = len(backend.launches)
         probe.step()
+        assert probe.active
         launched = list(range(before, len(backend.launches)))
-    loop, _ = make_loop(scripts, rows=16, budget=128, faults=dict.fromkeys(launched, "collect oom"))
+    loop, _ = make_loop(scripts, rows=16, budget=128, lanes=2, faults=dict.fromkeys(launched, "collect oom"))
     for each in rows:
         loop.submit(each)
     assert_as_told(resume(loop, {}), rows, scripts)
@@ -172,9 +174,8 @@ def test_memory_that_is_never_enough_is_an_error() -> None:
     loop.submit(request("a", 500, max_new_tokens=8))
     with pytest.raises(EngineError, match="NoMemoryError") as raised:
         step_on(loop, {})
-    assert raised.value.keys == ("a",)
-    assert (loop.waiting, loop.active) == (0, 0)
     loop.check()
+    assert (raised.value.keys, loop.waiting, loop.active) == (("a",), 0, 0)
 
 
 def test_a_failed_prefix_takes_all_that_began_with_it() -> None:
@@ -182,7 +183,7 @@ def test_a_failed_prefix_takes_all_that_began_with_it() -> None:
     shared = list(range(50_000, 50_128))
     scripts = dict.fromkeys("abcd", Script((2,)))
     rows = [request(key, 140, shared=shared, prefix_tokens=128 * (key != "d"), max_new_tokens=16) for key in scripts]
-    loop, backend = make_loop(scripts, rows=3, budget=64, late=6, faults={1: "collect"})
+    loop, backend = make_loop(scripts, rows=3, budget=64, faults={1: "collect"})
     for each in rows:
         loop.submit(each)
     named: list[str] = []
@@ -197,8 +198,44 @@ def test_a_failed_prefix_takes_all_that_began_with_it() -> None:
     for each in rows[:3]:
         loop.submit(each)
     assert_as_told(resume(loop, {}), rows, scripts)
-    pieces = [item for kind, work in backend.launches if kind == "prefill" for item, _ in work]
+    pieces = [item for launch in backend.launches for item, _ in launch.pieces]
     assert len([item for item in pieces if isinstance(item, Prefix)]) == 4
+
+
+@pytest.mark.parametrize("kind", ["launch", "collect", "launch oom", "collect oom"])
+def test_a_shared_context_forward_fails_for_prompts_and_blocks(kind: Fault) -> None:
+    """It holds two prompts, finished blocks and an AR row: all are named, or all come again; the rest goes on."""
+    scripts = {"a": Script((1,)), "b": Script((8,)), "c": Script((1,)), "d": Script((1,)), "e": Script((2,))}
+    rows = [request(key, 20, max_new_tokens=24, mode="ar" if key == "c" else "diffusion") for key in scripts]
+    loop, backend = make_loop(scripts, rows=5)
+    for each in rows[:3]:
+        loop.submit(each)
+    loop.step()
+    loop.step()
+    backend.faults[len(backend.launches)] = kind
+    for each in rows[3:]:
+        loop.submit(each)
+    named: tuple[str, ...] = ()
+    try:
+        loop.step()
+        loop.step()
+    except EngineError as error:
+        named = error.keys
+    failed = next(launch for i, launch in enumerate(backend.launches) if i in backend.faults)
+    assert [item.request.key for item, _ in failed.work] == ["d", "e", "a", "c"]  # type: ignore[union-attr]
+    assert named == (() if "oom" in kind else ("d", "e", "a", "c"))
+    for key in named:
+        loop.submit(next(each for each in rows if each.key == key))
+    assert_as_told(resume(loop, {}), rows, scripts)
+
+
+@pytest.mark.parametrize("lanes", [2, 3])
+def test_a_prompt_that_failed_in_another_lane_is_never_looked_at(lanes: int) -> None:
+    """It was read in one lane and is filled in another, and a third forward fails between: the backend would notice."""
+    drawn = [Drawn("diffusion", 30 + 20 * i, 4, 4, 1, Script((1,)), 0, 0, i % 5) for i in range(9)]
+    for first in range(30):
+        for other in range(first + 1, first + 8):
+            Run(Case(drawn, rows=6, lanes=lanes, budget_pages=2, faults={first: "collect", other: "collect"})).go()
 
 
 def test_rows_that_end_while_slots_are_added_are_given_out() -> None:

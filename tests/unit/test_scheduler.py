@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import RequestError
-from model.scheduler import ActiveRow, Lane, Prefix, Scheduler, longest_context
+from model.scheduler import MANY, ActiveRow, Lane, Prefix, Scheduler, longest_context
 from model.slots import PAGE_SIZE, PREFIX_SLOTS, Slots, pages_for
 from tests.unit.engine_scripts import request
 
@@ -214,26 +214,58 @@ def test_halving_ends() -> None:
     assert seen[-1] == (1, 64)
 
 
+def lane_turn(lane: Lane, extend_every: int) -> tuple[list[ActiveRow], list[ActiveRow]]:
+    """A turn -> the rows that are extended, and those that begin a block for the denoiser."""
+    extended = lane.take_extending() if lane.due(extend_every) else []
+    return extended, lane.take_fresh(extended)
+
+
 def test_a_lane_does_not_wait_when_it_has_nothing_else() -> None:
     """extend_every=3: finished blocks wait for the third turn only while others are being filled."""
+    lane = Lane()
+    assert lane.due(3), "a lane without rows has no reason to wait"
     lane = Lane()
     a, b = (ActiveRow(request(key, 10), number, 0.0) for number, key in enumerate("ab"))
     lane.put(a)
     lane.put(b)
-    assert lane.turn(3) == ([], [a, b])
+    assert lane_turn(lane, 3) == ([], [a, b])
     lane.block_done(a, [1])
-    assert lane.turn(3) == ([], [])
-    assert lane.turn(3) == ([a], [a])
+    assert lane_turn(lane, 3) == ([], [])
+    assert lane_turn(lane, 3) == ([a], [a])
     lane.block_done(a, [1])
     lane.block_done(b, [1])
-    assert lane.turn(3) == ([a, b], [a, b])
+    assert lane_turn(lane, 3) == ([a, b], [a, b])
     assert list(lane.filling) == [a, b]
-    ar = ActiveRow(request("ar", 10, mode="ar"), 2, 0.0)
-    lane.put(ar)
-    for _ in range(4):  # its context forward is the one that fills: it waits for no third turn
-        assert lane.turn(3) == ([ar], [ar])
-        assert list(lane.filling) == [a, b]
+
+
+def test_rows_in_ar_mode_wait_for_no_turn_and_come_last() -> None:
+    """Their context forward is the one that fills: finished blocks of other rows go with it, before them."""
+    lane = Lane()
+    ar, *others = (ActiveRow(request(key, 10, mode=mode), 0, 0.0) for key, mode in (("r", "ar"), ("a", "diffusion")))
+    other = ActiveRow(request("b", 10), 0, 0.0)
+    for row in (ar, *others, other):
+        lane.put(row)
+    assert lane_turn(lane, 3) == ([ar], [*others, other])
+    for _ in range(4):
         lane.block_done(ar, [1])
+        lane.block_done(other, [1])
+        assert lane_turn(lane, 3) == ([other, ar], [other])
+        assert list(lane.filling) == [*others, other]
+    assert lane_turn(lane, 6) == ([], [])
+
+
+def test_many_prompts_are_those_of_a_share_of_the_rows() -> None:
+    """One prompt among many rows waits for its turn; one in MANY rows does not; rows that are read count not."""
+    scheduler = make(2 * MANY, 400)
+    assert not scheduler.many_prompts_wait
+    for i in range(2 * MANY):
+        scheduler.submit(request(f"r{i}", 60), 0.0)
+    scheduler.admit(0.0)
+    assert scheduler.many_prompts_wait
+    scheduler.prefilled([(item, 60) for item in list(scheduler.prefilling)[2:]])
+    assert scheduler.many_prompts_wait
+    scheduler.prefilled([(next(iter(scheduler.prefilling)), 60)])
+    assert not scheduler.many_prompts_wait
 
 
 @pytest.mark.parametrize("break_it", ["lost", "doubled", "key", "slot"])
