@@ -74,7 +74,7 @@ class BlockTable:
         self._tokens, self._masked, self._confidence = (
             _widened(array, size) for array in (self._tokens, self._masked, self._confidence)
         )
-        self._eos = _widened(self._eos, len(params.eos_ids))
+        self._eos = _widened(self._eos, len(params.eos_ids), -1)
         self._eos[slot] = -1
         self._eos[slot, : len(params.eos_ids)] = params.eos_ids
 
@@ -188,7 +188,7 @@ def _any(array: Array) -> Array:
     return np.asarray(array.any(axis=-1))
 
 
-def _widened(array: Array, width: int) -> Array:
-    """The array with at least `width` columns; new ones are never read before they are written."""
+def _widened(array: Array, width: int, value: int = 0) -> Array:
+    """The array with at least `width` columns, new ones filled with `value`."""
     more = width - array.shape[1]
-    return np.pad(array, ((0, 0), (0, more))) if more > 0 else array
+    return np.pad(array, ((0, 0), (0, more)), constant_values=value) if more > 0 else array

@@ -43,21 +43,24 @@ class Engine(Loop[Handle]):
         """Raises RequestError where the request could never run."""
         params, prompt = request.params, request.prompt_ids
         vocabulary = self.pair.config.vocab_size
-        room, limit = self.max_context, "the context"
+        room, limit, other = self.max_context, "the context", ""
         if self.kv_tokens < room:  # only where it was given: a text must not depend on max_rows
-            room, limit = self.kv_tokens, "engine.kv_tokens"
+            room, limit, other = self.kv_tokens, "engine.kv_tokens", ", or raise engine.kv_tokens"
         if not len(prompt):
             raise RequestError(f"request {request.key!r}: the prompt has no tokens")
         if longest_context(request) > room:
             raise RequestError(
                 f"request {request.key!r}: {len(prompt)} prompt tokens and max_new_tokens {params.max_new_tokens} "
-                f"exceed {limit} of {room} tokens; shorten the prompt or lower max_new_tokens"
+                f"exceed {limit} of {room} tokens; shorten the prompt or lower max_new_tokens{other}"
             )
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             wrong = next(i for i in prompt if not 0 <= i < vocabulary)
             raise RequestError(f"request {request.key!r}: token id {wrong} is outside the vocabulary of {vocabulary}")
         if params.mode == "diffusion" and params.block_size > self.max_context:
-            raise RequestError(f"block_size is {params.block_size}, above the context of {self.max_context} tokens")
+            raise RequestError(
+                f"request {request.key!r}: block_size is {params.block_size}, above the context of {self.max_context} "
+                "tokens; lower block_size"
+            )
         if params.mode != "ar" and self.pair.denoiser is None:
             raise RequestError(f"mode is {params.mode!r}, but the model was loaded without its denoiser tower")
         if params.stop and self._decode is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from traceback import clear_frames
 from typing import NamedTuple
 
 import torch
@@ -101,7 +102,11 @@ class Forwards:
 
     def out_of_memory(self, error: BaseException) -> bool:
         """See Backend."""
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+            clear_frames(error.__traceback__)
+            return True
         if isinstance(error, torch.OutOfMemoryError):
+            clear_frames(error.__traceback__)  # which hold what the forward had made so far
             torch.cuda.empty_cache()
             return True
-        return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        return False

@@ -23,6 +23,9 @@ from model.params import Completion, FinishReason, Request
 from model.scheduler import Scheduler, Stats
 
 Kind = Literal["context", "denoise"]
+CALM_STEPS = 1000
+"""After so many steps without running out of memory, limits that were halved are doubled: it may have been another's
+need. If it was not, one forward in a thousand is tried in vain."""
 T = TypeVar("T")
 
 
@@ -57,6 +60,7 @@ class Loop(Generic[H]):
         self._under_way: deque[_Under[H]] = deque()  # in the order of their launch
         self._finished: list[Completion] = []
         self._halvings = 0
+        self._calm = 0  # steps since memory ran out, or since limits grew again
 
     @property
     def waiting(self) -> int:
@@ -106,7 +110,7 @@ class Loop(Generic[H]):
                 self._collect(lane)
             self.backend.add_slots(more)
             self.scheduler.row_slots += more
-        self.scheduler.max_rows = rows
+        self.scheduler.set_max_rows(rows)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Runs the requests to their ends, longest prompts first -> completions in the requests' order.
@@ -137,8 +141,12 @@ class Loop(Generic[H]):
         """A turn of every lane -> the rows that ended since the last call.
 
         Raises EngineError where a forward failed: it names the rows that are lost and holds the completions so far.
-        All other rows go on with the next call.
+        All others go on with the next call. Where memory runs out, half as many rows go on; later, as many as before.
         """
+        self._calm += 1
+        if self._calm == CALM_STEPS:
+            self._calm = 0
+            self.scheduler.double()
         for lane in self.scheduler.lanes:
             self._collect(lane)
             self._admit()
@@ -305,6 +313,7 @@ class Loop(Generic[H]):
         if again and halvings == self._halvings:
             again = self.scheduler.halve()
             self._halvings += again
+            self._calm = 0
         for row in lost:
             (self.scheduler.requeue if again else self.scheduler.remove)(row)
         for prefix in prefixes:

@@ -75,11 +75,21 @@ class MemoryPlan:
 
     def lines(self) -> list[str]:
         """A table to read: a line a device, and the rows and tokens that come out."""
-        heads = ("device", "weights", "free", "a row", "a token", "contexts", "logits", "workspace", "left")
+        heads = (
+            "device",
+            "weights",
+            "free now",
+            "states/row",
+            "KV/token",
+            "all KV",
+            "logits",
+            "workspace",
+            "left then",
+        )
         table: list[tuple[str, ...]] = [heads]
         for plan in self.devices:
-            contexts = plan.kv_per_token * pages_for(self.kv_tokens) * PAGE_SIZE
-            sizes = (plan.weights, plan.free, plan.states_per_row, plan.kv_per_token, contexts, plan.logits)
+            all_kv = plan.kv_per_token * pages_for(self.kv_tokens) * PAGE_SIZE
+            sizes = (plan.weights, plan.free, plan.states_per_row, plan.kv_per_token, all_kv, plan.logits)
             last = (plan.workspace, plan.left(self.max_rows, self.kv_tokens))
             table.append((plan.device, *(_size(count) for count in sizes + last)))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -192,7 +202,9 @@ class _Planner:
         else:
             rows = _largest(cap, lambda rows: self._fits(rows, max(least, rows * usual)))
         if rows and rows < (self.limits.lanes or 1):
-            raise RequestError(f"lanes is {self.limits.lanes}, but max_rows auto comes to {rows}: lower lanes")
+            raise RequestError(
+                f"engine.lanes is {self.limits.lanes}, but engine.max_rows auto comes to {rows}: lower lanes"
+            )
         return max(1, rows)
 
     def _refusal(self, rows: int) -> str:
@@ -248,4 +260,4 @@ def _size(count: float) -> str:
         if count < 1024:
             return f"{count:.4g} {unit}"
         count /= 1024
-    return f"{count:.1f} GiB"
+    return f"{count:.1f} GiB" if count < 10_000 else f"{count / 1024:,.0f} TiB"

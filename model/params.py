@@ -1,9 +1,9 @@
 """What goes into the engine and what comes out: plain frozen carriers, free of torch."""
 
 import hashlib
-import math
 import operator
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -14,6 +14,7 @@ Mode = Literal["diffusion", "ar", "mock_ar"]
 FinishReason = Literal["stop", "length", "error"]
 MODES: tuple[str, ...] = get_args(Mode)
 _TOO_MANY = 2**31  # counts travel as 32-bit numbers
+_TOO_HOT = 3e38  # the largest float32
 
 
 def _require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -26,7 +27,9 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # False for NaN, and for a whole number beyond any float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,17 +63,17 @@ class GenerationParams:
     """Strings that end a row; the text ends before the first of them."""
 
     def __post_init__(self) -> None:
-        _require(self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
+        _require(isinstance(self.mode, str) and self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
         for name in ("max_new_tokens", "block_size", "steps_per_block"):
             value = getattr(self, name)
             _require(_is_int(value) and 1 <= value < _TOO_MANY, name, value, "a whole number of at least 1")
         gamma = self.confidence_threshold
         _require(_is_number(gamma) and 0 <= gamma <= 1, "confidence_threshold", gamma, "a number from 0 to 1")
         _require(
-            _is_number(self.temperature) and self.temperature >= 0,
+            _is_number(self.temperature) and 0 <= self.temperature <= _TOO_HOT,
             "temperature",
             self.temperature,
-            "a number of at least 0",
+            f"a number from 0 to {_TOO_HOT}",
         )
         _require(
             self.top_k is None or (_is_int(self.top_k) and 0 <= self.top_k < _TOO_MANY),
@@ -87,7 +90,7 @@ class GenerationParams:
         _require(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "a whole number from 0 to 2**63 - 1")
         object.__setattr__(self, "eos_ids", _as_tuple(self.eos_ids, "eos_ids", int))
         object.__setattr__(self, "stop", _as_tuple(self.stop, "stop", str))
-        _require(all(_is_int(i) and i >= 0 for i in self.eos_ids), "eos_ids", self.eos_ids, "token ids of at least 0")
+        _require(all(_is_int(i) and 0 <= i < _TOO_MANY for i in self.eos_ids), "eos_ids", self.eos_ids, "token ids")
         _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "strings that are not empty")
 
 
@@ -113,13 +116,18 @@ class Request:
     the speed, never the tokens."""
 
     def __post_init__(self) -> None:
+        _require(isinstance(self.key, str), "request key", self.key, "a string")
+        name = f"request {self.key!r}:"
+        _require(isinstance(self.params, GenerationParams), f"{name} params", self.params, "GenerationParams")
+        unordered = isinstance(self.prompt_ids, (Set, Mapping))
+        _require(not unordered, f"{name} prompt_ids", self.prompt_ids, "a list of whole numbers, which has an order")
         try:  # a copy: what is submitted does not change any more
             object.__setattr__(self, "prompt_ids", tuple(map(operator.index, self.prompt_ids)))
         except TypeError as error:
-            raise RequestError(f"request {self.key!r}: the prompt must be a list of whole numbers: {error}") from error
+            raise RequestError(f"{name} the prompt must be a list of whole numbers: {error}") from error
         _require(
             _is_int(self.prefix_tokens) and 0 <= self.prefix_tokens <= len(self.prompt_ids),
-            f"request {self.key!r}: prefix_tokens",
+            f"{name} prefix_tokens",
             self.prefix_tokens,
             f"from 0 to the prompt's {len(self.prompt_ids)} tokens",
         )
@@ -134,7 +142,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What became of one request. Times are seconds of wall clock."""
+    """What became of one request. Times are seconds of wall clock.
+
+    prefill_s, denoise_s and commit_s add up what the row's forwards took, each from its start on the first stage to its
+    end on the last. With several stages forwards overlap, those of one long prompt too: the sum may exceed latency_s.
+    """
 
     key: str
     token_ids: tuple[int, ...] = ()

@@ -57,6 +57,7 @@ class Scheduler:
         self._keys: set[str] = set()
         self._arrivals = 0
         self._long_turn = False
+        self._before_halving: tuple[int, int] | None = None  # max_rows and prefill_budget
 
     # -- in and out --------------------------------------------------------------------------------------------------
 
@@ -259,8 +260,24 @@ class Scheduler:
         budget = max(1, self.prefill_budget // PAGE_SIZE // 2) * PAGE_SIZE
         if (rows, budget) == (self.max_rows, self.prefill_budget):
             return False
+        self._before_halving = self._before_halving or (self.max_rows, self.prefill_budget)
         self.max_rows, self.prefill_budget = rows, budget
         return True
+
+    def double(self) -> None:
+        """Takes one halving back."""
+        if self._before_halving is not None:
+            rows, budget = self._before_halving
+            self.max_rows = min(rows, 2 * self.max_rows)
+            self.prefill_budget = min(budget, 2 * self.prefill_budget)
+            if (self.max_rows, self.prefill_budget) == (rows, budget):
+                self._before_halving = None
+
+    def set_max_rows(self, rows: int) -> None:
+        """A limit of the caller's, which ends what halvings left behind."""
+        if self._before_halving is not None:
+            self.prefill_budget, self._before_halving = self._before_halving[1], None
+        self.max_rows = rows
 
     # -- integrity ---------------------------------------------------------------------------------------------------
 

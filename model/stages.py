@@ -29,7 +29,8 @@ class Flight:
 
     def result(self) -> Any:
         """Waits -> what the last part returned. Raises what any of them raised."""
-        return self._last.result()
+        last, self._last = self._last, Future()  # not kept: an error in it would hold all that it holds
+        return last.result()
 
 
 class Stages:

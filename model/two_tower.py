@@ -32,11 +32,11 @@ def load_model(
     towers: "context" loads what AR mode needs, half of the weights. Raises CheckpointError, and RequestError for a
     wrong dtype, device or towers.
     """
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
     if towers not in ("both", "context"):
         raise RequestError(f"towers is {towers!r}: it must be 'both' or 'context'")
-    if not devices or isinstance(devices, str):
+    if isinstance(devices, str) or not isinstance(devices, Sequence) or not devices:
         raise RequestError(f"devices is {devices!r}: it must be a list such as ['cpu'] or ['cuda:0', 'cuda:1']")
     checkpoint = open_checkpoint(uri)
     checkpoint.validate(towers)
@@ -51,7 +51,7 @@ def load_model(
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise RequestError(f"device is {name!r}: it must be 'cpu' or 'cuda:N'") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RequestError(f"device is {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")

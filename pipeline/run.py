@@ -10,7 +10,7 @@ from typing import Any
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.tokenizer import Tokenizer
 from pipeline.dispatch import Board, Pool, dispatch
-from pipeline.errors import CheckpointError, JobError
+from pipeline.errors import CheckpointError, JobError, RequestError
 from pipeline.job import Job
 from pipeline.ledger import Ledger
 from pipeline.paths import safe_url
@@ -43,13 +43,16 @@ class Outcome:
 def check_checkpoint(job: Job) -> Checkpoint:
     """Opens the job's checkpoint and checks, without loading it, that a replica could.
 
-    Raises CheckpointError; RequestError and JobError where the job's limits do not fit the checkpoint's context.
+    Raises CheckpointError; JobError where the job's limits do not fit the checkpoint's context.
     """
     checkpoint = open_checkpoint(job.model.checkpoint)
     checkpoint.validate(job.generation.towers)
     load_tokenizer(checkpoint)
     limits = job.engine.limits()
-    room, remedy = limits.context_tokens(checkpoint.config.max_position_embeddings), "lower it"
+    try:
+        room, remedy = limits.context_tokens(checkpoint.config.max_position_embeddings), "lower it"
+    except RequestError as error:  # it names the field alone
+        raise JobError(f"engine.{error}") from None
     if limits.kv_tokens is not None and limits.kv_tokens < room:
         room, remedy = limits.kv_tokens, "lower it or raise engine.kv_tokens"
     if job.generation.max_new_tokens >= room:

@@ -60,6 +60,8 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
 
     job = spec.job
     torch.set_num_threads(min(job.workers.cpus, os.cpu_count() or 1))
+    if job.workers.gpus > (found := torch.cuda.device_count()):  # with --local, or drivers that torch does not know
+        raise JobError(f"workers.gpus is {job.workers.gpus}, but torch finds {found} here; lower it, 0 is the CPU")
     devices = [f"cuda:{index}" for index in range(job.workers.gpus)] or ["cpu"]
     pair = load_model(job.model.checkpoint, dtype=job.model.dtype, devices=devices, towers=job.generation.towers)
     if pair.tokenizer is None:
@@ -73,7 +75,6 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
         PartStore(spec, replica),
         job.generation.params(tuple(pair.eos_ids)),
         replica=replica,
-        max_rows=engine.max_rows,
     )
 
 

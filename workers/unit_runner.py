@@ -43,6 +43,10 @@ class EngineLike(Protocol):
     def waiting(self) -> int:
         """Requests that are not in a slot yet."""
 
+    @property
+    def max_rows(self) -> int:
+        """Rows generated together at most. It falls where memory runs out."""
+
     def submit(self, request: Request) -> None:
         """Raises RequestError where the request can never run."""
 
@@ -85,15 +89,10 @@ class _OpenUnit:
     attempt: int
     started: float
     queue: deque[_Row] = field(default_factory=deque)
-    """Rows to submit: those with the most tokens to compute first, so that rows of like lengths are prefilled together.
-    """
+    """Rows to submit, those with the most tokens to compute first: rows of like lengths are prefilled together."""
     results: list[RowResult] = field(default_factory=list)
     errors: int = 0
     tokens: int = 0
-
-    @property
-    def unit(self) -> WorkUnit:
-        return self.data.unit
 
 
 class UnitRunner:
@@ -107,13 +106,13 @@ class UnitRunner:
         params: GenerationParams,
         *,
         replica: str,
-        max_rows: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine, self._tokenizer, self._store, self._params = engine, tokenizer, store, params
         self._replica, self._clock = replica, clock
+        self._max_rows = engine.max_rows  # as last told to the operator
         # fixed: where the engine lowers its row limit because memory runs out, rows wait there instead of here
-        self._queue_limit = QUEUE_FACTOR * max_rows
+        self._queue_limit = QUEUE_FACTOR * engine.max_rows
         # A thread each, not two for both: a reader reads one unit at a time, and no part waits behind a reading.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
         self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
@@ -244,6 +243,9 @@ class UnitRunner:
         except EngineError as error:
             completions = error.completions
             self._put_back(error)
+        if (rows := self._engine.max_rows) < self._max_rows:
+            self._say(f"memory ran out: engine.max_rows is {rows} from now on, not {self._max_rows}; set it so")
+            self._max_rows = rows
         for completion in completions:
             opened, row = self._in_engine.pop(completion.key)
             self._add(opened, row.index, completion)
@@ -256,7 +258,10 @@ class UnitRunner:
             raise error
         for opened, row in reversed(lost):
             opened.queue.appendleft(replace(row, failures=1))
-        print(f"{self._replica}: {error}; trying its {len(lost)} rows once more", file=sys.stderr, flush=True)
+        self._say(f"{error}; trying its {len(lost)} rows once more")
+
+    def _say(self, text: str) -> None:
+        print(f"{self._replica}: {text}", file=sys.stderr, flush=True)
 
     def _add_error(self, opened: _OpenUnit, index: int, error: str, prompt_tokens: int = 0) -> None:
         key = opened.data.rows[index].key
@@ -270,8 +275,9 @@ class UnitRunner:
     def _publish_if_complete(self, opened: _OpenUnit) -> None:
         if len(opened.results) < len(opened.data.rows):
             return
-        del self._open[opened.unit.id]
-        self._publishing[opened.unit.id] = self._spawn(self._publisher, self._publish, opened)
+        unit_id = opened.data.unit.id
+        del self._open[unit_id]
+        self._publishing[unit_id] = self._spawn(self._publisher, self._publish, opened)
 
     def _publish(self, opened: _OpenUnit) -> UnitResult:
         """In a thread."""
@@ -291,5 +297,4 @@ class UnitRunner:
         return outcomes
 
     def _fail(self, unit_id: str, error: TwoTowerError) -> UnitFailed:
-        unit = self._units.pop(unit_id)
-        return UnitFailed(self._replica, unit, str(error))
+        return UnitFailed(self._replica, self._units.pop(unit_id), str(error))

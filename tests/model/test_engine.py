@@ -1,7 +1,9 @@
 """The engine against the slow reference and against itself: a row's tokens depend on the row alone."""
 
 import dataclasses
+import gc
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -357,6 +359,34 @@ def test_out_of_memory_halves_the_rows_and_loses_none(monkeypatch: pytest.Monkey
     engine.check()
     engine.set_max_rows(3)
     assert [outcome(c) for c in engine.generate(requests)] == healthy
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_out_of_memory_gives_back_what_the_forward_held(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error's frames, which hold the forward's tensors, are empty before the rows are tried again."""
+    model = load_model(TINY, devices=["cpu"] * stages)
+    denoise_parts, held = model.denoise_parts, list[weakref.ref[torch.Tensor]]()
+
+    def part(x: torch.Tensor) -> None:
+        made = x + 1
+        held.append(weakref.ref(made))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def short_of_memory(cache: ContextCache, rows: Rows, t: torch.Tensor) -> Sequence[Callable[..., object]]:
+        if held:
+            assert held[0]() is None
+        return [*denoise_parts(cache, rows, t)[:-1], part] if not held else denoise_parts(cache, rows, t)
+
+    monkeypatch.setattr(model, "denoise_parts", short_of_memory)
+    requests = [Request(f"r{i}", prompt(6, i), GenerationParams(max_new_tokens=20)) for i in range(4)]
+    gc.disable()
+    try:
+        engine = Engine(model, EngineLimits(max_rows=4, lanes=1))
+        assert [c.finish_reason for c in engine.generate(requests)] == ["length"] * 4
+    finally:
+        gc.enable()
+    assert held
+    assert engine.stats.preemptions == 4
 
 
 def test_where_one_row_is_too_many_out_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

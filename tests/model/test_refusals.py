@@ -83,6 +83,11 @@ def test_limits_that_cannot_be_are_refused(pair: TwoTower, limits: dict[str, int
         ({"confidence_threshold": 2}, "confidence_threshold is 2"),
         ({"confidence_threshold": float("nan")}, "confidence_threshold is nan"),
         ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": 1e39}, "temperature is 1e.39: it must be a number from 0 to"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"confidence_threshold": 10**400}, "confidence_threshold is 1000"),
+        ({"eos_ids": [2**70]}, "eos_ids is"),
+        ({"mode": ["ar"]}, "mode is"),
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
         ({"steps_per_block": False}, "steps_per_block is False"),
         ({"top_k": -1}, "top_k is -1"),
@@ -98,3 +103,36 @@ def test_limits_that_cannot_be_are_refused(pair: TwoTower, limits: dict[str, int
 def test_settings_that_cannot_be_are_refused(settings: dict[str, object], text: str) -> None:
     with pytest.raises(RequestError, match=text):
         GenerationParams(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"key": None}, "request key is None: it must be a string"),
+        ({"key": ["r"]}, "request key is .*: it must be a string"),
+        ({"params": {"mode": "ar"}}, "request 'r': params is .*: it must be GenerationParams"),
+        ({"prompt_ids": {5, 4}}, "request 'r': prompt_ids is .*: it must be a list"),
+        ({"prompt_ids": {4: 5}}, "request 'r': prompt_ids is .*: it must be a list"),
+        ({"prompt_ids": [4.0]}, "request 'r': the prompt must be a list of whole numbers"),
+        ({"prompt_ids": None}, "request 'r': the prompt must be a list of whole numbers"),
+        ({"prefix_tokens": True}, "request 'r': prefix_tokens is True"),
+    ],
+)
+def test_requests_of_wrong_types_are_refused(fields: dict[str, object], text: str) -> None:
+    with pytest.raises(RequestError, match=text):
+        Request(**{"key": "r", "prompt_ids": [4], **fields})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"dtype": ["float32"]}, "dtype is"),
+        ({"devices": 1}, "devices is 1: it must be a list"),
+        ({"devices": []}, "devices is .*: it must be a list"),
+        ({"devices": [None]}, "device is None"),
+        ({"devices": [1.5]}, "device is 1.5"),
+    ],
+)
+def test_models_are_not_loaded_from_wrong_types(options: dict[str, object], text: str) -> None:
+    with pytest.raises(RequestError, match=text):
+        load_model("builtin:tiny", **options)  # type: ignore[arg-type]

@@ -171,6 +171,8 @@ def test_a_context_without_room_for_any_prompt_is_named(job: Path) -> None:
     assert "generation.max_new_tokens is 8, and prompt and completion together may have 8 tokens" in result.stderr
     assert "raise engine.kv_tokens" in result.stderr
     assert "kv_tokens" not in call("run", job, "--set", "generation.max_new_tokens=1000000").stderr
+    too_long = call("run", job, "--set", "engine.max_context_tokens=1000000").stderr
+    assert too_long.startswith("error: engine.max_context_tokens is 1000000, but the checkpoint's contexts hold ")
     assert call("run", job, "--set", "engine.kv_tokens=100").exit_code == 0
 
 

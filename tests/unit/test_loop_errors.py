@@ -168,6 +168,25 @@ def test_limits_are_halved_once_for_what_was_under_way_together() -> None:
     assert loop.max_rows == 16
 
 
+def test_limits_grow_again_when_memory_has_been_enough_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 rows, out of memory twice: 4 rows; then 8 and 16, a doubling every CALM_STEPS steps, and not beyond."""
+    monkeypatch.setattr("model.loop.CALM_STEPS", 10)
+    scripts = {f"r{i}": Script((3,)) for i in range(80)}
+    rows = [request(key, 20, max_new_tokens=40) for key in scripts]
+    loop, _ = make_loop(scripts, rows=16, budget=256, faults={1: "collect oom", 3: "launch oom"})
+    for each in rows:
+        loop.submit(each)
+    seen = []
+    done = []
+    while loop.waiting or loop.active:
+        done += loop.step()
+        loop.check()
+        if not seen or seen[-1] != (loop.max_rows, loop.scheduler.prefill_budget):
+            seen.append((loop.max_rows, loop.scheduler.prefill_budget))
+    assert seen == [(16, 256), (4, 64), (8, 128), (16, 256)]
+    assert {completion.key for completion in done} == set(scripts)
+
+
 def test_memory_that_is_never_enough_is_an_error() -> None:
     """One row and a page of prompt still find no memory: the row is named, and nothing loops."""
     loop, _ = make_loop(ABC, rows=8, budget=512, faults=dict.fromkeys(range(40), "launch oom"))

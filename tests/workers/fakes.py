@@ -124,7 +124,6 @@ class FakeMaker:
             PartStore(self.spec, replica),
             GenerationParams(),
             replica=replica,
-            max_rows=self.max_rows,
         )
 
 
@@ -141,7 +140,7 @@ def make_runner(small: SmallJob, engine: FakeEngine, store: PartStore | None = N
     """A runner of this engine for the job's units."""
     store = store or PartStore(small.spec, "r0")
     params = GenerationParams()
-    return UnitRunner(engine, FakeTokenizer(), store, params, replica="r0", max_rows=engine.max_rows)
+    return UnitRunner(engine, FakeTokenizer(), store, params, replica="r0")
 
 
 def work_all(runner: UnitRunner) -> list[Outcome]:

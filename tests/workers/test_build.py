@@ -5,8 +5,17 @@ from pathlib import Path
 import pytest
 
 from model.memory import AUTO_MAX_ROWS
+from pipeline.errors import JobError
 from tests.workers.jobs import open_job, prompts_of
 from workers import build
+
+
+def test_gpus_that_are_not_there_are_named_by_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job file for GPUs run with --local on a machine with fewer: the one line says what to change."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    small = open_job(tmp_path, prompts_of(1), workers={"gpus": 2})
+    with pytest.raises(JobError, match=r"workers\.gpus is 2, but torch finds 1 here; lower it, 0 is the CPU"):
+        build.make_runner(small.spec, "r0")
 
 
 def test_a_replica_says_where_its_memory_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

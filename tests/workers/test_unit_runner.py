@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import pytest
 
 from model.errors import EngineError
+from model.params import Completion
 from pipeline.dataset import UnitData
 from pipeline.dispatch import UnitDone, UnitFailed
 from pipeline.errors import OutputError
@@ -191,6 +192,29 @@ def test_rows_that_a_failed_step_took_down_are_submitted_once_more(
     again = sum(int(line.split()[-4]) for line in said)
     assert len(said) == 2
     assert len(engine.order) == 40 + again > 42
+
+
+def test_an_engine_that_runs_out_of_memory_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The job goes on with fewer rows together, slower from then on: whoever reads the log must learn why."""
+    small = open_job(tmp_path, prompts_of(40))
+    engine = FakeEngine(max_rows=8)
+    step = engine.step
+
+    def shrink() -> list[Completion]:
+        done = step()
+        engine.max_rows = {3: 4, 5: 2}.get(engine.steps, engine.max_rows)
+        return done
+
+    engine.step = shrink  # type: ignore[method-assign]
+    runner = make_runner(small, engine)
+    for unit in small.plan.units:
+        runner.add(unit, 1)
+    assert all(isinstance(outcome, UnitDone) for outcome in work_all(runner))
+    said = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert said == [
+        f"r0: memory ran out: engine.max_rows is {rows} from now on, not {before}; set it so"
+        for rows, before in ((4, 8), (2, 4))
+    ]
 
 
 @pytest.mark.parametrize("fail_at", [{2, 3}, {1, 2}], ids=["the same rows", "rows of the first step"])
