@@ -127,6 +127,7 @@ class Lane:
         self.filling: dict[ActiveRow, None] = {}  # its block is being filled by the denoiser
         self.extending: dict[ActiveRow, None] = {}  # its pending tokens go into the context with the next turn
         self.rows = 0
+        self.ar_rows = 0  # of the rows, those in AR mode
         self.turns = 0
         self.clock = NO_TIME
 
@@ -135,6 +136,7 @@ class Lane:
         row.lane = self
         self.rows += 1
         if row.mode == "ar":
+            self.ar_rows += 1
             row.pending = [row.last_token]
             self.extending[row] = None
         else:
@@ -149,6 +151,7 @@ class Lane:
     def drop(self, row: ActiveRow) -> None:
         """Takes a row out."""
         self.rows -= 1
+        self.ar_rows -= row.mode == "ar"
         for place in (self.fresh, self.filling, self.extending):
             place.pop(row, None)
 
@@ -157,11 +160,17 @@ class Lane:
         self.turns += 1
         if self.turns % extend_every == 0 or not (self.filling or self.fresh):
             return True
-        return any(row.mode == "ar" for row in self.extending)  # for these it is the forward that fills
+        return bool(self.ar_extending())  # for these it is the forward that fills
+
+    def ar_extending(self) -> list[ActiveRow]:
+        """Of the rows to be extended, those in AR mode."""
+        return [row for row in self.extending if row.mode == "ar"] if self.ar_rows else []
 
     def take_extending(self) -> list[ActiveRow]:
         """The rows whose pending tokens go into the context now, those in AR mode last."""
-        rows = sorted(self.extending, key=lambda row: row.mode == "ar")
+        rows = list(self.extending)
+        if self.ar_rows:
+            rows.sort(key=lambda row: row.mode == "ar")
         self.extending = {}
         return rows
 

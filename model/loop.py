@@ -11,7 +11,7 @@ their launch, so a row may begin a block behind an extension that has not come b
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -39,7 +39,7 @@ class _Under(Generic[H]):
     handle: H
     halvings: int
     """How often the limits had been halved when it was launched."""
-    reading: set[ActiveRow | Prefix]
+    reading: Collection[ActiveRow | Prefix]
     """Those of the rows whose prompt it takes in."""
 
 
@@ -167,14 +167,14 @@ class Loop(Generic[H]):
     def _launch(self, lane: Lane) -> None:
         due = lane.due(self._extend_every) or self.scheduler.many_prompts_wait
         if due:  # first of all: where it fails, nothing has been taken out of its place yet
-            self._begin(lane, [row for row in lane.extending if row.mode == "ar"])
+            self._begin(lane, lane.ar_extending())
         pieces = self.scheduler.prefill_batch() if due else []
         extend = lane.take_extending() if due else []
-        fill = [row for row in extend if row.mode == "ar"]
+        fill = [row for row in extend if row.mode == "ar"] if lane.ar_rows else []
         # a one-token prompt in an AR mode has no tokens to prefill
         batch = [(item, count) for item, count in (*pieces, *((row, len(row.pending)) for row in extend)) if count]
-        items = [item for item, _ in batch]
-        if not batch or self._send(lane, "context", items, lambda: self.backend.extend(batch, fill)):
+        items, reading = [item for item, _ in batch], {item for item, _ in pieces}
+        if not batch or self._send(lane, "context", items, lambda: self.backend.extend(batch, fill), reading):
             self.scheduler.prefilled(pieces)
         self._begin(lane, lane.take_fresh(extend))
         if rows := list(lane.filling):
@@ -187,11 +187,17 @@ class Loop(Generic[H]):
         if rows:
             self._try("begin", rows, lambda: self.backend.begin(rows))
 
-    def _send(self, lane: Lane, kind: Kind, rows: Sequence[ActiveRow | Prefix], launch: Callable[[], H]) -> bool:
+    def _send(
+        self,
+        lane: Lane,
+        kind: Kind,
+        rows: Sequence[ActiveRow | Prefix],
+        launch: Callable[[], H],
+        reading: Collection[ActiveRow | Prefix] = (),
+    ) -> bool:
         """Launches a forward; False where that failed and its rows were put back to the queue."""
         handle = self._try(kind, rows, launch)
         if handle is not None:
-            reading = {item for item in rows if item in self.scheduler.prefilling}
             self._under_way.append(_Under(lane, kind, rows, handle, self._halvings, reading))
         return handle is not None
 
@@ -252,7 +258,8 @@ class Loop(Generic[H]):
     def _look_at(self, block: Seen) -> None:
         """Ends the row, or sends its full block on to the context."""
         row, ready, complete, may_end, broken, steps, tokens, confidences = block
-        tokens, confidences = tokens[:ready], confidences[:ready]
+        if ready < len(tokens):
+            tokens, confidences = tokens[:ready], confidences[:ready]
         end: End | None = None
         if may_end and not broken:
             so_far = row.tokens + tokens

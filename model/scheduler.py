@@ -18,7 +18,7 @@ from model.params import Request
 from model.slots import PAGE_SIZE, PREFIX_SLOTS, Slots, pages_for
 
 MANY = 4  # a quarter of the rows
-PREFILL_WINDOW = 64
+PREFILL_WINDOW = 32
 """Rows that are looked at to find some of like length: bounds the time that a turn takes."""
 
 

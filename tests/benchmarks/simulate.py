@@ -137,7 +137,7 @@ def padding_share(count: int, *, sort: bool, seed: int = 0) -> float:
 
 
 class Timed:
-    """A backend with the processor time that its methods take."""
+    """A backend with the time that its methods take."""
 
     def __init__(self, backend: CostModel) -> None:
         self._backend = backend
@@ -147,18 +147,18 @@ class Timed:
         method = getattr(self._backend, name)
 
         def timed(*arguments: Any) -> Any:
-            began = time.process_time()
+            began = time.perf_counter()
             try:
                 return method(*arguments)
             finally:
-                self.seconds += time.process_time() - began
+                self.seconds += time.perf_counter() - began
 
         setattr(self, name, timed)
         return timed
 
 
 def turn_ms(rows: int, steps: Steps, *, turns: int) -> tuple[float, float]:
-    """Milliseconds of processor time of one turn of the loop with `rows` rows: its own, and that of the stand-in."""
+    """Milliseconds of one turn of the loop with `rows` rows: its own, and that of the stand-in."""
     loop, backend = make_loop(Instant(), steps, rows=rows, lanes=1)
     loop.backend = timed = Timed(backend)
     coming = Mix.draw(turns * rows // 4 + 2 * rows).requests()
@@ -168,7 +168,7 @@ def turn_ms(rows: int, steps: Steps, *, turns: int) -> tuple[float, float]:
             loop.submit(next(coming))
         if turn == 0:
             spent = timed.seconds = 0.0
-        began = time.process_time()
+        began = time.perf_counter()
         loop.step()
-        spent += time.process_time() - began
+        spent += time.perf_counter() - began
     return 1e3 * (spent - timed.seconds) / turns, 1e3 * timed.seconds / turns
