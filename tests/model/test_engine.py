@@ -201,6 +201,26 @@ def test_stop_strings_end_a_row_and_its_text(pair: TwoTower) -> None:
         assert got.token_ids == ids[: len(got.token_ids)]
 
 
+def test_stop_strings_across_block_borders_and_inside_letters(pair: TwoTower) -> None:
+    """Blocks of 7 bytes of text: every pair of characters of the free text as a stop string, against brute force."""
+    params = GenerationParams(max_new_tokens=42, block_size=7, temperature=1.5, seed=3)
+    ids = prompt(12, 8)
+    whole = Engine(pair).generate([Request("r", ids, params)])[0]
+    assert whole.text is not None
+    decode = Engine(pair).pair.tokenizer.decode  # type: ignore[union-attr]
+    stops = sorted({whole.text[i : i + 2] for i in range(len(whole.text) - 1)})
+    engine, crossed, split = Engine(pair, EngineLimits(max_rows=8)), 0, 0
+    for stop in stops:
+        got = engine.generate([Request("r", ids, dataclasses.replace(params, stop=(stop,)))])[0]
+        cut = next(n for n in range(len(whole.token_ids) + 1) if stop in decode(whole.token_ids[:n]))
+        text = decode(whole.token_ids[:cut])
+        assert (got.finish_reason, got.token_ids, got.text) == ("stop", whole.token_ids[:cut], text[: text.find(stop)])
+        crossed += cut % 7 == 1
+        split += any(ord(letter) > 127 for letter in stop)
+    assert crossed > 0
+    assert split > 0
+
+
 def test_bfloat16_generates_on_the_same_path() -> None:
     """bfloat16 weights and activations: every row ends, and is the same alone and in a batch of equal rows."""
     engine = Engine(load_model(TINY, dtype="bfloat16"), EngineLimits(max_rows=4))

@@ -157,7 +157,7 @@ def test_given_context_tokens_are_kept_or_refused() -> None:
 
 def test_too_few_rows_for_the_lanes_are_refused() -> None:
     """With auto, the number of rows is known only here."""
-    with pytest.raises(RequestError, match="engine.lanes is 300, but engine.max_rows auto comes to 256"):
+    with pytest.raises(RequestError, match=r"engine\.lanes is 300, but engine\.max_rows auto comes to 256"):
         released(400 * GIB, 1, EngineLimits(max_rows="auto", lanes=300, max_context_tokens=64))
 
 
