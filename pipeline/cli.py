@@ -169,7 +169,7 @@ def _make_pool(
 
 
 def _summary(job: "Job", outcome: "Outcome") -> list[str]:
-    from pipeline.ledger import MANIFEST
+    from pipeline.layout import MANIFEST
     from pipeline.paths import safe_url
     from pipeline.progress import duration
 

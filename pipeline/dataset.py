@@ -1,27 +1,22 @@
-"""Reads the rows of work units and builds parts: Parquet in, Parquet out, memory bounded by a unit."""
+"""Reads the rows of work units: Parquet in, memory bounded by a unit."""
 
-import json
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from model.params import Completion
 from pipeline.errors import InputError, StorageError
 from pipeline.job import InputSection
 from pipeline.paths import safe_url
 from pipeline.prompts import CellError, PromptMaker, read_cells
-from pipeline.schema import RESULT_COLUMNS, is_text, plain_type
+from pipeline.schema import is_text, plain_type
 from pipeline.storage import split_url
-from pipeline.types import Row, RowResult, Totals, WorkUnit
+from pipeline.types import Row, WorkUnit
 
 BATCH_ROWS = 1024
 READ_BUFFER_BYTES = 1 << 20
-TOTALS_KEY = "twotower.totals"
 _BUILT_BADLY = ("dictionary<", "list_view<")
 """Stored Arrow types that pyarrow is not asked to build: a dictionary with one value that is not UTF-8 costs the whole
 batch, and a view of lists comes out broken."""
@@ -203,101 +198,3 @@ def _clean(column: "pa.ChunkedArray[Any]") -> tuple["pa.ChunkedArray[Any]", dict
         raw = column[index].cast(pa.binary()).as_py() if is_text(column.type) else None
         cells[index] = raw.decode("utf-8", "replace") if raw is not None else None
     return pa.chunked_array([pa.array(cells, column.type)]), bad
-
-
-def build_part(
-    data: UnitData, results: Sequence[RowResult], schema: pa.Schema, header: dict[str, str]
-) -> tuple[bytes, Totals]:
-    """One part as Parquet bytes, rows in input order, and its totals.
-
-    `header` goes into the file's key-value metadata, and the totals with it. Raises ValueError where a row is missing,
-    there twice or unknown: that is a fault of the caller, and nothing must be published.
-    """
-    ordered = _in_order(data, results)
-    # A column that is all null in this file, or parts of it, may be typed in another one.
-    columns: dict[str, Any] = {
-        name: data.columns.column(name).cast(schema.field(name).type) for name in data.columns.column_names
-    }
-    totals = _count(ordered, columns["id"])
-    columns |= _result_columns(data, ordered)
-    metadata = {**header, TOTALS_KEY: json.dumps(asdict(totals))}
-    table = pa.table([columns[field.name] for field in schema], schema=schema)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
-    return sink.getvalue().to_pybytes(), totals
-
-
-def _in_order(data: UnitData, results: Sequence[RowResult]) -> list[RowResult]:
-    by_index = {result.index: result for result in results}
-    unit = data.unit.id
-    if len(by_index) != len(results):
-        raise ValueError(f"unit {unit}: {len(results) - len(by_index)} rows have more than one result")
-    for row in data.rows:
-        if row.index not in by_index:
-            raise ValueError(f"unit {unit}: row {row.key} has no result")
-        if by_index[row.index].completion.key != row.key:
-            raise ValueError(f"unit {unit}: row {row.key} has the result of row {by_index[row.index].completion.key}")
-    if len(by_index) != len(data.rows):
-        raise ValueError(f"unit {unit}: {len(by_index) - len(data.rows)} results belong to no row")
-    return [by_index[row.index] for row in data.rows]
-
-
-def _count(results: list[RowResult], ids: "pa.ChunkedArray[Any]") -> Totals:
-    total = Totals(null_ids=ids.null_count, duplicate_ids=len(ids) - ids.null_count - pc.count_distinct(ids).as_py())
-    reasons: dict[str, int] = {}
-    tokens_in = tokens_out = forwards = 0
-    for result in results:
-        done = result.completion
-        reasons[done.finish_reason] = reasons.get(done.finish_reason, 0) + 1
-        tokens_in += done.prompt_tokens
-        tokens_out += len(done.token_ids)
-        forwards += done.denoiser_forwards
-    errors = reasons.get("error", 0)
-    return replace(
-        total,
-        rows=len(results),
-        ok=len(results) - errors,
-        errors=errors,
-        prompt_tokens=tokens_in,
-        completion_tokens=tokens_out,
-        denoiser_forwards=forwards,
-        finish_reasons=reasons,
-    )
-
-
-def _result_columns(data: UnitData, results: Iterable[RowResult]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [] for name in RESULT_COLUMNS}
-    for row, result in zip(data.rows, results, strict=True):
-        for name, value in _result_row(result.completion).items():
-            columns[name].append(value)
-        columns["mode"].append(result.mode)
-        columns["attempt"].append(result.attempt)
-        columns["replica"].append(result.replica)
-        columns["source_file"].append(data.unit.name)
-        columns["source_row"].append(row.source_row)
-    return columns
-
-
-def _result_row(done: Completion) -> dict[str, Any]:
-    tokens = len(done.token_ids)
-    return {
-        "completion": done.text,
-        "finish_reason": done.finish_reason,
-        "error": done.error,
-        "prompt_tokens": done.prompt_tokens,
-        "completion_tokens": tokens,
-        "denoiser_forwards": done.denoiser_forwards,
-        "tokens_per_forward": tokens / done.denoiser_forwards if done.denoiser_forwards else None,
-        "blocks": len(done.steps_per_block),
-        "steps_per_block": list(done.steps_per_block),
-        "forced_commits": done.forced_commits,
-        "mean_confidence": done.mean_confidence,
-        "repetition": None,
-        "queue_s": done.queue_s,
-        "prefill_s": done.prefill_s,
-        "denoise_s": done.denoise_s,
-        "commit_s": done.commit_s,
-        "latency_s": done.latency_s,
-        "tokens_per_s": tokens / done.latency_s if done.latency_s > 0 else None,
-        "batch_rows": done.batch_rows,
-    }

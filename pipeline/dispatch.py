@@ -12,7 +12,7 @@ from typing import Protocol
 
 from pipeline.errors import JobFailed
 from pipeline.retry import RetryPolicy
-from pipeline.types import UnitResult, WorkUnit
+from pipeline.types import Assignment, UnitResult, WorkKey, WorkUnit
 
 UNITS_A_REPLICA = 2
 """One in the engine, and the next already read and tokenised, so that the engine never drains between them."""
@@ -29,17 +29,21 @@ class ReplicaReady:
 
 @dataclass(frozen=True, slots=True)
 class UnitProgress:
-    """Where a unit stands: counts since its attempt began, not since the last report.
+    """Where an assignment stands: counts since its attempt began, not since the last report.
 
     So a repeated or lost report changes nothing, and what a lost replica had reported is taken back with it.
     """
 
     replica: str
-    unit_id: str
+    key: WorkKey
     rows: int
+    """Finished, those that an earlier attempt left in segments included."""
     errors: int
     tokens: int
-    """Completion tokens."""
+    """Completion tokens of these rows."""
+    kept_rows: int = 0
+    """Of `rows`, those that stand in segments of earlier attempts and were not generated again."""
+    kept_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,17 @@ class UnitDone:
     """A unit's part is published."""
 
     result: UnitResult
+    kept_rows: int = 0
+    """Of its rows, those that this attempt found in segments."""
+    kept_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RangeDone:
+    """All rows of a range stand in segments."""
+
+    replica: str
+    key: WorkKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +69,27 @@ class UnitFailed:
     """A unit could not be read or published; the replica lives on and has let go of it."""
 
     replica: str
-    unit: WorkUnit
+    work: Assignment
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaActive:
+    """Sent with every report of a replica."""
+
+    replica: str
+    beats: int
+    """Changes whenever the replica got further: engine steps, rows and units finished."""
+    doing: str
+    """In a few words, for the operator of a job that stands still."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaNote:
+    """Something that the operator should know of."""
+
+    replica: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +102,14 @@ class ReplicaLost:
     """It would not start, with one of the project's own errors: another one would not either."""
 
 
-Event = ReplicaReady | UnitProgress | UnitDone | UnitFailed | ReplicaLost
+Event = ReplicaReady | UnitProgress | UnitDone | RangeDone | UnitFailed | ReplicaActive | ReplicaNote | ReplicaLost
 
 
 class Pool(Protocol):
     """Replicas that work on units. A name is used for one life of a replica; its replacement has a new one."""
 
-    def assign(self, replica: str, unit: WorkUnit, attempt: int) -> None:
-        """Give a unit to a ready replica. Never waits; where the replica is gone, its ReplicaLost follows."""
+    def assign(self, replica: str, work: Assignment) -> None:
+        """Give work to a ready replica. Never waits; where the replica is gone, its ReplicaLost follows."""
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
         """What happened since the last call, in order; [] after `timeout_s`.
@@ -83,14 +117,11 @@ class Pool(Protocol):
         Raises ClusterError where no replica can ever run.
         """
 
+    def drop(self, replica: str, reason: str) -> None:
+        """Throw a replica away, whatever it does; its ReplicaLost, with this reason, comes from the next wait."""
+
     def close(self) -> None:
-        """Let go of all replicas. Units under way are abandoned; safe to call twice."""
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    unit: WorkUnit
-    attempt: int
+        """Let go of all replicas, once they have flushed the rows that they finished; safe to call twice."""
 
 
 class Board:
@@ -101,8 +132,8 @@ class Board:
         self._policy = policy
         self._total = len(units)
         self._waiting = deque(Assignment(unit, 1) for unit in units if unit.id not in finished)
-        self._held: dict[str, dict[str, Assignment]] = {}  # ready replica -> unit id -> what it holds
-        self._live_errors: dict[str, int] = {}  # unit id -> error rows so far, of held units
+        self._held: dict[str, dict[WorkKey, Assignment]] = {}  # ready replica -> what it holds
+        self._live_errors: dict[WorkKey, int] = {}  # error rows so far, of what is held
         self._rows = sum(result.totals.rows for result in finished.values())
         self._errors = sum(result.totals.errors for result in finished.values())
         self._start_failures = 0
@@ -121,7 +152,7 @@ class Board:
             for replica, held in self._held.items():
                 if self._waiting and len(held) <= depth:
                     work = self._waiting.popleft()
-                    held[work.unit.id] = work
+                    held[work.key] = work
                     yield replica, work
 
     def take(self, event: Event) -> None:
@@ -130,14 +161,14 @@ class Board:
             case ReplicaReady(replica):
                 self._held[replica] = {}
                 self._start_failures = 0
-            case UnitProgress(replica, unit_id, _, errors):
-                if unit_id in self._held.get(replica, {}):
-                    self._live_errors[unit_id] = errors
+            case UnitProgress(replica, key, _, errors):
+                if key in self._held.get(replica, {}):
+                    self._live_errors[key] = errors
                     self._check_errors()
             case UnitDone(result):
                 self._done(result)
-            case UnitFailed(replica, unit, reason):
-                if work := self._held.get(replica, {}).pop(unit.id, None):
+            case UnitFailed(replica, work, reason):
+                if self._held.get(replica, {}).pop(work.key, None):
                     self._again(work, reason)
             case ReplicaLost(replica, reason, refused):
                 self._lost(replica, reason, refused)
@@ -149,12 +180,13 @@ class Board:
     def _done(self, result: UnitResult) -> None:
         if result.unit_id in self.results:
             return
-        if self._held.get(result.replica, {}).pop(result.unit_id, None) is None:
+        key = result.unit_id, None
+        if self._held.get(result.replica, {}).pop(key, None) is None:
             # A part is the truth, whoever reports it: also that of a replica given up for lost a moment before.
             self._waiting = deque(work for work in self._waiting if work.unit.id != result.unit_id)
             for held in self._held.values():
-                held.pop(result.unit_id, None)
-        self._live_errors.pop(result.unit_id, None)
+                held.pop(key, None)
+        self._live_errors.pop(key, None)
         self.results[result.unit_id] = result
         self._rows += result.totals.rows
         self._errors += result.totals.errors
@@ -170,7 +202,7 @@ class Board:
             self._again(work, f"replica {replica} was lost: {reason}")
 
     def _again(self, work: Assignment, reason: str) -> None:
-        self._live_errors.pop(work.unit.id, None)
+        self._live_errors.pop(work.key, None)
         attempt = self._policy.next_attempt(work.unit, work.attempt, reason)
         # To the front: a unit that can never succeed ends the job early, and no old unit is left for the job's tail.
         self._waiting.appendleft(Assignment(work.unit, attempt))
@@ -198,7 +230,7 @@ def dispatch(
         if stop.is_set():
             raise JobFailed(f"stopped; {board.summary()}; submit the same job again to resume")
         for replica, work in board.hand_out():
-            pool.assign(replica, work.unit, work.attempt)
+            pool.assign(replica, work)
         for event in pool.wait(POLL_S):
             on_event(event)
             board.take(event)

@@ -51,6 +51,9 @@ class InputSection(Section):
     """The column that becomes `id` in the output, of an integer or string type; null: ids are `<file>#<row>`."""
     carry: Names = ()
     """Columns copied to the output as they are."""
+    on_change: Literal["error", "extend"] = "error"
+    """What to do where the input is not that of the output folder's plan. error: refuse, naming the files. extend: take
+    files that were added, and refuse where others were removed or rewritten; for scheduled jobs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -171,11 +174,23 @@ class WorkersSection(Section):
     """Seconds to wait for the cluster to have room for the first replica."""
 
 
+class CheckpointSection(Section):
+    """How often the finished rows of a unit under way are written down: what a killed replica loses at most."""
+
+    seconds: float = Field(default=30.0, gt=0)
+    """Seconds from one flush of a unit to the next."""
+    rows: int | None = Field(default=None, ge=1)
+    """Rows that are finished and not flushed at most; null: any number."""
+
+
 class RetrySection(Section):
     """What is tried again, and when the job gives up."""
 
     attempts: int = Field(default=3, ge=1)
-    """Tries of a unit whose replica died."""
+    """Tries of a unit whose replica died, until it is split to find the row that kills; tries of one that cannot be
+    read or published, until the job ends."""
+    stall_minutes: float = Field(default=30.0, gt=0)
+    """Minutes without any progress after which a replica is replaced, or the job ended where none gets further."""
     max_error_rate: float = Field(default=0.1, ge=0, le=1)
     """Share of error rows (0 to 1) above which the job ends with an error."""
 
@@ -191,4 +206,5 @@ class Job(Section):
     generation: GenerationSection = GenerationSection()
     engine: EngineSection = EngineSection()
     workers: WorkersSection = WorkersSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     retry: RetrySection = RetrySection()

@@ -1,31 +1,23 @@
-"""The output folder and its one owner: what is published, what is finished, what it all adds up to.
+"""The driver's side of the output folder: whose it is, what is finished, what it all adds up to.
 
 Parts are the truth; commit records are written after them and made again from their footers where missing or broken;
 then come the manifest and, last, `_SUCCESS`.
 """
 
 import contextlib
-import hashlib
-import json
-import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from typing import Any
 
-import pyarrow as pa
-
+from pipeline.commit import check_part, write_record
 from pipeline.duplicates import find_duplicates
-from pipeline.errors import OutputError, StorageError
+from pipeline.errors import OutputError
 from pipeline.fingerprint import LISTING_FIELD, differences
 from pipeline.job import Job
+from pipeline.layout import MANIFEST, PARTS, PLAN, RECORDS, SUCCESS, part_name, record_name
 from pipeline.manifest import (
-    RECORD_KEY,
     NotOursError,
-    PartRecord,
     PlanRecord,
     Status,
-    commit_record,
     differing_files,
     finished_at,
     manifest_fields,
@@ -40,14 +32,7 @@ from pipeline.plan import Plan
 from pipeline.storage import FileInfo, Storage, check_writable
 from pipeline.types import Totals, UnitResult, WorkUnit
 
-PLAN, MANIFEST, SUCCESS = "_job/plan.json", "_job/manifest.json", "_SUCCESS"
-RECORDS = "_job/units"
 READ_THREADS = 16
-
-
-def part_name(unit_id: str) -> str:
-    """The file name of a unit's part."""
-    return f"part-{unit_id}.parquet"
 
 
 class Ledger:
@@ -111,14 +96,14 @@ class Ledger:
         def read(part: FileInfo) -> UnitResult:
             unit = planned[part.name]
             with self._storage.open(part.name, part.size) as source:
-                record, totals = self._check_part(unit, source)
+                record, totals = check_part(self._shown, self._digest, unit, source)
             known = self._from_record(unit, part, totals) if f"{unit.id}.json" in recorded else None
             if known is not None:
                 return known
             digest = self._storage.sha256(part.name, part.size) if repair else ""
             result = UnitResult(unit.id, totals, record.seconds, digest, record.replica, record.attempt)
             if repair:
-                self._write_record(record, result, part.size)
+                write_record(self._storage, record, result, part.size)
             return result
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
@@ -176,51 +161,10 @@ class Ledger:
         finished = self.finished_at() if complete else None
         return Status(totals.rows, plan.rows, len(parts), plan.units, totals, complete, digest, plan.created, finished)
 
-    # The worker's side: one unit.
-
-    def header(self, unit: WorkUnit, *, attempt: int, replica: str, seconds: float) -> dict[str, str]:
-        """The header for build_part. `seconds`: from the unit's start until now."""
-        record = PartRecord(
-            unit=unit.id,
-            file=unit.name,
-            first_row=unit.first_row,
-            rows=unit.row_count,
-            fingerprint=self._required_digest(),
-            writer=uuid.uuid4().hex,
-            replica=replica,
-            attempt=attempt,
-            seconds=seconds,
-        )
-        return {RECORD_KEY: json.dumps(asdict(record))}
-
-    def publish(self, unit: WorkUnit, data: bytes) -> UnitResult:
-        """Publishes a part made by build_part with this ledger's header; the first writer wins.
-
-        Where another attempt's part is there already, `data` is dropped and the result is that part's, with
-        `published_by_other`. Raises OutputError where that part is broken or another job's.
-        """
-        started = time.monotonic()
-        ours, totals = self._check_part(unit, pa.BufferReader(data))
-        stored, record, by_other = data, ours, False
-        if not self._storage.create(part_name(unit.id), data):
-            stored = self._storage.read(part_name(unit.id))
-            record, totals = self._check_part(unit, pa.BufferReader(stored))
-            # Our own writer id: the first try arrived and only its acknowledgement was lost.
-            by_other = record.writer != ours.writer
-        seconds = record.seconds + (0 if by_other else time.monotonic() - started)
-        result = UnitResult(unit.id, totals, seconds, _sha256(stored), record.replica, record.attempt)
-        self._write_record(record, result, len(stored))
-        return replace(result, published_by_other=by_other)
-
     # Inside.
 
     def _parts(self) -> list[FileInfo]:
-        return self._storage.list_files("", "part-*.parquet")
-
-    def _required_digest(self) -> str:
-        if self._digest is None:
-            raise ValueError("this Ledger was made to read a status only: give it a fingerprint digest")
-        return self._digest
+        return self._storage.list_files("", PARTS)
 
     def _refuse_file(self) -> None:
         if self._storage.kind() == "file":
@@ -248,7 +192,7 @@ class Ledger:
     def _from_record(self, unit: WorkUnit, part: FileInfo, totals: Totals) -> UnitResult | None:
         """The result in a commit record; None where the record is broken or does not say what the part says."""
         try:
-            result, size = read_commit(self._storage.read_if_exists(f"{RECORDS}/{unit.id}.json") or b"")
+            result, size = read_commit(self._storage.read_if_exists(record_name(unit.id)) or b"")
         except NotOursError:
             return None
         if (result.unit_id, result.totals) != (unit.id, totals):
@@ -259,25 +203,6 @@ class Ledger:
                 "published; delete it to have its rows generated again"
             )
         return result
-
-    def _check_part(self, unit: WorkUnit, source: pa.NativeFile) -> tuple[PartRecord, Totals]:
-        name = part_name(unit.id)
-        try:
-            record, totals = read_part(source)
-        except NotOursError as error:
-            raise OutputError(
-                f"output {self._shown}: {name} is broken: {error}; delete it to have its rows generated again"
-            ) from None
-        if record.fingerprint != self._digest:
-            raise OutputError(f"output {self._shown}: {name} is another job's part: delete it")
-        if (record.unit, record.rows) != (unit.id, unit.row_count):
-            raise OutputError(f"output {self._shown}: {name} holds unit {record.unit}, not {unit.id}: delete it")
-        return record, totals
-
-    def _write_record(self, record: PartRecord, result: UnitResult, part_bytes: int) -> None:
-        """A failure is none of the unit: its part is there, and `finished` writes the record at the next resume."""
-        with contextlib.suppress(StorageError):
-            self._storage.write(f"{RECORDS}/{result.unit_id}.json", to_json(commit_record(record, result, part_bytes)))
 
     def _read_totals(self, digest: str) -> list[Totals]:
         """Of each part of the job with this fingerprint; one that cannot be read or is not its own counts as not done.
@@ -299,7 +224,3 @@ class Ledger:
 def read_status(output_path: str) -> Status:
     """How far the job in an output folder is. Raises OutputError where the folder is no job's output."""
     return Ledger(output_path).read_status()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset import TOTALS_KEY
 from pipeline.fingerprint import Fingerprint, digest_of
 from pipeline.job import Job
+from pipeline.parts import TOTALS_KEY
 from pipeline.paths import safe_url
 from pipeline.plan import Plan
 from pipeline.schema import SCHEMA_VERSION

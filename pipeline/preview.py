@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from model.tokenizer import Tokenizer
 from pipeline.dataset import UnitReader
 from pipeline.job import Job
-from pipeline.ledger import PLAN, Ledger, read_status
+from pipeline.layout import PLAN
+from pipeline.ledger import Ledger, read_status
 from pipeline.paths import safe_url
 from pipeline.plan import Plan, make_plan
 from pipeline.run import check_checkpoint, load_tokenizer

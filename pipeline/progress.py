@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from pipeline.dispatch import Event, ReplicaLost, ReplicaReady, UnitDone, UnitFailed, UnitProgress
-from pipeline.types import UnitResult
+from pipeline.types import UnitResult, WorkKey
 
 RATE_WINDOW_S = 60.0
 """Rates are means over this long: steady enough to read, and new enough to show a replica that joined."""
@@ -47,7 +47,7 @@ class Meter:
         for result in finished:
             self._done_rows += result.totals.rows
             self._done_errors += result.totals.errors
-        self._live: dict[str, UnitProgress] = {}  # unit id -> its last report
+        self._live: dict[WorkKey, UnitProgress] = {}  # what is under way -> its last report
         self._replicas: set[str] = set()
         self._computed_rows = self._computed_tokens = 0
         self._samples: deque[tuple[float, int, int]] = deque([(clock(), 0, 0)])  # time, rows and tokens computed
@@ -67,14 +67,14 @@ class Meter:
                 self._live = {k: live for k, live in self._live.items() if live.replica != replica}
             case UnitProgress():
                 self._advance(event)
-            case UnitFailed(_, unit):
-                self._live.pop(unit.id, None)
+            case UnitFailed(_, work):
+                self._live.pop(work.key, None)
             case UnitDone(result):
                 totals = result.totals
                 if not result.published_by_other:
                     rows, errors, tokens = totals.rows, totals.errors, totals.completion_tokens
-                    self._advance(UnitProgress(result.replica, result.unit_id, rows, errors, tokens))
-                self._live.pop(result.unit_id, None)
+                    self._advance(UnitProgress(result.replica, (result.unit_id, None), rows, errors, tokens))
+                self._live.pop((result.unit_id, None), None)
                 self._done_rows += totals.rows
                 self._done_errors += totals.errors
         self._sample()
@@ -95,13 +95,13 @@ class Meter:
         )
 
     def _advance(self, now: UnitProgress) -> None:
-        before = self._live.get(now.unit_id)
+        before = self._live.get(now.key)
         if before is None and now.rows and self._computed_rows == 0:
             # The clock of the rates starts with the first rows, not with the loading of the model.
             self._samples = deque([self._samples[-1]])
         self._computed_rows += now.rows - (before.rows if before else 0)
         self._computed_tokens += now.tokens - (before.tokens if before else 0)
-        self._live[now.unit_id] = now
+        self._live[now.key] = now
 
     def _sample(self) -> None:
         now = self._clock()
@@ -200,8 +200,8 @@ def tell_losses(event: Event | None, tell: Callable[[str], None]) -> None:
     match event:
         case ReplicaLost(replica, reason):
             tell(f"replica {replica} was lost: {reason}")
-        case UnitFailed(replica, unit, reason):
-            tell(f"unit {unit.id} failed on replica {replica}: {reason}")
+        case UnitFailed(replica, work, reason):
+            tell(f"unit {work.unit.id} failed on replica {replica}: {reason}")
 
 
 def open_progress(meter: Meter, out: TextIO | None = None, interval_s: float = 5.0) -> LogProgress | BarProgress:

@@ -34,11 +34,13 @@ _RESULT_FIELDS: tuple[tuple[str, pa.DataType], ...] = (
     ("source_row", pa.int64()),
 )
 RESULT_COLUMNS: tuple[str, ...] = tuple(name for name, _ in _RESULT_FIELDS)
+RESULT_SCHEMA = pa.schema([pa.field(name, kind) for name, kind in _RESULT_FIELDS])
+"""What segments hold; parts have the id and the carried columns before it."""
 
 
 def output_schema(id_type: pa.DataType, carried_fields: "Sequence[pa.Field[Any]]") -> pa.Schema:
     """The schema of every part: `id`, the carried columns in the job's order, then RESULT_COLUMNS."""
-    return pa.schema([pa.field("id", id_type), *carried_fields, *(pa.field(n, t) for n, t in _RESULT_FIELDS)])
+    return pa.schema([pa.field("id", id_type), *carried_fields, *RESULT_SCHEMA])
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:

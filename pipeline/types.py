@@ -24,6 +24,39 @@ class WorkUnit:
 
 
 @dataclass(frozen=True, slots=True)
+class Assignment:
+    """A unit, or a range of its rows, as a replica gets it."""
+
+    unit: WorkUnit
+    attempt: int = 1
+    """Number of this try of the unit, from 1: what rows made by it carry in `attempt`."""
+    rows: tuple[int, int] | None = None
+    """Positions inside the unit, the second excluded. The rows of a range end in segments alone (RangeDone); None: the
+    whole unit, whose part is published."""
+    losses: int = 0
+    """Replicas that were lost with exactly these rows."""
+    failures: int = 0
+    """Times that reading or publishing failed, on replicas that lived on."""
+    condemned: str | None = None
+    """Why the one row of this range is not generated: it becomes an error row with this text."""
+
+    @property
+    def key(self) -> "WorkKey":
+        """What tells it from all others that are under way."""
+        return self.unit.id, self.rows
+
+    @property
+    def suspect(self) -> bool:
+        """Whether one of its rows may be what kills replicas. It gets a replica of its own, and what is finished of it
+        is flushed at once."""
+        return self.losses > 0 or self.rows is not None
+
+
+WorkKey = tuple[str, tuple[int, int] | None]
+"""Unit id and range: the key of an Assignment."""
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One input row, ready to generate or already known to be bad (then `error` says why and `prompt` is None)."""
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from model.errors import CheckpointError
-from pipeline.dataset import UnitData, UnitReader, build_part
+from pipeline.commit import UnitOutput
+from pipeline.dataset import UnitData, UnitReader
 from pipeline.errors import JobError
 from pipeline.job import Job
-from pipeline.ledger import Ledger
+from pipeline.parts import build_part, result_table
 from pipeline.types import RowResult, UnitResult, WorkUnit
 from workers.unit_runner import UnitRunner
 
@@ -35,7 +36,7 @@ class PartStore:
 
     def __init__(self, spec: ReplicaSpec, replica: str) -> None:
         self._reader = UnitReader(spec.job.input)
-        self._ledger = Ledger(spec.job.output.path, spec.fingerprint)
+        self._output = UnitOutput(spec.job.output.path, spec.fingerprint)
         self._schema, self._replica = spec.schema, replica
 
     def read(self, unit: WorkUnit) -> UnitData:
@@ -44,9 +45,9 @@ class PartStore:
 
     def publish(self, data: UnitData, results: Sequence[RowResult], *, attempt: int, seconds: float) -> UnitResult:
         """See UnitStore. Raises ValueError, which ends the replica, where a row has no result or more than one."""
-        header = self._ledger.header(data.unit, attempt=attempt, replica=self._replica, seconds=seconds)
-        part, _ = build_part(data, results, self._schema, header)
-        return self._ledger.publish(data.unit, part)
+        header = self._output.header(data.unit, attempt=attempt, replica=self._replica, seconds=seconds)
+        part, _ = build_part(data, [result_table(data.unit, results)], self._schema, header)
+        return self._output.publish(data.unit, part)
 
 
 def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pipeline.dispatch import Event, ReplicaLost, ReplicaReady
-from pipeline.types import WorkUnit
+from pipeline.types import Assignment
 from workers.replica import MakeRunner, Replica
 
 
@@ -19,10 +19,10 @@ class LocalPool:
     def _name(self) -> str:
         return f"local-{self._lives}"
 
-    def assign(self, replica: str, unit: WorkUnit, attempt: int) -> None:
+    def assign(self, replica: str, work: Assignment) -> None:
         """See Pool."""
         if self._replica is not None and replica == self._name:
-            self._replica.assign(unit, attempt)
+            self._replica.assign(work)
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
         """See Pool. The first call loads the model and takes as long as that does."""
@@ -40,6 +40,10 @@ class LocalPool:
             self._replica = None
             events.append(ReplicaLost(self._name, report.fatal))
         return events
+
+    def drop(self, replica: str, reason: str) -> None:
+        """See Pool."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """See Pool."""

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pipeline.dispatch import Event, ReplicaLost, ReplicaReady
 from pipeline.errors import ClusterError
 from pipeline.job import WorkersSection
-from pipeline.types import WorkUnit
+from pipeline.types import Assignment
 from workers.replica import MakeRunner, Replica, Report
 
 CONNECT_S = 10.0
@@ -120,11 +120,11 @@ class RayPool:
         self._empty_since: float | None = time.monotonic()
         self._notice_at = time.monotonic() + NOTICE_S
 
-    def assign(self, replica: str, unit: WorkUnit, attempt: int) -> None:
+    def assign(self, replica: str, work: Assignment) -> None:
         """See Pool."""
         for slot in self._slots:
             if slot.ready and slot.name == replica:
-                slot.actor.assign.options(concurrency_group="control").remote(unit, attempt)
+                slot.actor.assign.options(concurrency_group="control").remote(work)
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
         """See Pool. Raises ClusterError where `start_timeout_s` passed without room for a single replica."""
@@ -133,6 +133,10 @@ class RayPool:
             return self._listen(timeout_s)
         except RayError as error:
             raise ClusterError(f"the Ray cluster was lost: {_one_line(str(error))}; submit the job again") from error
+
+    def drop(self, replica: str, reason: str) -> None:
+        """See Pool."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """See Pool. A cluster that this pool started goes too."""

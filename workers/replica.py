@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from model.errors import TwoTowerError
 from pipeline.dispatch import UnitProgress
-from pipeline.types import WorkUnit
+from pipeline.types import Assignment
 from workers.unit_runner import Outcome, UnitRunner
 
 MakeRunner = Callable[[str], UnitRunner]
@@ -45,11 +45,11 @@ class Replica:
             return self._die(error, refused=isinstance(error, TwoTowerError))
         return Report()
 
-    def assign(self, unit: WorkUnit, attempt: int) -> None:
+    def assign(self, work: Assignment) -> None:
         """Take a unit; a dead replica takes none, its next report says so."""
         if self._runner is not None:
             try:
-                self._runner.add(unit, attempt)
+                self._runner.add(work)
             except Exception as error:  # the worker's boundary: nobody waits for this call's result
                 self._die(error)
 

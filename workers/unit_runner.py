@@ -24,7 +24,7 @@ from model.params import Completion, GenerationParams, Request
 from model.slots import PREFIX_SLOTS
 from pipeline.dataset import UnitData
 from pipeline.dispatch import UnitDone, UnitFailed, UnitProgress
-from pipeline.types import RowResult, UnitResult, WorkUnit
+from pipeline.types import Assignment, RowResult, UnitResult, WorkUnit
 from workers.prefix import best_prefix, has_prefix
 
 QUEUE_FACTOR = 2
@@ -117,8 +117,8 @@ class UnitRunner:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
         self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._wake = threading.Event()  # set by whatever gives an idle runner something to do
-        self._units: dict[str, WorkUnit] = {}  # by id, from add to outcome
-        self._added: deque[tuple[WorkUnit, int]] = deque()
+        self._units: dict[str, Assignment] = {}  # by id, from add to outcome
+        self._added: deque[Assignment] = deque()
         self._reading: dict[str, Future[_OpenUnit]] = {}
         self._open: dict[str, _OpenUnit] = {}  # in the order they came
         self._publishing: dict[str, Future[UnitResult]] = {}
@@ -130,12 +130,13 @@ class UnitRunner:
         """Whether any unit is in."""
         return bool(self._units)
 
-    def add(self, unit: WorkUnit, attempt: int) -> None:
+    def add(self, work: Assignment) -> None:
         """Take a unit. Raises ValueError for one that is in already: its row keys would be twice in the engine."""
+        unit = work.unit
         if unit.id in self._units:
             raise ValueError(f"unit {unit.id} is already on replica {self._replica}")
-        self._units[unit.id] = unit
-        self._added.append((unit, attempt))
+        self._units[unit.id] = work
+        self._added.append(work)
         self._wake.set()
 
     def work(self, seconds: float) -> list[Outcome]:
@@ -161,7 +162,7 @@ class UnitRunner:
     def progress(self) -> list[UnitProgress]:
         """How far each unit is that has begun to give rows."""
         return [
-            UnitProgress(self._replica, unit_id, len(unit.results), unit.errors, unit.tokens)
+            UnitProgress(self._replica, self._units[unit_id].key, len(unit.results), unit.errors, unit.tokens)
             for unit_id, unit in self._open.items()
         ]
 
@@ -172,8 +173,8 @@ class UnitRunner:
 
     def _start_reading(self) -> None:
         while self._added:
-            unit, attempt = self._added.popleft()
-            self._reading[unit.id] = self._spawn(self._reader, self._read, unit, attempt)
+            work = self._added.popleft()
+            self._reading[work.unit.id] = self._spawn(self._reader, self._read, work.unit, work.attempt)
 
     def _spawn(self, threads: ThreadPoolExecutor, task: Callable[..., T], *args: object) -> Future[T]:
         future = threads.submit(task, *args)

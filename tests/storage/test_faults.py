@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage as storage_module
-from pipeline.ledger import Ledger, part_name
+from pipeline.layout import part_name
 from pipeline.storage import Storage
 from tests.storage.fault_proxy import FaultProxy, fault_proxy
 from tests.unit.pipeline_cases import make_job, open_ledger, plan_of, prompts, publish, write
@@ -56,10 +56,10 @@ def test_a_lost_acknowledgement_is_settled(s3: str, proxy: FaultProxy, tmp_path:
     ledger = open_ledger(job, plan)
     name = part_name(plan.units[0].id)
     proxy.fail("PUT", f"/{name}", ["lost"])
-    (result,) = publish(job, plan, ledger)
+    (result,) = publish(job, plan)
     assert proxy.faults == []
     assert not result.published_by_other
     assert ledger.finished(plan) == {plan.units[0].id: result}
-    (late,) = publish(job, plan, Ledger(job.output.path, plan.fingerprint.digest))
+    (late,) = publish(job, plan)
     assert late.published_by_other
     assert late.sha256 == result.sha256

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import storage as storage_module
 from pipeline.errors import InputError, OutputError, StorageError
-from pipeline.ledger import Ledger, read_status
+from pipeline.ledger import read_status
 from pipeline.storage import Storage, check_writable
 from pipeline.types import Totals
 from tests.unit.pipeline_cases import make_job, open_ledger, plan_of, prompts, publish, run, write
@@ -113,12 +113,12 @@ def test_resume_writes_missing_records_and_reports_others_parts(s3: str, tmp_pat
     job = make_job(f"{s3}/in", f"{s3}/out", output={"rows_per_file": 10})
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
-    (first,) = publish(job, plan, ledger, plan.units[:1])
+    (first,) = publish(job, plan, plan.units[:1])
     Storage(f"{s3}/out").remove(f"_job/units/{plan.units[0].id}.json")
     found = open_ledger(job, plan).finished(plan)
     assert found[plan.units[0].id].sha256 == first.sha256
     assert Storage(f"{s3}/out").exists(f"_job/units/{plan.units[0].id}.json")
-    late = publish(job, plan, Ledger(job.output.path, plan.fingerprint.digest))
+    late = publish(job, plan)
     assert [result.published_by_other for result in late] == [True, False]
     assert ledger.complete(plan, job, sum((r.totals for r in late), Totals()), seconds=1)["rows"] == 20
 

@@ -7,9 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.params import Completion
-from pipeline.dataset import UnitData, UnitReader, build_part
+from pipeline.commit import UnitOutput
+from pipeline.dataset import UnitData, UnitReader
 from pipeline.job import Job
 from pipeline.ledger import Ledger
+from pipeline.parts import build_part, result_table
 from pipeline.plan import Plan, make_plan
 from pipeline.types import Row, RowResult, Totals, UnitResult, WorkUnit
 
@@ -67,9 +69,15 @@ def complete_row(row: Row, attempt: int = 1) -> RowResult:
     return RowResult(row.index, done, "diffusion", attempt, "replica-0")
 
 
-def part_of(data: UnitData, plan: Plan, ledger: Ledger, attempt: int = 1) -> bytes:
-    header = ledger.header(data.unit, attempt=attempt, replica="replica-0", seconds=1.0)
-    return build_part(data, [complete_row(row, attempt) for row in data.rows], plan.schema, header)[0]
+def part_of(data: UnitData, plan: Plan, attempt: int = 1) -> bytes:
+    output = UnitOutput("/nowhere", plan.fingerprint.digest)
+    header = output.header(data.unit, attempt=attempt, replica="replica-0", seconds=1.0)
+    results = result_table(data.unit, [complete_row(row, attempt) for row in data.rows])
+    return build_part(data, [results], plan.schema, header)[0]
+
+
+def output_of(job: Job, plan: Plan) -> UnitOutput:
+    return UnitOutput(job.output.path, plan.fingerprint.digest)
 
 
 def open_ledger(job: Job, plan: Plan) -> Ledger:
@@ -78,12 +86,12 @@ def open_ledger(job: Job, plan: Plan) -> Ledger:
     return ledger
 
 
-def publish(job: Job, plan: Plan, ledger: Ledger, units: tuple[WorkUnit, ...] | None = None) -> list[UnitResult]:
+def publish(job: Job, plan: Plan, units: tuple[WorkUnit, ...] | None = None) -> list[UnitResult]:
     """Publishes the parts of these units, or of all."""
     reader = UnitReader(job.input)
+    output = output_of(job, plan)
     results = [
-        ledger.publish(unit, part_of(reader.read(unit), plan, ledger))
-        for unit in (plan.units if units is None else units)
+        output.publish(unit, part_of(reader.read(unit), plan)) for unit in (plan.units if units is None else units)
     ]
     reader.close()
     return results
@@ -93,5 +101,5 @@ def run(job: Job) -> tuple[Plan, Ledger, dict[str, Any]]:
     """The whole job: plan, parts, manifest."""
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
-    totals = sum((result.totals for result in publish(job, plan, ledger)), Totals())
+    totals = sum((result.totals for result in publish(job, plan)), Totals())
     return plan, ledger, ledger.complete(plan, job, totals, seconds=2.0)

@@ -1,7 +1,5 @@
 """Reading units and building parts: bad rows become error rows, every row leaves once, memory stays bounded."""
 
-import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import dataset
-from pipeline.dataset import TOTALS_KEY, UnitData, UnitReader, build_part
+from pipeline.dataset import UnitData, UnitReader
 from pipeline.errors import InputError, StorageError
 from pipeline.job import Job
-from pipeline.schema import RESULT_COLUMNS, output_schema
 from pipeline.storage import Storage
 from pipeline.types import WorkUnit
-from tests.unit.pipeline_cases import complete_row, make_job, not_utf8, plan_of, prompts, write
+from tests.unit.pipeline_cases import make_job, not_utf8, part_of, plan_of, prompts, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -183,7 +180,7 @@ def test_a_prompt_with_a_lone_surrogate_is_an_error_row(tmp_path: Path, template
 def test_an_error_that_quotes_a_lone_surrogate_can_be_written(tmp_path: Path) -> None:
     data = read_one(tmp_path, {"template": "{{ n['\\ud800'] }}"}, n=[{"a": 1}])
     assert r"\ud800" in str(data.rows[0].error)
-    part(data, output_schema(pa.string(), []))
+    part_of(data, plan_of(make_job(tmp_path / "in", tmp_path / "out", input={"template": "{{ n }}"})))
 
 
 @pytest.mark.parametrize(
@@ -262,69 +259,6 @@ def test_a_storage_failure_is_not_taken_for_corruption(tmp_path: Path, monkeypat
             reader.read(unit)
     assert [row.prompt for row in reader.read(unit).rows] == prompts(3)
     remote.remove("a.parquet")
-
-
-# Parts
-
-
-def part(data: UnitData, schema: pa.Schema) -> tuple[pa.Table, dict[str, Any]]:
-    results = [complete_row(row) for row in reversed(data.rows)]
-    written, totals = build_part(data, results, schema, {"k": "v"})
-    table = pq.read_table(pa.BufferReader(written))
-    metadata = table.schema.metadata or {}
-    assert metadata[b"k"] == b"v"
-    stored = json.loads(metadata[TOTALS_KEY.encode()])
-    assert stored["rows"] == totals.rows == table.num_rows
-    return table, stored
-
-
-def test_a_part_has_the_schema_and_the_order_of_the_input(tmp_path: Path) -> None:
-    section = {"id_column": "doc", "carry": ["tags"]}
-    data = read_one(
-        tmp_path, section, prompt=["a", None, "c"], doc=pa.array([5, None, 5], pa.int16()), tags=[["x"], None, []]
-    )
-    table, totals = part(data, output_schema(pa.int16(), [pa.field("tags", pa.list_(pa.string()))]))
-    assert table.column_names == ["id", "tags", *RESULT_COLUMNS]
-    assert table.schema.field("id").type == pa.int16()
-    assert table["id"].to_pylist() == [5, None, 5]
-    assert table["tags"].to_pylist() == [["x"], None, []]
-    assert table["completion"].to_pylist() == ["answer to a", None, "answer to c"]
-    assert table["finish_reason"].to_pylist() == ["stop", "error", "stop"]
-    assert table["error"].to_pylist() == [None, "prompt is null", None]
-    assert table["tokens_per_forward"].to_pylist() == [1.5, None, 1.5]
-    assert table["tokens_per_s"].to_pylist() == [6.0, None, 6.0]
-    assert table["steps_per_block"].to_pylist() == [[2], [], [2]]
-    assert table["blocks"].to_pylist() == [1, 0, 1]
-    assert table["source_row"].to_pylist() == [0, 1, 2]
-    assert set(table["source_file"].to_pylist()) == {"a.parquet"}
-    assert totals["ok"] == 2
-    assert (totals["errors"], totals["duplicate_ids"], totals["null_ids"]) == (1, 1, 1)
-    assert (totals["completion_tokens"], totals["denoiser_forwards"]) == (6, 4)
-    assert totals["finish_reasons"] == {"stop": 2, "error": 1}
-
-
-def test_columns_that_are_all_null_keep_their_type(tmp_path: Path) -> None:
-    """A part of good rows alone has the same schema as one of bad rows alone, so they can be read together."""
-    schema = output_schema(pa.string(), [])
-    good, _ = part(read_one(tmp_path, prompt=["a"]), schema)
-    bad, _ = part(read_one(tmp_path, prompt=pa.array([None], pa.string())), schema)
-    assert good.schema.remove_metadata() == bad.schema.remove_metadata() == schema
-
-
-def test_a_part_is_refused_unless_every_row_is_there_once(tmp_path: Path) -> None:
-    data = read_one(tmp_path, prompt=prompts(3))
-    results = [complete_row(row) for row in data.rows]
-    schema = output_schema(pa.string(), [])
-    with pytest.raises(ValueError, match=r"row a\.parquet#1 has no result"):
-        build_part(data, [results[0], results[2]], schema, {})
-    with pytest.raises(ValueError, match="1 rows have more than one result"):
-        build_part(data, [*results, results[0]], schema, {})
-    stranger = dataclasses.replace(results[0], index=7)
-    with pytest.raises(ValueError, match="1 results belong to no row"):
-        build_part(data, [*results, stranger], schema, {})
-    swapped = [dataclasses.replace(results[0], index=1), dataclasses.replace(results[1], index=0), results[2]]
-    with pytest.raises(ValueError, match=r"row a\.parquet#0 has the result of row a\.parquet#1"):
-        build_part(data, swapped, schema, {})
 
 
 MEMORY_PROBE = """

@@ -23,7 +23,7 @@ from pipeline.dispatch import (
 )
 from pipeline.errors import ClusterError, JobFailed
 from pipeline.retry import RetryPolicy
-from pipeline.types import Totals, UnitResult, WorkUnit
+from pipeline.types import Assignment, Totals, UnitResult, WorkUnit
 
 
 def make_units(count: int, rows: int = 10) -> list[WorkUnit]:
@@ -54,7 +54,8 @@ class FakePool:
         self.held[f"r{self.lives}"] = []
         self.events.append(ReplicaReady(f"r{self.lives}"))
 
-    def assign(self, replica: str, unit: WorkUnit, attempt: int) -> None:
+    def assign(self, replica: str, work: Assignment) -> None:
+        unit, attempt = work.unit, work.attempt
         assert unit.id not in [held.id for held, _ in self.held[replica]]
         self.held[replica].append((unit, attempt))
         assert len(self.held[replica]) <= UNITS_A_REPLICA
@@ -69,7 +70,7 @@ class FakePool:
         unit, attempt = self.held[replica].pop(self.random.randrange(len(self.held[replica])))
         draw = self.random.random()
         if draw < self.faults / 2:
-            self.events.append(UnitFailed(replica, unit, "storage said no"))
+            self.events.append(UnitFailed(replica, Assignment(unit, attempt), "storage said no"))
         elif draw < self.faults:
             del self.held[replica]
             self.events.append(ReplicaLost(replica, "killed"))
@@ -156,7 +157,9 @@ class ScriptedPool(FakePool):
 
 def test_error_rate_is_checked_as_the_job_goes() -> None:
     units = make_units(10, rows=100)
-    pool = ScriptedPool([ReplicaReady("a")], [UnitProgress("a", "u0", 90, 19, 5)], [UnitProgress("a", "u0", 91, 21, 6)])
+    pool = ScriptedPool(
+        [ReplicaReady("a")], [UnitProgress("a", ("u0", None), 90, 19, 5)], [UnitProgress("a", ("u0", None), 91, 21, 6)]
+    )
     with pytest.raises(JobFailed, match="21 of 200 rows"):
         run(units, pool)
     assert not pool.turns
@@ -166,7 +169,7 @@ def test_known_bad_rows_at_the_head_of_a_unit_do_not_end_the_job() -> None:
     board = Board(make_units(1, rows=1000), {}, RetryPolicy(3, 0.1))
     board.take(ReplicaReady("a"))
     list(board.hand_out())
-    board.take(UnitProgress("a", "u0", 100, 100, 0))  # all of the first 100, but a tenth of the unit
+    board.take(UnitProgress("a", ("u0", None), 100, 100, 0))  # all of the first 100, but a tenth of the unit
 
 
 def test_errors_reported_by_a_lost_replica_are_taken_back() -> None:
@@ -174,7 +177,7 @@ def test_errors_reported_by_a_lost_replica_are_taken_back() -> None:
     for replica in ("a", "b"):
         board.take(ReplicaReady(replica))
         list(board.hand_out())
-        board.take(UnitProgress(replica, "u0", 90, 90, 0))
+        board.take(UnitProgress(replica, ("u0", None), 90, 90, 0))
         board.take(ReplicaLost(replica, "killed"))
 
 

@@ -13,10 +13,11 @@ from pipeline.dataset import UnitReader
 from pipeline.duplicates import find_duplicates
 from pipeline.errors import OutputError, StorageError
 from pipeline.job import Job
-from pipeline.ledger import Ledger, part_name, read_status
+from pipeline.layout import part_name
+from pipeline.ledger import Ledger, read_status
 from pipeline.storage import Storage
 from pipeline.types import Totals
-from tests.unit.pipeline_cases import make_job, open_ledger, part_of, plan_of, prompts, publish, run, write
+from tests.unit.pipeline_cases import make_job, open_ledger, output_of, part_of, plan_of, prompts, publish, run, write
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_finished_units_are_known_from_their_records(job: Job) -> None:
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
     assert ledger.finished(plan) == {}
-    published = publish(job, plan, ledger, plan.units[:2])
+    published = publish(job, plan, plan.units[:2])
     again = open_ledger(job, plan)  # the same job comes back
     assert list(again.finished(plan).values()) == published
     assert not again.is_complete()
@@ -96,7 +97,7 @@ def test_a_part_without_its_record_is_read_back_and_the_record_written(job: Job,
     """A crash between part and record loses nothing: the part's footer says it all."""
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
-    results = {result.unit_id: result for result in publish(job, plan, ledger)}
+    results = {result.unit_id: result for result in publish(job, plan)}
     record = out(job, f"_job/units/{plan.units[1].id}.json")
     before = load(record)
     if damage == "missing":
@@ -131,7 +132,7 @@ def test_a_part_without_its_record_is_read_back_and_the_record_written(job: Job,
 def test_a_record_that_is_wrong_is_made_again_from_the_part(job: Job, damage: dict[str, Any]) -> None:
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
-    totals = {result.unit_id: result.totals for result in publish(job, plan, ledger)}
+    totals = {result.unit_id: result.totals for result in publish(job, plan)}
     record = out(job, f"_job/units/{plan.units[1].id}.json")
     before = load(record)
     record.write_text(json.dumps({**before, **damage}))
@@ -167,7 +168,7 @@ def test_damaged_ids_are_named(job: Job) -> None:
 def test_a_record_without_its_part_counts_for_nothing(job: Job) -> None:
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
-    publish(job, plan, ledger)
+    publish(job, plan)
     out(job, part_name(plan.units[0].id)).unlink()
     assert plan.units[0].id not in ledger.finished(plan)
 
@@ -177,7 +178,7 @@ def test_a_record_without_its_part_counts_for_nothing(job: Job) -> None:
 def test_a_broken_part_is_named(job: Job, damage: str, with_record: bool) -> None:
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
-    publish(job, plan, ledger)
+    publish(job, plan)
     part = out(job, part_name(plan.units[1].id))
     if damage == "foreign":
         pq.write_table(pa.table({"x": [1]}), part)
@@ -241,7 +242,7 @@ def test_the_plan_of_a_job_without_parts_is_replaced(job: Job) -> None:
     plan = plan_of(other)
     ledger = open_ledger(other, plan)
     assert load(out(job, "_job/plan.json"))["fingerprint"]["digest"] == plan.fingerprint.digest
-    totals = sum((result.totals for result in publish(other, plan, ledger)), Totals())
+    totals = sum((result.totals for result in publish(other, plan)), Totals())
     ledger.complete(plan, other, totals, seconds=1.0)
     with pytest.raises(OutputError, match=r"generation\.seed: 4 -> 0"):
         open_ledger(job, plan_of(job))
@@ -252,7 +253,7 @@ def test_a_job_whose_folder_was_taken_does_not_complete_it(job: Job) -> None:
     ledger = open_ledger(job, plan)
     other = job.model_copy(update={"generation": job.generation.model_copy(update={"seed": 4})})
     open_ledger(other, plan_of(other))
-    totals = sum((result.totals for result in publish(job, plan, ledger)), Totals())
+    totals = sum((result.totals for result in publish(job, plan)), Totals())
     with pytest.raises(OutputError, match=r"belongs to another job.*generation\.seed: 4 -> 0"):
         ledger.complete(plan, job, totals, seconds=1.0)
     assert not ledger.is_complete()
@@ -329,12 +330,11 @@ def test_records_hold_no_credentials(job: Job) -> None:
 def test_the_first_writer_wins(job: Job) -> None:
     """A unit computed twice (a replica thought dead) is published once; the later one reports that part."""
     plan = plan_of(job)
-    ledger = open_ledger(job, plan)
+    open_ledger(job, plan)
     data = UnitReader(job.input).read(plan.units[0])
-    first = ledger.publish(plan.units[0], part_of(data, plan, ledger, attempt=1))
+    first = output_of(job, plan).publish(plan.units[0], part_of(data, plan, attempt=1))
     part = out(job, part_name(plan.units[0].id)).read_bytes()
-    late = Ledger(job.output.path, plan.fingerprint.digest)
-    second = late.publish(plan.units[0], part_of(data, plan, late, attempt=2))
+    second = output_of(job, plan).publish(plan.units[0], part_of(data, plan, attempt=2))
     assert (first.published_by_other, second.published_by_other) == (False, True)
     assert (second.attempt, second.totals, second.sha256) == (1, first.totals, first.sha256)
     assert out(job, part_name(plan.units[0].id)).read_bytes() == part
@@ -352,7 +352,7 @@ def test_a_lost_acknowledgement_is_success(job: Job, monkeypatch: pytest.MonkeyP
         return create(self, name, data)
 
     monkeypatch.setattr(Storage, "create", losing)
-    (result,) = publish(job, plan, ledger, plan.units[:1])
+    (result,) = publish(job, plan, plan.units[:1])
     assert not result.published_by_other
     assert list(ledger.finished(plan)) == [plan.units[0].id]
 
@@ -367,7 +367,7 @@ def test_a_record_that_cannot_be_written_is_not_the_units_failure(job: Job, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "write", full)
-        results = publish(job, plan, ledger)
+        results = publish(job, plan)
         assert len(ledger.finished(plan)) == 3
     assert not out(job, "_job/units").exists()
     ledger.complete(plan, job, sum((result.totals for result in results), Totals()), seconds=1.0)
@@ -380,7 +380,7 @@ def test_nothing_is_published_under_a_wrong_name(job: Job) -> None:
     ledger = open_ledger(job, plan)
     data = UnitReader(job.input).read(plan.units[0])
     with pytest.raises(OutputError, match=f"holds unit {plan.units[0].id}, not {plan.units[1].id}"):
-        ledger.publish(plan.units[1], part_of(data, plan, ledger))
+        output_of(job, plan).publish(plan.units[1], part_of(data, plan))
     assert ledger.finished(plan) == {}
 
 
@@ -390,7 +390,7 @@ def test_nothing_is_published_under_a_wrong_name(job: Job) -> None:
 def test_a_job_with_a_part_missing_is_not_complete(job: Job) -> None:
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
-    totals = sum((result.totals for result in publish(job, plan, ledger)), Totals())
+    totals = sum((result.totals for result in publish(job, plan)), Totals())
     out(job, part_name(plan.units[2].id)).unlink()
     with pytest.raises(OutputError, match="1 of 3 parts are missing"):
         ledger.complete(plan, job, totals, seconds=1.0)
@@ -403,12 +403,12 @@ def test_a_job_with_a_part_missing_is_not_complete(job: Job) -> None:
 def test_status_while_running_and_at_the_end(job: Job) -> None:
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
-    results = publish(job, plan, ledger, plan.units[:2])
+    results = publish(job, plan, plan.units[:2])
     out(job, f"_job/units/{plan.units[1].id}.json").unlink()  # as after a crash: the part is asked
     status = read_status(job.output.path)
     assert (status.rows_done, status.rows_total, status.units_done, status.units_total) == (20, 25, 2, 3)
     assert (status.complete, status.finished) == (False, None)
-    results += publish(job, plan, ledger, plan.units[2:])
+    results += publish(job, plan, plan.units[2:])
     manifest = ledger.complete(plan, job, sum((r.totals for r in results), Totals()), seconds=1.0)
     status = read_status(job.output.path)
     assert (status.complete, status.finished, status.totals.errors) == (True, manifest["finished"], 2)

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from pipeline.dispatch import ReplicaLost, ReplicaReady, UnitDone, UnitFailed, UnitProgress
 from pipeline.progress import BarProgress, LogProgress, Meter, duration, line, open_progress
-from pipeline.types import Totals, UnitResult, WorkUnit
+from pipeline.types import Assignment, Totals, UnitResult, WorkUnit
 
 
 class Clock:
@@ -29,11 +29,11 @@ def test_resumed_rows_are_done_but_not_in_the_rate() -> None:
     meter.take(ReplicaReady("a"))
     clock.now += 30  # loading the model is not in the rate either
     meter.take(None)
-    meter.take(UnitProgress("a", "u1", 0, 0, 0))
+    meter.take(UnitProgress("a", ("u1", None), 0, 0, 0))
     for _ in range(10):
         clock.now += 1
         done = meter.snapshot().rows - 400 + 10
-        meter.take(UnitProgress("a", "u1", done, 1, done * 20))
+        meter.take(UnitProgress("a", ("u1", None), done, 1, done * 20))
     now = meter.snapshot()
     assert (now.rows, now.errors, now.replicas) == (500, 5, 1)
     assert now.tokens_per_s == pytest.approx(200, rel=0.12)
@@ -43,10 +43,10 @@ def test_resumed_rows_are_done_but_not_in_the_rate() -> None:
 def test_rows_of_a_lost_replica_are_taken_back_and_a_finished_unit_counts_once() -> None:
     meter = Meter(100, clock=Clock())
     meter.take(ReplicaReady("a"))
-    meter.take(UnitProgress("a", "u0", 30, 2, 300))
+    meter.take(UnitProgress("a", ("u0", None), 30, 2, 300))
     meter.take(ReplicaLost("a", "killed"))
     assert (meter.snapshot().rows, meter.snapshot().errors, meter.snapshot().replicas) == (0, 0, 0)
-    meter.take(UnitProgress("b", "u0", 50, 2, 500))
+    meter.take(UnitProgress("b", ("u0", None), 50, 2, 500))
     meter.take(UnitDone(result("u0", 60, errors=2, tokens=600)))
     assert (meter.snapshot().rows, meter.snapshot().errors) == (60, 2)
     assert meter.tokens == 300 + 600
@@ -58,7 +58,7 @@ def test_old_samples_leave_the_rate() -> None:
     for second in range(200):
         clock.now += 1
         tokens = second * 10 if second < 100 else 1000 + (second - 100) * 50
-        meter.take(UnitProgress("a", "u0", second, 0, tokens))
+        meter.take(UnitProgress("a", ("u0", None), second, 0, tokens))
     assert meter.snapshot().tokens_per_s == pytest.approx(50, rel=0.05)
 
 
@@ -79,7 +79,7 @@ def test_a_log_gets_a_line_every_few_seconds_losses_at_once_and_the_end() -> Non
         clock.now += 1
         progress(None)
     assert len(out.getvalue().splitlines()) == 1  # unchanged lines are not repeated
-    progress(UnitFailed("a", WorkUnit("u0", "/f", "f", 0, 1), "storage said no"))
+    progress(UnitFailed("a", Assignment(WorkUnit("u0", "/f", "f", 0, 1)), "storage said no"))
     progress(ReplicaLost("a", "node gone"))
     progress(UnitDone(result("u0", 100, tokens=10)))
     progress.close()

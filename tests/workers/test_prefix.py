@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.slots import PAGE_SIZE
+from pipeline.types import Assignment
 from tests.workers.fakes import FakeEngine, make_runner, work_all
 from tests.workers.jobs import open_job
 from workers import prefix
@@ -88,7 +89,7 @@ def test_rows_name_the_prefix_that_their_unit_shares(tmp_path: Path) -> None:
     engine = FakeEngine()
     runner = make_runner(small, engine)
     for unit in small.plan.units:
-        runner.add(unit, 1)
+        runner.add(Assignment(unit, 1))
     work_all(runner)
     assert engine.prefixes == {(): 4, tuple(TEMPLATE[:128].encode()): 31}
     assert [row["completion"] for row in small.rows()] == [prompt[::-1] for prompt in [*prompts, *more]]

@@ -6,6 +6,7 @@ import pytest
 
 from model.errors import CheckpointError
 from pipeline.errors import JobFailed
+from pipeline.types import Assignment
 from tests.workers.fakes import FakeEngine, FakeMaker, make_runner, run_locally
 from tests.workers.jobs import open_job, prompts_of
 from workers.local_pool import LocalPool
@@ -19,7 +20,7 @@ def test_what_the_engine_raises_ends_the_replica_with_a_reason(
     small = open_job(tmp_path, prompts_of(10))
     replica = Replica("r0", lambda _name: make_runner(small, FakeEngine(fail_at=range(2, 100))))
     assert replica.start().fatal is None
-    replica.assign(small.plan.units[0], 1)
+    replica.assign(Assignment(small.plan.units[0], 1))
     report = replica.work(10)
     assert (report.fatal, report.refused) == ("the forward failed", False)
     assert replica.work(1).fatal == "the forward failed"
@@ -31,7 +32,7 @@ def test_a_unit_assigned_twice_ends_the_replica(tmp_path: Path, capsys: pytest.C
     replica = Replica("r0", lambda _name: make_runner(small, FakeEngine()))
     replica.start()
     for attempt in (1, 2):
-        replica.assign(small.plan.units[0], attempt)
+        replica.assign(Assignment(small.plan.units[0], attempt))
     assert "is already on replica r0" in (replica.work(1).fatal or "")
     assert "ValueError" in capsys.readouterr().err
 

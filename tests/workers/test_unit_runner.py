@@ -17,7 +17,7 @@ from model.params import Completion
 from pipeline.dataset import UnitData
 from pipeline.dispatch import UnitDone, UnitFailed
 from pipeline.errors import OutputError
-from pipeline.types import RowResult, UnitResult, WorkUnit
+from pipeline.types import Assignment, RowResult, UnitResult, WorkUnit
 from tests.workers.fakes import TOO_LONG, FakeEngine, make_runner, work_all
 from tests.workers.jobs import SmallJob, open_job, prompts_of
 from workers import build
@@ -50,7 +50,7 @@ def test_every_row_leaves_once_as_a_completion_or_an_error_row(tmp_path: Path) -
     prompts[1], prompts[4], prompts[6], prompts[8] = None, "", "   ", "y" * (TOO_LONG + 5)
     small = open_job(tmp_path, prompts)
     runner = make_runner(small, FakeEngine())
-    runner.add(small.plan.units[0], 2)
+    runner.add(Assignment(small.plan.units[0], 2))
     [done] = work_all(runner)
     assert isinstance(done, UnitDone)
     assert (done.result.totals.rows, done.result.totals.errors, done.result.attempt) == (10, 4, 2)
@@ -73,7 +73,7 @@ def test_every_row_leaves_once_as_a_completion_or_an_error_row(tmp_path: Path) -
 def test_a_unit_of_error_rows_alone_is_published(tmp_path: Path) -> None:
     small = open_job(tmp_path, [None, "", "z" * (TOO_LONG + 1)])
     runner = make_runner(small, FakeEngine())
-    runner.add(small.plan.units[0], 1)
+    runner.add(Assignment(small.plan.units[0], 1))
     [done] = work_all(runner)
     assert isinstance(done, UnitDone)
     assert done.result.totals.errors == 3
@@ -83,7 +83,7 @@ def test_rows_go_longest_first_and_the_engine_queue_stays_short(tmp_path: Path) 
     small = open_job(tmp_path, prompts_of(200), rows_per_file=200)
     engine = FakeEngine(max_rows=4)
     runner = make_runner(small, engine)
-    runner.add(small.plan.units[0], 1)
+    runner.add(Assignment(small.plan.units[0], 1))
     work_all(runner)
     lengths = [len(prompts_of(200)[int(key.partition("#")[2])]) for key in engine.order]
     assert lengths == sorted(lengths, reverse=True)
@@ -96,11 +96,11 @@ def test_the_engine_does_not_drain_between_units(tmp_path: Path) -> None:
     runner = make_runner(small, engine)
     waiting = list(small.plan.units)
     for _ in range(2):
-        runner.add(waiting.pop(0), 1)
+        runner.add(Assignment(waiting.pop(0), 1))
     while runner.busy:
         for _ in runner.work(0.5):
             if waiting:
-                runner.add(waiting.pop(0), 1)
+                runner.add(Assignment(waiting.pop(0), 1))
     assert len(small.rows()) == 80
     assert engine.short_steps <= 8, f"{engine.short_steps} of {engine.steps} steps had a free slot"
 
@@ -110,8 +110,8 @@ def test_reading_the_next_unit_does_not_hold_up_the_engine(tmp_path: Path) -> No
     store, (first, second) = SlowStore(small), small.plan.units
     gate = store.gates[second.id] = threading.Event()
     runner = make_runner(small, FakeEngine(), store)
-    runner.add(first, 1)
-    runner.add(second, 1)
+    runner.add(Assignment(first, 1))
+    runner.add(Assignment(second, 1))
     [done] = runner.work(10)
     assert isinstance(done, UnitDone)
     assert done.result.unit_id == first.id
@@ -129,9 +129,9 @@ def test_reading_the_next_unit_does_not_hold_up_the_engine(tmp_path: Path) -> No
 def test_a_unit_cannot_be_in_twice(tmp_path: Path) -> None:
     small = open_job(tmp_path, prompts_of(10))
     runner = make_runner(small, FakeEngine())
-    runner.add(small.plan.units[0], 1)
+    runner.add(Assignment(small.plan.units[0], 1))
     with pytest.raises(ValueError, match=r"is already on replica r0"):
-        runner.add(small.plan.units[0], 2)
+        runner.add(Assignment(small.plan.units[0], 2))
     work_all(runner)
     runner.close()
 
@@ -143,9 +143,9 @@ def test_a_unit_that_cannot_be_read_or_published_fails_alone(tmp_path: Path) -> 
     store.refuse.add(units[1].id)
     runner = make_runner(small, FakeEngine(), store)
     for unit in (gone, *units):
-        runner.add(unit, 1)
+        runner.add(Assignment(unit, 1))
     outcomes = work_all(runner)
-    failed = {outcome.unit.id: outcome.reason for outcome in outcomes if isinstance(outcome, UnitFailed)}
+    failed = {outcome.work.unit.id: outcome.reason for outcome in outcomes if isinstance(outcome, UnitFailed)}
     assert failed.keys() == {"gone", units[1].id}
     assert "gone.parquet is gone" in failed["gone"]
     assert failed[units[1].id] == "the part is broken"
@@ -156,7 +156,7 @@ def test_a_part_that_another_attempt_published_first_stays(tmp_path: Path) -> No
     small = open_job(tmp_path, prompts_of(10))
     for attempt in (1, 2):
         runner = make_runner(small, FakeEngine())
-        runner.add(small.plan.units[0], attempt)
+        runner.add(Assignment(small.plan.units[0], attempt))
         [done] = work_all(runner)
         assert isinstance(done, UnitDone)
         assert done.result.published_by_other == (attempt == 2)
@@ -166,7 +166,7 @@ def test_a_part_that_another_attempt_published_first_stays(tmp_path: Path) -> No
 def test_progress_counts_from_the_units_start(tmp_path: Path) -> None:
     small = open_job(tmp_path, [None, *prompts_of(50)], rows_per_file=100)
     runner = make_runner(small, FakeEngine(max_rows=2, step_s=0.005))
-    runner.add(small.plan.units[0], 1)
+    runner.add(Assignment(small.plan.units[0], 1))
     seen = []
     while runner.busy:
         runner.work(0.02)
@@ -185,7 +185,7 @@ def test_rows_that_a_failed_step_took_down_are_submitted_once_more(
     engine = FakeEngine(fail_at={2, 30})
     runner = make_runner(small, engine)
     for unit in small.plan.units:
-        runner.add(unit, 1)
+        runner.add(Assignment(unit, 1))
     assert all(isinstance(outcome, UnitDone) for outcome in work_all(runner))
     assert [row["completion"] for row in small.rows()] == [prompt[::-1] for prompt in prompts_of(40)]
     said = [line for line in capsys.readouterr().err.splitlines() if "the forward failed; trying its" in line]
@@ -208,7 +208,7 @@ def test_an_engine_that_runs_out_of_memory_says_so_once(tmp_path: Path, capsys: 
     engine.step = shrink  # type: ignore[method-assign]
     runner = make_runner(small, engine)
     for unit in small.plan.units:
-        runner.add(unit, 1)
+        runner.add(Assignment(unit, 1))
     assert all(isinstance(outcome, UnitDone) for outcome in work_all(runner))
     said = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
     assert said == [
@@ -222,7 +222,7 @@ def test_a_row_that_fails_twice_is_an_error_that_names_it(tmp_path: Path, fail_a
     """The row ends nowhere else: the unit is not published, and the replica's owner learns why."""
     small = open_job(tmp_path, prompts_of(3))
     runner = make_runner(small, FakeEngine(fail_at=fail_at))
-    runner.add(small.plan.units[0], 1)
+    runner.add(Assignment(small.plan.units[0], 1))
     with pytest.raises(EngineError, match="the forward failed") as caught:
         work_all(runner)
     assert caught.value.keys
@@ -236,7 +236,7 @@ def test_an_engine_error_that_names_no_row_is_raised(tmp_path: Path) -> None:
     engine = FakeEngine()
     engine.step = functools.partial(_raise, EngineError("no rows"))  # type: ignore[method-assign]
     runner = make_runner(small, engine)
-    runner.add(small.plan.units[0], 1)
+    runner.add(Assignment(small.plan.units[0], 1))
     with pytest.raises(EngineError, match="no rows"):
         work_all(runner)
     runner.close()
@@ -270,6 +270,7 @@ def test_more_cpus_than_there_are_make_no_more_threads(tmp_path: Path, monkeypat
 MEMORY_SCRIPT = """
 import sys
 from pathlib import Path
+from pipeline.types import Assignment
 from tests.workers.fakes import FakeMaker
 from tests.workers.jobs import open_job
 
@@ -278,7 +279,7 @@ runner = FakeMaker(small.spec, max_rows=64)("r0")
 waiting, done = list(small.plan.units), 0
 while runner.busy or waiting:
     while waiting and len(runner._units) < 2:
-        runner.add(waiting.pop(0), 1)
+        runner.add(Assignment(waiting.pop(0), 1))
     done += len(runner.work(5))
     if done in (10, 60):
         print(done, int(Path("/proc/self/statm").read_text().split()[1]) * 4, flush=True)

@@ -1,0 +1,93 @@
+"""The workers' side of the output folder: a unit's part and its commit record, published once.
+
+Parts are the truth: the first writer wins, and a commit record is written after the part and only helps.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+import uuid
+from dataclasses import asdict, replace
+
+import pyarrow as pa
+
+from pipeline.errors import OutputError, StorageError
+from pipeline.layout import part_name, record_name
+from pipeline.manifest import RECORD_KEY, NotOursError, PartRecord, commit_record, read_part, to_json
+from pipeline.paths import safe_url
+from pipeline.storage import Storage
+from pipeline.types import Totals, UnitResult, WorkUnit
+
+
+class UnitOutput:
+    """One job's output folder. Methods raise OutputError where it is not as it must be, StorageError where it fails."""
+
+    def __init__(self, output_path: str, fingerprint_digest: str) -> None:
+        """`fingerprint_digest` names the job that may write here."""
+        self._digest = fingerprint_digest
+        self._storage = Storage(output_path)
+        self._shown = safe_url(output_path)
+
+    def header(self, unit: WorkUnit, *, attempt: int, replica: str, seconds: float) -> dict[str, str]:
+        """The header for build_part. `seconds`: from the unit's start until now."""
+        record = PartRecord(
+            unit=unit.id,
+            file=unit.name,
+            first_row=unit.first_row,
+            rows=unit.row_count,
+            fingerprint=self._digest,
+            writer=uuid.uuid4().hex,
+            replica=replica,
+            attempt=attempt,
+            seconds=seconds,
+        )
+        return {RECORD_KEY: json.dumps(asdict(record))}
+
+    def publish(self, unit: WorkUnit, data: bytes) -> UnitResult:
+        """Publishes a part made by build_part with this ledger's header; the first writer wins.
+
+        Where another attempt's part is there already, `data` is dropped and the result is that part's, with
+        `published_by_other`. Raises OutputError where that part is broken or another job's.
+        """
+        started = time.monotonic()
+        ours, totals = check_part(self._shown, self._digest, unit, pa.BufferReader(data))
+        stored, record, by_other = data, ours, False
+        if not self._storage.create(part_name(unit.id), data):
+            stored = self._storage.read(part_name(unit.id))
+            record, totals = check_part(self._shown, self._digest, unit, pa.BufferReader(stored))
+            # Our own writer id: the first try arrived and only its acknowledgement was lost.
+            by_other = record.writer != ours.writer
+        seconds = record.seconds + (0 if by_other else time.monotonic() - started)
+        result = UnitResult(unit.id, totals, seconds, _sha256(stored), record.replica, record.attempt)
+        write_record(self._storage, record, result, len(stored))
+        return replace(result, published_by_other=by_other)
+
+
+def check_part(shown: str, digest: str | None, unit: WorkUnit, source: pa.NativeFile) -> tuple[PartRecord, Totals]:
+    """A part's record and totals. Raises OutputError where it is broken or not the unit's part in the job `digest`.
+
+    `shown`: the output folder, for messages.
+    """
+    name = part_name(unit.id)
+    try:
+        record, totals = read_part(source)
+    except NotOursError as error:
+        raise OutputError(
+            f"output {shown}: {name} is broken: {error}; delete it to have its rows generated again"
+        ) from None
+    if record.fingerprint != digest:
+        raise OutputError(f"output {shown}: {name} is another job's part: delete it")
+    if (record.unit, record.rows) != (unit.id, unit.row_count):
+        raise OutputError(f"output {shown}: {name} holds unit {record.unit}, not {unit.id}: delete it")
+    return record, totals
+
+
+def write_record(storage: Storage, record: PartRecord, result: UnitResult, part_bytes: int) -> None:
+    """Writes a unit's commit record. A failure is none of the unit: its part is there, the next resume writes it."""
+    with contextlib.suppress(StorageError):
+        storage.write(record_name(result.unit_id), to_json(commit_record(record, result, part_bytes)))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,20 @@
+"""Where things stand in an output folder; names are relative to it, and those of the job's own records begin with _."""
+
+PLAN, MANIFEST, SUCCESS = "_job/plan.json", "_job/manifest.json", "_SUCCESS"
+RECORDS = "_job/units"
+"""Commit records, one a unit."""
+SEGMENTS = "_job/segments"
+"""A folder a unit: the rows that are finished while the unit is not."""
+DRIVERS = "_job/drivers"
+"""Who runs the job: the highest number has it."""
+PARTS = "part-*.parquet"
+
+
+def part_name(unit_id: str) -> str:
+    """The file name of a unit's part."""
+    return f"part-{unit_id}.parquet"
+
+
+def record_name(unit_id: str) -> str:
+    """The name of a unit's commit record."""
+    return f"{RECORDS}/{unit_id}.json"

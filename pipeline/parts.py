@@ -1,0 +1,128 @@
+"""Builds parts: the results of a unit and the columns that it carries, as Parquet bytes."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from model.params import Completion
+from pipeline.dataset import UnitData
+from pipeline.schema import RESULT_COLUMNS, RESULT_SCHEMA
+from pipeline.types import RowResult, Totals, WorkUnit
+
+TOTALS_KEY = "twotower.totals"
+
+
+def result_table(unit: WorkUnit, results: Sequence[RowResult]) -> pa.Table:
+    """Finished rows of a unit as the output has them, less id and carried columns: RESULT_SCHEMA, in the order given.
+
+    Raises ValueError where a result is that of another row: a fault of the caller.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in RESULT_COLUMNS}
+    for result in results:
+        source_row = unit.first_row + result.index
+        key = f"{unit.name}#{source_row}"
+        if result.completion.key != key:
+            raise ValueError(f"unit {unit.id}: row {key} has the result of row {result.completion.key}")
+        own = {"mode": result.mode, "attempt": result.attempt, "replica": result.replica}
+        for name, value in {**_result_row(result.completion), **own}.items():
+            columns[name].append(value)
+        columns["source_file"].append(unit.name)
+        columns["source_row"].append(source_row)
+    return pa.table(columns, schema=RESULT_SCHEMA)
+
+
+def build_part(
+    data: UnitData, finished: Sequence[pa.Table], schema: pa.Schema, header: dict[str, str]
+) -> tuple[bytes, Totals]:
+    """One part as Parquet bytes, rows in input order, and its totals.
+
+    `finished` holds tables of result_table, together every row of the unit once, in any order. `header` goes into the
+    file's key-value metadata, and the totals with it. Raises ValueError where a row is missing, there twice or unknown:
+    that is a fault of the caller, and nothing must be published.
+    """
+    results = _in_order(data.unit, pa.concat_tables([RESULT_SCHEMA.empty_table(), *finished]))
+    # A column that is all null in this file, or parts of it, may be typed in another one.
+    columns: dict[str, Any] = {
+        name: data.columns.column(name).cast(schema.field(name).type) for name in data.columns.column_names
+    }
+    totals = count(results, columns["id"])
+    columns |= {name: results[name] for name in RESULT_COLUMNS}
+    metadata = {**header, TOTALS_KEY: json.dumps(asdict(totals))}
+    table = pa.table([columns[field.name] for field in schema], schema=schema)
+    return to_parquet(table.replace_schema_metadata(metadata)), totals
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """The table as one Parquet file whose pages carry checksums: damage of a page is found when it is read."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue().to_pybytes()
+
+
+def count(results: pa.Table, ids: "pa.ChunkedArray[Any]") -> Totals:
+    """The totals of rows with RESULT_COLUMNS and of their ids."""
+    reasons = dict(Counter(map(str, results["finish_reason"].to_pylist())))
+    errors = reasons.get("error", 0)
+    return Totals(
+        rows=results.num_rows,
+        ok=results.num_rows - errors,
+        errors=errors,
+        prompt_tokens=_sum(results["prompt_tokens"]),
+        completion_tokens=_sum(results["completion_tokens"]),
+        denoiser_forwards=_sum(results["denoiser_forwards"]),
+        duplicate_ids=len(ids) - ids.null_count - pc.count_distinct(ids).as_py(),
+        null_ids=ids.null_count,
+        finish_reasons=reasons,
+    )
+
+
+def _sum(column: "pa.ChunkedArray[Any]") -> int:
+    return int(pc.sum(column).as_py() or 0)
+
+
+def _in_order(unit: WorkUnit, results: pa.Table) -> pa.Table:
+    rows = results["source_row"].to_numpy()
+    order = np.argsort(rows, kind="stable")
+    found = rows[order] - unit.first_row
+    repeated = len(found) - len(np.unique(found))
+    if repeated:
+        raise ValueError(f"unit {unit.id}: {repeated} rows have more than one result")
+    inside = (found >= 0) & (found < unit.row_count)
+    missing = np.setdiff1d(np.arange(unit.row_count), found[inside])
+    if len(missing):
+        raise ValueError(f"unit {unit.id}: row {unit.name}#{unit.first_row + int(missing[0])} has no result")
+    if not inside.all():
+        raise ValueError(f"unit {unit.id}: {int((~inside).sum())} results belong to no row")
+    return results.take(order)
+
+
+def _result_row(done: Completion) -> dict[str, Any]:
+    tokens = len(done.token_ids)
+    return {
+        "completion": done.text,
+        "finish_reason": done.finish_reason,
+        "error": done.error,
+        "prompt_tokens": done.prompt_tokens,
+        "completion_tokens": tokens,
+        "denoiser_forwards": done.denoiser_forwards,
+        "tokens_per_forward": tokens / done.denoiser_forwards if done.denoiser_forwards else None,
+        "blocks": len(done.steps_per_block),
+        "steps_per_block": list(done.steps_per_block),
+        "forced_commits": done.forced_commits,
+        "mean_confidence": done.mean_confidence,
+        "repetition": None,
+        "queue_s": done.queue_s,
+        "prefill_s": done.prefill_s,
+        "denoise_s": done.denoise_s,
+        "commit_s": done.commit_s,
+        "latency_s": done.latency_s,
+        "tokens_per_s": tokens / done.latency_s if done.latency_s > 0 else None,
+        "batch_rows": done.batch_rows,
+    }
