@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export TWOTOWER_OUT ?= $(CURDIR)/out
 
-.PHONY: demo test lint types unit bench bench-scale tiny clean
+.PHONY: demo test lint types unit bench bench-scale chaos fuzz tiny clean
 
 demo: $(VENV)/.runtime ## run jobs/demo.yaml; completions land in out/demo
 	$(BIN)/python -m pipeline run jobs/demo.yaml
@@ -29,6 +29,12 @@ bench: $(VENV)/.dev ## the engine against lockstep, layouts on simulated GPUs: t
 
 bench-scale: $(VENV)/.dev ## 2,000,000 rows through two replicas whose engine computes nothing
 	$(BIN)/python -m tests.benchmarks.scale
+
+chaos: $(VENV)/.dev ## 100,000 rows a seed while everything is killed and storage fails: tests/chaos/out/chaos.json
+	$(BIN)/python -m tests.chaos.run
+
+fuzz: $(VENV)/.dev ## every reader of foreign bytes under a coverage-guided fuzzer, a minute each
+	$(BIN)/python -m tests.fuzz.run --seconds 60 all
 
 tiny: $(VENV)/.runtime ## make the built-in checkpoint again, bit for bit
 	$(BIN)/python -m model.tiny.make

@@ -1,10 +1,12 @@
-"""The command line: run, plan, status. The composition root: it alone brings pipeline and workers together.
+"""The command line: run, plan, status, verify, retry-errors, clean. The composition root: it alone brings pipeline and
+workers together.
 
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
 import contextlib
 import functools
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -105,6 +107,79 @@ def status(output: OutputPath, debug: Debug = False) -> None:
             typer.echo(f"complete {state.finished or 'without a manifest: submit the same job again to write it'}")
         else:
             typer.echo("not complete: if it is not running, submit the same job again to resume")
+
+
+@app.command()
+def verify(output: OutputPath, debug: Debug = False) -> None:
+    """Check that an output holds each input row once, as it was made. Exit code 1 and a list where it does not."""
+    with _one_line_errors(debug):
+        from pipeline.verify import verify
+
+        with _parts_bar() as progress:
+            found = verify(output, progress)
+        for problem in found.problems:
+            typer.echo(" ".join(problem.split()))
+        if found.problems:
+            typer.echo(f"error: {len(found.problems)} problem(s) in {found.parts:,} parts", err=True)
+            raise typer.Exit(1)
+        typer.echo(found.summary())
+
+
+@app.command()
+def retry_errors(
+    output: OutputPath,
+    to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="An empty or new folder for the new job.")],
+    debug: Debug = False,
+) -> None:
+    """Make a new job of the rows that failed: their input rows and a job file with the same settings."""
+    with _one_line_errors(debug):
+        from pipeline.paths import is_local, safe_url
+        from pipeline.retry_errors import make_retry_job
+
+        made = make_retry_job(output, to)
+        if made.units_left:
+            typer.echo(f"not complete: what fails in the {made.units_left:,} units left is not among these", err=True)
+        if not made.rows:
+            typer.echo("no row failed: nothing was written")
+            return
+        typer.echo(f"{made.rows:,} rows failed; most frequent:")
+        for text, count in made.reasons:
+            typer.echo(f"{count:>12,} {' '.join(text.split())}")
+        if is_local(made.job_file):
+            typer.echo(f"run them again: twotower run {shlex.quote(made.job_file)}")
+        else:
+            typer.echo(f"run them again: copy {safe_url(made.job_file)} to a local file and `twotower run` it")
+
+
+@app.command()
+def clean(
+    output: OutputPath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, remove nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Remove what runs that died left behind: never parts, records, plan or manifest."""
+    with _one_line_errors(debug):
+        from pipeline.clean import find_leftovers, remove_leftovers
+
+        leftovers = find_leftovers(output)
+        if not dry_run:
+            remove_leftovers(output, leftovers)
+        for leftover in leftovers:
+            typer.echo(f"{'would remove' if dry_run else 'removed'} {leftover.line()}")
+        if not leftovers:
+            typer.echo("nothing to remove")
+
+
+@contextlib.contextmanager
+def _parts_bar() -> "Iterator[Callable[[int, int], None]]":
+    """A bar over the parts on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("parts", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
-"""The workers' side of the output folder: a unit's part and its commit record, published once.
+"""The workers' side of the output folder: a unit's segments, then its part and its commit record, published once.
 
-Parts are the truth: the first writer wins, and a commit record is written after the part and only helps.
+Parts are the truth: the first writer wins, and a commit record is written after the part and only helps. Segments go
+once the part is there.
 """
 
 import contextlib
@@ -8,7 +9,7 @@ import hashlib
 import json
 import time
 import uuid
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pyarrow as pa
 
@@ -16,6 +17,7 @@ from pipeline.errors import OutputError, StorageError
 from pipeline.layout import part_name, record_name
 from pipeline.manifest import RECORD_KEY, NotOursError, PartRecord, commit_record, read_part, to_json
 from pipeline.paths import safe_url
+from pipeline.segments import SegmentRows, Segments
 from pipeline.storage import Storage
 from pipeline.types import Totals, UnitResult, WorkUnit
 
@@ -27,41 +29,66 @@ class UnitOutput:
         """`fingerprint_digest` names the job that may write here."""
         self._digest = fingerprint_digest
         self._storage = Storage(output_path)
+        self._segments = Segments(self._storage, fingerprint_digest)
         self._shown = safe_url(output_path)
 
-    def header(self, unit: WorkUnit, *, attempt: int, replica: str, seconds: float) -> dict[str, str]:
-        """The header for build_part. `seconds`: from the unit's start until now."""
+    def header(
+        self, unit: WorkUnit, *, attempt: int, replica: str, seconds: float, writer: str | None = None
+    ) -> dict[str, str]:
+        """The header for build_part. `seconds`: from the unit's start until now; `writer`: the same for each try to
+        publish what one attempt has made."""
         record = PartRecord(
             unit=unit.id,
             file=unit.name,
             first_row=unit.first_row,
             rows=unit.row_count,
             fingerprint=self._digest,
-            writer=uuid.uuid4().hex,
+            writer=writer or uuid.uuid4().hex,
             replica=replica,
             attempt=attempt,
             seconds=seconds,
+            size=unit.size,
+            stamp=unit.stamp,
         )
         return {RECORD_KEY: json.dumps(asdict(record))}
+
+    def read_segments(self, unit: WorkUnit) -> SegmentRows:
+        """See Segments.read."""
+        return self._segments.read(unit)
+
+    def write_segment(self, unit: WorkUnit, rows: pa.Table, *, writer: str, number: int, attempt: int) -> None:
+        """See Segments.write."""
+        self._segments.write(unit, rows, writer=writer, number=number, attempt=attempt)
 
     def publish(self, unit: WorkUnit, data: bytes) -> UnitResult:
         """Publishes a part made by build_part with this ledger's header; the first writer wins.
 
         Where another attempt's part is there already, `data` is dropped and the result is that part's, with
-        `published_by_other`. Raises OutputError where that part is broken or another job's.
+        `published_by_other`. Raises OutputError where that part is broken or another job's. May be called again after
+        a StorageError.
         """
         started = time.monotonic()
-        ours, totals = check_part(self._shown, self._digest, unit, pa.BufferReader(data))
-        stored, record, by_other = data, ours, False
+        ours, _ = check_part(self._shown, self._digest, unit, pa.BufferReader(data))
         if not self._storage.create(part_name(unit.id), data):
-            stored = self._storage.read(part_name(unit.id))
-            record, totals = check_part(self._shown, self._digest, unit, pa.BufferReader(stored))
-            # Our own writer id: the first try arrived and only its acknowledgement was lost.
-            by_other = record.writer != ours.writer
+            data = self._storage.read(part_name(unit.id))
+        return self._settle(unit, data, ours.writer, started)
+
+    def published(self, unit: WorkUnit) -> UnitResult | None:
+        """What publish would say of a part that is there already; None where there is none."""
+        data = self._storage.read_if_exists(part_name(unit.id))
+        return None if data is None else self._settle(unit, data, None, time.monotonic())
+
+    def _settle(self, unit: WorkUnit, stored: bytes, writer: str | None, started: float) -> UnitResult:
+        """The result of the part that is stored, whoever wrote it; its record is written and its segments go."""
+        record, totals = check_part(self._shown, self._digest, unit, pa.BufferReader(stored))
+        # Our own writer id where a create was refused: the first try arrived, only its acknowledgement was lost.
+        by_other = record.writer != writer
         seconds = record.seconds + (0 if by_other else time.monotonic() - started)
-        result = UnitResult(unit.id, totals, seconds, _sha256(stored), record.replica, record.attempt)
+        sha256 = hashlib.sha256(stored).hexdigest()
+        result = UnitResult(unit.id, totals, seconds, sha256, record.replica, record.attempt, by_other)
         write_record(self._storage, record, result, len(stored))
-        return replace(result, published_by_other=by_other)
+        self._segments.remove(unit)
+        return result
 
 
 def check_part(shown: str, digest: str | None, unit: WorkUnit, source: pa.NativeFile) -> tuple[PartRecord, Totals]:
@@ -80,6 +107,11 @@ def check_part(shown: str, digest: str | None, unit: WorkUnit, source: pa.Native
         raise OutputError(f"output {shown}: {name} is another job's part: delete it")
     if (record.unit, record.rows) != (unit.id, unit.row_count):
         raise OutputError(f"output {shown}: {name} holds unit {record.unit}, not {unit.id}: delete it")
+    if (record.size, record.stamp) != (unit.size, unit.stamp):
+        raise OutputError(
+            f"output {shown}: {name} was made of another version of {unit.name}: delete it to have its rows "
+            "generated again"
+        )
     return record, totals
 
 
@@ -87,7 +119,3 @@ def write_record(storage: Storage, record: PartRecord, result: UnitResult, part_
     """Writes a unit's commit record. A failure is none of the unit: its part is there, the next resume writes it."""
     with contextlib.suppress(StorageError):
         storage.write(record_name(result.unit_id), to_json(commit_record(record, result, part_bytes)))
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

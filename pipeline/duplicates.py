@@ -4,6 +4,7 @@ Ids are hashed to 64 bits and spread over files on the local disk by hash range,
 Among 100 million text ids the chance that two different ones share a hash is below 0.1 %; integers never do.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import OutputError
 from pipeline.paths import safe_url
-from pipeline.storage import FileInfo, Storage, scratch
+from pipeline.storage import FileInfo, Scratch, Storage, scratch
 
 IDS_A_BUCKET = 2_000_000
 EXAMPLES = 10
@@ -24,33 +25,50 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it maps 64-b
 Hashes = npt.NDArray[np.uint64]
 
 
+class IdCounter:
+    """Counts ids that stand more than once. `add` may be called from many threads."""
+
+    def __init__(self, files: Scratch, rows: int) -> None:
+        """`rows`: about how many ids will come; it sizes the buckets."""
+        self._files = files
+        self._buckets = max(1, -(-rows // IDS_A_BUCKET))
+        self._lock = threading.Lock()
+
+    def add(self, hashes: Hashes) -> None:
+        """Take these ids, hashed by hash_ids."""
+        for bucket, members in _spread(hashes, self._buckets):
+            with self._lock:
+                self._files.append(bucket, members.tobytes())
+
+    def count(self) -> tuple[int, Hashes]:
+        """(ids that stood before, the hashes of up to 10 of them)."""
+        duplicates = 0
+        repeated: list[np.uint64] = []
+        for bucket in range(self._buckets):
+            values, counts = np.unique(np.frombuffer(self._files.read(bucket), np.uint64), return_counts=True)
+            duplicates += int((counts - 1).sum())
+            if len(repeated) < EXAMPLES:
+                repeated += list(values[counts > 1][:EXAMPLES])
+        return duplicates, np.array(repeated[:EXAMPLES], np.uint64)
+
+
 def find_duplicates(storage: Storage, parts: Sequence[FileInfo], rows: int) -> tuple[int, tuple[str, ...]]:
     """(rows whose id stood before, up to 10 such ids as text) over the `id` column of the parts; nulls do not count.
 
     `rows` sizes the buckets. Raises StorageError, and OutputError where a part's data is damaged.
     """
-    buckets = max(1, -(-rows // IDS_A_BUCKET))
-    duplicates = 0
-    repeated: list[np.uint64] = []
     with scratch() as files:
+        counter = IdCounter(files, rows)
         for ids in _read_ids(storage, parts):
-            hashes = _hash(ids)
-            for bucket, members in _spread(hashes, buckets):
-                files.append(bucket, members.tobytes())
-        for bucket in range(buckets):
-            values, counts = np.unique(np.frombuffer(files.read(bucket), np.uint64), return_counts=True)
-            duplicates += int((counts - 1).sum())
-            if len(repeated) < EXAMPLES:
-                repeated += list(values[counts > 1][:EXAMPLES])
-    if not duplicates:
-        return 0, ()
-    return duplicates, _examples(storage, parts, np.array(repeated[:EXAMPLES], np.uint64))
+            counter.add(hash_ids(ids))
+        duplicates, repeated = counter.count()
+    return duplicates, _examples(storage, parts, repeated) if duplicates else ()
 
 
 def _examples(storage: Storage, parts: Sequence[FileInfo], wanted: Hashes) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for ids in _read_ids(storage, parts):
-        for index in np.flatnonzero(np.isin(_hash(ids), wanted)):
+        for index in np.flatnonzero(np.isin(hash_ids(ids), wanted)):
             found[str(ids[int(index)].as_py())] = None
         if len(found) >= len(wanted):
             break
@@ -70,7 +88,8 @@ def _read_ids(storage: Storage, parts: Sequence[FileInfo]) -> "Iterator[pa.Array
             ) from error
 
 
-def _hash(ids: "pa.Array[Any]") -> Hashes:
+def hash_ids(ids: "pa.Array[Any]") -> Hashes:
+    """Each id, none of them null, as 64 bits."""
     if pa.types.is_integer(ids.type):
         unsigned = pa.types.is_uint64(ids.type)
         return ids.cast(pa.uint64() if unsigned else pa.int64()).to_numpy().view(np.uint64) * _MIX

@@ -1,15 +1,23 @@
-"""The fingerprint of a job: everything that changes its output, and nothing that does not."""
+"""What makes two jobs the same: a fingerprint of everything in the settings that changes the output, and the listing.
+
+The listing is not part of the fingerprint: an output may grow with its input (`input.on_change: extend`), and no row of
+it depends on which other files there are.
+"""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.job import Job
-from pipeline.schema import SCHEMA_VERSION
+import pyarrow as pa
 
-LISTING_FIELD = "input.files"
+from pipeline.job import Job
+from pipeline.schema import RESULT_COLUMNS, SCHEMA_VERSION, plain_type
+
+NAMED_AT_MOST = 3
+Listing = Mapping[str, tuple[int, str, int]]
+"""Input files: (size in bytes, stamp, rows) by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,13 +25,13 @@ class Fingerprint:
     """Named settings and one digest over all of them."""
 
     fields: dict[str, Any]
-    """JSON values by dotted job key, with `input.files` for the listing."""
+    """JSON values by dotted job key."""
     digest: str
     """sha256 of the fields as canonical JSON."""
 
 
-def make_fingerprint(job: Job, files: Sequence[Sequence[Any]], checkpoint_identity: str) -> Fingerprint:
-    """The fingerprint of a job over its listing: (name, size, stamp, rows) of each file, in order.
+def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str) -> Fingerprint:
+    """The fingerprint of a job whose parts have this schema.
 
     Replicas, GPUs and engine limits are left out: they change how fast the output comes, never what it is.
     """
@@ -31,12 +39,12 @@ def make_fingerprint(job: Job, files: Sequence[Sequence[Any]], checkpoint_identi
     fields: dict[str, Any] = json.loads(
         json.dumps(
             {
-                LISTING_FIELD: {"count": len(files), "digest": digest_of(files)},
                 "input.prompt_column": job.input.prompt_column,
                 "input.template": job.input.template,
                 "input.id_column": job.input.id_column,
                 "input.carry": job.input.carry,
                 "output.rows_per_file": job.output.rows_per_file,
+                "output columns": column_types(schema),
                 "model.checkpoint": checkpoint_identity,
                 "model.dtype": job.model.dtype,
                 **{f"generation.{key}": value for key, value in job.generation.model_dump().items()},
@@ -47,6 +55,14 @@ def make_fingerprint(job: Job, files: Sequence[Sequence[Any]], checkpoint_identi
     return Fingerprint(fields, digest_of(fields))
 
 
+def column_types(schema: pa.Schema) -> dict[str, str]:
+    """The types of the id and the carried columns of a part, by name: the same for a planned schema and a stored one.
+
+    The other columns are those of `output schema version`.
+    """
+    return {field.name: str(plain_type(field.type)) for field in schema if field.name not in RESULT_COLUMNS}
+
+
 def digest_of(value: Any) -> str:
     """sha256 (hex) of a JSON value, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -54,12 +70,51 @@ def digest_of(value: Any) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One `name: old -> new` for each field that differs, the listing left out: its files are named by the caller."""
+    """One `name: old -> new` for each field that differs."""
     return [
         f"{name}: {_shown(old.get(name))} -> {_shown(new.get(name))}"
         for name in dict.fromkeys([*old, *new])
-        if name != LISTING_FIELD and old.get(name) != new.get(name)
+        if old.get(name) != new.get(name)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class ListingChange:
+    """How the input differs from the listing that an output was planned over; names in order."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    rewritten: tuple[str, ...]
+    """Of another size, stamp or number of rows."""
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a difference at all."""
+        return bool(self.added or self.removed or self.rewritten)
+
+    @property
+    def only_added(self) -> bool:
+        """Whether all that was planned is still as it was, and there is more."""
+        return bool(self.added) and not self.removed and not self.rewritten
+
+    def __str__(self) -> str:
+        """`a.parquet has changed, b.parquet is gone and 4 more`."""
+        said = [
+            *(f"{name} has changed" for name in self.rewritten),
+            *(f"{name} is gone" for name in self.removed),
+            *(f"{name} is new" for name in self.added),
+        ]
+        more = f" and {len(said) - NAMED_AT_MOST} more" if len(said) > NAMED_AT_MOST else ""
+        return ", ".join(said[:NAMED_AT_MOST]) + more
+
+
+def listing_change(old: Listing, new: Listing) -> ListingChange:
+    """What happened to the input between two listings."""
+    return ListingChange(
+        added=tuple(sorted(new.keys() - old.keys())),
+        removed=tuple(sorted(old.keys() - new.keys())),
+        rewritten=tuple(sorted(name for name in old.keys() & new.keys() if old[name] != new[name])),
+    )
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, S
 
 from model.config import Towers
 from model.params import EngineLimits, GenerationParams, Mode
-from pipeline.prompts import template_columns
+from pipeline.template import template_columns
 
 Text = Annotated[StrictStr, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], Field(strict=False)]  # YAML knows lists alone: take them for tuples
@@ -180,7 +180,7 @@ class CheckpointSection(Section):
     seconds: float = Field(default=30.0, gt=0)
     """Seconds from one flush of a unit to the next."""
     rows: int | None = Field(default=None, ge=1)
-    """Rows that are finished and not flushed at most; null: any number."""
+    """Finished rows after which a unit is flushed, however little time has passed; null: any number."""
 
 
 class RetrySection(Section):

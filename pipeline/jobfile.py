@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.errors import JobError
 from pipeline.job import Job
-from pipeline.paths import in_ray_package, is_local, safe_url
+from pipeline.paths import flaw_of, in_ray_package, is_local, safe_url
 from pipeline.storage import read_text
 
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}|\$\{")
@@ -23,11 +23,16 @@ _INT = re.compile(r"[-+]?\d+")
 _NULL = re.compile("null|Null|NULL|~")
 _LEADING_ZERO = re.compile(r"[-+]?0[\d_]+")
 MAX_VALUE_CHARS = 80
+MAX_FILE_CHARS, MAX_VALUES = 4_000_000, 10_000
+"""Of a job file: aliases of aliases can make billions of values of a few lines."""
 _LONG_WORD = re.compile(rf"\S{{{MAX_VALUE_CHARS + 1},}}")
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML without dates (no key is one), with 1e-3 as a number and 1:30 as text, as in YAML 1.2."""
+
+    values = 0
+    """Built so far."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -58,12 +63,16 @@ def load_job(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Job:
         raise JobError(_explain(error, file, origins)) from None
     stem = os.path.splitext(os.path.basename(file))[0].encode("utf-8", "replace").decode()
     job = job.model_copy(update={"name": job.name or stem})
+    paths = {"input.path": job.input.path, "output.path": job.output.path, "model.checkpoint": job.model.checkpoint}
+    for key, path in paths.items():
+        if why := flaw_of(path, chains=is_local(path) and key != "model.checkpoint", pattern=key == "input.path"):
+            raise JobError(f"{file}: {origins.get(key, key)} is {_shown(path)}: {why}")
     return _resolve_paths(job, file)
 
 
 def _parse_file(file: str) -> dict[str, Any]:
     try:
-        text = read_text(file)
+        text = read_text(file, MAX_FILE_CHARS + 1)
     except UnicodeDecodeError as error:
         raise JobError(f"{file}: not a text file: byte {error.start} is not UTF-8") from None
     except FileNotFoundError:
@@ -72,6 +81,8 @@ def _parse_file(file: str) -> dict[str, Any]:
         raise JobError(f"{file}: this is a folder; give the job file in it") from None
     except (OSError, ValueError) as error:
         raise JobError(f"{file}: cannot be read: {error}") from None
+    if len(text) > MAX_FILE_CHARS:
+        raise JobError(f"{file}: more than {MAX_FILE_CHARS} characters: is it a job file?")
     settings = _parse(text, file)
     if settings is None:
         raise JobError(f"{file}: the file is empty; it needs at least input.path, output.path and model.checkpoint")
@@ -103,6 +114,9 @@ def _parse(text: str, where: str) -> Any:
 
 def _build(loader: _Loader, node: yaml.Node, key: str, where: str) -> Any:
     """Python values of a YAML node. Stricter than the safe loader: keys are text, and none stands twice."""
+    loader.values += 1
+    if loader.values > MAX_VALUES:
+        raise JobError(f"{where}: more than {MAX_VALUES} values: no job has so many, do aliases (*) multiply them?")
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, f"{key}[{i}]", where) for i, item in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode):

@@ -1,7 +1,7 @@
 """The driver's side of the output folder: whose it is, what is finished, what it all adds up to.
 
-Parts are the truth; commit records are written after them and made again from their footers where missing or broken;
-then come the manifest and, last, `_SUCCESS`.
+Parts are the truth; commit records are written after them and made again from them where they are missing; then come
+the manifest and, last, `_SUCCESS`.
 """
 
 import contextlib
@@ -10,19 +10,17 @@ from typing import Any
 
 from pipeline.commit import check_part, write_record
 from pipeline.duplicates import find_duplicates
-from pipeline.errors import OutputError
-from pipeline.fingerprint import LISTING_FIELD, differences
+from pipeline.errors import OutputError, StorageError
+from pipeline.fingerprint import differences, listing_change
 from pipeline.job import Job
-from pipeline.layout import MANIFEST, PARTS, PLAN, RECORDS, SUCCESS, part_name, record_name
+from pipeline.layout import MANIFEST, PARTS, PLAN, RECORDS, SEGMENTS, SUCCESS, part_name, record_name
 from pipeline.manifest import (
     NotOursError,
     PlanRecord,
     Status,
-    differing_files,
     finished_at,
     manifest_fields,
     plan_fields,
-    read_commit,
     read_part,
     read_plan,
     to_json,
@@ -30,7 +28,7 @@ from pipeline.manifest import (
 from pipeline.paths import safe_url
 from pipeline.plan import Plan
 from pipeline.storage import FileInfo, Storage, check_writable
-from pipeline.types import Totals, UnitResult, WorkUnit
+from pipeline.types import Totals, UnitResult
 
 READ_THREADS = 16
 
@@ -48,61 +46,66 @@ class Ledger:
     # The driver's side: before, and at the end.
 
     def open(self, plan: Plan, job: Job) -> None:
-        """Takes the folder for this job, or refuses: not writable, another job's, parts of unknown origin.
+        """Takes the folder for this job, or refuses: not writable, another job's, rows of unknown origin, other input.
 
-        The plan of another job that never published a part is replaced: there is nothing to protect.
+        The plan of another job that never finished a row is replaced: there is nothing to protect. With
+        `input.on_change: extend` the plan is replaced by one with more files, and `_SUCCESS` goes first.
         """
-        old = self.check(plan)
+        old = self.check(plan, job)
         if old is None:
             check_writable(self.path)
             if self._storage.create(PLAN, to_json(plan_fields(plan, job))):
                 return
-            old = self.check(plan)  # another run of this job, or of another one, was faster
-        if old is None or old.fingerprint.digest != plan.fingerprint.digest:
+            old = self.check(plan, job)  # another run of this job, or of another one, was faster
+        if old is None or not _same(old, plan):
             check_writable(self.path)
-            self._storage.write(PLAN, to_json(plan_fields(plan, job)))
+            self.reopen()
+            fields = plan_fields(plan, job)
+            if old is not None and old.fingerprint == plan.fingerprint:
+                fields["created"] = old.created
+            self._storage.write(PLAN, to_json(fields))
         elif not self.is_complete():
             check_writable(self.path)
 
-    def check(self, plan: Plan) -> PlanRecord | None:
+    def check(self, plan: Plan, job: Job) -> PlanRecord | None:
         """The folder's plan.json; writes nothing. Raises OutputError where the folder cannot be this job's."""
         self._refuse_file()
         data = self._storage.read_if_exists(PLAN)
         if data is None:
-            if parts := self._parts():
+            if found := self._finished_rows():
                 raise OutputError(
-                    f"output {self._shown} holds {len(parts)} part file(s) such as {parts[0].name} but no {PLAN}: "
-                    "they are of unknown origin; use another output.path or delete it"
+                    f"output {self._shown} holds {len(found)} file(s) of finished rows such as {found[0]} but no "
+                    f"{PLAN}: they are of unknown origin; use another output.path or delete it"
                 )
             return None
-        old = self._read_plan(data)
-        if old.fingerprint.digest != plan.fingerprint.digest and self._parts():
-            self._refuse_other(old, plan)
+        old = self._parse_plan(data)
+        if not _same(old, plan) and self._finished_rows():
+            self._refuse_settings(old, plan)
+            self._refuse_input(old, plan, extend=job.input.on_change == "extend")
         return old
 
     def finished(self, plan: Plan, *, repair: bool = True) -> dict[str, UnitResult]:
-        """The units that have a part, by id. A commit record that is missing or broken is written again, if `repair`.
+        """The units that have a part, by id. A commit record that is missing is written again, if `repair`.
 
-        Every part's footer is read, never its data: this finds a part that is truncated, replaced or of another job,
-        and raises OutputError naming it. Damage inside the data of a part of the right size is not found here.
+        One request a part: its footer is read, never its data, and of its commit record only that there is one (the
+        `sha256` of such a result is empty). So a part that is truncated, replaced or of another job is found, and
+        OutputError names it; damage inside the data, and a record that does not fit its part, are found by `verify`.
         """
         planned = {part_name(unit.id): unit for unit in plan.units}
         parts = self._parts()
         for part in parts:
             if part.name not in planned:
                 raise OutputError(f"output {self._shown}: {part.name} is no part of this job's plan: delete it")
-        recorded = {record.name.rpartition("/")[2] for record in self._storage.list_files(RECORDS, "*.json")}
+        records = {record.name for record in self._storage.list_files(RECORDS, "*.json") if record.size}
 
         def read(part: FileInfo) -> UnitResult:
             unit = planned[part.name]
             with self._storage.open(part.name, part.size) as source:
                 record, totals = check_part(self._shown, self._digest, unit, source)
-            known = self._from_record(unit, part, totals) if f"{unit.id}.json" in recorded else None
-            if known is not None:
-                return known
-            digest = self._storage.sha256(part.name, part.size) if repair else ""
+            missing = repair and record_name(unit.id) not in records
+            digest = self._storage.sha256(part.name, part.size) if missing else ""
             result = UnitResult(unit.id, totals, record.seconds, digest, record.replica, record.attempt)
-            if repair:
+            if missing:
                 write_record(self._storage, record, result, part.size)
             return result
 
@@ -114,10 +117,18 @@ class Ledger:
 
         Raises OutputError where a unit has no part or the totals do not cover all rows: the job is not complete then.
         """
-        if (old := self._storage.read_if_exists(PLAN)) is not None:  # another job may have taken the folder meanwhile
-            self._refuse_other(self._read_plan(old), plan)
+        if (old := self._storage.read_if_exists(PLAN)) is not None:  # another run may have taken the folder meanwhile
+            self._refuse_settings(there := self._parse_plan(old), plan)
+            if (change := listing_change(there.files, plan.listing)).any:
+                raise OutputError(
+                    f"output {self._shown} is another run's by now, whose input files differ: {change}; "
+                    "submit the job again"
+                )
         parts = self._parts()
-        missing = len({part_name(unit.id) for unit in plan.units} - {part.name for part in parts})
+        planned = {part_name(unit.id) for unit in plan.units}
+        missing = len(planned - {part.name for part in parts})
+        if unknown := [part.name for part in parts if part.name not in planned]:
+            raise OutputError(f"output {self._shown}: {unknown[0]} is no part of this job's plan: submit the job again")
         if missing or totals.rows != plan.rows:
             raise OutputError(
                 f"output {self._shown} is not complete: {missing} of {len(plan.units)} parts are missing and "
@@ -129,6 +140,7 @@ class Ledger:
         manifest = manifest_fields(plan, job, totals, duplicates, examples, seconds)
         self._storage.write(MANIFEST, to_json(manifest))
         self._storage.write(SUCCESS, b"")
+        self._sweep_segments()
         return manifest
 
     def is_complete(self) -> bool:
@@ -146,14 +158,18 @@ class Ledger:
             return finished_at(self._storage.read_if_exists(MANIFEST) or b"")
         return None
 
-    def read_status(self) -> Status:
-        """How far the job in this folder is; needs no plan. Raises OutputError where the folder is no job's output."""
+    def read_plan(self) -> PlanRecord:
+        """The folder's plan.json. Raises OutputError where the folder is no job's output."""
         self._refuse_file()
         data = self._storage.read_if_exists(PLAN)
         if data is None:
             there = "is not a job's output: it has no " + PLAN if self._storage.kind() else "does not exist"
             raise OutputError(f"output {self._shown} {there}")
-        plan = self._read_plan(data)
+        return self._parse_plan(data)
+
+    def read_status(self) -> Status:
+        """How far the job in this folder is; needs no plan. Raises OutputError where the folder is no job's output."""
+        plan = self.read_plan()
         digest = plan.fingerprint.digest
         parts = self._read_totals(digest)
         totals = sum(parts, Totals())
@@ -166,11 +182,28 @@ class Ledger:
     def _parts(self) -> list[FileInfo]:
         return self._storage.list_files("", PARTS)
 
+    def _segments(self) -> list[FileInfo]:
+        return Storage(f"{self.path.rstrip('/')}/{SEGMENTS}").find()
+
+    def _finished_rows(self) -> list[str]:
+        """Names of the files that hold rows."""
+        return [part.name for part in self._parts()] or [f"{SEGMENTS}/{segment.name}" for segment in self._segments()]
+
+    def _sweep_segments(self) -> None:
+        """The rows of all segments are in parts. What cannot be removed now is left to `clean`."""
+
+        def remove(segment: FileInfo) -> None:
+            with contextlib.suppress(StorageError):
+                self._storage.remove(f"{SEGMENTS}/{segment.name}")
+
+        with contextlib.suppress(StorageError), ThreadPoolExecutor(READ_THREADS) as pool:
+            list(pool.map(remove, self._segments()))
+
     def _refuse_file(self) -> None:
         if self._storage.kind() == "file":
             raise OutputError(f"output {self._shown} is a file: give a folder")
 
-    def _read_plan(self, data: bytes) -> PlanRecord:
+    def _parse_plan(self, data: bytes) -> PlanRecord:
         try:
             return read_plan(data)
         except NotOursError as error:
@@ -178,31 +211,25 @@ class Ledger:
                 f"output {self._shown}: {PLAN} cannot be read: {error}; use another output.path or delete it"
             ) from None
 
-    def _refuse_other(self, old: PlanRecord, plan: Plan) -> None:
-        if old.fingerprint.digest == plan.fingerprint.digest:
-            return
-        found = differences(old.fingerprint.fields, plan.fingerprint.fields)
-        if old.fingerprint.fields.get(LISTING_FIELD) != plan.fingerprint.fields[LISTING_FIELD]:
-            found.insert(0, differing_files(old.files, plan))
-        raise OutputError(
-            f"output {self._shown} belongs to another job; what differs (there -> here): {'; '.join(found)}. "
-            "Use another output.path or delete it"
-        )
-
-    def _from_record(self, unit: WorkUnit, part: FileInfo, totals: Totals) -> UnitResult | None:
-        """The result in a commit record; None where the record is broken or does not say what the part says."""
-        try:
-            result, size = read_commit(self._storage.read_if_exists(record_name(unit.id)) or b"")
-        except NotOursError:
-            return None
-        if (result.unit_id, result.totals) != (unit.id, totals):
-            return None
-        if size != part.size:
+    def _refuse_settings(self, old: PlanRecord, plan: Plan) -> None:
+        """Raises OutputError where the folder's plan is of other settings."""
+        if found := differences(old.fingerprint.fields, plan.fingerprint.fields):
+            listing = listing_change(old.files, plan.listing)
+            said = "; ".join([*([f"input files: {listing}"] if listing.any else []), *found])
             raise OutputError(
-                f"output {self._shown}: {part.name} is truncated or replaced: it has {part.size} bytes, {size} were "
-                "published; delete it to have its rows generated again"
+                f"output {self._shown} belongs to another job; what differs (there -> here): {said}. "
+                "Use another output.path or delete it"
             )
-        return result
+
+    def _refuse_input(self, old: PlanRecord, plan: Plan, *, extend: bool) -> None:
+        """Raises OutputError where the folder's plan is over other input files; with `extend` there may be more now."""
+        change = listing_change(old.files, plan.listing)
+        if change.any and not (extend and change.only_added):
+            remedy = "set input.on_change: extend to take them" if change.only_added else "put the input back"
+            raise OutputError(
+                f"output {self._shown} was planned over other input files: {change}; {remedy}, "
+                "or use another output.path"
+            )
 
     def _read_totals(self, digest: str) -> list[Totals]:
         """Of each part of the job with this fingerprint; one that cannot be read or is not its own counts as not done.
@@ -219,6 +246,10 @@ class Ledger:
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
             return [totals for totals in pool.map(read, self._parts()) if totals is not None]
+
+
+def _same(old: PlanRecord, plan: Plan) -> bool:
+    return old.fingerprint.digest == plan.fingerprint.digest and old.files == plan.listing
 
 
 def read_status(output_path: str) -> Status:

@@ -1,6 +1,7 @@
 """The files of an input path: a file, a folder or a glob, local or behind a URL."""
 
 import re
+import unicodedata
 from dataclasses import replace
 
 from fsspec.utils import glob_translate
@@ -35,10 +36,7 @@ def list_input(path: str) -> tuple[str, list[FileInfo]]:
             raise InputError(
                 f"input {safe_url(path)}: {_printable(file.name)} is a link that leads to nothing: mend or remove it"
             )
-        if _printable(file.path) != file.path:
-            raise InputError(
-                f"input {_printable(safe_url(path))}: {_printable(file.name)} is a name that is not UTF-8: rename it"
-            )
+        _check_name(file, path)
     return root or "/", [_with_lasting_stamp(root or "/", file) for file in files]
 
 
@@ -51,6 +49,16 @@ def would_read(path: str, root: str, output: str) -> bool:
         part = f"{real_output}/part-000000000000-0000000000.parquet".removeprefix(real_root).lstrip("/")
         return re.match(glob_translate(_glob_pattern(path)), part) is not None
     return root == path and is_inside(real_output, real_root)
+
+
+def _check_name(file: FileInfo, path: str) -> None:
+    where = f"input {_printable(safe_url(path))}: {_printable(file.name)}"
+    if file.path.encode("utf-8", "replace").decode() != file.path:
+        raise InputError(f"{where} is a name that is not UTF-8: rename it")
+    if _printable(file.name) != file.name:
+        raise InputError(f"{where} is a name with a control character: rename it")
+    if not {".", ".."}.isdisjoint(file.name.split("/")):
+        raise InputError(f"{where} is a key with . or .. in it, which cannot be addressed: rename it")
 
 
 def _list_folder(path: str) -> list[FileInfo]:
@@ -80,8 +88,9 @@ def _with_lasting_stamp(root: str, file: FileInfo) -> FileInfo:
 
 
 def _printable(name: str) -> str:
-    """The name with the bytes that are not UTF-8 shown as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """The name in one line, with control characters and bytes that are not UTF-8 shown as escapes."""
+    shown = (c.encode("unicode_escape").decode() if unicodedata.category(c) == "Cc" else c for c in name)
+    return "".join(shown).encode("utf-8", "backslashreplace").decode()
 
 
 def _is_visible(name: str) -> bool:

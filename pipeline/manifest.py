@@ -39,6 +39,9 @@ class PartRecord:
     replica: str
     attempt: int
     seconds: float
+    size: int
+    """Bytes of the input file that the rows were read from; with `stamp`: which version of it that was."""
+    stamp: str
     schema_version: int = SCHEMA_VERSION
 
 
@@ -52,6 +55,8 @@ class PlanRecord:
     files: dict[str, tuple[int, str, int]]
     """(size, stamp, rows) by name."""
     created: str
+    job: dict[str, Any]
+    """The job's settings, without credentials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +133,34 @@ def read_part(source: pa.NativeFile) -> tuple[PartRecord, Totals]:
     """A part's record and totals, from its footer. Raises NotOursError where it is no whole part of this project."""
     try:
         metadata = pq.read_metadata(source)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column name that is not UTF-8
         raise NotOursError(" ".join(str(error).split())) from error
     pairs = metadata.metadata or {}
     try:
-        record = PartRecord(**json.loads(pairs[RECORD_KEY.encode()]))
-        totals = totals_from(json.loads(pairs[TOTALS_KEY.encode()]))
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        record = _part_record(from_json(pairs[RECORD_KEY.encode()]))
+        totals = totals_from(from_json(pairs[TOTALS_KEY.encode()]))
+    except (KeyError, NotOursError) as error:
         raise NotOursError("its footer has no unit record of this project") from error
     if not record.rows == totals.rows == metadata.num_rows:
         raise NotOursError(f"it holds {metadata.num_rows} rows, its record says {record.rows}")
     return record, totals
+
+
+def _part_record(fields: Mapping[str, Any]) -> PartRecord:
+    return PartRecord(
+        unit=_typed(fields, "unit", str),
+        file=_typed(fields, "file", str),
+        first_row=_count(fields, "first_row"),
+        rows=_count(fields, "rows"),
+        fingerprint=_typed(fields, "fingerprint", str),
+        writer=_typed(fields, "writer", str),
+        replica=_typed(fields, "replica", str),
+        attempt=_count(fields, "attempt"),
+        seconds=_number(fields, "seconds"),
+        size=_typed(fields, "size", int),
+        stamp=_typed(fields, "stamp", str),
+        schema_version=_count(fields, "schema_version"),
+    )
 
 
 def commit_record(record: PartRecord, result: UnitResult, part_bytes: int) -> dict[str, Any]:
@@ -222,24 +244,12 @@ def read_plan(data: bytes) -> PlanRecord:
         sizes = _count(entry, "size"), _typed(entry, "stamp", str), _count(entry, "rows")
         files[_typed(entry, "name", str)] = sizes
     rows, units = _count(value, "rows"), _count(value, "units")
-    return PlanRecord(Fingerprint(fields, digest), rows, units, files, _typed(value, "created", str))
+    created, job = _typed(value, "created", str), _typed(value, "job", dict)
+    if (promised := sum(file_rows for _, _, file_rows in files.values())) != rows:
+        raise NotOursError(f"rows is {rows}, its files have {promised}")
+    return PlanRecord(Fingerprint(fields, digest), rows, units, files, created, job)
 
 
 def finished_at(data: bytes) -> str:
     """When the job of a manifest.json completed. Raises NotOursError."""
     return _typed(from_json(data), "finished", str)
-
-
-def differing_files(old: Mapping[str, tuple[int, str, int]], plan: Plan) -> str:
-    """Which input files differ between a plan.json (its `files`) and a plan; at most three are named."""
-    new = {file.name: (file.size, file.stamp, file.rows) for file in plan.files}
-    found = []
-    for name in sorted({*old, *new}):
-        if name not in new:
-            found.append(f"{name} is gone")
-        elif name not in old:
-            found.append(f"{name} is new")
-        elif old[name] != new[name]:
-            found.append(f"{name} has changed")
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"input files: {', '.join(found[:3])}{more}"

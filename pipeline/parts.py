@@ -19,6 +19,11 @@ from pipeline.types import RowResult, Totals, WorkUnit
 TOTALS_KEY = "twotower.totals"
 
 
+def row_key(unit: WorkUnit, index: int) -> str:
+    """The key of a row by its position in the unit: that of Row and Completion."""
+    return f"{unit.name}#{unit.first_row + index}"
+
+
 def result_table(unit: WorkUnit, results: Sequence[RowResult]) -> pa.Table:
     """Finished rows of a unit as the output has them, less id and carried columns: RESULT_SCHEMA, in the order given.
 
@@ -26,15 +31,14 @@ def result_table(unit: WorkUnit, results: Sequence[RowResult]) -> pa.Table:
     """
     columns: dict[str, list[Any]] = {name: [] for name in RESULT_COLUMNS}
     for result in results:
-        source_row = unit.first_row + result.index
-        key = f"{unit.name}#{source_row}"
+        key = row_key(unit, result.index)
         if result.completion.key != key:
             raise ValueError(f"unit {unit.id}: row {key} has the result of row {result.completion.key}")
         own = {"mode": result.mode, "attempt": result.attempt, "replica": result.replica}
         for name, value in {**_result_row(result.completion), **own}.items():
             columns[name].append(value)
         columns["source_file"].append(unit.name)
-        columns["source_row"].append(source_row)
+        columns["source_row"].append(unit.first_row + result.index)
     return pa.table(columns, schema=RESULT_SCHEMA)
 
 
@@ -97,7 +101,7 @@ def _in_order(unit: WorkUnit, results: pa.Table) -> pa.Table:
     inside = (found >= 0) & (found < unit.row_count)
     missing = np.setdiff1d(np.arange(unit.row_count), found[inside])
     if len(missing):
-        raise ValueError(f"unit {unit.id}: row {unit.name}#{unit.first_row + int(missing[0])} has no result")
+        raise ValueError(f"unit {unit.id}: row {row_key(unit, int(missing[0]))} has no result")
     if not inside.all():
         raise ValueError(f"unit {unit.id}: {int((~inside).sum())} results belong to no row")
     return results.take(order)

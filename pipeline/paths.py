@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import unicodedata
 from urllib.parse import urlsplit, urlunsplit
 
 _FINAL_ERRNOS = frozenset(
@@ -25,6 +26,22 @@ def is_local(path: str) -> bool:
 def is_inside(path: str, folder: str) -> bool:
     """Whether a path or URL is the folder itself or lies below it."""
     return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
+
+
+def flaw_of(path: str, *, chains: bool, pattern: bool) -> str | None:
+    """Why a storage library or a reader would take the path for something else, and what to do; None where none would.
+
+    `chains`: `::` is a part of the name, not a URL inside a URL. `pattern`: it may hold `*`, `?` and `[`.
+    """
+    if any(unicodedata.category(character) == "Cc" for character in path):
+        return "it holds a control character: use another name"
+    if "::" in path and not chains:
+        return "a URL inside a URL (::) is not supported: unpack or copy it first"
+    if not is_local(path) and not {".", ".."}.isdisjoint(path.partition("://")[2].split("/")):
+        return ". and .. have no meaning in a URL: write it without them"
+    if not pattern and any(character in path for character in "*?["):
+        return "readers take *, ? and [ for patterns: use another name"
+    return None
 
 
 def safe_url(url: str) -> str:

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.bounds import check_footer
 from pipeline.errors import InputError, StorageError
-from pipeline.fingerprint import Fingerprint, make_fingerprint
+from pipeline.fingerprint import Fingerprint, Listing, make_fingerprint
 from pipeline.job import InputSection, Job
 from pipeline.listing import list_input, would_read
 from pipeline.paths import safe_url
-from pipeline.prompts import template_columns
 from pipeline.schema import RESULT_COLUMNS, is_id, is_text, merge_types, output_schema, plain_type
 from pipeline.storage import FileInfo, Storage
+from pipeline.template import template_columns
 from pipeline.types import WorkUnit
 
 FOOTER_THREADS = 16
 NAMED_AT_MOST = 3
+MAX_UNITS = 1_000_000
+"""The driver holds them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,11 @@ class Plan:
     unreadable: tuple[tuple[str, str], ...] = ()
     """(name, reason) of files that cannot be read; only where make_plan was told to allow them."""
 
+    @property
+    def listing(self) -> Listing:
+        """The files as plan.json keeps them."""
+        return {file.name: (file.size, file.stamp, file.rows) for file in self.files}
+
 
 @dataclass(frozen=True, slots=True)
 class _Footer:
@@ -79,12 +87,14 @@ def make_plan(job: Job, *, checkpoint_identity: str, allow_unreadable: bool = Fa
     units: list[WorkUnit] = []
     for info, footer in footers:
         files.append(InputFile(info.name, info.path, info.size, info.stamp, sum(footer.groups)))
-        units += _units_of(info, footer.groups, job.output.rows_per_file)
+        for unit in _units_of(info, footer.groups, job.output.rows_per_file):
+            units.append(unit)
+            if len(units) > MAX_UNITS:
+                raise InputError(f"input {shown} makes more than {MAX_UNITS} units: raise output.rows_per_file")
     rows = sum(file.rows for file in files)
     if rows == 0:
         raise InputError(f"input {shown} has no rows: {len(files)} file(s), all empty")
-    entries = [[file.name, file.size, file.stamp, file.rows] for file in files]
-    fingerprint = make_fingerprint(job, entries, checkpoint_identity)
+    fingerprint = make_fingerprint(job, schema, checkpoint_identity)
     return Plan(tuple(files), tuple(units), rows, fingerprint, schema, tuple(unreadable))
 
 
@@ -128,8 +138,7 @@ def _read_footers(root: str, listing: list[FileInfo]) -> tuple[list[tuple[FileIn
             with storage.open(info.name, info.size) as source:
                 parquet = pq.ParquetFile(source)
                 parquet.schema_arrow.to_string(show_field_metadata=False, show_schema_metadata=False)  # can be shown
-                groups = (parquet.metadata.row_group(g).num_rows for g in range(parquet.metadata.num_row_groups))
-                return _Footer(tuple(groups), parquet.schema_arrow)
+                return _Footer(check_footer(parquet.metadata, info.size), parquet.schema_arrow)
         except StorageError as error:
             return str(error)
         except UnicodeDecodeError:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from model.tokenizer import Tokenizer
 from pipeline.dataset import UnitReader
+from pipeline.fingerprint import NAMED_AT_MOST, listing_change
 from pipeline.job import Job
 from pipeline.layout import PLAN
 from pipeline.ledger import Ledger, read_status
@@ -31,6 +32,8 @@ class Preview:
     sampled_tokens: int
     sampled_bad: int
     """Rows of the sample that could not be generated: null, template error and the like."""
+    added: tuple[str, ...] = ()
+    """Input files that an output which is there already would be extended by."""
 
     @property
     def unreadable(self) -> tuple[tuple[str, str], ...]:
@@ -44,6 +47,10 @@ class Preview:
         yield f"job        {job.name}"
         yield f"input      {safe_url(job.input.path)}: {_count(len(plan.files), 'file')}, {_count(plan.rows, 'row')}"
         yield f"units      {len(plan.units):,} of at most {job.output.rows_per_file:,} rows"
+        if self.added:
+            rows = sum(file.rows for file in plan.files if file.name in set(self.added))
+            named = ", ".join(self.added[:NAMED_AT_MOST]) + (" …" if len(self.added) > NAMED_AT_MOST else "")
+            yield f"added      {_count(len(self.added), 'file')}, {_count(rows, 'row')} since the last run: {named}"
         done = f"{_count(self.done_units, 'unit')}, {_count(self.done_rows, 'row')}"
         yield f"done       {done}; left: {_count(left, 'row')}"
         if self.sampled_rows:
@@ -68,21 +75,24 @@ def preview(job: Job) -> Preview:
     """
     checkpoint = check_checkpoint(job)
     plan = make_plan(job, checkpoint_identity=checkpoint.identity(), allow_unreadable=True)
-    done_units, done_rows = _done(job, plan)
+    done_units, done_rows, added = _done(job, plan)
     rows, tokens, bad = _sample(job, plan.units, load_tokenizer(checkpoint))
-    return Preview(job, plan, done_units, done_rows, rows, tokens, bad)
+    return Preview(job, plan, done_units, done_rows, rows, tokens, bad, added)
 
 
-def _done(job: Job, plan: Plan) -> tuple[int, int]:
+def _done(job: Job, plan: Plan) -> tuple[int, int, tuple[str, ...]]:
+    """(units, rows) that are finished, and the input files that the output was not planned with."""
     if plan.unreadable:  # with files left out, neither the fingerprint nor the units can be those of the output
         if not Storage(job.output.path).exists(PLAN):
-            return 0, 0
+            return 0, 0, ()
         status = read_status(job.output.path)
-        return status.units_done, status.rows_done
+        return status.units_done, status.rows_done, ()
     ledger = Ledger(job.output.path, plan.fingerprint.digest)
-    ledger.check(plan)
+    old = ledger.check(plan, job)
     results = ledger.finished(plan, repair=False).values()
-    return len(results), sum(result.totals.rows for result in results)
+    same_job = old is not None and old.fingerprint == plan.fingerprint
+    added = listing_change(old.files, plan.listing).added if old is not None and same_job else ()
+    return len(results), sum(result.totals.rows for result in results), added
 
 
 def _sample(job: Job, units: Sequence[WorkUnit], tokenizer: Tokenizer) -> tuple[int, int, int]:

@@ -8,13 +8,22 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from pipeline.dispatch import Event, ReplicaLost, ReplicaReady, UnitDone, UnitFailed, UnitProgress
+from pipeline.events import (
+    Event,
+    RangeDone,
+    ReplicaLost,
+    ReplicaNote,
+    ReplicaReady,
+    UnitDone,
+    UnitFailed,
+    UnitProgress,
+)
 from pipeline.types import UnitResult, WorkKey
 
 RATE_WINDOW_S = 60.0
@@ -24,7 +33,7 @@ SAMPLE_EVERY_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """How far the job is. Rates are of this run; rows that an earlier run finished count as done only."""
+    """How far the job is. Rates are of this run; rows that an earlier run or attempt finished count as done only."""
 
     rows: int
     total_rows: int
@@ -48,6 +57,7 @@ class Meter:
             self._done_rows += result.totals.rows
             self._done_errors += result.totals.errors
         self._live: dict[WorkKey, UnitProgress] = {}  # what is under way -> its last report
+        self._ranges: dict[str, list[UnitProgress]] = {}  # unit -> its ranges that are done, while it is not
         self._replicas: set[str] = set()
         self._computed_rows = self._computed_tokens = 0
         self._samples: deque[tuple[float, int, int]] = deque([(clock(), 0, 0)])  # time, rows and tokens computed
@@ -69,26 +79,23 @@ class Meter:
                 self._advance(event)
             case UnitFailed(_, work):
                 self._live.pop(work.key, None)
-            case UnitDone(result):
-                totals = result.totals
-                if not result.published_by_other:
-                    rows, errors, tokens = totals.rows, totals.errors, totals.completion_tokens
-                    self._advance(UnitProgress(result.replica, (result.unit_id, None), rows, errors, tokens))
-                self._live.pop((result.unit_id, None), None)
-                self._done_rows += totals.rows
-                self._done_errors += totals.errors
+            case RangeDone(replica, key):
+                self._end_range(replica, key)
+            case UnitDone():
+                self._end_unit(event)
         self._sample()
 
     def snapshot(self) -> Snapshot:
         """The state now."""
-        rows = self._done_rows + sum(live.rows for live in self._live.values())
+        under_way = [*self._live.values(), *(done for ranges in self._ranges.values() for done in ranges)]
+        rows = self._done_rows + sum(live.rows for live in under_way)
         start, start_rows, start_tokens = self._samples[0]
         elapsed = self._clock() - start
         rows_per_s = (self._computed_rows - start_rows) / elapsed if elapsed > 0 else 0.0
         return Snapshot(
             rows=rows,
             total_rows=self._total_rows,
-            errors=self._done_errors + sum(live.errors for live in self._live.values()),
+            errors=self._done_errors + sum(live.errors for live in under_way),
             tokens_per_s=(self._computed_tokens - start_tokens) / elapsed if elapsed > 0 else 0.0,
             eta_s=(self._total_rows - rows) / rows_per_s if rows_per_s > 0 else None,
             replicas=len(self._replicas),
@@ -96,12 +103,31 @@ class Meter:
 
     def _advance(self, now: UnitProgress) -> None:
         before = self._live.get(now.key)
-        if before is None and now.rows and self._computed_rows == 0:
+        if now.key[1] is None:  # it has the rows of its ranges
+            self._ranges.pop(now.key[0], None)
+        rows, tokens = now.rows - now.kept_rows, now.tokens - now.kept_tokens
+        if before is None and rows and self._computed_rows == 0:
             # The clock of the rates starts with the first rows, not with the loading of the model.
             self._samples = deque([self._samples[-1]])
-        self._computed_rows += now.rows - (before.rows if before else 0)
-        self._computed_tokens += now.tokens - (before.tokens if before else 0)
+        self._computed_rows += rows - (before.rows - before.kept_rows if before else 0)
+        self._computed_tokens += tokens - (before.tokens - before.kept_tokens if before else 0)
         self._live[now.key] = now
+
+    def _end_range(self, replica: str, key: WorkKey) -> None:
+        unit_id, (first, end) = key[0], key[1] or (0, 0)
+        last = self._live.pop(key, UnitProgress(replica, key, 0, 0, 0))
+        self._ranges.setdefault(unit_id, []).append(replace(last, rows=end - first))
+
+    def _end_unit(self, event: UnitDone) -> None:
+        result = event.result
+        totals, key = result.totals, (result.unit_id, None)
+        if not result.published_by_other:
+            counts = totals.rows, totals.errors, totals.completion_tokens
+            self._advance(UnitProgress(result.replica, key, *counts, event.kept_rows, event.kept_tokens))
+        self._live = {known: live for known, live in self._live.items() if known[0] != result.unit_id}
+        self._ranges.pop(result.unit_id, None)
+        self._done_rows += totals.rows
+        self._done_errors += totals.errors
 
     def _sample(self) -> None:
         now = self._clock()
@@ -145,7 +171,7 @@ class LogProgress:
 
     def __call__(self, event: Event | None) -> None:
         self._meter.take(event)
-        tell_losses(event, self.tell)
+        tell_news(event, self.tell)
         if self._clock() - self._printed_at >= self._interval_s:
             self._print()
 
@@ -177,7 +203,7 @@ class BarProgress:
 
     def __call__(self, event: Event | None) -> None:
         self._meter.take(event)
-        tell_losses(event, self.tell)
+        tell_news(event, self.tell)
         if event is None:
             self._update()
 
@@ -195,9 +221,11 @@ class BarProgress:
         self._bar.update(self._task, description=line(now), completed=now.rows, total=max(now.total_rows, 1))
 
 
-def tell_losses(event: Event | None, tell: Callable[[str], None]) -> None:
-    """Say what went wrong on the way and is being repeated."""
+def tell_news(event: Event | None, tell: Callable[[str], None]) -> None:
+    """Say what went wrong on the way and is being repeated, and what replicas want the operator to know."""
     match event:
+        case ReplicaNote(replica, text):
+            tell(f"{replica}: {text}")
         case ReplicaLost(replica, reason):
             tell(f"replica {replica} was lost: {reason}")
         case UnitFailed(replica, work, reason):

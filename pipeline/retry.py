@@ -1,20 +1,25 @@
 """When to try again and when to give up: pure rules, no clock, no storage, no cluster."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.errors import JobFailed
-from pipeline.types import WorkUnit
+from pipeline.types import Assignment, WorkUnit
 
 ROWS_BEFORE_JUDGING = 100
 """A share of errors means little below this many rows; at the end of the job it counts whatever the number."""
 START_FAILURES = 3
-"""Replicas that die before they are ready, one after the other and none working, until the job gives up."""
+"""Replicas that die before they are ready, one after the other and none working, until the job gives up. Also those
+that die with work that has nothing to generate."""
+CONDEMNED_IN_A_ROW = 10
+"""Rows condemned one after the other, without any generated in between, until the job gives up."""
+EXCUSED_ATTEMPTS = 20
+"""Attempts of a unit after which no loss is excused any more: something else than spot notices ends its replicas."""
 
 
-def describe(unit: WorkUnit) -> str:
-    """The unit as an operator looks for it: id, file and rows (counted from 0, both ends included)."""
-    last = unit.first_row + unit.row_count - 1
-    return f"unit {unit.id} ({unit.name}, rows {unit.first_row} to {last})"
+def describe(unit: WorkUnit, rows: tuple[int, int] | None = None) -> str:
+    """The unit, or a range of it, as an operator looks for it: id, file and rows (from 0, both ends included)."""
+    first, end = rows or (0, unit.row_count)
+    return f"unit {unit.id} ({unit.name}, rows {unit.first_row + first} to {unit.first_row + end - 1})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +27,54 @@ class RetryPolicy:
     """The job's `retry` settings as rules. Every method raises JobFailed where the job must end."""
 
     attempts: int
-    """Times a unit is tried before the job ends."""
+    """Losses of a unit or of a lone row until it is split or condemned; failures of a unit until the job ends."""
     max_error_rate: float
     """Share of error rows, 0 to 1, above which the job ends."""
 
-    def next_attempt(self, unit: WorkUnit, attempt: int, reason: str) -> int:
-        """The number of the attempt that follows `attempt`, which failed for `reason`."""
-        if attempt >= self.attempts:
+    def after_loss(
+        self, work: Assignment, reason: str, *, excused: bool = False, finished: bool = False
+    ) -> tuple[Assignment, ...]:
+        """What is to be done instead of work whose replica was lost: the same again, two halves, or a row condemned.
+
+        `excused`: the loss is no row's fault. `finished`: all rows of the unit stand in segments, so that none of them
+        can be what kills. A row is condemned after at most `attempts` losses of its unit, one of each range around it
+        (their number is the logarithm of the unit's rows) and `attempts` of its own.
+        """
+        excused = excused and work.attempt < EXCUSED_ATTEMPTS
+        again = replace(work, attempt=work.attempt + 1, losses=work.losses + (not excused))
+        first, end = work.rows or (0, work.unit.row_count)
+        lone = end - first == 1
+        if excused:
+            return (again,)
+        if finished or work.condemned is not None:
+            self._check_harmless(again, reason)
+            return (again,)
+        if again.losses < self.attempts and (work.rows is None or lone):
+            return (again,)
+        if lone:
+            text = f"the replica died {self.attempts} times while it generated this row alone; the last time: {reason}"
+            return (replace(again, rows=(first, end), losses=0, condemned=text),)
+        middle = (first + end) // 2
+        return tuple(replace(again, rows=rows, losses=0) for rows in ((first, middle), (middle, end)))
+
+    def after_failure(self, work: Assignment, reason: str) -> Assignment:
+        """The same work again, which a living replica could not read or publish."""
+        failures = work.failures + 1
+        if failures >= self.attempts:
             raise JobFailed(
-                f"{describe(unit)} failed {attempt} of {self.attempts} attempts (retry.attempts); "
+                f"{describe(work.unit, work.rows)} failed {failures} of {self.attempts} attempts (retry.attempts); "
                 f"the last time: {reason}"
             )
-        return attempt + 1
+        return replace(work, attempt=work.attempt + 1, failures=failures)
+
+    def check_condemned(self, in_a_row: int, reason: str) -> None:
+        """Judge the number of rows condemned one after the other, without any row generated in between."""
+        if in_a_row >= CONDEMNED_IN_A_ROW:
+            raise JobFailed(
+                f"{in_a_row} rows one after the other killed every replica that had them, and none was generated in "
+                f"between: it is rather the replicas than the rows; the last time: {reason}; see the replicas' logs, "
+                "and submit the job again"
+            )
 
     def check_errors(self, errors: int, rows: int, *, ended: bool = False) -> None:
         """Judge `errors` among `rows`: finished rows at the end, else all rows of the units begun.
@@ -60,3 +101,10 @@ class RetryPolicy:
         raise JobFailed(
             f"no replica could start: {reason}" if refused else f"{failures} replicas died while starting: {reason}"
         )
+
+    def _check_harmless(self, work: Assignment, reason: str) -> None:
+        if work.losses >= max(self.attempts, START_FAILURES):
+            raise JobFailed(
+                f"{describe(work.unit, work.rows)} has no row left to generate, and yet {work.losses} replicas died "
+                f"with it; the last time: {reason}; see the replicas' logs, and submit the job again"
+            )

@@ -9,14 +9,18 @@ from typing import Any
 
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.tokenizer import Tokenizer
-from pipeline.dispatch import Board, Pool, dispatch
+from pipeline.board import Board
+from pipeline.claim import Claim
+from pipeline.dispatch import Pool, dispatch
 from pipeline.errors import CheckpointError, JobError, RequestError
+from pipeline.events import Event
 from pipeline.job import Job
 from pipeline.ledger import Ledger
 from pipeline.paths import safe_url
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import BarProgress, LogProgress, Meter, open_progress
 from pipeline.retry import RetryPolicy
+from pipeline.stall import StallWatch
 from pipeline.types import Totals, UnitResult
 
 PoolMaker = Callable[[Plan, int, Callable[[str], None]], Pool]
@@ -85,34 +89,50 @@ def run_job(
     plan = make_plan(job, checkpoint_identity=check_checkpoint(job).identity())
     ledger = Ledger(job.output.path, plan.fingerprint.digest)
     ledger.open(plan, job)
+    # First of all, so that a run before this one soon finishes nothing more; but a complete job is left as it is.
+    claim = None if ledger.is_complete() else Claim(job.output.path)
     results = ledger.finished(plan)
     ran_units = len(plan.units) - len(results)
     if not ran_units and ledger.is_complete() and ledger.finished_at() is not None:
         totals = sum((result.totals for result in results.values()), Totals())
         return Outcome(totals, len(plan.units), 0, 0, time.monotonic() - started, None)
+    claim = claim or Claim(job.output.path)
     meter = Meter(plan.rows, results.values())
     policy = RetryPolicy(job.retry.attempts, job.retry.max_error_rate)
     if ran_units:
         ledger.reopen()
-        results = _generate(plan, results, make_pool, policy, stop, make_progress(meter))
+        with claim:
+            run = _Run(plan, policy, StallWatch(60 * job.retry.stall_minutes), claim, stop)
+            results = run.generate(results, make_pool, make_progress(meter))
     else:  # the manifest alone is missing
         Board(plan.units, results, policy).check_end()
     totals = sum((result.totals for result in results.values()), Totals())
+    claim.check_now()
     manifest = ledger.complete(plan, job, totals, seconds=time.monotonic() - started)
     return Outcome(totals, len(plan.units), ran_units, meter.tokens, time.monotonic() - started, manifest)
 
 
-def _generate(
-    plan: Plan,
-    finished: dict[str, UnitResult],
-    make_pool: PoolMaker,
-    policy: RetryPolicy,
-    stop: threading.Event,
-    progress: LogProgress | BarProgress,
-) -> dict[str, UnitResult]:
-    """Runs the units that are not finished; whatever happens, the pool and the progress line are closed."""
-    with contextlib.ExitStack() as closing:
-        closing.callback(progress.close)
-        pool = make_pool(plan, len(plan.units) - len(finished), progress.tell)
-        closing.callback(pool.close)
-        return dispatch(plan.units, finished, pool, policy, stop, progress)
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What goes into generating, but for the pool."""
+
+    plan: Plan
+    policy: RetryPolicy
+    stall: StallWatch
+    claim: Claim
+    stop: threading.Event
+
+    def generate(
+        self, finished: dict[str, UnitResult], make_pool: PoolMaker, progress: LogProgress | BarProgress
+    ) -> dict[str, UnitResult]:
+        """Runs the units that are not finished; whatever happens, the pool and the progress line are closed."""
+
+        def hear(event: Event | None) -> None:
+            progress(event)
+            self.claim.check()
+
+        with contextlib.ExitStack() as closing:
+            closing.callback(progress.close)
+            pool = make_pool(self.plan, len(self.plan.units) - len(finished), progress.tell)
+            closing.callback(pool.close)
+            return dispatch(self.plan.units, finished, pool, self.policy, self.stop, hear, self.stall)

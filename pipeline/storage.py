@@ -1,7 +1,8 @@
 """The one place that opens paths: local files and any fsspec URL behind the few operations that the pipeline needs.
 
-Transient failures are tried again with backoff; what is left becomes one line that names the operation, the path, the
-cause and what to do. Credentials in a URL never reach a text.
+Transient failures are tried again (pipeline.patience); what is left becomes one line that names the operation, the
+path, the cause and what to do. What is read is whole: fewer bytes than there are, or were asked for, are a failure,
+too. Credentials in a URL never reach a text.
 """
 
 import errno
@@ -20,14 +21,29 @@ from typing import Any, TypeVar
 import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from pipeline.errors import OutputError, StorageError
-from pipeline.paths import cause, is_local, is_storage_failure, is_transient, safe_url
+from pipeline.paths import cause, is_local, safe_url
+from pipeline.patience import keep_trying
 
 T = TypeVar("T")
-TRIES = 5
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
+CONNECT_S, SILENCE_S = 5.0, 20.0
+"""Until a server takes a connection, and between two signs of life of an answer."""
+ANSWER_S, SLOWEST_BYTES_S = 60.0, 100_000
+"""A try may take so many seconds, and one more for every so many bytes: an answer that drips is cut off."""
+LISTING_BYTES = 100_000_000
+"""What the answers of the longest listing come to."""
+S3_FILE_BYTES = 5 << 30
+"""What S3 takes in one request. Uploads in several requests would stay behind, unseen and paid for, where one ends."""
+_S3_OPTIONS = {
+    "config_kwargs": {
+        "retries": {"total_max_attempts": 1},
+        "connect_timeout": CONNECT_S,
+        "read_timeout": SILENCE_S,
+        "max_pool_connections": 32,
+    },
+    "max_concurrency": 1,  # else a whole file is read in pieces whose lengths nobody checks
+}
 HASH_CHUNK_BYTES = 1 << 20
 DANGLING = -1
 _BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs")
@@ -87,7 +103,10 @@ class Storage:
                 self._fs, path = _LocalFileSystem(), str(LocalFileSystem._strip_protocol(root))
             else:
                 # No cache of listings: another process may have published since.
-                self._fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
+                s3 = root.startswith(("s3://", "s3a://"))
+                self._fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False, **(_S3_OPTIONS if s3 else {}))
+                if s3:
+                    self._fs.retries = 1
         except Exception as error:  # whatever the protocol's library raises, it is about this URL
             raise StorageError(f"cannot use {safe_url(root)}: {cause(error)}") from error
         self._path = path.rstrip("/") or "/"
@@ -99,7 +118,7 @@ class Storage:
 
     def exists(self, name: str) -> bool:
         """Whether there is a file or folder of that name."""
-        return bool(self._call("look for", name, self._fs.exists))
+        return self._call("look for", name, self._info) is not None
 
     def kind(self) -> str | None:
         """What the root itself is: "file", "folder", "other" (a pipe, a device) or None where there is nothing."""
@@ -127,18 +146,18 @@ class Storage:
 
     def read(self, name: str) -> bytes:
         """The whole content."""
-        return bytes(self._call("read", name, self._fs.cat_file))
+        return self._call("read", name, self._read_whole)
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
-        """Bytes from start up to, not including, end."""
-        return bytes(self._call("read", name, partial(self._fs.cat_file, start=start, end=end)))
+        """Bytes from start up to, not including, end: all of them, or StorageError."""
+        return self._call("read", name, partial(self._read_range, start=start, end=end))
 
     def read_if_exists(self, name: str) -> bytes | None:
         """The whole content, or None where there is no such file."""
 
         def fetch(path: str) -> bytes | None:
             with suppress(FileNotFoundError, NotADirectoryError):
-                return bytes(self._fs.cat_file(path))
+                return self._read_whole(path)
             return None
 
         return self._call("read", name, fetch)
@@ -161,7 +180,7 @@ class Storage:
         if self._local:
             self._call("write", name, lambda path: _write_local(path, data, os.replace))
         else:
-            self._call("write", name, lambda path: self._fs.pipe_file(path, data))
+            self._call("write", name, lambda path: self._upload(path, data))
 
     def create(self, name: str, data: bytes) -> bool:
         """Writes the whole file if there is none; the first writer wins. False: there is one already.
@@ -178,30 +197,57 @@ class Storage:
 
         def delete(path: str) -> None:
             with suppress(FileNotFoundError):
-                self._fs.rm_file(path)
+                self._fs.rm_file(path, **self._limit(0))
 
         self._call("delete", name, delete)
 
+    def _read_whole(self, path: str) -> bytes:
+        expected = self._fs.info(path, **self._limit(0))["size"]
+        data = bytes(self._fs.cat_file(path, **self._limit(expected or 0)))
+        if expected is not None and len(data) != expected:
+            raise OSError(errno.EIO, f"{len(data)} of its {expected} bytes came")
+        return data
+
+    def _read_range(self, path: str, start: int, end: int) -> bytes:
+        data = bytes(self._fs.cat_file(path, start=start, end=end, **self._limit(end - start)))
+        if len(data) == end - start:
+            return data
+        size = self._fs.info(path, **self._limit(0))["size"]
+        if size is not None and size < end:
+            raise OSError(errno.EINVAL, f"it has {size} bytes, and bytes up to {end} were asked for: it was replaced")
+        raise OSError(errno.EIO, f"{len(data)} of {end - start} bytes came")
+
+    def _upload(self, path: str, data: bytes, **options: Any) -> None:
+        if "s3" in self._fs.protocol:
+            if len(data) >= S3_FILE_BYTES:
+                raise OSError(errno.EINVAL, f"{len(data)} bytes are too many for one S3 request; make smaller files")
+            options["chunksize"] = S3_FILE_BYTES  # below it, s3fs sends a file in one request
+        self._fs.pipe_file(path, data, **options, **self._limit(len(data)))
+
     def _create_remote(self, path: str, data: bytes) -> bool:
         try:
-            self._fs.pipe_file(path, data, mode="create")
+            self._upload(path, data, mode="create")
         except FileExistsError:
             return False
         except OSError as error:
             # Servers that answer a failed precondition without naming the condition come through as EINVAL.
-            if error.errno == errno.EINVAL and self._fs.exists(path):
+            if error.errno == errno.EINVAL and self._info(path) is not None:
                 return False
             raise
         return True
 
+    def _limit(self, size: int) -> dict[str, float]:
+        """The argument that ends a try which moves `size` bytes and takes too long: async file systems know it."""
+        return {"timeout": ANSWER_S + size / SLOWEST_BYTES_S} if self._fs.async_impl else {}
+
     def _info(self, path: str) -> dict[str, Any] | None:
         with suppress(FileNotFoundError, NotADirectoryError):
-            return dict(self._fs.info(path))
+            return dict(self._fs.info(path, **self._limit(0)))
         return None
 
     def _listing(self, lister: Callable[..., Any], path: str) -> list[FileInfo]:
         try:
-            found = lister(path, detail=True)
+            found = lister(path, detail=True, **self._limit(LISTING_BYTES))
         except (FileNotFoundError, NotADirectoryError):
             return []
         infos = found.values() if isinstance(found, dict) else found
@@ -217,21 +263,8 @@ class Storage:
 
     def _call(self, operation: str, name: str, function: Callable[[str], T]) -> T:
         path = f"{self._path.rstrip('/')}/{name}" if name else self._path
-        retrying = Retrying(
-            stop=stop_after_attempt(TRIES),
-            wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
-            retry=retry_if_exception(is_transient),
-            reraise=True,
-        )
-        try:
-            return retrying(function, path)
-        except Exception as error:
-            # A ValueError is about the path: a name that the file system cannot hold.
-            if not is_storage_failure(error) and not isinstance(error, ValueError):
-                raise
-            url = safe_url(f"{self.root.rstrip('/')}/{name}" if name else self.root)
-            tried = f" (tried {TRIES} times)" if is_transient(error) else ""
-            raise StorageError(f"cannot {operation} {url}: {cause(error)}{tried}") from error
+        url = safe_url(f"{self.root.rstrip('/')}/{name}" if name else self.root)
+        return keep_trying(f"cannot {operation} {url}", self._local, partial(function, path))
 
 
 class _RangeFile(io.RawIOBase):
@@ -300,10 +333,13 @@ def real_path(url: str) -> str:
     return os.path.realpath(storage._path) if storage._local else url
 
 
-def read_text(path: str) -> str:
-    """A local text file, whole. Raises OSError and UnicodeDecodeError as they are: the caller knows what it wanted."""
+def read_text(path: str, at_most: int = -1) -> str:
+    """A local text file, whole or its first `at_most` characters.
+
+    Raises OSError and UnicodeDecodeError as they are: the caller knows what it wanted.
+    """
     with open(path, encoding="utf-8") as file:
-        return file.read()
+        return file.read(at_most)
 
 
 def check_writable(url: str) -> None:

@@ -12,8 +12,9 @@ from pipeline.commit import UnitOutput
 from pipeline.dataset import UnitData, UnitReader
 from pipeline.errors import JobError
 from pipeline.job import Job
-from pipeline.parts import build_part, result_table
-from pipeline.types import RowResult, UnitResult, WorkUnit
+from pipeline.parts import build_part
+from pipeline.segments import SegmentRows
+from pipeline.types import UnitResult, WorkUnit
 from workers.unit_runner import UnitRunner
 
 if TYPE_CHECKING:
@@ -32,21 +33,39 @@ class ReplicaSpec:
 
 
 class PartStore:
-    """Reads a job's units and publishes their parts: the runner's UnitStore."""
+    """Reads a job's units, keeps their finished rows and publishes their parts: the runner's UnitStore."""
 
     def __init__(self, spec: ReplicaSpec, replica: str) -> None:
         self._reader = UnitReader(spec.job.input)
         self._output = UnitOutput(spec.job.output.path, spec.fingerprint)
         self._schema, self._replica = spec.schema, replica
 
+    def close(self) -> None:
+        """See UnitStore."""
+        self._reader.close()
+
+    def published(self, unit: WorkUnit) -> UnitResult | None:
+        """See UnitStore."""
+        return self._output.published(unit)
+
     def read(self, unit: WorkUnit) -> UnitData:
         """See UnitStore."""
         return self._reader.read(unit)
 
-    def publish(self, data: UnitData, results: Sequence[RowResult], *, attempt: int, seconds: float) -> UnitResult:
+    def read_segments(self, unit: WorkUnit) -> SegmentRows:
+        """See UnitStore."""
+        return self._output.read_segments(unit)
+
+    def write_segment(self, unit: WorkUnit, rows: pa.Table, *, writer: str, number: int, attempt: int) -> None:
+        """See UnitStore."""
+        self._output.write_segment(unit, rows, writer=writer, number=number, attempt=attempt)
+
+    def publish(
+        self, data: UnitData, rows: Sequence[pa.Table], *, writer: str, attempt: int, seconds: float
+    ) -> UnitResult:
         """See UnitStore. Raises ValueError, which ends the replica, where a row has no result or more than one."""
-        header = self._output.header(data.unit, attempt=attempt, replica=self._replica, seconds=seconds)
-        part, _ = build_part(data, [result_table(data.unit, results)], self._schema, header)
+        header = self._output.header(data.unit, attempt=attempt, replica=self._replica, seconds=seconds, writer=writer)
+        part, _ = build_part(data, rows, self._schema, header)
         return self._output.publish(data.unit, part)
 
 
@@ -68,14 +87,14 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
     if pair.tokenizer is None:
         raise CheckpointError(f"checkpoint {job.model.checkpoint} has no tokenizer.json: prompts cannot be read")
     engine = _make_engine(pair, job)
-    for line in engine.memory.lines():
-        print(f"{replica}: {line}", flush=True)  # to the actor's own log
     return UnitRunner(
         engine,
         pair.tokenizer,
         PartStore(spec, replica),
         job.generation.params(tuple(pair.eos_ids)),
         replica=replica,
+        checkpoint=job.checkpoint,
+        notes=engine.memory.lines(),
     )
 
 

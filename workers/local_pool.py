@@ -2,18 +2,19 @@
 
 from collections.abc import Sequence
 
-from pipeline.dispatch import Event, ReplicaLost, ReplicaReady
+from pipeline.events import Event, ReplicaLost, ReplicaReady
 from pipeline.types import Assignment
-from workers.replica import MakeRunner, Replica
+from workers.replica import FLUSH_S, MakeRunner, Replica, Report
 
 
 class LocalPool:
-    """Implements pipeline.dispatch.Pool; the replica works during `wait`."""
+    """Implements pipeline.dispatch.Pool; the replica works during `wait`, so one that hangs holds up the driver."""
 
     def __init__(self, make_runner: MakeRunner) -> None:
         self._make_runner = make_runner
         self._replica: Replica | None = None
         self._lives = 0
+        self._dropped: list[Event] = []
 
     @property
     def _name(self) -> str:
@@ -26,27 +27,30 @@ class LocalPool:
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
         """See Pool. The first call loads the model and takes as long as that does."""
+        if self._dropped:
+            events, self._dropped = self._dropped, []
+            return events
         if self._replica is None:
             self._lives += 1
-            replica = Replica(self._name, self._make_runner)
-            report = replica.start()
-            if report.fatal is not None:
-                return [ReplicaLost(self._name, report.fatal, report.refused)]
-            self._replica = replica
-            return [ReplicaReady(self._name)]
-        report = self._replica.work(timeout_s)
-        events: list[Event] = [*report.progress, *report.outcomes]
-        if report.fatal is not None:
-            self._replica = None
-            events.append(ReplicaLost(self._name, report.fatal))
-        return events
+            self._replica = Replica(self._name, self._make_runner)
+            return self._hear(self._replica.start(), ReplicaReady(self._name))
+        return self._hear(self._replica.work(timeout_s))
 
     def drop(self, replica: str, reason: str) -> None:
         """See Pool."""
-        raise NotImplementedError
+        if self._replica is not None and replica == self._name:
+            self.close()
+            self._dropped.append(ReplicaLost(replica, reason))
 
     def close(self) -> None:
         """See Pool."""
         if self._replica is not None:
+            self._replica.stop(FLUSH_S)
             self._replica.close()
             self._replica = None
+
+    def _hear(self, report: Report, *first: Event) -> list[Event]:
+        if report.fatal is None:
+            return [*first, *report.events]
+        self._replica = None
+        return [*report.events, ReplicaLost(self._name, report.fatal, report.refused)]

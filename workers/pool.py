@@ -5,9 +5,6 @@ loss). The driver keeps two `work` calls outstanding on every actor, so that non
 """
 
 import contextlib
-import os
-import signal
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,24 +16,24 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipeline.dispatch import Event, ReplicaLost, ReplicaReady
 from pipeline.errors import ClusterError
+from pipeline.events import Event, ReplicaLost, ReplicaReady
 from pipeline.job import WorkersSection
 from pipeline.types import Assignment
-from workers.replica import MakeRunner, Replica, Report
+from workers.cluster import amounts, connect, describe_nodes, one_line
+from workers.replica import FLUSH_S, MakeRunner, ReplicaProcess, Report
 
-CONNECT_S = 10.0
 WORK_S = 2.0
 """A `work` call returns at the latest after this: how old the progress may be."""
 CALLS_AHEAD = 2
+LOOK_S = 5.0
+"""A replica that has not reported for so long is asked what it is doing, beside the call that does not return."""
 CHECK_S = 0.5
 """How often groups that wait for room are looked at."""
 NOTICE_S = 5.0
 """After this long without room for all that was asked, the operator is told what the cluster has."""
 BACKOFF_S, MAX_BACKOFF_S = 2.0, 60.0
 """Before a replica that could not start is tried again; doubled each time, up to the second."""
-OBJECT_STORE_BYTES = 100 << 20
-"""For a cluster of our own: only reports go through it."""
 
 
 @dataclass
@@ -50,6 +47,9 @@ class _Slot:
     ready: bool = False
     calls: deque[Any] = field(default_factory=deque)
     """Outstanding calls, oldest first; `start` alone until the replica is ready."""
+    looks: list[Any] = field(default_factory=list)
+    """The call that asks what it is doing."""
+    heard_at: float = 0.0
     failures: int = 0
     """Starts that failed since it was last ready."""
     not_before: float = 0.0
@@ -57,51 +57,6 @@ class _Slot:
     @property
     def name(self) -> str:
         return f"r{self.number}" if self.lives == 1 else f"r{self.number}.{self.lives}"
-
-
-def connect() -> bool:
-    """Join the cluster at RAY_ADDRESS (a submitted job has it), or start one on this machine for the time of the job.
-
-    Returns whether this call connected, and so whether `ray.shutdown` is ours. Raises ClusterError.
-    """
-    if ray.is_initialized():
-        return False
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    address = os.environ.get("RAY_ADDRESS")
-    if address and address.startswith(("http://", "https://")):
-        raise ClusterError(
-            f"RAY_ADDRESS is {address}, a job server: use `ray job submit`, or unset it to run on this machine alone"
-        )
-    if not address:
-        # "local", or Ray would silently join whatever cluster was started on this machine before.
-        quiet |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    else:
-        _check_reachable(address)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**quiet)
-    except SystemExit:  # ray.init() has a handler of its own for SIGTERM: hand the signal on to ours
-        signal.alarm(0)  # and one in C++ that aborts the process three seconds later
-        ray.shutdown()
-        signal.signal(signal.SIGTERM, on_sigterm)
-        signal.raise_signal(signal.SIGTERM)
-        raise ClusterError("stopped; Ray was still starting; submit the same job again to resume") from None
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"Ray at {address or 'this machine'} cannot be used: {_one_line(str(error))}") from error
-    return True
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself tries a dead address for minutes, with a page of warnings."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-        except OSError as error:
-            raise ClusterError(
-                f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({error}); start it, or unset RAY_ADDRESS "
-                "to run on this machine alone"
-            ) from error
 
 
 class RayPool:
@@ -112,10 +67,11 @@ class RayPool:
     ) -> None:
         self._ours = connect()
         self._make_runner, self._settings, self._tell = make_runner, settings, tell
-        # Two threads of calls: `work` one at a time, and `assign` beside it.
-        self._actor_class = ray.remote(concurrency_groups={"control": 1})(Replica)  # type: ignore[call-overload]
+        # Two threads of calls: `work` one at a time, and all others beside it.
+        self._actor_class = ray.remote(concurrency_groups={"control": 1})(ReplicaProcess)  # type: ignore[call-overload]
         self._limit = units if settings.replicas == "auto" else min(units, settings.replicas)
         self._slots: list[_Slot] = []
+        self._dropped: list[Event] = []
         self._checked = float("-inf")
         self._empty_since: float | None = time.monotonic()
         self._notice_at = time.monotonic() + NOTICE_S
@@ -128,19 +84,26 @@ class RayPool:
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
         """See Pool. Raises ClusterError where `start_timeout_s` passed without room for a single replica."""
+        if self._dropped:
+            events, self._dropped = self._dropped, []
+            return events
         try:
             self._fill_slots()
             return self._listen(timeout_s)
         except RayError as error:
-            raise ClusterError(f"the Ray cluster was lost: {_one_line(str(error))}; submit the job again") from error
+            raise ClusterError(f"the Ray cluster was lost: {one_line(str(error))}; submit the job again") from error
 
     def drop(self, replica: str, reason: str) -> None:
         """See Pool."""
-        raise NotImplementedError
+        for slot in self._slots:
+            if slot.ready and slot.name == replica:
+                self._dropped.append(self._lose(slot, Report(fatal=reason)))
 
     def close(self) -> None:
         """See Pool. A cluster that this pool started goes too."""
         if ray.is_initialized():
+            with contextlib.suppress(RayError):
+                self._flush()
             for slot in self._slots:
                 with contextlib.suppress(RayError):
                     self._kill(slot)
@@ -150,8 +113,22 @@ class RayPool:
             ray.shutdown()
             self._ours = False
 
+    def _flush(self) -> None:
+        """Has all replicas write down what they finished: all at once, as whoever stops a job soon kills it."""
+        calls = [
+            slot.actor.stop.options(concurrency_group="control").remote(FLUSH_S) for slot in self._slots if slot.ready
+        ]
+        done, _ = ray.wait(calls, num_returns=len(calls), timeout=FLUSH_S + 1) if calls else ([], [])
+        rows = 0
+        for call in done:
+            with contextlib.suppress(RayError):  # it is dead
+                rows += ray.get(call)
+        if rows:
+            self._tell(f"{rows:,} finished rows of units under way were written down")
+
     def _listen(self, timeout_s: float) -> list[Event]:
-        by_call = {call: slot for slot in self._slots for call in slot.calls}
+        self._look_in()
+        by_call = {call: slot for slot in self._slots for call in (*slot.calls, *slot.looks)}
         if not by_call:
             time.sleep(min(timeout_s, CHECK_S))
             return []
@@ -164,7 +141,18 @@ class RayPool:
             if call in slot.calls:  # not one of a replica that was lost a moment ago
                 slot.calls.remove(call)
                 events += self._hear(slot, call)
+            elif call in slot.looks:
+                slot.looks.remove(call)
+                with contextlib.suppress(RayError):  # its `work` fails as well
+                    events += ray.get(call)
         return events
+
+    def _look_in(self) -> None:
+        now = time.monotonic()
+        for slot in self._slots:
+            if slot.ready and not slot.looks and now - slot.heard_at >= LOOK_S:
+                slot.heard_at = now
+                slot.looks.append(slot.actor.look.options(concurrency_group="control").remote())
 
     def _hear(self, slot: _Slot, call: Any) -> list[Event]:
         """The events of one call that has returned."""
@@ -173,19 +161,20 @@ class RayPool:
         except RayActorError as error:
             report = Report(fatal=_death(error))
         except RayError as error:  # the replica could not even report: its code or environment is broken
-            report = Report(fatal=_one_line(str(error)))
-        events: list[Event] = [*report.progress, *report.outcomes]
+            report = Report(fatal=one_line(str(error)))
+        events = list(report.events)
         if report.fatal is not None:
-            return [*events, self._lose(slot, report.fatal, report.refused)]
+            return [*events, self._lose(slot, report)]
         if not slot.ready:
             slot.ready, slot.failures = True, 0
-            events.append(ReplicaReady(slot.name))
+            events.insert(0, ReplicaReady(slot.name))
+        slot.heard_at = time.monotonic()
         while len(slot.calls) < CALLS_AHEAD:
             slot.calls.append(slot.actor.work.remote(WORK_S))
         return events
 
-    def _lose(self, slot: _Slot, reason: str, refused: bool) -> ReplicaLost:
-        lost = ReplicaLost(slot.name, reason, refused)
+    def _lose(self, slot: _Slot, report: Report) -> ReplicaLost:
+        lost = ReplicaLost(slot.name, report.fatal or "", report.refused, report.excused)
         if not slot.ready:
             slot.failures += 1
             slot.not_before = time.monotonic() + min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (slot.failures - 1))
@@ -197,6 +186,7 @@ class RayPool:
             ray.kill(slot.actor, no_restart=True)
         slot.actor, slot.ready = None, False
         slot.calls.clear()
+        slot.looks.clear()
 
     def _fill_slots(self) -> None:
         """Ask for groups, and put an actor into every group that has room."""
@@ -259,27 +249,12 @@ class RayPool:
                 )
 
     def _wanted(self) -> str:
-        return _amounts({"GPU": self._settings.gpus, "CPU": self._settings.cpus})
-
-
-def describe_nodes() -> str:
-    """What each node of the cluster has in all, used or not."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    texts = [f"{node['NodeManagerAddress']}: {_amounts(node['Resources'])}" for node in nodes]
-    return f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'} ({'; '.join(texts)})"
-
-
-def _amounts(resources: dict[str, Any]) -> str:
-    return ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in ("GPU", "CPU"))
+        return amounts({"GPU": self._settings.gpus, "CPU": self._settings.cpus})
 
 
 def _death(error: RayActorError) -> str:
     """Ray's lines of text about a dead actor as one line: the cause without ids and advice."""
-    text = _one_line(str(error))
+    text = one_line(str(error))
     for start in ("The actor is dead because ", "The actor died because "):
         text = text[text.index(start) + len(start) :] if start in text else text
     return text.split(" Some common causes include")[0]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:1000]

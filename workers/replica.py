@@ -2,15 +2,26 @@
 (workers.local_pool). It knows no Ray. Whatever is raised inside ends here, as a report.
 """
 
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 
 from model.errors import TwoTowerError
-from pipeline.dispatch import UnitProgress
+from pipeline.events import Event, ReplicaActive, ReplicaNote
 from pipeline.types import Assignment
-from workers.unit_runner import Outcome, UnitRunner
+from workers.unit_runner import UnitRunner
+
+FLUSH_S = 15.0
+"""Seconds that a replica which is stopped has for writing down the rows that it finished."""
+LEAVE_S = 5.0
+"""Seconds in which the driver hears why a replica is dead, before its process leaves."""
+DEAD_EXIT, STOPPED_EXIT = 1, 128 + signal.SIGTERM
+"""Exit codes of a replica's process that leaves by itself: its engine is dead; it was told to."""
 
 MakeRunner = Callable[[str], UnitRunner]
 """Loads the model and makes the runner of the replica with this name; picklable, as it travels to the actor."""
@@ -20,16 +31,17 @@ MakeRunner = Callable[[str], UnitRunner]
 class Report:
     """What a call of a replica tells the driver: counts, never rows."""
 
-    outcomes: tuple[Outcome, ...] = ()
-    progress: tuple[UnitProgress, ...] = ()
+    events: tuple[Event, ...] = ()
     fatal: str | None = None
     """Why the replica can do no more: it is to be thrown away, with all that it holds."""
     refused: bool = False
     """It did not start, with one of the project's own errors."""
+    excused: bool = False
+    """It was told to leave, and did: nothing is wrong with what it holds."""
 
 
 class Replica:
-    """Calls of `start` and `work` come one at a time; `assign` may come at any moment, so that a freed replica does
+    """Calls of `start` and `work` come one at a time; all others may come at any moment, so that a freed replica does
     not wait for its next unit until a running `work` returns."""
 
     def __init__(self, name: str, make_runner: MakeRunner) -> None:
@@ -43,10 +55,12 @@ class Replica:
             self._runner = self._make_runner(self._name)
         except Exception as error:  # the worker's boundary: the reason goes to the driver, the process is thrown away
             return self._die(error, refused=isinstance(error, TwoTowerError))
+        for text in self._runner.notes():  # its memory plan: that of every replica would be too much for the operator
+            print(f"{self._name}: {text}", flush=True)
         return Report()
 
     def assign(self, work: Assignment) -> None:
-        """Take a unit; a dead replica takes none, its next report says so."""
+        """Take work; a dead replica takes none, its next report says so."""
         if self._runner is not None:
             try:
                 self._runner.add(work)
@@ -60,9 +74,24 @@ class Replica:
             return Report(fatal=self._fatal)
         try:
             outcomes = runner.work(seconds)
-            return Report(tuple(outcomes), tuple(runner.progress()))
+            return Report((*runner.progress(), *outcomes, *self.look(), *self._notes(runner)))
         except Exception as error:  # the worker's boundary, as above
             return self._die(error)
+
+    def look(self) -> tuple[ReplicaActive, ...]:
+        """What it is doing; answers at once, also while a step of the engine hangs."""
+        runner = self._runner
+        return () if runner is None else (ReplicaActive(self._name, runner.beats, runner.doing()),)
+
+    def stop(self, seconds: float) -> int:
+        """Write down all finished rows, within `seconds`, and do no more; returns how many those were."""
+        if self._runner is None:
+            return 0
+        try:
+            return self._runner.stop(seconds)
+        except Exception as error:  # the worker's boundary: it is about to go in any case
+            traceback.print_exception(error, file=sys.stderr)
+            return 0
 
     def close(self) -> None:
         """Let go of the runner."""
@@ -70,10 +99,62 @@ class Replica:
             self._runner.close()
             self._runner = None
 
+    def _notes(self, runner: UnitRunner) -> tuple[ReplicaNote, ...]:
+        return tuple(ReplicaNote(self._name, text) for text in runner.notes())
+
     def _die(self, error: Exception, refused: bool = False) -> Report:
         if not refused:  # to the actor's own log: the report is one line, which says it all where it is one of ours
             traceback.print_exception(error, file=sys.stderr)
+        self.stop(FLUSH_S)
         self.close()
         text = " ".join(str(error).split())
         self._fatal = text if isinstance(error, TwoTowerError) else f"{type(error).__name__}: {text}"
         return Report(fatal=self._fatal, refused=refused)
+
+
+class ReplicaProcess(Replica):
+    """A replica with a process to itself, which ends with it.
+
+    SIGTERM (a spot notice, a node that is drained) writes down the finished rows; the driver is told, and the process
+    leaves with STOPPED_EXIT. A dead engine takes it down with DEAD_EXIT, whether the driver is there to kill it or not.
+    """
+
+    def __init__(self, name: str, make_runner: MakeRunner) -> None:
+        """To be called on the main thread: Ray makes its actors there, and runs their methods on others."""
+        super().__init__(name, make_runner)
+        self._told_to_leave = threading.Event()
+        self._flushed = threading.Event()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def work(self, seconds: float) -> Report:
+        """See Replica."""
+        report = super().work(seconds)
+        if not self._told_to_leave.is_set() or report.fatal is not None:
+            return report
+        self._flushed.wait(FLUSH_S)
+        return Report(report.events, "it was told to leave (SIGTERM)", excused=True)
+
+    def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
+        if not self._told_to_leave.is_set():
+            self._told_to_leave.set()
+            threading.Thread(target=self._leave, name="leave", daemon=True).start()
+
+    def _leave(self) -> None:
+        if self._runner is None:  # it loads: nothing is finished, and nobody hears
+            os._exit(STOPPED_EXIT)
+        _leave_later(STOPPED_EXIT, FLUSH_S + LEAVE_S)  # storage may hang
+        self.stop(FLUSH_S)
+        self._flushed.set()
+        _leave_later(STOPPED_EXIT, LEAVE_S)
+
+    def _die(self, error: Exception, refused: bool = False) -> Report:
+        report = super()._die(error, refused)
+        _leave_later(DEAD_EXIT, LEAVE_S)
+        return report
+
+
+def _leave_later(code: int, seconds: float) -> None:
+    # os._exit: threads of a broken engine or of a storage that hangs would keep a tidy exit waiting.
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()

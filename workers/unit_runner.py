@@ -1,102 +1,49 @@
-"""One replica's work, free of Ray: reads units, keeps the engine full, publishes parts.
+"""One replica's work, free of Ray: reads units, keeps the engine full, saves what is finished, publishes parts.
 
-    add(unit) -> read + tokenise (thread) -> rows, longest first -> engine -> results -> part (thread) -> UnitDone
+    add(unit) -> read + tokenise (thread) -> rows, longest first -> engine -> segments, then part (threads) -> UnitDone
 
 A unit's rows finish in any order. Up to two units are in at once (the dispatcher's rule), so the engine goes on with
-the next one's rows while the last rows of the first finish; reading and publishing happen beside it, in two threads.
+the next one's rows while the last rows of the first finish; reading, flushing and publishing happen beside it.
 
 Rows that a failed forward took down are submitted again, once each. A second failure of one of them is raised: then it
 is the engine, and the unit is for another replica.
 """
 
-import sys
 import threading
 import time
-from array import array
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import replace
 
 from model.errors import EngineError, RequestError, TwoTowerError
-from model.params import Completion, GenerationParams, Request
-from model.slots import PREFIX_SLOTS
-from pipeline.dataset import UnitData
-from pipeline.dispatch import UnitDone, UnitFailed, UnitProgress
-from pipeline.types import Assignment, RowResult, UnitResult, WorkUnit
-from workers.prefix import best_prefix, has_prefix
+from model.params import GenerationParams, Request
+from pipeline.errors import StorageError
+from pipeline.events import RangeDone, UnitDone, UnitFailed, UnitProgress
+from pipeline.job import CheckpointSection
+from pipeline.parts import row_key
+from pipeline.paths import is_transient
+from pipeline.types import Assignment, UnitResult
+from workers.intake import Intake
+from workers.open_unit import OpenUnit, QueuedRow, Tries, name_of
+from workers.saver import Outcome, Saver
+from workers.seams import EngineLike, TokenizerLike, UnitStore
 
 QUEUE_FACTOR = 2
 """Rows handed to the engine ahead of its slots, in multiples of its row limit: all slots can turn over in one step."""
-TOKENISE_ROWS = 1000
-"""Prompts tokenised in one call: bounds the Python lists that exist beside the compact ones."""
-
-T = TypeVar("T")
-Outcome = UnitDone | UnitFailed
-
-
-class EngineLike(Protocol):
-    """What the runner needs of model.Engine."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests that are not in a slot yet."""
-
-    @property
-    def max_rows(self) -> int:
-        """Rows generated together at most. It falls where memory runs out."""
-
-    def submit(self, request: Request) -> None:
-        """Raises RequestError where the request can never run."""
-
-    def step(self) -> Sequence[Completion]:
-        """One turn of the engine; the rows that finished in it. Raises EngineError with the rows that it lost."""
-
-
-class TokenizerLike(Protocol):
-    """What the runner needs of a checkpoint's tokenizer."""
-
-    def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]: ...
-
-
-class UnitStore(Protocol):
-    """Where units are read and parts go. Called from threads. Both raise TwoTowerError where this unit cannot."""
-
-    def read(self, unit: WorkUnit) -> UnitData: ...
-
-    def publish(self, data: UnitData, results: Sequence[RowResult], *, attempt: int, seconds: float) -> UnitResult: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A row to generate."""
-
-    index: int
-    """In the unit."""
-    ids: "array[int]"
-    """Its prompt; compact: 4 bytes a token."""
-    prefix_tokens: int
-    failures: int = 0
-    """Forwards that failed with it."""
-
-
-@dataclass(slots=True)
-class _OpenUnit:
-    """A unit on its way: rows still to be submitted, rows finished."""
-
-    data: UnitData
-    attempt: int
-    started: float
-    queue: deque[_Row] = field(default_factory=deque)
-    """Rows to submit, those with the most tokens to compute first: rows of like lengths are prefilled together."""
-    results: list[RowResult] = field(default_factory=list)
-    errors: int = 0
-    tokens: int = 0
+MAX_NOTES = 1000
+"""Notes kept while nobody takes them; the oldest go."""
+STOP_PAUSE_S = 0.5
+"""From one flush of `stop` that failed to the next."""
 
 
 class UnitRunner:
-    """Drives one engine over units. `work` is for one thread; `add` may be called from another one."""
+    """Drives one engine over units. `work` is for one thread; all else may be called from any, at any time.
+
+    A lock guards what all of them see. The engine's step and the waiting run without it, so that a step that hangs
+    holds up nobody.
+    """
 
     def __init__(
         self,
@@ -106,50 +53,134 @@ class UnitRunner:
         params: GenerationParams,
         *,
         replica: str,
+        checkpoint: CheckpointSection,
+        notes: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._engine, self._tokenizer, self._store, self._params = engine, tokenizer, store, params
-        self._replica, self._clock = replica, clock
+        """notes: what there is to tell already."""
+        self._engine, self._store, self._params, self._replica, self._clock = engine, store, params, replica, clock
         self._max_rows = engine.max_rows  # as last told to the operator
         # fixed: where the engine lowers its row limit because memory runs out, rows wait there instead of here
         self._queue_limit = QUEUE_FACTOR * engine.max_rows
-        # A thread each, not two for both: a reader reads one unit at a time, and no part waits behind a reading.
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
-        self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
+        self._notes = deque(notes, maxlen=MAX_NOTES)
+        self._lock = threading.Lock()
+        self._idle = threading.Event()  # set while no `work` runs
+        self._idle.set()
         self._wake = threading.Event()  # set by whatever gives an idle runner something to do
+        self._stopped = self._closed = False
+        self._steps = self._reads = 0
+        self._intake = Intake(tokenizer, store, mode=params.mode, replica=replica, tell=self._notes.append, clock=clock)
+        # A thread each, not some for all: a reader reads one unit at a time, and no part waits behind a reading.
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
+        self._saver = Saver(
+            store, checkpoint, replica=replica, tell=self._notes.append, done=self._wake.set, clock=clock
+        )
         self._units: dict[str, Assignment] = {}  # by id, from add to outcome
-        self._added: deque[Assignment] = deque()
-        self._reading: dict[str, Future[_OpenUnit]] = {}
-        self._open: dict[str, _OpenUnit] = {}  # in the order they came
-        self._publishing: dict[str, Future[UnitResult]] = {}
-        self._in_engine: dict[str, tuple[_OpenUnit, _Row]] = {}  # by row key
-        self._prefixes: deque[array[int]] = deque(maxlen=PREFIX_SLOTS)  # the reader's: those named last, newest last
+        self._to_read: dict[str, Tries] = {}
+        self._reading: dict[str, Future[OpenUnit | UnitResult]] = {}
+        self._open: dict[str, OpenUnit] = {}  # in the order they came
+        self._in_engine: dict[str, tuple[OpenUnit, QueuedRow]] = {}  # by row key
 
     @property
     def busy(self) -> bool:
         """Whether any unit is in."""
         return bool(self._units)
 
+    @property
+    def beats(self) -> int:
+        """Changes whenever something has ended: a step of the engine, a reading, a flush, a publication; well or badly,
+        for a store that is away is no standstill of the replica."""
+        return self._steps + self._reads + self._saver.ended
+
+    def notes(self) -> list[str]:
+        """What the operator should know and was not told yet."""
+        with self._lock:
+            return [self._notes.popleft() for _ in range(len(self._notes))]
+
     def add(self, work: Assignment) -> None:
         """Take a unit. Raises ValueError for one that is in already: its row keys would be twice in the engine."""
-        unit = work.unit
-        if unit.id in self._units:
-            raise ValueError(f"unit {unit.id} is already on replica {self._replica}")
-        self._units[unit.id] = work
-        self._added.append(work)
+        unit_id = work.unit.id
+        with self._lock:
+            if unit_id in self._units:
+                raise ValueError(f"unit {unit_id} is already on replica {self._replica}")
+            self._units[unit_id] = work
+            self._to_read[unit_id] = Tries()
         self._wake.set()
 
     def work(self, seconds: float) -> list[Outcome]:
         """Run until a unit is finished or `seconds` have passed; returns what became of the finished ones.
 
         Raises what the engine raises (EngineError where a row failed twice), and errors of reading or publishing that
-        are not the project's own: the runner is then not to be used again.
+        are not the project's own: the runner is then good for nothing but `stop`.
         """
         deadline = self._clock() + seconds
-        while True:
+        with self._lock:
+            self._idle.clear()
+            try:
+                return self._run(deadline)
+            finally:
+                self._idle.set()
+
+    def progress(self) -> list[UnitProgress]:
+        """How far each unit is that has been read."""
+        with self._lock:
+            return [opened.progress() for opened in self._open.values()]
+
+    def doing(self) -> str:
+        """What the runner is at, in a few words."""
+        with self._lock:
+            in_engine = Counter(opened.work.unit.id for opened, _ in self._in_engine.values())
+            texts = [opened.describe(in_engine[unit_id]) for unit_id, opened in self._open.items()]
+            texts += [f"reading {name_of(self._units[unit_id])}" for unit_id in self._to_read]
+        return "; ".join(texts) or "idle"
+
+    def stop(self, seconds: float) -> int:
+        """Ends the work for good, so that the process can go: makes a running `work` return after the engine's step and
+        writes all finished rows to segments; returns how many that were. Gives up after `seconds`; a step that takes
+        more than half of them is not waited for. `work` returns at once from now on.
+
+        From any thread but that of a running `work`.
+        """
+        deadline = time.monotonic() + seconds
+        self._stopped = True
+        self._wake.set()
+        self._idle.wait(seconds / 2)
+        flushed, failed = 0, False
+        while (left := deadline - time.monotonic()) > 0:
+            if failed:
+                time.sleep(min(left, STOP_PAUSE_S))
+            failed = False
+            with self._lock:
+                for opened in self._open.values():
+                    if opened.flush and opened.flush.done():
+                        flushed += self._saver.end_flush(opened)
+                    failed |= bool(opened.flush_tries.failures)
+                    if opened.finished and not opened.flush:
+                        self._saver.begin_flush(opened)
+                under_way = [opened.flush for opened in self._open.values() if opened.flush]
+            if not under_way:
+                break
+            wait(under_way, max(0, deadline - time.monotonic()), FIRST_COMPLETED)
+        return flushed
+
+    def close(self) -> None:
+        """Let go of the threads; units under way are abandoned. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for future in self._reading.values():
+            future.cancel()
+        self._reader.submit(self._store.close)  # behind what it is reading
+        self._reader.shutdown(wait=False)
+        self._saver.close()
+
+    # With the lock held.
+
+    def _run(self, deadline: float) -> list[Outcome]:
+        while not self._stopped:
             self._wake.clear()
             self._start_reading()
-            outcomes = [*self._collect_read(), *self._collect_published()]
+            outcomes = [*self._collect_read(), *self._settle()]
             left = deadline - self._clock()
             if outcomes or left <= 0:
                 return outcomes
@@ -157,100 +188,106 @@ class UnitRunner:
             if self._in_engine:
                 self._step()
             else:
-                self._wake.wait(left)
+                self._wait(left)
+        return []
 
-    def progress(self) -> list[UnitProgress]:
-        """How far each unit is that has begun to give rows."""
-        return [
-            UnitProgress(self._replica, self._units[unit_id].key, len(unit.results), unit.errors, unit.tokens)
-            for unit_id, unit in self._open.items()
-        ]
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
 
-    def close(self) -> None:
-        """Let go of the threads; units under way are abandoned."""
-        for threads in (self._reader, self._publisher):
-            threads.shutdown(wait=False, cancel_futures=True)
+    def _wait(self, seconds: float) -> None:
+        """Until something is to be done, that many seconds at most."""
+        due = [self._saver.due_at(opened) for opened in self._open.values()]
+        due += [tries.not_before for unit_id, tries in self._to_read.items() if unit_id not in self._reading]
+        seconds = min([seconds, *(at - self._clock() for at in due)])
+        with self._unlocked():
+            self._wake.wait(max(0, seconds))
 
     def _start_reading(self) -> None:
-        while self._added:
-            work = self._added.popleft()
-            self._reading[work.unit.id] = self._spawn(self._reader, self._read, work.unit, work.attempt)
-
-    def _spawn(self, threads: ThreadPoolExecutor, task: Callable[..., T], *args: object) -> Future[T]:
-        future = threads.submit(task, *args)
-        future.add_done_callback(lambda _future: self._wake.set())
-        return future
-
-    def _read(self, unit: WorkUnit, attempt: int) -> _OpenUnit:
-        """In a thread: read, tokenise, settle the rows that cannot be generated, sort the others."""
-        opened = _OpenUnit(self._store.read(unit), attempt, self._clock())
-        good = []
-        for row in opened.data.rows:
-            if row.prompt is None:
-                self._add_error(opened, row.index, row.error or "the row has no prompt")
-            else:
-                good.append((row.index, row.prompt))
-        tokenised: list[tuple[int, array[int]]] = []
-        for start in range(0, len(good), TOKENISE_ROWS):
-            chunk = good[start : start + TOKENISE_ROWS]
-            encoded = self._tokenizer.encode_batch([prompt for _, prompt in chunk])
-            for (index, _), ids in zip(chunk, encoded, strict=True):
-                if ids:
-                    tokenised.append((index, array("i", ids)))
-                else:
-                    self._add_error(opened, index, "the prompt has no tokens")
-        prefix = self._find_prefix([ids for _, ids in tokenised])
-        rows = [_Row(index, ids, len(prefix) if has_prefix(ids, prefix) else 0) for index, ids in tokenised]
-        opened.queue.extend(sorted(rows, key=lambda row: (row.prefix_tokens - len(row.ids), row.index)))
-        return opened
-
-    def _find_prefix(self, prompts: "Sequence[array[int]]") -> "array[int]":
-        """In the reader's thread: the prefix that the unit's rows name."""
-        prefix = best_prefix(prompts, self._prefixes)
-        if prefix:
-            if prefix in self._prefixes:
-                self._prefixes.remove(prefix)
-            self._prefixes.append(prefix)
-        return prefix
+        for unit_id, tries in self._to_read.items():
+            if unit_id not in self._reading and self._clock() >= tries.not_before:
+                future = self._reader.submit(self._intake.open, self._units[unit_id])
+                future.add_done_callback(lambda _future: self._wake.set())
+                self._reading[unit_id] = future
 
     def _collect_read(self) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for unit_id in [unit_id for unit_id, future in self._reading.items() if future.done()]:
+            self._reads += 1
             try:
                 opened = self._reading.pop(unit_id).result()
             except TwoTowerError as error:
-                outcomes.append(self._fail(unit_id, error))
+                if not self._read_again(unit_id, error):
+                    outcomes.append(self._end(unit_id, UnitFailed(self._replica, self._units[unit_id], str(error))))
                 continue
-            self._open[unit_id] = opened
-            self._publish_if_complete(opened)
+            del self._to_read[unit_id]
+            if isinstance(opened, OpenUnit):
+                self._open[unit_id] = opened
+            else:
+                outcomes.append(self._end(unit_id, self._published(opened)))
         return outcomes
 
+    def _read_again(self, unit_id: str, error: TwoTowerError) -> bool:
+        """Whether reading the unit is worth another try, later."""
+        tries = self._to_read[unit_id]
+        tries.failed(self._clock(), error)
+        if not isinstance(error, StorageError) or error.__cause__ is None or not is_transient(error.__cause__):
+            return False
+        if tries.failures == 1:
+            self._notes.append(f"unit {unit_id}: reading it is tried again: {error}")
+        return not tries.exhausted
+
+    def _published(self, result: UnitResult) -> Outcome:
+        """The outcome of an assignment whose unit has its part already."""
+        work = self._units[result.unit_id]
+        if work.rows is not None:  # the whole unit follows its ranges, and finds the part
+            return RangeDone(self._replica, work.key)
+        return UnitDone(result, result.totals.rows, result.totals.completion_tokens)
+
+    def _settle(self) -> list[Outcome]:
+        found = [(unit_id, self._saver.settle(opened)) for unit_id, opened in self._open.items()]
+        return [self._end(unit_id, outcome) for unit_id, outcome in found if outcome]
+
+    def _end(self, unit_id: str, outcome: Outcome) -> Outcome:
+        """Lets go of the unit."""
+        del self._units[unit_id]
+        self._to_read.pop(unit_id, None)
+        self._open.pop(unit_id, None)
+        return outcome
+
     def _top_up(self) -> None:
-        for opened in list(self._open.values()):
+        for opened in self._open.values():
             while opened.queue and self._engine.waiting < self._queue_limit:
                 row = opened.queue.popleft()
-                key = opened.data.rows[row.index].key
+                key = row_key(opened.work.unit, row.index)
                 try:
                     self._engine.submit(Request(key, row.ids, self._params, row.prefix_tokens))
                 except RequestError as error:
-                    self._add_error(opened, row.index, str(error), prompt_tokens=len(row.ids))
-                    self._publish_if_complete(opened)
+                    opened.add_error(row.index, str(error), prompt_tokens=len(row.ids))
+                    self._wake.set()  # it may have been the last one
                 else:
                     self._in_engine[key] = opened, row
 
     def _step(self) -> None:
+        failure: EngineError | None = None
         try:
-            completions = self._engine.step()
+            with self._unlocked():
+                completions = self._engine.step()
         except EngineError as error:
-            completions = error.completions
-            self._put_back(error)
-        if (rows := self._engine.max_rows) < self._max_rows:
-            self._say(f"memory ran out: engine.max_rows is {rows} from now on, not {self._max_rows}; set it so")
+            failure, completions = error, error.completions
+        self._steps += 1
+        if (rows := self._engine.max_rows) < (before := self._max_rows):
+            self._notes.append(f"memory ran out: engine.max_rows is {rows} from now on, not {before}; set it so")
             self._max_rows = rows
         for completion in completions:
             opened, row = self._in_engine.pop(completion.key)
-            self._add(opened, row.index, completion)
-            self._publish_if_complete(opened)
+            opened.add(row.index, completion)
+        if failure is not None:
+            self._put_back(failure)
 
     def _put_back(self, error: EngineError) -> None:
         """Queues the rows that a failed step lost once more. Raises the error where it names none, or one again."""
@@ -259,43 +296,4 @@ class UnitRunner:
             raise error
         for opened, row in reversed(lost):
             opened.queue.appendleft(replace(row, failures=1))
-        self._say(f"{error}; trying its {len(lost)} rows once more")
-
-    def _say(self, text: str) -> None:
-        print(f"{self._replica}: {text}", file=sys.stderr, flush=True)
-
-    def _add_error(self, opened: _OpenUnit, index: int, error: str, prompt_tokens: int = 0) -> None:
-        key = opened.data.rows[index].key
-        self._add(opened, index, Completion(key=key, finish_reason="error", error=error, prompt_tokens=prompt_tokens))
-
-    def _add(self, opened: _OpenUnit, index: int, completion: Completion) -> None:
-        opened.results.append(RowResult(index, completion, self._params.mode, opened.attempt, self._replica))
-        opened.errors += completion.finish_reason == "error"
-        opened.tokens += len(completion.token_ids)
-
-    def _publish_if_complete(self, opened: _OpenUnit) -> None:
-        if len(opened.results) < len(opened.data.rows):
-            return
-        unit_id = opened.data.unit.id
-        del self._open[unit_id]
-        self._publishing[unit_id] = self._spawn(self._publisher, self._publish, opened)
-
-    def _publish(self, opened: _OpenUnit) -> UnitResult:
-        """In a thread."""
-        seconds = self._clock() - opened.started
-        return self._store.publish(opened.data, opened.results, attempt=opened.attempt, seconds=seconds)
-
-    def _collect_published(self) -> list[Outcome]:
-        outcomes: list[Outcome] = []
-        for unit_id in [unit_id for unit_id, future in self._publishing.items() if future.done()]:
-            try:
-                result = self._publishing.pop(unit_id).result()
-            except TwoTowerError as error:
-                outcomes.append(self._fail(unit_id, error))
-            else:
-                del self._units[unit_id]
-                outcomes.append(UnitDone(result))
-        return outcomes
-
-    def _fail(self, unit_id: str, error: TwoTowerError) -> UnitFailed:
-        return UnitFailed(self._replica, self._units.pop(unit_id), str(error))
+        self._notes.append(f"{error}; trying its {len(lost)} rows once more")

@@ -16,7 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dispatch import Event, UnitDone, dispatch
+from pipeline.dispatch import dispatch
+from pipeline.events import Event, UnitDone
 from pipeline.job import Job
 from pipeline.ledger import Ledger
 from pipeline.plan import make_plan

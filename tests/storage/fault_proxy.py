@@ -1,42 +1,88 @@
-"""A proxy in front of the S3 server that fails on demand: what a network and a busy store do, at the wire."""
+"""A proxy in front of the S3 server that fails: what a network and a busy store do, at the wire.
+
+Faults are scripted, for requests of one method and name, or come at random with a seed and a rate.
+"""
 
 import http.client
+import random
+import socket
+import struct
 import threading
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+FAULTS = {
+    "503": "answered busy, and the server never sees it",
+    "500": "answered as an internal error, and the server never sees it",
+    "reset": "the connection is reset before the server sees it",
+    "lost": "it reaches the server, whose answer is cut off",
+    "slow": "the answer's body drips",
+    "cut": "half of the answer's body comes, and then the end, though its length says more",
+    "short": "half of the answer's body comes, under a length that says so",
+    "hang": "the server never sees it, and no answer comes until the client gives up",
+}
+RANDOM_FAULTS = ("503", "500", "reset", "lost", "slow", "cut", "short")
+ERRORS = {
+    "503": b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
+    "500": b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>",
+}
+DRIPS, DRIP_S = 8, 0.02
+HANG_S = 60.0
+
+Headers = list[tuple[str, str]]
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """Forwards requests; those whose method and path fit are failed first, one fault of the list each.
+    """Forwards requests and fails some of them; FAULTS says how.
 
-    Faults: "503" is answered busy; "reset" is cut off before the server sees it; "lost" reaches the server, and its
-    answer is cut off.
+    `injected` counts the faults by kind, `requests` all requests by method.
     """
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, upstream: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = urlsplit(upstream).netloc
-        self.method, self.ending = "", ""
+        self.drip_s = DRIP_S
+        self.injected: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter()
         self.faults: list[str] = []
-        self.lock = threading.Lock()
+        """Scripted ones that are left."""
+        self._method, self._ending = "", ""
+        self._random, self._rate, self._kinds = random.Random(), 0.0, RANDOM_FAULTS
+        self._lock = threading.Lock()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def fail(self, method: str, ending: str, faults: list[str]) -> None:
-        self.method, self.ending, self.faults = method, ending, faults
+    def fail(self, method: str, ending: str, faults: Sequence[str]) -> None:
+        """Fails the next requests of this method whose path ends so, with one fault of the list each."""
+        self._method, self._ending, self.faults = method, ending, list(faults)
+
+    def fail_at_random(self, seed: int, rate: float, kinds: Sequence[str] = RANDOM_FAULTS) -> None:
+        """From now on a share `rate` of all requests fails."""
+        with self._lock:
+            self._random, self._rate, self._kinds = random.Random(seed), rate, tuple(kinds)
 
     def next_fault(self, method: str, path: str) -> str:
-        with self.lock:
-            fits = method == self.method and urlsplit(path).path.endswith(self.ending)
-            return self.faults.pop(0) if fits and self.faults else ""
+        """The fault of a request that has just come, or ""."""
+        with self._lock:
+            self.requests[method] += 1
+            if self.faults and method == self._method and urlsplit(path).path.endswith(self._ending):
+                return self.faults.pop(0)
+            if self._rate and self._random.random() < self._rate:
+                return self._random.choice(self._kinds)
+            return ""
+
+    def count(self, fault: str) -> None:
+        with self._lock:
+            self.injected[fault] += 1
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hangs up is no news here."""
@@ -44,23 +90,32 @@ class FaultProxy(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: FaultProxy
 
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.server.next_fault(self.command, self.path)
-        if fault == "503":
-            self._answer(503, [("Content-Type", "application/xml")], BUSY)
+        if fault in ("503", "500", "reset", "hang"):
+            self.server.count(fault)
+            if fault in ERRORS:
+                content = b"" if self.command == "HEAD" else ERRORS[fault]
+                self._answer(int(fault), [("Content-Type", "application/xml")], content)
+            else:
+                self._hang_up(HANG_S if fault == "hang" else 0.0)
             return
-        if fault != "reset":
-            status, headers, content = self._forward(body)
-            if fault != "lost":
-                self._answer(status, headers, content)
-                return
-        self.close_connection = True  # without a word
+        status, headers, content = self._forward(body)
+        if fault == "lost":
+            self.server.count(fault)
+            self._hang_up()
+        elif fault and self.command == "GET" and len(content) > 1:
+            self.server.count(fault)
+            self._answer_badly(fault, status, headers, content)
+        else:
+            self._answer(status, headers, content)
 
-    def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        connection = http.client.HTTPConnection(self.server.upstream, timeout=20)
+    def _forward(self, body: bytes) -> tuple[int, Headers, bytes]:
+        connection = http.client.HTTPConnection(self.server.upstream, timeout=60)
         try:
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():  # Host stays as it is: the signature covers it
@@ -71,19 +126,43 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             connection.close()
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+    def _answer_badly(self, fault: str, status: int, headers: Headers, content: bytes) -> None:
+        half = content[: len(content) // 2]
+        if fault == "short":
+            true = [(name, value) for name, value in headers if name.lower() != "content-length"]
+            self._answer(status, true, half)
+        elif fault == "cut":
+            self._answer(status, headers, half)
+            self._hang_up()
+        else:
+            self._answer(status, headers, content[:0])
+            size = -(-len(content) // DRIPS)
+            for start in range(0, len(content), size):
+                time.sleep(self.server.drip_s)
+                self.wfile.write(content[start : start + size])
+
+    def _answer(self, status: int, headers: Headers, content: bytes) -> None:
+        """A length that the headers name stays, whatever the content: of a HEAD, that of what is not sent."""
         self.send_response_only(status)
         length = str(len(content))
         for name, value in headers:
             if name.lower() in ("transfer-encoding", "connection"):
                 continue
             if name.lower() == "content-length":
-                length = value  # of a HEAD, the length of what is not sent
+                length = value
             else:
                 self.send_header(name, value)
         self.send_header("Content-Length", length)
         self.end_headers()
         self.wfile.write(content)
+
+    def _hang_up(self, after_s: float = 0.0) -> None:
+        self.close_connection = True
+        if after_s:
+            self.connection.settimeout(after_s)
+            self.rfile.read(1)  # returns when the client hangs up
+        else:  # a reset, not a polite end
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _handle  # noqa: N815
 

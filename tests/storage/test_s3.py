@@ -7,7 +7,7 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import storage as storage_module
+from pipeline import patience
 from pipeline.errors import InputError, OutputError, StorageError
 from pipeline.ledger import read_status
 from pipeline.storage import Storage, check_writable
@@ -62,14 +62,12 @@ def test_wrong_credentials_are_one_line_without_secrets(s3: str, monkeypatch: py
 def test_an_endpoint_that_does_not_answer_is_one_line(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from s3fs import S3FileSystem
 
-    monkeypatch.setattr(storage_module, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(storage_module, "LONGEST_WAIT_S", 0.01)
-    monkeypatch.setattr(storage_module, "TRIES", 2)
-    monkeypatch.setattr(S3FileSystem, "retries", 1)
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(patience, "LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.3)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     S3FileSystem.clear_instance_cache()
-    with pytest.raises(StorageError, match=rf"cannot read {s3}/x: .*\(tried 2 times\)") as caught:
+    with pytest.raises(StorageError, match=rf"cannot read {s3}/x: .*\(tried \d+ times in 0.3 s\)") as caught:
         Storage(s3).read("x")
     assert "\n" not in str(caught.value)
 

@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 
 import pipeline.cli
 from pipeline.cli import app
-from pipeline.dispatch import Event
 from pipeline.errors import ClusterError
+from pipeline.events import Event
 from pipeline.plan import Plan
 from tests.workers.fakes import FakeMaker
 from workers.build import ReplicaSpec
@@ -249,6 +249,85 @@ def test_plan_tells_what_would_run_and_writes_nothing(job: Path) -> None:
     assert "done       4 units, 35 rows; left: 0 rows" in call("plan", job).stdout
 
 
+def add_file(job: Path, name: str, rows: int) -> None:
+    pq.write_table(pa.table({"prompt": [f"new {i}" for i in range(rows)]}), job.parent / "in" / name)
+
+
+def test_added_files_are_named_and_taken_with_extend(job: Path) -> None:
+    call("run", job)
+    add_file(job, "b.parquet", 12)
+    for command in ("run", "plan"):
+        refused = call(command, job)
+        assert refused.exit_code == 1
+        assert "planned over other input files: b.parquet is new; set input.on_change: extend to take" in refused.stderr
+    extend = ("--set", "input.on_change=extend")
+    planned = call("plan", job, *extend)
+    assert "added      1 file, 12 rows since the last run: b.parquet" in planned.stdout
+    assert "done       4 units, 35 rows; left: 12 rows" in planned.stdout
+    assert "(4 of 6 units before)" in call("run", job, *extend).stdout
+    assert "rows     47 of 47" in call("status", job.parent / "out").stdout
+    assert "\nadded " not in call("plan", job, *extend).stdout
+    assert "was complete already" in call("run", job).stdout
+
+
+def test_verify_says_that_all_is_well_or_lists_what_is_not(job: Path) -> None:
+    call("run", job)
+    out = job.parent / "out"
+    good = call("verify", out)
+    assert (good.exit_code, good.stderr) == (0, "")
+    assert good.stdout.startswith("verified: 35 rows in 4 parts (")
+    part = next(out.glob("part-*.parquet"))
+    part.write_bytes(part.read_bytes()[:-9])
+    (out / "notes.txt").write_text("x")
+    bad = call("verify", out)
+    assert bad.exit_code == 1
+    assert [line.split(" ")[0] for line in bad.stdout.splitlines()] == [part.name, "notes.txt"]
+    assert bad.stderr == "error: 2 problem(s) in 4 parts\n"
+    none = call("verify", job.parent / "in")
+    assert none.stderr.startswith("error: output ")
+    part.unlink()
+    (out / "notes.txt").unlink()
+    call("run", job)
+    assert call("verify", out).exit_code == 0
+
+
+def test_retry_errors_makes_a_job_that_runs(job: Path) -> None:
+    call("run", job)
+    made = call("retry-errors", job.parent / "out", "--to", job.parent / "again")
+    assert made.exit_code == 0, made.output
+    lines = made.stdout.splitlines()
+    assert lines[0] == "1 rows failed; most frequent:"
+    assert lines[1].split() == ["1", "prompt", "is", "null"]
+    assert lines[2] == f"run them again: twotower run {job.parent}/again/job.yaml"
+    again = call("run", job.parent / "again/job.yaml", "--set", "retry.max_error_rate=1")
+    assert "job small-retry is complete: 1 rows: 0 ok, 1 errors" in again.stdout
+    assert "is not an empty folder" in call("retry-errors", job.parent / "out", "--to", job.parent / "again").stderr
+    assert call("retry-errors", job.parent / "out").exit_code == 2
+
+
+def test_retry_errors_without_errors_writes_nothing(job: Path) -> None:
+    add_file(job, "a.parquet", 3)
+    call("run", job)
+    before = files_of(job.parent)
+    assert call("retry-errors", job.parent / "out", "--to", job.parent / "again").stdout == (
+        "no row failed: nothing was written\n"
+    )
+    assert files_of(job.parent) == before
+
+
+def test_clean_shows_and_removes_leftovers(job: Path) -> None:
+    call("run", job)
+    out = job.parent / "out"
+    assert call("clean", out).stdout == "nothing to remove\n"
+    before = files_of(out)
+    (out / "_writable").write_bytes(b"123")
+    said = "1 temporary files, 3 bytes: _writable\n"
+    assert call("clean", out, "--dry-run").stdout == f"would remove {said}"
+    assert (out / "_writable").exists()
+    assert call("clean", out).stdout == f"removed {said}"
+    assert files_of(out) == before
+
+
 def test_plan_names_unreadable_files_and_exits_with_1(job: Path) -> None:
     (job.parent / "in" / "b.parquet").write_text("no Parquet at all")
     result = call("plan", job)
@@ -276,4 +355,4 @@ def test_python_m_pipeline_is_the_command_line() -> None:
     result = subprocess.run([sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0
     assert "twotower" in result.stdout
-    assert all(command in result.stdout for command in ("run", "plan", "status"))
+    assert all(command in result.stdout for command in ("run", "plan", "status", "verify", "retry-errors", "clean"))

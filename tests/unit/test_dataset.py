@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import dataset
+from pipeline import bounds
 from pipeline.dataset import UnitData, UnitReader
 from pipeline.errors import InputError, StorageError
 from pipeline.job import Job
@@ -58,7 +58,7 @@ def test_any_range_in_any_order(
     file = write(tmp_path / "a.parquet", prompt=prompts(rows), n=list(range(rows)), group=group)
     reader = UnitReader(make_job(file, tmp_path / "out", input={"carry": ["n"]}).input)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "BATCH_ROWS", batch)
+        patch.setattr(bounds, "BATCH_ROWS", batch)
         for first, count in order:
             first, count = first % rows, min(count, rows - first % rows)
             data = reader.read(WorkUnit("u", str(file), "a.parquet", first, count))

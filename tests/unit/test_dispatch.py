@@ -1,6 +1,5 @@
 """The dispatch loop against a scripted pool: every unit done exactly once, whatever is lost on the way."""
 
-import contextlib
 import random
 import threading
 import tracemalloc
@@ -10,42 +9,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dispatch import (
-    UNITS_A_REPLICA,
-    Board,
-    Event,
-    ReplicaLost,
-    ReplicaReady,
-    UnitDone,
-    UnitFailed,
-    UnitProgress,
-    dispatch,
-)
+from pipeline.board import UNITS_A_REPLICA, Board
+from pipeline.dispatch import dispatch
 from pipeline.errors import ClusterError, JobFailed
+from pipeline.events import Event, ReplicaActive, ReplicaLost, ReplicaReady, UnitDone, UnitFailed, UnitProgress
 from pipeline.retry import RetryPolicy
-from pipeline.types import Assignment, Totals, UnitResult, WorkUnit
-
-
-def make_units(count: int, rows: int = 10) -> list[WorkUnit]:
-    return [WorkUnit(f"u{i}", "/in/a.parquet", "a.parquet", i * rows, rows) for i in range(count)]
-
-
-def result_of(unit: WorkUnit, replica: str, attempt: int, errors: int = 0) -> UnitResult:
-    totals = Totals(rows=unit.row_count, ok=unit.row_count - errors, errors=errors)
-    return UnitResult(unit.id, totals, 1.0, "0" * 64, replica, attempt)
+from pipeline.stall import StallWatch
+from pipeline.types import Assignment, UnitResult, WorkUnit
+from tests.unit.simulated_pool import make_units, result_of
 
 
 class FakePool:
-    """Replicas that do what `script` says of their next unit: done, fail, lose; replaced when lost."""
+    """Replicas whose next unit is done or fails; or they are lost, and replaced."""
 
-    def __init__(self, replicas: int, seed: int, faults: float = 0.0, tell_twice: bool = False) -> None:
+    def __init__(
+        self, replicas: int, seed: int, faults: float = 0.0, tell_twice: bool = False, failing: float = 0.5
+    ) -> None:
         self.random = random.Random(seed)
-        self.faults, self.tell_twice = faults, tell_twice
+        self.faults, self.tell_twice, self.failing = faults, tell_twice, failing
         self.held: dict[str, list[tuple[WorkUnit, int]]] = {}
         self.lives = 0
         self.events: list[Event] = []
         self.assigned: list[tuple[str, str, int]] = []
-        self.closed = False
         for _ in range(replicas):
             self.start()
 
@@ -69,7 +54,7 @@ class FakePool:
         replica = self.random.choice(busy)
         unit, attempt = self.held[replica].pop(self.random.randrange(len(self.held[replica])))
         draw = self.random.random()
-        if draw < self.faults / 2:
+        if draw < self.faults * self.failing:
             self.events.append(UnitFailed(replica, Assignment(unit, attempt), "storage said no"))
         elif draw < self.faults:
             del self.held[replica]
@@ -81,8 +66,12 @@ class FakePool:
             self.events.append(UnitDone(result_of(unit, replica, attempt)))
         return []
 
+    def drop(self, replica: str, reason: str) -> None:
+        del self.held[replica]
+        self.events.append(ReplicaLost(replica, reason))
+
     def close(self) -> None:
-        self.closed = True
+        pass
 
 
 def run(units: list[WorkUnit], pool: FakePool, attempts: int = 3, **finished: UnitResult) -> dict[str, UnitResult]:
@@ -123,22 +112,11 @@ def test_any_interleaving_of_losses_gives_every_unit_exactly_once(
         assert attempts == list(range(1, len(attempts) + 1))
 
 
-@settings(max_examples=100)
-@given(seed=st.integers(0, 2**32), attempts=st.integers(1, 4))
-def test_no_unit_is_tried_more_often_than_allowed(seed: int, attempts: int) -> None:
-    pool = FakePool(2, seed, faults=0.5)
-    with contextlib.suppress(JobFailed):
-        assert len(run(make_units(8), pool, attempts=attempts)) == 8
-    assert max(attempt for *_, attempt in pool.assigned) <= attempts
-
-
-def test_lost_replica_gives_both_its_units_back_to_the_front_in_order() -> None:
-    board = Board(make_units(4), {}, RetryPolicy(3, 0.1))
-    board.take(ReplicaReady("a"))
-    assert len(list(board.hand_out())) == 2
-    board.take(ReplicaLost("a", "node gone"))
-    board.take(ReplicaReady("b"))
-    assert [(work.unit.id, work.attempt) for _, work in board.hand_out()] == [("u0", 2), ("u1", 2)]
+def test_a_unit_that_no_replica_can_read_ends_the_job_after_the_attempts_allowed() -> None:
+    pool = FakePool(2, seed=1, faults=1.0, failing=1.0)
+    with pytest.raises(JobFailed, match=r"unit u\d .* failed 3 of 3 attempts .* the last time: storage said no"):
+        run(make_units(8), pool)
+    assert max(attempt for *_, attempt in pool.assigned) == 3
 
 
 class ScriptedPool(FakePool):
@@ -150,6 +128,9 @@ class ScriptedPool(FakePool):
         self.held = {"a": [], "b": []}
 
     def wait(self, timeout_s: float) -> Sequence[Event]:  # noqa: ARG002
+        if self.events:
+            events, self.events = self.events, []
+            return events
         if not self.turns:
             raise ClusterError("no node has room")
         return self.turns.pop(0)
@@ -185,6 +166,18 @@ def test_error_rate_of_a_small_job_is_judged_at_its_end_resumed_rows_included() 
     units = make_units(2)
     with pytest.raises(JobFailed, match="3 of 20 rows"):
         run(units, FakePool(1, seed=1), u0=result_of(units[0], "earlier", 1, errors=3))
+
+
+def test_a_replica_that_stands_still_is_dropped_and_its_work_goes_to_another() -> None:
+    clock = iter(range(0, 10_000, 60))
+    pool = ScriptedPool([ReplicaReady("a")], *[[ReplicaActive("a", 7, "generating")]] * 40, [ReplicaReady("b")])
+    heard: list[Event | None] = []
+    watch = StallWatch(600, lambda: float(next(clock)))
+    with pytest.raises(ClusterError):
+        dispatch(make_units(1), {}, pool, RetryPolicy(3, 0.1), threading.Event(), heard.append, watch)
+    [lost] = [event for event in heard if isinstance(event, ReplicaLost)]
+    assert (lost.replica, lost.reason) == ("a", "no progress for 10 minutes (retry.stall_minutes), last: generating")
+    assert [replica for replica, *_ in pool.assigned] == ["a", "b"]
 
 
 def test_start_up_failures_end_the_job_with_their_reason() -> None:

@@ -1,6 +1,9 @@
 """The output folder: taken by one job, published once, resumed from what is there, complete when everything is."""
 
+import contextlib
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,26 @@ from pipeline.dataset import UnitReader
 from pipeline.duplicates import find_duplicates
 from pipeline.errors import OutputError, StorageError
 from pipeline.job import Job
-from pipeline.layout import part_name
+from pipeline.layout import SEGMENTS, part_name
 from pipeline.ledger import Ledger, read_status
+from pipeline.manifest import RECORD_KEY, PartRecord, read_plan
+from pipeline.parts import build_part, result_table
+from pipeline.plan import Plan
 from pipeline.storage import Storage
 from pipeline.types import Totals
-from tests.unit.pipeline_cases import make_job, open_ledger, output_of, part_of, plan_of, prompts, publish, run, write
+from pipeline.verify import verify
+from tests.unit.pipeline_cases import (
+    complete_row,
+    make_job,
+    open_ledger,
+    output_of,
+    part_of,
+    plan_of,
+    prompts,
+    publish,
+    run,
+    write,
+)
 
 
 @pytest.fixture
@@ -82,17 +100,36 @@ def test_readers_of_the_folder_see_parts_alone(job: Job) -> None:
 # Resume
 
 
-def test_finished_units_are_known_from_their_records(job: Job) -> None:
+def test_finished_units_are_known_from_their_parts(job: Job) -> None:
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
     assert ledger.finished(plan) == {}
     published = publish(job, plan, plan.units[:2])
     again = open_ledger(job, plan)  # the same job comes back
-    assert list(again.finished(plan).values()) == published
+    found = again.finished(plan)
+    assert [(unit, result.totals) for unit, result in found.items()] == [(r.unit_id, r.totals) for r in published]
     assert not again.is_complete()
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "half", "not a record", "nested"])
+def test_a_part_costs_a_resume_one_request(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listing for all parts, one for all records, and a part's footer each."""
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    publish(job, plan)
+    opened: list[str] = []
+
+    def refuse(_self: Storage, name: str, *_: object) -> bytes:
+        raise AssertionError(f"{name} was read")
+
+    open_file = Storage.open
+    monkeypatch.setattr(Storage, "open", lambda self, name, size: opened.append(name) or open_file(self, name, size))
+    for method in ("read", "read_range", "read_if_exists", "sha256"):
+        monkeypatch.setattr(Storage, method, refuse)
+    assert len(ledger.finished(plan)) == 3
+    assert sorted(opened) == sorted(part_name(unit.id) for unit in plan.units)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty"])
 def test_a_part_without_its_record_is_read_back_and_the_record_written(job: Job, damage: str) -> None:
     """A crash between part and record loses nothing: the part's footer says it all."""
     plan = plan_of(job)
@@ -103,43 +140,32 @@ def test_a_part_without_its_record_is_read_back_and_the_record_written(job: Job,
     if damage == "missing":
         record.unlink()
     else:
-        texts = {"empty": b"", "half": record.read_bytes()[:40], "not a record": b"{}", "nested": b"[" * 200_000}
-        record.write_bytes(texts[damage])
+        record.write_bytes(b"")
+    ledger.finished(plan, repair=False)
+    assert not record.exists() or record.read_bytes() == b""
     found = ledger.finished(plan)
-    assert found.keys() == results.keys()
-    for unit, result in found.items():
-        assert (result.totals, result.sha256) == (results[unit].totals, results[unit].sha256)
+    assert {unit: result.totals for unit, result in found.items()} == {u: r.totals for u, r in results.items()}
+    assert found[plan.units[1].id].sha256 == results[plan.units[1].id].sha256
     assert {**load(record), "seconds": 0} == {**before, "seconds": 0}
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [
-        {"rows": "x"},
-        {"rows": None},
-        {"rows": 9999},
-        {"rows": 1, "ok": 1, "errors": 0, "finish_reasons": {"stop": 1}},
-        {"errors": -5, "ok": 15},
-        {"finish_reasons": [1]},
-        {"finish_reasons": {"stop": "x"}},
-        {"unit": "zzz"},
-        {"seconds": "x"},
-        {"sha256": 1},
-        {"part_bytes": True},
-    ],
-    ids=str,
+    "damage", [b"{", b"[" * 200_000, b"{}", {"rows": 9999}, {"errors": -5, "ok": 15}, {"unit": "z"}]
 )
-def test_a_record_that_is_wrong_is_made_again_from_the_part(job: Job, damage: dict[str, Any]) -> None:
-    plan = plan_of(job)
-    ledger = open_ledger(job, plan)
-    totals = {result.unit_id: result.totals for result in publish(job, plan)}
+def test_a_record_that_is_wrong_counts_for_nothing(job: Job, damage: bytes | dict[str, Any]) -> None:
+    """The part says what is in it; verify names the record, and once that is deleted it is made again."""
+    plan, ledger, manifest = run(job)
     record = out(job, f"_job/units/{plan.units[1].id}.json")
     before = load(record)
-    record.write_text(json.dumps({**before, **damage}))
-    assert read_status(job.output.path).totals == sum(totals.values(), Totals())
-    assert {unit: result.totals for unit, result in ledger.finished(plan, repair=False).items()} == totals
-    assert load(record) == {**before, **damage}
-    assert {unit: result.totals for unit, result in ledger.finished(plan).items()} == totals
+    record.write_bytes(damage if isinstance(damage, bytes) else json.dumps({**before, **damage}).encode())
+    assert read_status(job.output.path).totals.rows == 25
+    assert sum(result.totals.rows for result in ledger.finished(plan).values()) == manifest["rows"]
+    [problem] = verify(job.output.path).problems
+    assert problem.startswith(f"_job/units/{record.name} ")
+    assert problem.endswith("; delete it and submit the job again")
+    record.unlink()
+    ledger.finished(plan)
+    assert verify(job.output.path).problems == ()
     assert {**load(record), "seconds": 0} == {**before, "seconds": 0}
 
 
@@ -235,6 +261,188 @@ def test_files_gone_and_changed_are_named(job: Job) -> None:
         open_ledger(job, plan_of(job))
 
 
+def segment(job: Job, plan: Plan) -> Path:
+    """A file where replicas leave the finished rows of the first unit."""
+    path = out(job, f"{SEGMENTS}/{plan.units[0].id}/0123-1.parquet")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"rows")
+    return path
+
+
+def test_segments_protect_a_folder_as_parts_do(job: Job) -> None:
+    """A job that was killed before its first part has rows to lose, too."""
+    plan = plan_of(job)
+    open_ledger(job, plan)
+    segment(job, plan)
+    other = job.model_copy(update={"generation": job.generation.model_copy(update={"seed": 4})})
+    with pytest.raises(OutputError, match=r"belongs to another job.*generation\.seed: 0 -> 4"):
+        open_ledger(other, plan_of(other))
+    open_ledger(job, plan)
+    out(job, "_job/plan.json").unlink()
+    with pytest.raises(OutputError, match=r"such as _job/segments/.* but no _job/plan\.json: they are of unknown"):
+        open_ledger(job, plan)
+
+
+def test_a_complete_job_has_no_segments(job: Job) -> None:
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    left = segment(job, plan)
+    ledger.complete(plan, job, sum((result.totals for result in publish(job, plan)), Totals()), seconds=1.0)
+    assert not left.exists()
+
+
+# The input changes
+
+
+def extending(job: Job) -> Job:
+    return job.model_copy(update={"input": job.input.model_copy(update={"on_change": "extend"})})
+
+
+def test_added_files_are_refused_with_the_way_to_take_them(job: Job) -> None:
+    run(job)
+    before = {path: path.read_bytes() for path in out(job).rglob("*") if path.is_file()}
+    for name in "cdef":
+        write(Path(job.input.path) / f"{name}.parquet", prompt=["new"], key=[1])
+    said = (
+        r"c\.parquet is new, d\.parquet is new, e\.parquet is new and 1 more; set input\.on_change: extend to take them"
+    )
+    with pytest.raises(OutputError, match=said):
+        open_ledger(job, plan_of(job))
+    assert {path: path.read_bytes() for path in out(job).rglob("*") if path.is_file()} == before
+
+
+def test_with_extend_the_new_files_alone_are_run_and_the_manifest_covers_all(job: Job) -> None:
+    plan, _, first = run(job)
+    parts = {path: path.read_bytes() for path in out(job).glob("part-*")}
+    record = load(out(job, "_job/plan.json"))
+    out(job, "_job/plan.json").write_text(json.dumps({**record, "created": "long ago"}))
+    write(Path(job.input.path) / "c.parquet", prompt=prompts(12), key=range(100, 112))
+    longer = plan_of(job)
+    assert longer.fingerprint == plan.fingerprint
+    ledger = open_ledger(extending(job), longer)
+    assert not ledger.is_complete()  # before there is a plan with more units than parts
+    assert not read_status(job.output.path).complete
+    done = ledger.finished(longer)
+    assert done.keys() == {unit.id for unit in plan.units}
+    new = publish(job, longer, tuple(unit for unit in longer.units if unit.id not in done))
+    totals = sum((result.totals for result in [*done.values(), *new]), Totals())
+    manifest = ledger.complete(longer, extending(job), totals, seconds=1.0)
+    assert (first["rows"], manifest["rows"], manifest["units"], manifest["files"]) == (25, 37, 5, 3)
+    assert parts.items() <= {path: path.read_bytes() for path in out(job).glob("part-*")}.items()
+    assert open_ledger(job, longer).is_complete()  # once taken, they belong to it
+    assert load(out(job, "_job/plan.json"))["created"] == "long ago"
+
+
+def test_extend_takes_a_file_without_rows(job: Job) -> None:
+    run(job)
+    write(Path(job.input.path) / "c.parquet", prompt=pa.array([], pa.string()), key=pa.array([], pa.int64()))
+    plan = plan_of(job)
+    ledger = open_ledger(extending(job), plan)
+    totals = sum((result.totals for result in ledger.finished(plan).values()), Totals())
+    assert ledger.complete(plan, job, totals, seconds=1.0)["files"] == 3
+
+
+@pytest.mark.parametrize("what", ["gone", "rewritten", "rewritten, added", "other rows, same size and stamp"])
+def test_extend_takes_additions_alone(job: Job, what: str) -> None:
+    plan, _, _ = run(job)
+    if what == "gone":
+        (Path(job.input.path) / "b.parquet").unlink()
+    elif what.startswith("rewritten"):
+        write(Path(job.input.path) / "b.parquet", prompt=prompts(5), key=range(5))
+    if what.endswith("added"):
+        write(Path(job.input.path) / "0.parquet", prompt=["new"], key=[1])
+    changed = plan_of(job)
+    if what.startswith("other"):
+        files = (plan.files[0], replace(plan.files[1], rows=6))
+        changed = replace(plan, files=files)
+    said = r"was planned over other input files: b\.parquet (is gone|has changed).*; put the input back"
+    for settings in (job, extending(job)):
+        with pytest.raises(OutputError, match=said):
+            open_ledger(settings, changed)
+    assert Ledger(job.output.path).is_complete()
+
+
+def test_a_file_whose_columns_do_not_fit_does_not_extend(job: Job) -> None:
+    """All parts of a job have one schema."""
+    carrying = job.model_copy(update={"input": job.input.model_copy(update={"id_column": None, "carry": ("note",)})})
+    for name in "ab":
+        path = Path(job.input.path) / f"{name}.parquet"
+        write(path, prompt=["x"], note=pa.nulls(1))
+    run(carrying)
+    write(Path(job.input.path) / "c.parquet", prompt=["x"], note=["text"])
+    with pytest.raises(OutputError, match=r'output columns: \{.*"note": "null"\} -> \{.*"note": "string"\}'):
+        open_ledger(extending(carrying), plan_of(carrying))
+
+
+def test_a_plan_that_grew_meanwhile_is_not_completed_by_the_older_run(job: Job) -> None:
+    """Two runs, one of them planned over more files: the one whose plan the folder does not hold ends."""
+    plan = plan_of(job)
+    older = open_ledger(job, plan)
+    totals = sum((result.totals for result in publish(job, plan)), Totals())
+    write(Path(job.input.path) / "c.parquet", prompt=["x"], key=[1])
+    longer = plan_of(job)
+    open_ledger(extending(job), longer)
+    with pytest.raises(
+        OutputError, match=r"another run's by now, whose input files differ: c\.parquet is gone; submit the job again"
+    ):
+        older.complete(plan, job, totals, seconds=1.0)
+    assert not older.is_complete()
+
+
+def test_a_part_beyond_the_plan_keeps_a_job_from_completing(job: Job) -> None:
+    """Where two runs extend at once, the last plan written may be the shorter one."""
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    totals = sum((result.totals for result in publish(job, plan)), Totals())
+    write(Path(job.input.path) / "c.parquet", prompt=["x"], key=[1])
+    longer = plan_of(job)
+    publish(job, longer, longer.units[3:])
+    with pytest.raises(OutputError, match=f"{part_name(longer.units[3].id)} is no part of this job's plan"):
+        ledger.complete(plan, job, totals, seconds=1.0)
+    assert not ledger.is_complete()
+
+
+def test_runs_that_race_for_a_folder_leave_one_plan(job: Job) -> None:
+    """Of two jobs and two listings, at once: each run gets the folder or is told, and the plan is one of theirs."""
+    other = job.model_copy(update={"generation": job.generation.model_copy(update={"seed": 4})})
+    shorter = plan_of(job)
+    write(Path(job.input.path) / "c.parquet", prompt=["x"], key=[1])
+    tries = [(job, shorter), (extending(job), plan_of(job)), (other, plan_of(other))] * 4
+    with ThreadPoolExecutor(len(tries)) as pool:
+        for future in [pool.submit(open_ledger, settings, plan) for settings, plan in tries]:
+            with contextlib.suppress(OutputError):
+                future.result()
+    record = read_plan(out(job, "_job/plan.json").read_bytes())
+    assert (record.fingerprint, record.files) in [(plan.fingerprint, plan.listing) for _, plan in tries]
+
+
+def test_a_part_of_an_older_version_of_its_file_is_named(job: Job) -> None:
+    """A run that was thought dead publishes after the file was rewritten and the folder taken anew."""
+    plan = plan_of(job)
+    units = tuple(replace(unit, stamp="mtime:1") for unit in plan.units)
+    ledger = open_ledger(job, plan)
+    unit = units[0]
+    record = PartRecord(
+        unit=unit.id,
+        file=unit.name,
+        first_row=unit.first_row,
+        rows=unit.row_count,
+        fingerprint=plan.fingerprint.digest,
+        writer="w",
+        replica="r",
+        attempt=1,
+        seconds=1.0,
+        size=unit.size,
+        stamp=unit.stamp,
+    )
+    data = UnitReader(job.input).read(unit)
+    results = result_table(unit, [complete_row(row) for row in data.rows])
+    part, _ = build_part(data, [results], plan.schema, {RECORD_KEY: json.dumps(asdict(record))})
+    out(job, part_name(unit.id)).write_bytes(part)
+    with pytest.raises(OutputError, match=r"part-.* was made of another version of a\.parquet: delete it"):
+        ledger.finished(plan)
+
+
 def test_the_plan_of_a_job_without_parts_is_replaced(job: Job) -> None:
     """A run that never got a replica must not keep a mended job out."""
     open_ledger(job, plan_of(job))
@@ -289,7 +497,7 @@ def test_a_damaged_plan_file_is_named(job: Job, path: str, value: object) -> Non
 def test_parts_of_unknown_origin_are_refused(job: Job) -> None:
     run(job)
     out(job, "_job/plan.json").unlink()
-    with pytest.raises(OutputError, match=r"holds 3 part file\(s\) such as part-.* but no _job/plan\.json"):
+    with pytest.raises(OutputError, match=r"holds 3 file\(s\) of finished rows such as part-.* but no _job/plan"):
         open_ledger(job, plan_of(job))
 
 

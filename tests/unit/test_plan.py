@@ -349,7 +349,12 @@ def test_what_changes_the_output_changes_the_fingerprint(tmp_path: Path, field: 
     after = plan_of(make_job(tmp_path / "in", tmp_path / "out", **CHANGES[field])).fingerprint
     assert before.digest != after.digest
     changed = {name for name in before.fields if before.fields[name] != after.fields[name]}
-    assert changed == ({field, "input.prompt_column"} if field == "input.template" else {field})
+    with_it = {
+        "input.template": "input.prompt_column",
+        "input.carry": "output columns",
+        "input.id_column": "output columns",
+    }
+    assert changed == {field, with_it.get(field, field)}
 
 
 def test_what_does_not_change_the_output_leaves_the_fingerprint(tmp_path: Path) -> None:
@@ -362,18 +367,26 @@ def test_what_does_not_change_the_output_leaves_the_fingerprint(tmp_path: Path) 
             engine={"max_rows": 3},
             workers={"replicas": 7, "gpus": 0},
             retry={"attempts": 9},
+            input={"on_change": "extend"},
         )
     )
     assert before.fingerprint == after.fingerprint
 
 
-def test_files_and_checkpoint_are_part_of_the_fingerprint(tmp_path: Path) -> None:
-    file = write(tmp_path / "in/a.parquet", prompt=["x"])
-    job = make_job(tmp_path / "in", tmp_path / "out")
-    before = plan_of(job).fingerprint.digest
-    assert make_plan(job, checkpoint_identity="another").fingerprint.digest != before
-    write(file, prompt=["y"])
-    assert plan_of(job).fingerprint.digest != before
+def test_the_checkpoint_and_the_columns_are_part_of_the_fingerprint_and_the_files_are_not(tmp_path: Path) -> None:
+    """What one row becomes does not depend on the other files; that they changed is found by their listing."""
+    write(tmp_path / "in/a.parquet", prompt=["x"], n=[1])
+    job = make_job(tmp_path / "in", tmp_path / "out", input={"carry": ["n"]})
+    before = plan_of(job)
+    assert make_plan(job, checkpoint_identity="another").fingerprint.digest != before.fingerprint.digest
+    write(tmp_path / "in/b.parquet", prompt=["y"], n=[2])
+    assert plan_of(job).fingerprint == before.fingerprint
+    assert plan_of(job).listing.keys() - before.listing.keys() == {"b.parquet"}
+    for name in "ab":
+        write(tmp_path / f"in/{name}.parquet", prompt=["y"], n=["2"])
+    after = plan_of(job).fingerprint
+    assert after.fields["output columns"] == {"id": "string", "n": "string"}
+    assert after.digest != before.fingerprint.digest
 
 
 def test_files_of_rays_package_are_known_by_content(tmp_path: Path) -> None:
@@ -385,7 +398,7 @@ def test_files_of_rays_package_are_known_by_content(tmp_path: Path) -> None:
     data = file.read_bytes()
     file.unlink()
     file.write_bytes(data)
-    assert plan_of(job).fingerprint == before.fingerprint
+    assert plan_of(job).listing == before.listing
     assert before.files[0].stamp.startswith("sha256:")
 
 

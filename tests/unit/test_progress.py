@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from pipeline.dispatch import ReplicaLost, ReplicaReady, UnitDone, UnitFailed, UnitProgress
+from pipeline.events import RangeDone, ReplicaLost, ReplicaNote, ReplicaReady, UnitDone, UnitFailed, UnitProgress
 from pipeline.progress import BarProgress, LogProgress, Meter, duration, line, open_progress
 from pipeline.types import Assignment, Totals, UnitResult, WorkUnit
 
@@ -52,6 +52,37 @@ def test_rows_of_a_lost_replica_are_taken_back_and_a_finished_unit_counts_once()
     assert meter.tokens == 300 + 600
 
 
+def test_rows_kept_from_segments_are_done_but_not_computed() -> None:
+    clock = Clock()
+    meter = Meter(1000, clock=clock)
+    meter.take(UnitProgress("a", ("u0", None), 600, 3, 6000, 600, 6000))
+    clock.now += 20  # nothing is generated yet: not in the rate
+    meter.take(None)
+    for second in range(1, 11):
+        clock.now += 1
+        meter.take(UnitProgress("a", ("u0", None), 600 + 10 * second, 3, 6000 + 100 * second, 600, 6000))
+    now = meter.snapshot()
+    assert (now.rows, now.errors) == (700, 3)
+    assert now.tokens_per_s == pytest.approx(100, rel=0.12)
+    meter.take(UnitDone(result("u0", 710, errors=3, tokens=7100), 600, 6000))
+    assert meter.snapshot().rows == 710
+    assert meter.tokens == 1100
+
+
+def test_rows_of_ranges_count_once_until_their_unit_is_done() -> None:
+    meter = Meter(100, clock=Clock())
+    meter.take(UnitProgress("a", ("u0", (0, 50)), 40, 4, 400))
+    meter.take(RangeDone("a", ("u0", (0, 50))))
+    meter.take(ReplicaLost("a", "killed"))
+    assert (meter.snapshot().rows, meter.snapshot().errors) == (50, 4)
+    meter.take(RangeDone("b", ("u0", (50, 60))))
+    assert meter.snapshot().rows == 60
+    meter.take(UnitProgress("b", ("u0", None), 60, 4, 600, 60, 600))
+    assert meter.snapshot().rows == 60
+    meter.take(UnitDone(result("u0", 60, errors=5, tokens=600), 60, 600))
+    assert (meter.snapshot().rows, meter.snapshot().errors, meter.tokens) == (60, 5, 400)
+
+
 def test_old_samples_leave_the_rate() -> None:
     clock = Clock()
     meter = Meter(10_000, clock=clock)
@@ -81,11 +112,13 @@ def test_a_log_gets_a_line_every_few_seconds_losses_at_once_and_the_end() -> Non
     assert len(out.getvalue().splitlines()) == 1  # unchanged lines are not repeated
     progress(UnitFailed("a", Assignment(WorkUnit("u0", "/f", "f", 0, 1)), "storage said no"))
     progress(ReplicaLost("a", "node gone"))
+    progress(ReplicaNote("b", "memory ran out"))
     progress(UnitDone(result("u0", 100, tokens=10)))
     progress.close()
     lines = out.getvalue().splitlines()
     assert lines[1] == "unit u0 failed on replica a: storage said no"
     assert lines[2] == "replica a was lost: node gone"
+    assert lines[3] == "b: memory ran out"
     assert lines[-1].startswith("100/100 rows (100.0%)")
     assert "\x1b" not in out.getvalue()
 

@@ -1,20 +1,78 @@
 """The retry policy's rules, one by one."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.errors import JobFailed
-from pipeline.retry import ROWS_BEFORE_JUDGING, START_FAILURES, RetryPolicy
-from pipeline.types import WorkUnit
+from pipeline.retry import CONDEMNED_IN_A_ROW, EXCUSED_ATTEMPTS, ROWS_BEFORE_JUDGING, START_FAILURES, RetryPolicy
+from pipeline.types import Assignment, WorkUnit
 
 UNIT = WorkUnit("abc-0000000100", "/data/in/a.parquet", "a.parquet", 100, 50)
 POLICY = RetryPolicy(attempts=3, max_error_rate=0.1)
 
 
-def test_attempts_count_up_to_the_limit_and_the_failure_names_unit_file_rows_and_reason() -> None:
-    assert POLICY.next_attempt(UNIT, 1, "gone") == 2
-    assert POLICY.next_attempt(UNIT, 2, "gone") == 3
+def test_failures_count_up_to_the_limit_and_the_end_names_unit_file_rows_and_reason() -> None:
+    work = POLICY.after_failure(Assignment(UNIT), "gone")
+    assert (work.attempt, work.failures, work.losses) == (2, 1, 0)
+    work = POLICY.after_failure(work, "gone")
     with pytest.raises(JobFailed, match=r"unit abc-0000000100 \(a\.parquet, rows 100 to 149\) failed 3 of 3.*: gone"):
-        POLICY.next_attempt(UNIT, 3, "gone")
+        POLICY.after_failure(work, "gone")
+    with pytest.raises(JobFailed, match=r"rows 110 to 119\) failed"):
+        POLICY.after_failure(replace(work, rows=(10, 20)), "gone")
+
+
+def test_a_whole_unit_is_split_after_the_attempts_allowed_and_a_range_at_its_first_loss() -> None:
+    [work] = POLICY.after_loss(Assignment(UNIT), "killed")
+    assert (work.attempt, work.losses, work.rows, work.suspect) == (2, 1, None, True)
+    [work] = POLICY.after_loss(work, "killed")
+    halves = POLICY.after_loss(work, "killed")
+    assert [(half.rows, half.losses, half.attempt) for half in halves] == [((0, 25), 0, 4), ((25, 50), 0, 4)]
+    quarters = POLICY.after_loss(halves[1], "killed")
+    assert [quarter.rows for quarter in quarters] == [(25, 37), (37, 50)]
+
+
+def test_a_lone_row_is_condemned_after_the_attempts_allowed() -> None:
+    work = Assignment(UNIT, 9, (7, 8))
+    for losses in (1, 2):
+        [work] = POLICY.after_loss(work, "killed")
+        assert (work.losses, work.condemned) == (losses, None)
+    [work] = POLICY.after_loss(work, "killed by r7")
+    assert (work.rows, work.losses) == ((7, 8), 0)
+    assert work.condemned == ("the replica died 3 times while it generated this row alone; the last time: killed by r7")
+
+
+def test_the_row_of_a_unit_of_one_is_condemned_without_being_split() -> None:
+    [work] = RetryPolicy(1, 0.1).after_loss(Assignment(replace(UNIT, row_count=1)), "killed")
+    assert work.rows == (0, 1)
+    assert work.condemned is not None
+
+
+@pytest.mark.parametrize("rows", [None, (3, 9), (3, 4)])
+def test_an_excused_loss_changes_nothing_but_the_attempt(rows: tuple[int, int] | None) -> None:
+    work = Assignment(UNIT, 5, rows, losses=2)
+    assert POLICY.after_loss(work, "told to leave", excused=True) == (replace(work, attempt=6),)
+
+
+def test_a_unit_is_not_excused_for_ever() -> None:
+    [work] = POLICY.after_loss(Assignment(UNIT, EXCUSED_ATTEMPTS), "told to leave", excused=True)
+    assert work.losses == 1
+
+
+def test_what_has_no_row_to_generate_is_tried_a_few_times_and_never_split() -> None:
+    patient = RetryPolicy(attempts=1, max_error_rate=0.1)
+    for work, finished in ((Assignment(UNIT), True), (Assignment(UNIT, 1, (7, 8), condemned="it kills"), False)):
+        for losses in range(1, START_FAILURES):
+            [work] = patient.after_loss(work, "killed", finished=finished)
+            assert work.losses == losses
+        with pytest.raises(JobFailed, match=r"has no row left to generate, and yet 3 replicas died with it.*: killed"):
+            patient.after_loss(work, "killed", finished=finished)
+
+
+def test_rows_condemned_one_after_the_other_end_the_job() -> None:
+    POLICY.check_condemned(CONDEMNED_IN_A_ROW - 1, "killed")
+    with pytest.raises(JobFailed, match=r"10 rows one after the other killed every replica .* the last time: killed"):
+        POLICY.check_condemned(CONDEMNED_IN_A_ROW, "killed")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from pipeline.types import UnitResult
 from tests.workers.jobs import SmallJob
 from workers.build import PartStore, ReplicaSpec
 from workers.local_pool import LocalPool
-from workers.unit_runner import Outcome, UnitRunner
+from workers.saver import Outcome
+from workers.seams import EngineLike
+from workers.unit_runner import UnitRunner
 
 TOO_LONG = 200
 """Prompt tokens that the fake engine refuses."""
@@ -124,6 +126,7 @@ class FakeMaker:
             PartStore(self.spec, replica),
             GenerationParams(),
             replica=replica,
+            checkpoint=self.spec.job.checkpoint,
         )
 
 
@@ -136,11 +139,11 @@ def run_locally(small: SmallJob, pool: LocalPool, attempts: int = 3) -> dict[str
         pool.close()
 
 
-def make_runner(small: SmallJob, engine: FakeEngine, store: PartStore | None = None) -> UnitRunner:
+def make_runner(small: SmallJob, engine: EngineLike, store: PartStore | None = None, replica: str = "r0") -> UnitRunner:
     """A runner of this engine for the job's units."""
-    store = store or PartStore(small.spec, "r0")
-    params = GenerationParams()
-    return UnitRunner(engine, FakeTokenizer(), store, params, replica="r0")
+    store = store or PartStore(small.spec, replica)
+    params, checkpoint = GenerationParams(), small.job.checkpoint
+    return UnitRunner(engine, FakeTokenizer(), store, params, replica=replica, checkpoint=checkpoint)
 
 
 def work_all(runner: UnitRunner) -> list[Outcome]:

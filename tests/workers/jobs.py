@@ -44,9 +44,10 @@ def write_prompts(path: Path, prompts: Sequence[str | None]) -> None:
     )
 
 
-def open_job(folder: Path, prompts: Sequence[str | None], rows_per_file: int = 10, **sections: Any) -> SmallJob:
-    """Writes the prompts, plans the job and opens its output."""
-    write_prompts(folder / "in" / "a.parquet", prompts)
+def open_job(folder: Path, prompts: Sequence[str | None] | None, rows_per_file: int = 10, **sections: Any) -> SmallJob:
+    """Writes the prompts, plans the job and opens its output. None: the input is there already."""
+    if prompts is not None:
+        write_prompts(folder / "in" / "a.parquet", prompts)
     job = Job.model_validate(
         {
             "name": "small",

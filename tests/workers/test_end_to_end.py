@@ -18,7 +18,7 @@ import yaml
 
 from tests.workers.fakes import run_locally
 from tests.workers.jobs import SmallJob, open_job
-from workers import build, unit_runner
+from workers import build, intake
 from workers.local_pool import LocalPool
 from workers.unit_runner import UnitRunner
 
@@ -186,7 +186,7 @@ def test_sharing_a_prefix_changes_no_token(tmp_path: Path, monkeypatch: pytest.M
         small = open_job(tmp_path / name, prompts, rows_per_file=20, generation=generation, engine={"max_rows": 6})
         maker = TinyMaker(small)
         if name == "without":
-            monkeypatch.setattr(unit_runner, "best_prefix", lambda _prompts, _known: array("i"))
+            monkeypatch.setattr(intake, "best_prefix", lambda _prompts, _known: array("i"))
         run_locally(small, LocalPool(maker))
         outcome[name] = [(row["completion"], row["steps_per_block"], row["mean_confidence"]) for row in small.rows()]
         shared[name] = maker.engine.stats.shared_tokens

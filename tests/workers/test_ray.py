@@ -14,13 +14,17 @@ from ray.cluster_utils import Cluster
 
 import workers.pool
 from model.errors import CheckpointError
-from pipeline.dispatch import Event, ReplicaLost, ReplicaReady, UnitProgress, dispatch
+from pipeline.dispatch import dispatch
 from pipeline.errors import ClusterError, JobFailed
+from pipeline.events import Event, ReplicaLost, ReplicaReady, UnitProgress
 from pipeline.retry import RetryPolicy
-from pipeline.types import UnitResult
+from pipeline.stall import StallWatch
+from pipeline.types import Assignment, UnitResult
+from tests.workers.engines import BREAK, HANG, KILL, MarkedMaker, finished_rows, segment_rows
 from tests.workers.fakes import FakeMaker
 from tests.workers.jobs import SmallJob, open_job, prompts_of
 from workers.pool import RayPool
+from workers.replica import LEAVE_S, ReplicaProcess
 from workers.unit_runner import UnitRunner
 
 
@@ -51,10 +55,18 @@ class Watcher:
         return [event.replica for event in self.events if isinstance(event, kind)]
 
 
-def run(small: SmallJob, maker: FakeMaker, watcher: Watcher, attempts: int = 3) -> dict[str, UnitResult]:
+def run(
+    small: SmallJob,
+    maker: FakeMaker,
+    watcher: Watcher,
+    attempts: int = 3,
+    stop: threading.Event | None = None,
+    stall_s: float = 300,
+) -> dict[str, UnitResult]:
     pool = RayPool(maker, small.job.workers, len(small.plan.units), watcher.told.append)
+    policy, stall = RetryPolicy(attempts, 0.1), StallWatch(stall_s)
     try:
-        return dispatch(small.plan.units, {}, pool, RetryPolicy(attempts, 0.1), threading.Event(), watcher)
+        return dispatch(small.plan.units, {}, pool, policy, stop or threading.Event(), watcher, stall)
     finally:
         pool.close()
 
@@ -80,6 +92,8 @@ def test_two_gpu_replicas_get_distinct_pairs(tmp_path: Path) -> None:
 class Killer(Watcher):
     """Kills the process of the first replica that reports rows."""
 
+    signal = signal.SIGKILL
+
     def __init__(self, trace: Path) -> None:
         super().__init__()
         self.trace = trace
@@ -89,7 +103,7 @@ class Killer(Watcher):
         super().__call__(event)
         if self.killed is None and isinstance(event, UnitProgress) and event.rows:
             self.killed = event.replica
-            os.kill(int((self.trace / event.replica).read_text().split()[0]), signal.SIGKILL)
+            os.kill(int((self.trace / event.replica).read_text().split()[0]), self.signal)
 
 
 @pytest.mark.usefixtures("cluster")
@@ -135,6 +149,114 @@ def test_replicas_come_and_go_with_their_nodes(tmp_path: Path, cluster: Cluster)
     check_rows(small, prompts)
     assert watcher.names(ReplicaReady)[:2] == ["r0", "r1"]
     assert watcher.removed
+
+
+ONE = {"gpus": 0, "cpus": 1, "replicas": 1}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_row_that_kills_its_process_becomes_an_error_row_and_no_other_does(tmp_path: Path) -> None:
+    prompts = prompts_of(60)
+    prompts[41] = KILL
+    small = open_job(tmp_path, prompts, rows_per_file=30, workers=ONE)
+    watcher = Watcher()
+    results = run(small, MarkedMaker(small.spec), watcher, attempts=1)
+    assert sum(result.totals.errors for result in results.values()) == 1
+    rows = small.rows()
+    assert rows.pop(41)["error"].startswith(
+        "the replica died 1 times while it generated this row alone; the last time: "
+    )
+    assert [row["completion"] for row in rows] == [prompt[::-1] for prompt in prompts if prompt != KILL]
+    assert len(watcher.names(ReplicaLost)) <= 1 + 5 + 1
+    assert not segment_rows(small)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_replica_that_hangs_is_replaced_and_its_rows_are_done_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers.pool, "LOOK_S", 1.0)
+    prompts = prompts_of(40)
+    prompts[20] = HANG
+    small = open_job(tmp_path, prompts, workers=ONE)
+    watcher = Watcher()
+    run(small, MarkedMaker(small.spec), watcher, stall_s=3)
+    check_rows(small, prompts)
+    assert watcher.names(ReplicaLost) == ["r0"]
+    [reason] = [event.reason for event in watcher.events if isinstance(event, ReplicaLost)]
+    assert reason.startswith("no progress for 0.05")
+    assert f"generating unit {small.plan.units[2].id}: " in reason  # asked for, beside the call that hangs
+
+
+class Stopper(Watcher):
+    """Stops the job once a replica has reported rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stop = threading.Event()
+
+    def __call__(self, event: Event | None) -> None:
+        super().__call__(event)
+        if isinstance(event, UnitProgress) and event.rows:
+            self.stop.set()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_stopped_job_writes_down_every_finished_row(tmp_path: Path) -> None:
+    small = open_job(tmp_path, prompts_of(200), rows_per_file=100, workers={"gpus": 0, "cpus": 1, "replicas": 2})
+    stopper = Stopper()
+    with pytest.raises(JobFailed, match="stopped; 0 of 2 units are done"):
+        run(small, MarkedMaker(small.spec, step_s=0.03), stopper, stop=stopper.stop)
+    finished = finished_rows(tmp_path)
+    assert 0 < len(finished) < 200
+    assert sorted(segment_rows(small)) == sorted(finished)
+    assert stopper.told == [f"{len(finished)} finished rows of units under way were written down"]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+class Terminator(Killer):
+    """Sends SIGTERM to it instead, as a spot notice does."""
+
+    signal = signal.SIGTERM
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_replica_that_is_told_to_leave_writes_down_its_rows_and_none_is_suspected(tmp_path: Path) -> None:
+    prompts = prompts_of(200)
+    small = open_job(tmp_path, prompts, rows_per_file=100, workers=ONE)
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    watcher = Terminator(trace)
+    run(small, MarkedMaker(small.spec, trace, step_s=0.02), watcher, attempts=1)
+    check_rows(small, prompts)
+    [lost] = [event for event in watcher.events if isinstance(event, ReplicaLost)]
+    assert (lost.replica, lost.reason, lost.excused) == ("r0", "it was told to leave (SIGTERM)", True)
+    assert len(finished_rows(tmp_path)) == 200  # none twice
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_process_of_a_dead_engine_leaves_though_no_driver_kills_it(tmp_path: Path) -> None:
+    prompts = prompts_of(10)
+    prompts[5] = BREAK
+    small = open_job(tmp_path, prompts)
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    actor = ray.remote(concurrency_groups={"control": 1})(ReplicaProcess).remote("r0", MarkedMaker(small.spec, trace))
+    ray.get(actor.start.remote())
+    ray.get(actor.assign.remote(Assignment(small.plan.units[0])))
+    assert ray.get(actor.work.remote(10)).fatal == "RuntimeError: the device fell off the bus"
+    pid = int((trace / "r0").read_text().split()[0])
+    deadline = time.monotonic() + LEAVE_S + 10
+    while not gone(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert sorted(segment_rows(small)) == sorted(finished_rows(tmp_path))
 
 
 @pytest.mark.usefixtures("cluster")

@@ -1,12 +1,15 @@
 """A replica that dies, with the pool that lives in this process: why it did, and who does its work then."""
 
+import time
 from pathlib import Path
 
 import pytest
 
 from model.errors import CheckpointError
 from pipeline.errors import JobFailed
+from pipeline.events import ReplicaActive, ReplicaLost, ReplicaNote, ReplicaReady, UnitDone
 from pipeline.types import Assignment
+from tests.workers.engines import BREAK, MarkedMaker, finished_rows, segment_rows
 from tests.workers.fakes import FakeEngine, FakeMaker, make_runner, run_locally
 from tests.workers.jobs import open_job, prompts_of
 from workers.local_pool import LocalPool
@@ -78,10 +81,65 @@ def test_local_pool_repeats_what_a_dead_engine_held(tmp_path: Path) -> None:
     assert max(result.attempt for result in results.values()) == 3
 
 
-def test_local_pool_gives_up_after_the_attempts_allowed(tmp_path: Path) -> None:
-    small = open_job(tmp_path, prompts_of(20))
-    with pytest.raises(JobFailed, match=r"failed 2 of 2 attempts .*: replica local-2 was lost: the forward failed"):
-        run_locally(small, LocalPool(UnluckyMaker(small.spec)), attempts=2)
+def test_local_pool_finds_the_row_that_breaks_the_engine(tmp_path: Path) -> None:
+    prompts = prompts_of(40)
+    prompts[23] = BREAK
+    small = open_job(tmp_path, prompts, rows_per_file=20)
+    results = run_locally(small, LocalPool(MarkedMaker(small.spec)), attempts=2)
+    assert sum(result.totals.errors for result in results.values()) == 1
+    rows = small.rows()
+    assert rows.pop(23)["error"].startswith(
+        "the replica died 2 times while it generated this row alone; the last time: "
+    )
+    assert [row["completion"] for row in rows] == [prompt[::-1] for prompt in prompts if prompt != BREAK]
+
+
+def test_a_dead_replica_has_written_down_what_it_finished(tmp_path: Path) -> None:
+    prompts = prompts_of(10)
+    prompts[5] = BREAK
+    small = open_job(tmp_path, prompts)
+    replica = Replica("r0", MarkedMaker(small.spec, max_rows=2))
+    replica.start()
+    replica.assign(Assignment(small.plan.units[0]))
+    assert replica.work(10).fatal == "RuntimeError: the device fell off the bus"
+    finished = finished_rows(tmp_path)
+    assert finished
+    assert sorted(segment_rows(small)) == sorted(finished)
+
+
+def test_a_stopped_replica_writes_down_what_it_finished_and_does_no_more(tmp_path: Path) -> None:
+    small = open_job(tmp_path, prompts_of(100), rows_per_file=100)
+    pool = LocalPool(MarkedMaker(small.spec, step_s=0.02))
+    [ready, *_] = pool.wait(10)
+    pool.assign(ready.replica, Assignment(small.plan.units[0]))
+    deadline = time.monotonic() + 30
+    while not finished_rows(tmp_path):
+        assert time.monotonic() < deadline
+        pool.wait(0.05)
+    pool.close()
+    assert len(finished_rows(tmp_path)) < 100
+    assert sorted(segment_rows(small)) == sorted(finished_rows(tmp_path))
+
+
+def test_a_report_says_how_far_and_what_for_the_operator(tmp_path: Path) -> None:
+    small = open_job(tmp_path, prompts_of(10))
+    replica = Replica("r0", lambda _name: make_runner(small, FakeEngine(fail_at={2})))
+    replica.start()
+    assert replica.work(0).events == (ReplicaActive("r0", 0, "idle"),)
+    replica.assign(Assignment(small.plan.units[0]))
+    events = replica.work(10).events
+    assert [type(event) for event in events] == [UnitDone, ReplicaActive, ReplicaNote]
+    assert events[1].beats > 0
+    assert "the forward failed; trying its" in events[2].text
+
+
+def test_a_dropped_local_replica_is_lost_with_the_reason_given(tmp_path: Path) -> None:
+    pool = LocalPool(FakeMaker(open_job(tmp_path, prompts_of(10)).spec))
+    pool.wait(10)
+    pool.drop("local-1", "it stood still")
+    assert pool.wait(10) == [ReplicaLost("local-1", "it stood still")]
+    assert ReplicaReady("local-2") in pool.wait(10)
+    pool.close()
 
 
 def test_local_pool_says_why_it_cannot_start(tmp_path: Path) -> None:

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pyarrow as pa
 import pytest
 
 from model.errors import EngineError
 from model.params import Completion
 from pipeline.dataset import UnitData
-from pipeline.dispatch import UnitDone, UnitFailed
 from pipeline.errors import OutputError
-from pipeline.types import Assignment, RowResult, UnitResult, WorkUnit
+from pipeline.events import UnitDone, UnitFailed
+from pipeline.types import Assignment, UnitResult, WorkUnit
 from tests.workers.fakes import TOO_LONG, FakeEngine, make_runner, work_all
 from tests.workers.jobs import SmallJob, open_job, prompts_of
 from workers import build
@@ -39,10 +40,10 @@ class SlowStore(PartStore):
             assert gate.wait(20)
         return super().read(unit)
 
-    def publish(self, data: UnitData, results: Sequence[RowResult], **times: Any) -> UnitResult:
+    def publish(self, data: UnitData, rows: Sequence[pa.Table], **of_attempt: Any) -> UnitResult:
         if data.unit.id in self.refuse:
             raise OutputError("the part is broken")
-        return super().publish(data, results, **times)
+        return super().publish(data, rows, **of_attempt)
 
 
 def test_every_row_leaves_once_as_a_completion_or_an_error_row(tmp_path: Path) -> None:
@@ -126,6 +127,27 @@ def test_reading_the_next_unit_does_not_hold_up_the_engine(tmp_path: Path) -> No
     runner.close()
 
 
+def test_waiting_for_files_costs_nothing(tmp_path: Path) -> None:
+    """The runner sleeps until something has ended; it does not ask again and again."""
+    small = open_job(tmp_path, prompts_of(10))
+    store, (unit,) = SlowStore(small), small.plan.units
+    gate = store.gates[unit.id] = threading.Event()
+    runner = make_runner(small, FakeEngine(), store)
+    asked = 0
+
+    def clock() -> float:
+        nonlocal asked
+        asked += 1
+        return time.monotonic()
+
+    runner._clock = clock
+    runner.add(Assignment(unit, 1))
+    assert runner.work(0.3) == []
+    assert asked < 30
+    gate.set()
+    work_all(runner)
+
+
 def test_a_unit_cannot_be_in_twice(tmp_path: Path) -> None:
     small = open_job(tmp_path, prompts_of(10))
     runner = make_runner(small, FakeEngine())
@@ -177,9 +199,7 @@ def test_progress_counts_from_the_units_start(tmp_path: Path) -> None:
     runner.close()
 
 
-def test_rows_that_a_failed_step_took_down_are_submitted_once_more(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_that_a_failed_step_took_down_are_submitted_once_more(tmp_path: Path) -> None:
     """Every row leaves once: those that ended in the step itself, those that it lost, and those that were waiting."""
     small = open_job(tmp_path, prompts_of(40), rows_per_file=20)
     engine = FakeEngine(fail_at={2, 30})
@@ -188,14 +208,14 @@ def test_rows_that_a_failed_step_took_down_are_submitted_once_more(
         runner.add(Assignment(unit, 1))
     assert all(isinstance(outcome, UnitDone) for outcome in work_all(runner))
     assert [row["completion"] for row in small.rows()] == [prompt[::-1] for prompt in prompts_of(40)]
-    said = [line for line in capsys.readouterr().err.splitlines() if "the forward failed; trying its" in line]
+    said = [note for note in runner.notes() if "the forward failed; trying its" in note]
     again = sum(int(line.split()[-4]) for line in said)
     assert len(said) == 2
     assert len(engine.order) == 40 + again > 42
 
 
-def test_an_engine_that_runs_out_of_memory_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The job goes on with fewer rows together, slower from then on: whoever reads the log must learn why."""
+def test_an_engine_that_runs_out_of_memory_says_so_once(tmp_path: Path) -> None:
+    """The job goes on with fewer rows together, slower from then on: the operator must learn why."""
     small = open_job(tmp_path, prompts_of(40))
     engine = FakeEngine(max_rows=8)
     step = engine.step
@@ -210,9 +230,8 @@ def test_an_engine_that_runs_out_of_memory_says_so_once(tmp_path: Path, capsys: 
     for unit in small.plan.units:
         runner.add(Assignment(unit, 1))
     assert all(isinstance(outcome, UnitDone) for outcome in work_all(runner))
-    said = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
-    assert said == [
-        f"r0: memory ran out: engine.max_rows is {rows} from now on, not {before}; set it so"
+    assert runner.notes() == [
+        f"memory ran out: engine.max_rows is {rows} from now on, not {before}; set it so"
         for rows, before in ((4, 8), (2, 4))
     ]
 

@@ -1,0 +1,58 @@
+"""Cells of Arrow columns as Python values, what is wrong with those that cannot be one, and with prompts."""
+
+from typing import Any
+
+import pyarrow as pa
+
+MAX_ERROR_CHARS = 300
+MAX_PROMPT_CHARS = 16_000_000
+"""Far above any context."""
+
+Prompt = tuple[str | None, str | None]
+"""(prompt, None), or (None, reason) where there is none."""
+
+
+class CellError:
+    """A cell that cannot be given to Python as it is; `reason` says why."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def read_cells(column: "pa.ChunkedArray[Any]") -> list[Any]:
+    """The column as Python values; a cell that Python cannot hold (not UTF-8, a year 99999) is a CellError."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):  # UnicodeDecodeError is a ValueError
+        return [_read_cell(scalar) for scalar in column]
+
+
+def _read_cell(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return CellError(f"holds bytes that are not UTF-8 (byte {error.start})")
+    except (ValueError, OverflowError) as error:
+        return CellError(f"holds a value that cannot be read: {one_line(error)}")
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text in one line of at most MAX_ERROR_CHARS characters, all of which can be written."""
+    text = " ".join(f"{error}".split()) or type(error).__name__
+    text = text.encode("utf-8", "backslashreplace").decode()  # it may quote a lone surrogate
+    return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 1] + "…"
+
+
+def judge(prompt: str | None) -> Prompt:
+    """The prompt, or why it cannot be one."""
+    if prompt is None:
+        return None, "prompt is null"
+    if prompt == "":
+        return None, "prompt is empty"
+    if len(prompt) > MAX_PROMPT_CHARS:
+        return None, f"prompt has {len(prompt)} characters or more, above the {MAX_PROMPT_CHARS} of any prompt"
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return None, "prompt holds characters that are not Unicode text (lone surrogate)"
+    return prompt, None

@@ -1,0 +1,72 @@
+"""What lies in an output folder, sorted by what it is: what `verify` and `clean` go by."""
+
+import re
+from dataclasses import dataclass, field
+
+from pipeline.layout import DRIVERS, MANIFEST, PLAN, RECORDS, SEGMENTS, SUCCESS
+from pipeline.storage import FileInfo, Storage
+
+UNIT = r"(?P<unit>[0-9a-f]{12}-[0-9]{10,})"
+PROBE = "_writable"
+"""What check_writable writes and removes."""
+
+
+@dataclass(slots=True)
+class Contents:
+    """Files of an output folder; each is in one of these."""
+
+    own: list[FileInfo] = field(default_factory=list)
+    """plan.json, manifest.json and _SUCCESS."""
+    parts: list[FileInfo] = field(default_factory=list)
+    """Whatever a reader's `part-*.parquet` finds."""
+    records: dict[str, FileInfo] = field(default_factory=dict)
+    """Commit records, by unit id."""
+    segments: dict[str, list[FileInfo]] = field(default_factory=dict)
+    """By unit id."""
+    drivers: dict[int, FileInfo] = field(default_factory=dict)
+    """Driver claims, by number."""
+    temporary: list[FileInfo] = field(default_factory=list)
+    """Files that were being written when their writer died, or are being written now."""
+    strange: list[FileInfo] = field(default_factory=list)
+    """Not put there by this project."""
+
+    @property
+    def part_units(self) -> set[str]:
+        """Ids of the units that have a part, by its name."""
+        return {match["unit"] for part in self.parts if (match := _PART.fullmatch(part.name))}
+
+
+_PART = re.compile(rf"part-{UNIT}\.parquet")
+_RECORD = re.compile(rf"{RECORDS}/{UNIT}\.json")
+_SEGMENT = re.compile(rf"{SEGMENTS}/{UNIT}/[^/]+\.parquet")
+_DRIVER = re.compile(rf"{DRIVERS}/(?P<number>[0-9]+)\.json")
+_TEMPORARY = re.compile(r"(?P<folder>.*/)?\.(?P<name>[^/]+)\.[0-9a-f]{32}\.tmp")
+
+
+def list_contents(storage: Storage) -> Contents:
+    """The files of an output folder. Raises StorageError."""
+    contents = Contents()
+    for file in storage.find():
+        name = file.name
+        if name in (PLAN, MANIFEST, SUCCESS):
+            contents.own.append(file)
+        elif "/" not in name and name.startswith("part-") and name.endswith(".parquet"):
+            contents.parts.append(file)
+        elif match := _RECORD.fullmatch(name):
+            contents.records[match["unit"]] = file
+        elif match := _SEGMENT.fullmatch(name):
+            contents.segments.setdefault(match["unit"], []).append(file)
+        elif match := _DRIVER.fullmatch(name):
+            contents.drivers[int(match["number"])] = file
+        elif name == PROBE or ((match := _TEMPORARY.fullmatch(name)) and _is_own(match)):
+            contents.temporary.append(file)
+        else:
+            contents.strange.append(file)
+    return contents
+
+
+def _is_own(temporary: "re.Match[str]") -> bool:
+    """Whether the name that a temporary file was to get is one of ours."""
+    name = f"{temporary['folder'] or ''}{temporary['name']}"
+    patterns = (_PART, _RECORD, _SEGMENT, _DRIVER)
+    return name in (PLAN, MANIFEST, SUCCESS, PROBE) or any(pattern.fullmatch(name) for pattern in patterns)

@@ -1,0 +1,218 @@
+"""What planning, resuming and verifying cost at scale: `python -m tests.benchmarks.resume [FOLDER or URL]`.
+
+Makes 10,000,000 prompts in 2,000 files and the output of a job over them (2,000 parts; first half of them, then all),
+and measures each step in a process of its own: seconds, peak resident MiB. Without an argument in a temporary folder on
+the local disk; a URL is taken as it is, with credentials and endpoint from the usual AWS variables, and left as it is.
+"""
+
+import json
+import multiprocessing
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import OutputError
+from pipeline.fingerprint import listing_change
+from pipeline.job import Job
+from pipeline.ledger import Ledger
+from pipeline.manifest import RECORD_KEY, PartRecord, commit_record, to_json
+from pipeline.parts import TOTALS_KEY, to_parquet
+from pipeline.plan import Plan, make_plan
+from pipeline.schema import RESULT_SCHEMA
+from pipeline.storage import Storage
+from pipeline.types import Totals, UnitResult, WorkUnit
+from pipeline.verify import verify
+
+FILES, ROWS_A_FILE = 2_000, 5_000
+WRITERS = 16
+CHARS = 200
+NOISE = random.Random(0).randbytes(4 << 20).hex()
+"""Completions are cut from it, so that parts do not shrink to nothing."""
+Step = Callable[[str], str]
+
+
+def job_in(folder: str) -> Job:
+    return Job.model_validate(
+        {
+            "input": {"path": f"{folder}/in"},
+            "output": {"path": f"{folder}/out", "rows_per_file": ROWS_A_FILE},
+            "model": {"checkpoint": "builtin:tiny"},
+        }
+    )
+
+
+def plan_in(folder: str) -> Plan:
+    return make_plan(job_in(folder), checkpoint_identity="none")
+
+
+def make_part(unit: WorkUnit, plan: Plan) -> tuple[bytes, PartRecord, Totals]:
+    """A part as a replica would publish it, made without going through rows."""
+    rows = unit.row_count
+    numbers = np.arange(unit.first_row, unit.first_row + rows)
+    values: dict[str, Any] = {
+        "completion": [NOISE[start : start + CHARS] for start in numbers * 997 % (len(NOISE) - CHARS)],
+        "finish_reason": ["length"] * rows,
+        "mode": ["diffusion"] * rows,
+        "replica": ["r0"] * rows,
+        "source_file": [unit.name] * rows,
+        "source_row": numbers,
+        "error": pa.nulls(rows),
+        "steps_per_block": [[3, 5, 2, 7]] * rows,
+    }
+    columns = {f.name: values.get(f.name, np.ones(rows)) for f in RESULT_SCHEMA}
+    table = pa.table({"id": [f"{unit.name}#{number}" for number in numbers], **columns}).cast(plan.schema)
+    totals = Totals(rows, rows, 0, rows, rows, rows, finish_reasons={"length": rows})
+    record = PartRecord(
+        unit=unit.id,
+        file=unit.name,
+        first_row=unit.first_row,
+        rows=rows,
+        fingerprint=plan.fingerprint.digest,
+        writer="w",
+        replica="r0",
+        attempt=1,
+        seconds=1.0,
+        size=unit.size,
+        stamp=unit.stamp,
+    )
+    header = {RECORD_KEY: json.dumps(asdict(record)), TOTALS_KEY: json.dumps(asdict(totals))}
+    return to_parquet(table.replace_schema_metadata(header)), record, totals
+
+
+def write_input(folder: str) -> str:
+    table = pa.table({"prompt": [f"prompt number {number}" for number in range(ROWS_A_FILE)]})
+    data, storage = to_parquet(table), Storage(f"{folder}/in")
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(lambda number: storage.write(f"{number:04}.parquet", data), range(FILES)))
+    return f"{FILES * ROWS_A_FILE:,} rows in {FILES:,} files"
+
+
+def write_parts(folder: str, which: slice) -> str:
+    plan, storage = plan_in(folder), Storage(f"{folder}/out")
+    Ledger(f"{folder}/out", plan.fingerprint.digest).open(plan, job_in(folder))
+
+    def publish(unit: WorkUnit) -> int:
+        data, record, totals = make_part(unit, plan)
+        result = UnitResult(unit.id, totals, 1.0, sha256(data).hexdigest(), "r0", 1)
+        storage.write(f"part-{unit.id}.parquet", data)
+        storage.write(f"_job/units/{unit.id}.json", to_json(commit_record(record, result, len(data))))
+        return len(data)
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        sizes = list(pool.map(publish, plan.units[which]))
+    return f"{len(sizes):,} parts, {sum(sizes) / 2**20:,.0f} MiB"
+
+
+def write_first_half(folder: str) -> str:
+    return write_parts(folder, slice(None, FILES // 2))
+
+
+def write_other_half(folder: str) -> str:
+    return write_parts(folder, slice(FILES // 2, None))
+
+
+def measure_plan(folder: str) -> str:
+    plan = plan_in(folder)
+    return f"{plan.rows:,} rows, {len(plan.units):,} units"
+
+
+def measure_resume(folder: str) -> str:
+    """All that a run does before it hands out its first unit."""
+    began = time.perf_counter()
+    plan, job = plan_in(folder), job_in(folder)
+    planned = time.perf_counter()
+    ledger = Ledger(job.output.path, plan.fingerprint.digest)
+    ledger.open(plan, job)
+    opened = time.perf_counter()
+    results = ledger.finished(plan)
+    found = time.perf_counter()
+    return (
+        f"{len(results):,} of {len(plan.units):,} units are done; plan {planned - began:.2f} s, "
+        f"open {opened - planned:.2f} s, finished parts {found - opened:.2f} s"
+    )
+
+
+def measure_listing(folder: str) -> str:
+    """A file was added: the run is refused, or takes it."""
+    plan = plan_in(folder)
+    storage = Storage(f"{folder}/in")
+    storage.write("9999.parquet", storage.read("0000.parquet"))
+    changed = plan_in(folder)
+    began = time.perf_counter()
+    change = listing_change(plan.listing, changed.listing)
+    compared = time.perf_counter()
+    try:
+        Ledger(f"{folder}/out", changed.fingerprint.digest).open(changed, job_in(folder))
+    except OutputError as error:
+        said = str(error)
+    refused = time.perf_counter()
+    storage.remove("9999.parquet")
+    assert change.added == ("9999.parquet",)
+    assert "9999.parquet is new" in said
+    return f"comparing {(compared - began) * 1e3:.1f} ms, the refusal {refused - compared:.2f} s"
+
+
+def measure_complete(folder: str) -> str:
+    plan, job = plan_in(folder), job_in(folder)
+    totals = Totals(plan.rows, plan.rows, 0, plan.rows, plan.rows, plan.rows, finish_reasons={"length": plan.rows})
+    Ledger(job.output.path, plan.fingerprint.digest).complete(plan, job, totals, seconds=1.0)
+    return "the manifest, with planning"
+
+
+def measure_verify(folder: str) -> str:
+    found = verify(f"{folder}/out")
+    assert not found.problems, found.problems[:3]
+    return found.summary()
+
+
+STEPS: dict[str, Step] = {
+    "write input": write_input,
+    "plan": measure_plan,
+    "write half": write_first_half,
+    "resume, half done": measure_resume,
+    "write the rest": write_other_half,
+    "resume, all done": measure_resume,
+    "input changed": measure_listing,
+    "complete": measure_complete,
+    "verify": measure_verify,
+}
+
+
+def run_step(name: str, folder: str) -> None:
+    """In a process of its own: prints what it took."""
+    began = time.perf_counter()
+    said = STEPS[name](folder)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(f"{name:18} {seconds:7.2f} s {peak:6} MiB  {said}", flush=True)
+
+
+def run_all(folder: str) -> None:
+    for name in STEPS:
+        process = multiprocessing.get_context("spawn").Process(target=run_step, args=(name, folder))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{name} failed")
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        run_all(sys.argv[1].rstrip("/"))
+        return
+    with tempfile.TemporaryDirectory(prefix="twotower-resume-") as folder:
+        run_all(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Holds a job's output against the run without faults, and adds up what the faults cost."""
+
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import pyarrow.parquet as pq
+
+from pipeline.storage import Storage
+from tests.chaos.harness import ROOT, History
+from tests.chaos.logs import finished_since, read_lives, replaced, times_finished
+from tests.chaos.rows import COLUMNS
+
+Rows = Mapping[str, tuple[object, ...]]
+
+
+@dataclass(slots=True)
+class Verdict:
+    """Of one seed, or of several added up."""
+
+    rows: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    lost: list[str] = field(default_factory=list)
+    duplicated: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    repeated: int = 0
+    """Times that an engine finished a row which one had finished before."""
+    forwards: int = 0
+    """Denoiser forwards, counted a row, that were computed; those of rows under way when their process died, too."""
+    needed: int = 0
+    """Of them, those that the run without faults computes."""
+    recover_s: dict[str, list[float]] = field(default_factory=lambda: {"actor": [], "node": [], "driver": []})
+    runs: int = 0
+    exits: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    """What `verify` said where it found something."""
+    seconds: float = 0.0
+
+    def __add__(self, other: "Verdict") -> "Verdict":
+        recover_s = {kind: self.recover_s[kind] + other.recover_s[kind] for kind in self.recover_s}
+        values = {name: getattr(self, name) + getattr(other, name) for name in self.__slots__ if name != "recover_s"}
+        return Verdict(recover_s=recover_s, **values)
+
+    @property
+    def right(self) -> bool:
+        """Whether every row is there once, as without faults."""
+        return not (self.lost or self.duplicated or self.changed or self.findings)
+
+    @property
+    def repeated_share(self) -> float:
+        return self.repeated / self.rows
+
+    def medians(self) -> dict[str, float | None]:
+        """Of recover_s; None where nothing of the kind was measured."""
+        return {kind: round(statistics.median(x), 2) if x else None for kind, x in self.recover_s.items()}
+
+
+def judge(history: History, expected: Rows) -> Verdict:
+    """Reads everything that the job left."""
+    found = Counter[str]()
+    changed = []
+    for key, row in read_output(Storage(history.output)):
+        found[key] += 1
+        if row != expected.get(key):
+            changed.append(f"{key}: {row} instead of {expected.get(key)}")
+    whole, said = verify(history.output)
+    lives = read_lives(history.logs)
+    times = times_finished(lives)
+    verdict = Verdict(
+        rows=len(expected),
+        faults=Counter(killed.kind for killed in history.killed) + history.injected,
+        lost=sorted(expected.keys() - found.keys()),
+        duplicated=sorted(key for key, count in found.items() if count > 1),
+        changed=sorted(changed),
+        repeated=sum(times.values()) - len(times),
+        forwards=sum(life.forwards for life in lives),
+        needed=sum(int(str(row[3])) for row in expected.values()),
+        runs=history.runs,
+        exits=history.exits,
+        findings=[] if whole else [said],
+        seconds=history.seconds,
+    )
+    verdict.faults["crash"] = sum(life.crashed for life in lives)
+    for killed in history.killed:
+        if killed.kind == "driver":
+            found_ends = [finished_since(lives, killed.run + 1, killed.time)]
+        else:
+            found_ends = [replaced(lives, life) for life in killed.lives]
+        ends = [end for end in found_ends if end is not None]  # None: no work was left for it, or the driver went, too
+        if killed.kind in verdict.recover_s and ends:
+            verdict.recover_s[killed.kind].append(max(ends) - killed.time)
+    return verdict
+
+
+def read_output(storage: Storage) -> Iterable[tuple[str, tuple[object, ...]]]:
+    """Key and COLUMNS of every row in the parts."""
+    for part in storage.list_files("", "part-*.parquet"):
+        table = pq.read_table(storage.open(part.name, part.size), columns=["source_file", "source_row", *COLUMNS])
+        for file, number, *row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            yield f"{file}#{number}", tuple(row)
+
+
+def verify(output: str) -> tuple[bool, str]:
+    """Whether `python -m pipeline verify` finds nothing, and what it says."""
+    command = [sys.executable, "-m", "pipeline", "verify", output]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return done.returncode == 0, (done.stdout + done.stderr).strip()

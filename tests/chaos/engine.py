@@ -1,0 +1,219 @@
+"""An engine without weights for the chaos suite: the real loop and its scheduling over a backend that makes rows up.
+
+A completion is a function of the row's key, prompt and seed, as in the real engine, so that "unchanged" can be checked.
+Some prompts crash the process. What each process does is written to a log of its own that survives a kill -9.
+"""
+
+import ctypes
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.backend import Batch, Seen
+from model.errors import RequestError
+from model.lanes import ActiveRow
+from model.loop import Loop
+from model.params import Completion, GenerationParams, Request
+from model.scheduler import Scheduler
+from model.slots import PREFIX_SLOTS, Slots
+from workers.build import PartStore, ReplicaSpec
+from workers.unit_runner import UnitRunner
+
+BLOCK, EOS, MAX_TOKENS = 16, 0, 48
+TOO_LONG = 400
+"""Prompt tokens that the engine refuses."""
+MAX_ROWS, PAGES, PREFILL_TOKENS = 64, 4096, 4096
+MARK = "kill the process by "
+KILLERS = ("exit", "kill", "fault")
+"""A prompt that begins with MARK and one of these ends the process that generates it."""
+
+
+class Tokenizer:
+    """A token a byte."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """See TokenizerLike."""
+        return [list(text.encode()) for text in texts]
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """What the model says to one request."""
+
+    tokens: tuple[int, ...]
+    """Letters, an EOS where it stops; as many as the blocks hold."""
+    steps: tuple[int, ...]
+    """Forwards of each block."""
+    confidences: tuple[float, ...]
+
+    @classmethod
+    def of(cls, request: Request) -> "Story":
+        """Depends on seed, key and prompt alone."""
+        rng = random.Random(repr((request.sampling_key, bytes(request.prompt_ids))))
+        blocks = -(-request.params.max_new_tokens // BLOCK)
+        tokens = [rng.randrange(97, 123) for _ in range(blocks * BLOCK)]
+        if (end := rng.randrange(1, 2 * len(tokens))) < len(tokens):
+            tokens[end] = EOS
+        steps = tuple(rng.randrange(1, 5) for _ in range(blocks))
+        return cls(tuple(tokens), steps, tuple(rng.random() for _ in tokens))
+
+
+@dataclass(slots=True)
+class Forward:
+    """A forward under way: the blocks that it completes."""
+
+    full: Sequence[ActiveRow] = ()
+    seconds: float = 0.0
+
+
+class Backend:
+    """Backend of model.loop.Loop; diffusion rows alone."""
+
+    def __init__(self, slots: Slots, crash: Callable[[str], None] | None) -> None:
+        """crash: called with the prompt of every block that is full; it may not return."""
+        self.slots, self.crash = slots, crash
+        self.forwards = 0
+        """Denoiser forwards, counted a row."""
+        self._stories: dict[str, Story] = {}
+        self._taken: dict[ActiveRow, int] = {}  # forwards that the row's block has had
+
+    def add_slots(self, count: int) -> None:
+        """See model.backend.Backend."""
+        self.slots.add_slots(count)
+
+    def enter(self, rows: Sequence[ActiveRow]) -> None:
+        """See model.backend.Backend."""
+        for row in rows:
+            self._stories[row.request.key] = Story.of(row.request)
+
+    def begin(self, rows: Sequence[ActiveRow]) -> None:
+        """See model.backend.Backend."""
+        for row in rows:
+            self._taken[row] = 0
+
+    def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Forward:
+        """See model.backend.Backend."""
+        assert not fill, "AR rows are not made up"
+        self.slots.grow([item.slot for item, _ in batch], [count for _, count in batch])
+        return Forward()
+
+    def denoise(self, rows: Sequence[ActiveRow]) -> Forward:
+        """See model.backend.Backend."""
+        self.forwards += len(rows)
+        full = []
+        for row in rows:
+            self._taken[row] += 1
+            if self._taken[row] >= self._needed(row):
+                full.append(row)
+                if self.crash:
+                    self.crash(bytes(row.request.prompt_ids[:40]).decode(errors="replace"))
+        return Forward(full)
+
+    def _needed(self, row: ActiveRow) -> int:
+        return self._stories[row.request.key].steps[len(row.tokens) // BLOCK]
+
+    def collect(self, handle: Forward) -> list[Seen]:
+        """See model.backend.Backend."""
+        return [self._see(row) for row in handle.full]
+
+    def _see(self, row: ActiveRow) -> Seen:
+        story, start, steps = self._stories[row.request.key], len(row.tokens), self._taken.pop(row)
+        tokens, confidences = list(story.tokens[start : start + BLOCK]), list(story.confidences[start : start + BLOCK])
+        may_end = EOS in tokens or row.room <= BLOCK
+        return Seen(row, BLOCK, True, may_end, False, steps, tokens, confidences)
+
+    def forget(self, key: str) -> None:
+        """The row has ended."""
+        del self._stories[key]
+
+    def out_of_memory(self, error: BaseException) -> bool:
+        """See model.backend.Backend."""
+        del error
+        return False
+
+
+class Log:
+    """What one process did, a line a step: time, row-forwards, keys of rows that ended. Nothing stays in buffers."""
+
+    def __init__(self, path: Path, head: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(self._file, f"{head}\n".encode())
+
+    def add(self, forwards: int, keys: Sequence[str]) -> None:
+        os.write(self._file, f"{time.time():.3f} {forwards} {' '.join(keys)}\n".encode())
+
+    def crash_if_told(self, prompt: str) -> None:
+        """Notes that this process ends, and ends it, where the prompt says so."""
+        if not prompt.startswith(MARK):
+            return
+        os.write(self._file, b"crash\n")
+        how = prompt.removeprefix(MARK).split()[0]
+        if how == "exit":
+            os._exit(3)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        ctypes.string_at(0)
+
+
+class Engine(Loop[Forward]):
+    """See the module. `turn_s`: seconds a turn takes, as if a device computed. Without a log nothing crashes."""
+
+    def __init__(self, log: Log | None = None, turn_s: float = 0.0) -> None:
+        slots = Slots(MAX_ROWS + PREFIX_SLOTS, PAGES)
+        self.made_up = Backend(slots, log.crash_if_told if log else None)
+        super().__init__(self.made_up, Scheduler(slots, MAX_ROWS, PREFILL_TOKENS), _text)
+        self._log, self._turn_s = log, turn_s
+
+    def check_request(self, request: Request) -> None:
+        """See Loop."""
+        if len(request.prompt_ids) > TOO_LONG:
+            raise RequestError(f"the prompt has {len(request.prompt_ids)} tokens, above {TOO_LONG}")
+
+    def step(self) -> list[Completion]:
+        """See Loop."""
+        time.sleep(self._turn_s)
+        before = self.made_up.forwards
+        done = super().step()
+        for completion in done:
+            self.made_up.forget(completion.key)
+        if self._log:
+            self._log.add(self.made_up.forwards - before, [completion.key for completion in done])
+        return done
+
+
+def _text(ids: Sequence[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+class Maker:
+    """Makes runners with this engine; picklable. Each leaves a log `<run>_<replica>_<process>` in a folder."""
+
+    def __init__(self, spec: ReplicaSpec, logs: Path, run: int, turn_s: float) -> None:
+        self.spec, self.logs, self.run, self.turn_s = spec, logs, run, turn_s
+
+    def __call__(self, replica: str) -> UnitRunner:
+        log = Log(self.logs / f"{self.run}_{replica}_{os.getpid()}", f"{time.time():.3f} {_node()}")
+        return UnitRunner(
+            Engine(log, self.turn_s),
+            Tokenizer(),
+            PartStore(self.spec, replica),
+            params_of(self.spec),
+            replica=replica,
+            checkpoint=self.spec.job.checkpoint,
+        )
+
+
+def params_of(spec: ReplicaSpec) -> GenerationParams:
+    """The job's generation settings; EOS is the engine's."""
+    return spec.job.generation.params((EOS,))
+
+
+def _node() -> str:
+    """The id of the Ray node that this process runs on."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else "-"

@@ -1,0 +1,265 @@
+"""Runs one job while replicas, nodes, the driver and requests to the store die, and resubmits it until it is done."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.job import Job
+from tests.chaos.logs import Life, heads, log_bytes
+from tests.storage.fault_proxy import FaultProxy, fault_proxy
+from tests.storage.server import BUCKET, aws_variables, s3_server
+
+ROOT = Path(__file__).parents[2]
+REPLICAS, NODES, CPUS_A_NODE = 4, 3, 2
+NODE_CONFIG = {"include_dashboard": False, "object_store_memory": 80 << 20}
+HEALTH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 2000}
+ROWS_BYTES = 1_000
+"""More than the heads of the logs: rows have ended."""
+MOST_EXITS = 5
+"""Runs that may end by themselves, in vain, until the suite gives up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What is done to a job. Periods are mean seconds between two faults of a kind; 0: never."""
+
+    rows_per_file: int = 500
+    turn_s: float = 0.05
+    checkpoint_s: float = 0.5
+    actor_s: float = 4.0
+    node_s: float = 25.0
+    node_away_s: float = 3.0
+    driver_s: float = 40.0
+    actors: int = 1_000
+    """Times at most that each of these is struck."""
+    nodes: int = 1_000
+    drivers: int = 4
+    """Each kill of a driver forgets which units are suspect."""
+    storage_rate: float = 0.03
+    """Share of all requests that fail."""
+    limit_s: float = 900.0
+
+
+@dataclass(slots=True)
+class Killed:
+    """A fault that takes replicas down, and when."""
+
+    kind: str
+    time: float
+    lives: list[Life]
+    run: int
+
+
+@dataclass(slots=True)
+class History:
+    """What happened to one job."""
+
+    output: str
+    logs: Path
+    killed: list[Killed] = field(default_factory=list)
+    injected: Counter[str] = field(default_factory=Counter)
+    """Requests that failed, by kind."""
+    exits: list[str] = field(default_factory=list)
+    """What runs said that ended by themselves and were not done."""
+    runs: int = 0
+    seconds: float = 0.0
+
+
+class World:
+    """An S3 server behind the fault proxy, and a Ray cluster whose nodes know it."""
+
+    def __init__(self, cluster: Any, proxy: FaultProxy, folder: Path) -> None:
+        self.cluster, self.proxy, self.folder = cluster, proxy, folder
+        self.nodes = [self._add_node() for _ in range(NODES)]
+
+    def _add_node(self) -> Any:
+        return self.cluster.add_node(num_cpus=CPUS_A_NODE, **NODE_CONFIG)
+
+    def remove_node(self, rng: random.Random) -> str:
+        """Kills a node -> its id."""
+        node = self.nodes.pop(rng.randrange(len(self.nodes)))
+        self.cluster.remove_node(node, allow_graceful=False)
+        return str(node.node_id)
+
+    def add_node(self) -> None:
+        self.nodes.append(self._add_node())
+
+
+@contextmanager
+def world(folder: Path) -> Iterator[World]:
+    """All that a job needs, for as long as it is needed. Changes the environment: Ray's nodes inherit it."""
+    from ray.cluster_utils import Cluster
+
+    (folder / "s3").mkdir(parents=True)
+    with ExitStack() as stack:
+        proxy = stack.enter_context(fault_proxy(stack.enter_context(s3_server(folder / "s3"))))
+        stack.enter_context(_environment(aws_variables(proxy.url)))
+        head = {"num_cpus": 0, "_system_config": HEALTH, **NODE_CONFIG}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        stack.callback(cluster.shutdown)
+        yield World(cluster, proxy, folder)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def make_job(inputs: str, output: str, schedule: Schedule) -> Job:
+    """The job that is tormented."""
+    return Job.model_validate(
+        {
+            "name": "chaos",
+            "input": {"path": inputs},
+            "output": {"path": output, "rows_per_file": schedule.rows_per_file},
+            "model": {"checkpoint": "builtin:tiny", "dtype": "float32"},
+            "generation": {"max_new_tokens": 48},
+            "workers": {"gpus": 0, "cpus": 1, "replicas": REPLICAS, "start_timeout_s": 60.0},
+            "checkpoint": {"seconds": schedule.checkpoint_s},
+            "retry": {"attempts": 2},
+        }
+    )
+
+
+class Torment:
+    """One job from its first submission to its end, by a seeded schedule."""
+
+    def __init__(self, world: World, schedule: Schedule, inputs: str, seed: int) -> None:
+        self._world, self._schedule, self._rng, self._seed = world, schedule, random.Random(seed), seed
+        folder = world.folder / f"seed-{seed}"
+        (folder / "logs").mkdir(parents=True)
+        self.history = History(f"s3://{BUCKET}/out-{seed}", folder / "logs")
+        self._job = folder / "job.json"
+        self._job.write_text(make_job(inputs, self.history.output, schedule).model_dump_json())
+        self._said = folder / "driver.log"
+        self._driver: subprocess.Popen[bytes] | None = None
+        self._next: dict[str, float] = {}
+        self._struck = Counter[str]()
+        self._bytes_before = 0  # of the logs, when the run began
+        self._node_back: float | None = None
+
+    def run(self) -> History:
+        """Submits the job until it is done. Raises AssertionError where it does not get there."""
+        history, schedule, began = self.history, self._schedule, time.monotonic()
+        self._world.proxy.injected.clear()
+        self._world.proxy.fail_at_random(self._seed, schedule.storage_rate)
+        try:
+            self._submit()
+            while not self._ended():
+                assert time.monotonic() - began < schedule.limit_s, (
+                    f"not done after {schedule.limit_s:g} s: {self._tail()}"
+                )
+                time.sleep(0.05)
+                self._strike()
+        finally:
+            self._world.proxy.fail_at_random(0, 0.0)
+            if self._driver and self._driver.poll() is None:
+                self._driver.kill()
+                self._driver.wait()
+            if self._node_back is not None:
+                self._world.add_node()
+        history.injected, history.seconds = Counter(self._world.proxy.injected), time.monotonic() - began
+        return history
+
+    def _submit(self) -> None:
+        self.history.runs += 1
+        command = [sys.executable, "-m", "tests.chaos.driver"]
+        command += [str(self._job), str(self.history.logs), str(self.history.runs), str(self._schedule.turn_s)]
+        with self._said.open("ab") as said:
+            self._driver = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"RAY_ADDRESS": self._world.cluster.address},
+                stdout=said,
+                stderr=said,
+            )
+        self._bytes_before = log_bytes(self.history.logs)
+        self._next.clear()
+
+    def _ended(self) -> bool:
+        assert self._driver is not None
+        code = self._driver.poll()
+        if code is None:
+            return False
+        if code == 0:
+            return True
+        self.history.exits.append(self._tail())
+        assert len(self.history.exits) <= MOST_EXITS, self.history.exits
+        self._submit()
+        return False
+
+    def _tail(self) -> str:
+        return self._said.read_text()[-500:].strip()
+
+    def _strike(self) -> None:
+        """Does what is due. A run is left alone until it has finished a row, or none would ever get anywhere."""
+        now = time.monotonic()
+        if not self._next:
+            if log_bytes(self.history.logs) > self._bytes_before + ROWS_BYTES:
+                self._next = {kind: now + self._pause(kind) for kind in ("actor", "node", "driver")}
+            return
+        if self._node_back is not None and now >= self._node_back:
+            self._node_back = None
+            self._world.add_node()
+        for kind, strike in (("actor", self._kill_actor), ("node", self._remove_node), ("driver", self._kill_driver)):
+            if now >= self._next.get(kind, float("inf")):
+                self._next[kind] = now + self._pause(kind)
+                if self._struck[kind] < getattr(self._schedule, f"{kind}s"):
+                    strike()
+
+    def _pause(self, kind: str) -> float:
+        mean: float = getattr(self._schedule, f"{kind}_s")
+        return mean * self._rng.uniform(0.6, 1.4) if mean else float("inf")
+
+    def _alive(self) -> list[Life]:
+        return [life for life in heads(self.history.logs, self.history.runs) if life.alive()]
+
+    def _kill_actor(self) -> None:
+        """SIGKILL, or one time in five the SIGTERM of a machine that is about to be taken away.
+
+        Of one place in four, whether anybody is there or not: where few are left, they are not hit more often.
+        """
+        place, spot = f"r{self._rng.randrange(REPLICAS)}", self._rng.random() < 0.2
+        for life in self._alive():
+            if life.slot != place:
+                continue
+            kind, number = ("spot", signal.SIGTERM) if spot else ("actor", signal.SIGKILL)
+            self._note(kind, [life])
+            os.kill(life.pid, number)
+
+    def _remove_node(self) -> None:
+        if self._node_back is None:
+            alive = self._alive()
+            self._note("node", alive)
+            node = self._world.remove_node(self._rng)
+            self.history.killed[-1].lives = [life for life in alive if life.node == node]
+            self._node_back = time.monotonic() + self._schedule.node_away_s
+
+    def _kill_driver(self) -> None:
+        assert self._driver is not None
+        self._note("driver", [])
+        self._driver.kill()
+        self._driver.wait()
+        self._submit()
+
+    def _note(self, kind: str, lives: list[Life]) -> None:
+        self._struck["actor" if kind == "spot" else kind] += 1
+        self.history.killed.append(Killed(kind, time.time(), lives, self.history.runs))

@@ -1,0 +1,94 @@
+"""What the replicas' own logs say: who lived when and where, which rows ended how often, how long a gap was."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(slots=True)
+class Life:
+    """One process of a replica. Times are seconds since the epoch."""
+
+    run: int
+    slot: str
+    """r0 of r0.3: the place whose replicas follow each other."""
+    number: int
+    pid: int
+    node: str = ""
+    started: float = 0.0
+    forwards: int = 0
+    """Denoiser forwards, counted a row."""
+    ends: list[float] = field(default_factory=list)
+    """When a step ended that finished rows."""
+    keys: list[str] = field(default_factory=list)
+    """Of the rows finished."""
+    crashed: bool = False
+    """A prompt told it to."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Life":
+        """The log of tests.chaos.engine.Log; a last line that was cut is left out."""
+        run, name, pid = path.name.split("_")
+        slot, _, number = name.partition(".")
+        head, *lines = path.read_text().split("\n")[:-1] or [""]
+        started, _, node = head.partition(" ")
+        life = cls(int(run), slot, int(number or 1), int(pid), node, float(started or 0))
+        for line in lines:
+            if line == "crash":
+                life.crashed = True
+                break
+            time, forwards, *keys = line.split()
+            life.forwards += int(forwards)
+            if keys:
+                life.ends.append(float(time))
+                life.keys += keys
+        return life
+
+    def alive(self) -> bool:
+        """Whether the process is there, and is still the one of the log."""
+        try:
+            command = Path(f"/proc/{self.pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+        return re.match(rb"ray::", command) is not None
+
+
+def read_lives(folder: Path) -> list[Life]:
+    """All lives, oldest first."""
+    return sorted((Life.read(path) for path in folder.iterdir()), key=lambda life: life.started)
+
+
+def heads(folder: Path, run: int) -> Iterator[Life]:
+    """The lives of one run without their rows: cheap."""
+    for path in folder.glob(f"{run}_*"):
+        with path.open() as file:
+            started, _, node = file.readline().strip().partition(" ")
+        _, name, pid = path.name.split("_")
+        slot, _, number = name.partition(".")
+        if node:
+            yield Life(run, slot, int(number or 1), int(pid), node, float(started))
+
+
+def log_bytes(folder: Path) -> int:
+    """Of all logs together: grows with every step."""
+    return sum(os.stat(path).st_size for path in folder.iterdir())
+
+
+def finished_since(lives: Sequence[Life], run: int, time: float) -> float | None:
+    """When a row ended in this run after that time, the earliest."""
+    ends = [end for life in lives if life.run == run for end in life.ends if end > time]
+    return min(ends, default=None)
+
+
+def replaced(lives: Sequence[Life], lost: Life) -> float | None:
+    """When a later life in the lost one's place first finished a row."""
+    later = [x for x in lives if (x.run, x.slot) == (lost.run, lost.slot) and x.number > lost.number and x.ends]
+    return min((life.ends[0] for life in later), default=None)
+
+
+def times_finished(lives: Sequence[Life]) -> Counter[str]:
+    """How often an engine finished each row."""
+    return Counter(key for life in lives for key in life.keys)

@@ -1,0 +1,74 @@
+"""The input of the chaos suite, and what must come of every row of it."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model.params import GenerationParams, Request
+from pipeline.storage import Storage
+from tests.chaos.engine import EOS, KILLERS, MARK, MAX_TOKENS, TOO_LONG, Engine
+
+ROW_GROUP = 2_000
+BAD_ONE_IN, KILLS_ONE_IN = 1_000, 10_000
+BAD: tuple[bytes | None, ...] = (None, b"", b"not \xff UTF-8", b"x" * (TOO_LONG + 1))
+COLUMNS = ["completion", "finish_reason", "completion_tokens", "denoiser_forwards", "steps_per_block"]
+"""What must not change; times, attempts and replicas may."""
+ERROR = (None, "error", 0, 0, [])
+PARAMS = GenerationParams(max_new_tokens=MAX_TOKENS, eos_ids=(EOS,))
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """One input file."""
+
+    name: str
+    cells: Sequence[bytes | None]
+
+    def parquet(self) -> bytes:
+        """The file; its strings are written unchecked, as a careless program does."""
+        validity, offsets, data = pa.array(self.cells, pa.binary()).buffers()
+        column = pa.StringArray.from_buffers(len(self.cells), offsets, data, validity)
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"prompt": column}), sink, row_group_size=ROW_GROUP)
+        return sink.getvalue()
+
+
+def make_prompts(rows: int, files: int, seed: int, killers: int | None = None) -> list[Prompts]:
+    """Prompts of 5 to 300 bytes; a share of the rows, at least one of a kind, is bad or kills its process."""
+    killers = max(1, rows // KILLS_ONE_IN) if killers is None else killers
+    rng = Random(seed)
+    cells: list[bytes | None] = [
+        f"row {number} ".encode() + bytes(rng.choices(b"abcdefgh ", k=int(rng.paretovariate(1.2) * 8) % 290))
+        for number in range(rows)
+    ]
+    special = rng.sample(range(rows), max(len(BAD), rows // BAD_ONE_IN) + killers)
+    for count, row in enumerate(special):
+        kill = f"{MARK}{KILLERS[count % len(KILLERS)]} in row {row}".encode()
+        cells[row] = kill if count < killers else BAD[count % len(BAD)]
+    share = -(-rows // files)
+    return [Prompts(f"{number:02}.parquet", cells[number * share : (number + 1) * share]) for number in range(files)]
+
+
+def upload(storage: Storage, prompts: Sequence[Prompts]) -> None:
+    for file in prompts:
+        storage.write(file.name, file.parquet())
+
+
+def expected(prompts: Sequence[Prompts]) -> dict[str, tuple[object, ...]]:
+    """COLUMNS of each row by its key, from the same engine without Ray and without faults."""
+    rows: dict[str, tuple[object, ...]] = {}
+    requests = []
+    for file in prompts:
+        for number, cell in enumerate(file.cells):
+            key = f"{file.name}#{number}"
+            rows[key] = ERROR
+            if cell not in BAD and not cell.startswith(MARK.encode()):
+                requests.append(Request(key, list(cell), PARAMS))
+    for done in Engine().generate(requests):
+        steps = list(done.steps_per_block)
+        rows[done.key] = done.text, done.finish_reason, len(done.token_ids), done.denoiser_forwards, steps
+    return rows

