@@ -50,6 +50,13 @@ def read_driver(data: bytes) -> DriverRecord | None:
     return None
 
 
+def newest_driver(storage: Storage) -> str | None:
+    """Who claimed an output folder last, in a few words; None where nobody did, or the claim cannot be read."""
+    numbers = _numbers(storage)
+    driver = read_driver(storage.read_if_exists(_name(max(numbers))) or b"") if numbers else None
+    return None if driver is None else str(driver)
+
+
 class Claim:
     """This driver's hold on an output folder.
 
@@ -93,7 +100,7 @@ class Claim:
             started=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         for _ in range(TRIES):
-            known = self._numbers()
+            known = _numbers(self._storage)
             number = max(known, default=0) + 1
             name = _name(number)
             mine = self._storage.create(name, record.model_dump_json().encode())
@@ -115,14 +122,14 @@ class Claim:
                 self._look()
 
     def _look(self) -> None:
-        numbers = self._numbers()
-        if self._successor is None and numbers and (newest := max(numbers)) != self.number:
-            driver = read_driver(self._storage.read_if_exists(_name(newest)) or b"")
-            self._successor = str(driver or "which one cannot be read")
+        numbers = _numbers(self._storage)
+        if self._successor is None and numbers and max(numbers) != self.number:
+            self._successor = newest_driver(self._storage) or "which one cannot be read"
 
-    def _numbers(self) -> list[int]:
-        names = [info.name.rpartition("/")[2] for info in self._storage.list_files(DRIVERS, "*.json")]
-        return [int(found[1]) for name in names if (found := _NAME.fullmatch(name))]
+
+def _numbers(storage: Storage) -> list[int]:
+    names = [info.name.rpartition("/")[2] for info in storage.list_files(DRIVERS, "*.json")]
+    return [int(found[1]) for name in names if (found := _NAME.fullmatch(name))]
 
 
 def _name(number: int) -> str:

@@ -98,11 +98,15 @@ def status(output: OutputPath, debug: Debug = False) -> None:
         state = read_status(output)
         totals = state.totals
         typer.echo(f"rows     {state.rows_done:,} of {state.rows_total:,} ({totals.ok:,} ok, {totals.errors:,} errors)")
+        if state.rows_saved and not state.complete:
+            typer.echo(f"saved    {state.rows_saved:,} rows of units under way, not to be generated again")
         typer.echo(f"units    {state.units_done:,} of {state.units_total:,}")
         typer.echo(f"tokens   {totals.prompt_tokens:,} prompt, {totals.completion_tokens:,} completion")
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.finish_reasons.items()))
         typer.echo(f"ended by {reasons or '-'}")
         typer.echo(f"begun    {state.created}")
+        if state.driver:
+            typer.echo(f"driver   {state.driver}" + (", the last one" if state.complete else ""))
         if state.complete:
             typer.echo(f"complete {state.finished or 'without a manifest: submit the same job again to write it'}")
         else:

@@ -8,6 +8,7 @@ import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from pipeline.claim import newest_driver
 from pipeline.commit import check_part, write_record
 from pipeline.duplicates import find_duplicates
 from pipeline.errors import OutputError, StorageError
@@ -27,6 +28,7 @@ from pipeline.manifest import (
 )
 from pipeline.paths import safe_url
 from pipeline.plan import Plan
+from pipeline.segments import count_rows
 from pipeline.storage import FileInfo, Storage, check_writable
 from pipeline.types import Totals, UnitResult
 
@@ -175,7 +177,19 @@ class Ledger:
         totals = sum(parts, Totals())
         complete = (totals.rows, len(parts)) == (plan.rows, plan.units) and self.is_complete()
         finished = self.finished_at() if complete else None
-        return Status(totals.rows, plan.rows, len(parts), plan.units, totals, complete, digest, plan.created, finished)
+        return Status(
+            totals.rows,
+            plan.rows,
+            len(parts),
+            plan.units,
+            totals,
+            complete,
+            digest,
+            plan.created,
+            finished,
+            rows_saved=self._count_saved(digest),
+            driver=newest_driver(self._storage),
+        )
 
     # Inside.
 
@@ -188,6 +202,23 @@ class Ledger:
     def _finished_rows(self) -> list[str]:
         """Names of the files that hold rows."""
         return [part.name for part in self._parts()] or [f"{SEGMENTS}/{segment.name}" for segment in self._segments()]
+
+    def _count_saved(self, digest: str) -> int:
+        """Rows in the job's segments of units without a part."""
+        published = {part.name for part in self._parts()}
+        open_units = [each for each in self._segments() if part_name(each.name.partition("/")[0]) not in published]
+
+        def read(segment: FileInfo) -> int:
+            # gone meanwhile, or not this job's: it saves nothing
+            with (
+                contextlib.suppress(NotOursError, StorageError),
+                self._storage.open(f"{SEGMENTS}/{segment.name}", segment.size) as source,
+            ):
+                return count_rows(source, digest)
+            return 0
+
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            return sum(pool.map(read, open_units))
 
     def _sweep_segments(self) -> None:
         """The rows of all segments are in parts. What cannot be removed now is left to `clean`."""

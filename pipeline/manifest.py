@@ -75,6 +75,11 @@ class Status:
     """When the job first ran, ISO 8601 in UTC."""
     finished: str | None
     """When it completed, likewise; None where it is not complete or its manifest cannot be read."""
+    rows_saved: int = 0
+    """Rows in segments of units that have no part yet: resuming does not generate them again. Rows that two attempts
+    saved count twice."""
+    driver: str | None = None
+    """Who runs the job, or ran it last; None where no claim can be read."""
 
 
 def now() -> str:

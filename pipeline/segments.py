@@ -138,6 +138,7 @@ def from_segment(name: str, data: bytes, unit: WorkUnit, fingerprint: str) -> pa
             if not file.schema_arrow.remove_metadata().equals(RESULT_SCHEMA):
                 raise NotOursError("its columns are others")
             table = file.read().replace_schema_metadata(None)
+            table.validate(full=True)  # text that is not UTF-8 would make the part unreadable
     except NotOursError:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -154,6 +155,14 @@ def read_record(source: pa.NativeFile) -> SegmentRecord:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise NotOursError(f"it cannot be read: {' '.join(str(error).split())}") from error
+
+
+def count_rows(source: pa.NativeFile, fingerprint: str) -> int:
+    """Rows that the footer of a segment promises; 0 where it is another job's. Raises NotOursError as read_record."""
+    if read_record(source).fingerprint != fingerprint:
+        return 0
+    source.seek(0)
+    return int(pq.read_metadata(source).num_rows)
 
 
 def _record_in(footer: pq.FileMetaData) -> SegmentRecord:

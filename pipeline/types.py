@@ -123,7 +123,7 @@ class UnitResult:
     seconds: float
     """From the unit's start on the replica to its part being published."""
     sha256: str
-    """Of the part's bytes."""
+    """Of the part's bytes; "" where only its footer was read (Ledger.finished)."""
     replica: str
     attempt: int
     published_by_other: bool = False

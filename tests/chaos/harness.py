@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Schedule:
     rows_per_file: int = 500
     turn_s: float = 0.05
     checkpoint_s: float = 0.5
-    actor_s: float = 4.0
+    actor_s: float = 5.0
     node_s: float = 25.0
     node_away_s: float = 3.0
     driver_s: float = 40.0
@@ -84,11 +84,13 @@ class World:
     def _add_node(self) -> Any:
         return self.cluster.add_node(num_cpus=CPUS_A_NODE, **NODE_CONFIG)
 
-    def remove_node(self, rng: random.Random) -> str:
-        """Kills a node -> its id."""
-        node = self.nodes.pop(rng.randrange(len(self.nodes)))
+    def pick_node(self, rng: random.Random) -> Any:
+        return rng.choice(self.nodes)
+
+    def remove_node(self, node: Any) -> None:
+        """Kills a node, as if its machine were gone."""
+        self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
-        return str(node.node_id)
 
     def add_node(self) -> None:
         self.nodes.append(self._add_node())
@@ -149,7 +151,7 @@ class Torment:
         self.history = History(f"s3://{BUCKET}/out-{seed}", folder / "logs")
         self._job = folder / "job.json"
         self._job.write_text(make_job(inputs, self.history.output, schedule).model_dump_json())
-        self._said = folder / "driver.log"
+        self._said, self._strikes = folder / "driver.log", folder / "strikes.log"
         self._driver: subprocess.Popen[bytes] | None = None
         self._next: dict[str, float] = {}
         self._struck = Counter[str]()
@@ -212,13 +214,13 @@ class Torment:
     def _strike(self) -> None:
         """Does what is due. A run is left alone until it has finished a row, or none would ever get anywhere."""
         now = time.monotonic()
+        if self._node_back is not None and now >= self._node_back:
+            self._node_back = None
+            self._world.add_node()
         if not self._next:
             if log_bytes(self.history.logs) > self._bytes_before + ROWS_BYTES:
                 self._next = {kind: now + self._pause(kind) for kind in ("actor", "node", "driver")}
             return
-        if self._node_back is not None and now >= self._node_back:
-            self._node_back = None
-            self._world.add_node()
         for kind, strike in (("actor", self._kill_actor), ("node", self._remove_node), ("driver", self._kill_driver)):
             if now >= self._next.get(kind, float("inf")):
                 self._next[kind] = now + self._pause(kind)
@@ -243,14 +245,14 @@ class Torment:
                 continue
             kind, number = ("spot", signal.SIGTERM) if spot else ("actor", signal.SIGKILL)
             self._note(kind, [life])
-            os.kill(life.pid, number)
+            with suppress(ProcessLookupError):  # it has just died by itself
+                os.kill(life.pid, number)
 
     def _remove_node(self) -> None:
         if self._node_back is None:
-            alive = self._alive()
-            self._note("node", alive)
-            node = self._world.remove_node(self._rng)
-            self.history.killed[-1].lives = [life for life in alive if life.node == node]
+            node = self._world.pick_node(self._rng)
+            self._note("node", [life for life in self._alive() if life.node == node.node_id])
+            self._world.remove_node(node)
             self._node_back = time.monotonic() + self._schedule.node_away_s
 
     def _kill_driver(self) -> None:
@@ -262,4 +264,6 @@ class Torment:
 
     def _note(self, kind: str, lives: list[Life]) -> None:
         self._struck["actor" if kind == "spot" else kind] += 1
+        with self._strikes.open("a") as file:
+            print(f"{time.time():.3f} {kind} {' '.join(f'{life.slot}.{life.number}' for life in lives)}", file=file)
         self.history.killed.append(Killed(kind, time.time(), lives, self.history.runs))

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import duplicates
+from pipeline.claim import Claim
 from pipeline.dataset import UnitReader
 from pipeline.duplicates import find_duplicates
 from pipeline.errors import OutputError, StorageError
@@ -21,6 +24,7 @@ from pipeline.ledger import Ledger, read_status
 from pipeline.manifest import RECORD_KEY, PartRecord, read_plan
 from pipeline.parts import build_part, result_table
 from pipeline.plan import Plan
+from pipeline.segments import Segments
 from pipeline.storage import Storage
 from pipeline.types import Totals
 from pipeline.verify import verify
@@ -620,6 +624,27 @@ def test_status_while_running_and_at_the_end(job: Job) -> None:
     manifest = ledger.complete(plan, job, sum((r.totals for r in results), Totals()), seconds=1.0)
     status = read_status(job.output.path)
     assert (status.complete, status.finished, status.totals.errors) == (True, manifest["finished"], 2)
+
+
+def test_status_says_what_is_saved_of_units_under_way_and_who_runs(job: Job) -> None:
+    """Segments of units that have no part yet, of this job alone: not those that a finished unit left behind."""
+    plan = plan_of(job)
+    open_ledger(job, plan)
+    assert read_status(job.output.path).driver is None
+    claim = Claim(job.output.path)
+    publish(job, plan, plan.units[:1])
+    for unit, digest, rows in [(0, "ours", 4), (1, "ours", 3), (1, "ours", 2), (2, "other", 5)]:
+        digest = plan.fingerprint.digest if digest == "ours" else digest
+        data = UnitReader(job.input).read(plan.units[unit])
+        table = result_table(plan.units[unit], [complete_row(row) for row in data.rows[:rows]])
+        Segments(Storage(job.output.path), digest).write(
+            plan.units[unit], table, writer=uuid.uuid4().hex, number=1, attempt=1
+        )
+    status = read_status(job.output.path)
+    assert (status.rows_done, status.rows_saved) == (10, 5)
+    assert status.driver is not None
+    assert f"pid {os.getpid()} on " in status.driver
+    claim.check_now()
 
 
 def test_status_counts_the_jobs_own_parts_alone(job: Job) -> None:

@@ -29,6 +29,7 @@ from pipeline.segments import (
 )
 from pipeline.storage import Storage
 from pipeline.types import RowResult, WorkUnit
+from tests.unit.pipeline_cases import not_utf8
 
 ROWS = 12
 UNIT = WorkUnit("a-000100", "/in/a.parquet", "a.parquet", 100, ROWS, 4096, "mtime:1")
@@ -206,6 +207,15 @@ def test_a_segment_with_other_contents_than_rows_of_its_unit_is_refused() -> Non
             from_segment(segment_name(WRITERS[0], 1, data), data, UNIT, DIGEST)
         with pytest.raises(NotOursError):
             read_record(pa.BufferReader(data))
+
+
+def test_text_that_is_not_utf_8_is_refused() -> None:
+    """It would make the whole part unreadable."""
+    rows = rows_of([1, 2], "x")
+    broken = rows.set_column(rows.schema.get_field_index("completion"), "completion", not_utf8(b"good", b"\xff"))
+    data = to_segment(UNIT, DIGEST, broken, writer=WRITERS[0], attempt=1)
+    with pytest.raises(NotOursError, match="cannot be read"):
+        from_segment(segment_name(WRITERS[0], 1, data), data, UNIT, DIGEST)
 
 
 def test_strange_files_in_the_folder_do_not_matter(tmp_path: Path) -> None:
