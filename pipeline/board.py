@@ -37,11 +37,13 @@ class Board:
         self._waiting = deque(Assignment(unit) for unit in units if unit.id not in finished)
         self._suspects: deque[Assignment] = deque()
         self._held: dict[str, dict[WorkKey, Assignment]] = {}  # ready replica -> what it holds
+        self._begun: dict[str, WorkKey] = {}  # replica -> the lone row that it has read
         self._splits: dict[str, _Split] = {}  # by unit id
         self._live_errors: dict[WorkKey, int] = {}  # error rows so far, of what is held and of ranges that are done
         self._rows = sum(result.totals.rows for result in finished.values())
         self._errors = sum(result.totals.errors for result in finished.values())
-        self._start_failures = 0
+        self._started = False  # whether any replica ever became ready
+        self._start_failures = 0  # in a row, while none is ready
         self._condemned_in_a_row = 0
 
     @property
@@ -80,10 +82,12 @@ class Board:
         match event:
             case ReplicaReady(replica):
                 self._held[replica] = {}
-                self._start_failures = 0
+                self._started, self._start_failures = True, 0
             case UnitProgress(replica, key, _, errors) if key in self._held.get(replica, {}):
                 if event.tokens > event.kept_tokens:
                     self._condemned_in_a_row = 0
+                if self._held[replica][key].lone:
+                    self._begun[replica] = key
                 self._live_errors[key] = errors
                 self._check_errors()
             case UnitDone(result):
@@ -134,21 +138,25 @@ class Board:
         split = self._splits[work.unit.id]
         split.open.discard(work.key)
         if not split.open:
+            self._forget_errors(work.unit.id)  # the whole unit reports those of its ranges with its own
             self._put_back(Assignment(work.unit, split.attempt + 1))
 
     def _lost(self, event: ReplicaLost) -> None:
-        held = self._held.pop(event.replica, None)
+        held, begun = self._held.pop(event.replica, None), self._begun.pop(event.replica, None)
         if held is None:  # it never became ready
-            self._start_failures += 1
             working = bool(self._held)
-            self._policy.check_start(self._start_failures, refused=event.refused, working=working, reason=event.reason)
+            self._start_failures = 0 if working else self._start_failures + 1
+            refused = event.refused and not self._started  # where others could start, it is the node
+            self._policy.check_start(self._start_failures, refused=refused, working=working, reason=event.reason)
             return
         reason = f"replica {event.replica} was lost: {event.reason}"
         for work in reversed(held.values()):
             self._live_errors.pop(work.key, None)
             split = self._splits.get(work.unit.id)
             finished = split is not None and not split.open
-            followers = self._policy.after_loss(work, reason, excused=event.excused, finished=finished)
+            followers = self._policy.after_loss(
+                work, reason, excused=event.excused, finished=finished, begun=begun == work.key
+            )
             if followers[0].condemned is not None and work.condemned is None:
                 self._condemned_in_a_row += 1
                 self._policy.check_condemned(self._condemned_in_a_row, reason)
@@ -169,9 +177,11 @@ class Board:
 
     def _forget(self, unit_id: str) -> None:
         """Drops what is known of a unit on its way."""
-        self._live_errors.pop((unit_id, None), None)
-        if self._splits.pop(unit_id, None):
-            self._live_errors = {key: errors for key, errors in self._live_errors.items() if key[0] != unit_id}
+        self._splits.pop(unit_id, None)
+        self._forget_errors(unit_id)
+
+    def _forget_errors(self, unit_id: str) -> None:
+        self._live_errors = {key: errors for key, errors in self._live_errors.items() if key[0] != unit_id}
 
     def _check_errors(self) -> None:
         begun = {work.unit.id: work.unit.row_count for held in self._held.values() for work in held.values()}

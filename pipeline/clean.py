@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.contents import PROBE, Contents, list_contents
 from pipeline.errors import StorageError
+from pipeline.layout import SUCCESS
 from pipeline.ledger import Ledger
 from pipeline.manifest import NotOursError, PlanRecord
 from pipeline.segments import read_record
@@ -15,7 +16,7 @@ from pipeline.storage import FileInfo, Storage
 
 THREADS = 16
 TEMPORARY_AGE_S = 3600.0
-"""A temporary file that is younger may be one that is being written."""
+"""A temporary file that is younger may be one that is being written, where the job is not complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,12 @@ class Leftover:
 
 def find_leftovers(output_path: str, clock: Callable[[], float] = time.time) -> list[Leftover]:
     """What `clean` would remove. Raises OutputError where the folder is no job's output, StorageError."""
-    plan = Ledger(output_path).read_plan()
-    storage = Storage(output_path)
+    ledger, storage = Ledger(output_path), Storage(output_path)
+    ledger.read_plan()  # refuses a folder that is none of ours
     contents = list_contents(storage)
+    plan = (
+        ledger.read_plan()
+    )  # after the listing: a run that takes more files meanwhile has planned those of its segments
     finished = contents.part_units
     others = [file for unit in contents.segments.keys() - finished for file in contents.segments[unit]]
     found = {
@@ -77,8 +81,9 @@ def _foreign(storage: Storage, segments: Sequence[FileInfo], plan: PlanRecord) -
 
 
 def _abandoned(contents: Contents, now: float) -> Iterator[FileInfo]:
+    complete = any(file.name == SUCCESS for file in contents.own)
     for file in contents.temporary:
-        if file.name == PROBE:
+        if complete or file.name == PROBE:
             yield file
             continue
         with suppress(ValueError):  # a stamp that is no time: no local file, and there nothing is written in two steps

@@ -69,6 +69,8 @@ def run(
                     raise
                 typer.echo(str(error), err=True)
                 raise typer.Exit(128 + signals.received) from None
+            except KeyboardInterrupt:  # a second signal
+                raise typer.Exit(128 + (signals.received or signal.SIGINT)) from None
         for line in _summary(settings, outcome):
             typer.echo(line)
 

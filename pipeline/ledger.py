@@ -33,6 +33,8 @@ from pipeline.storage import FileInfo, Storage, check_writable
 from pipeline.types import Totals, UnitResult
 
 READ_THREADS = 16
+HALF_WRITTEN = (("", ".part-*.tmp"), (RECORDS, ".*.tmp"))
+"""What a killed writer of a part or a record leaves on a local disk: (folder, pattern)."""
 
 
 class Ledger:
@@ -119,13 +121,7 @@ class Ledger:
 
         Raises OutputError where a unit has no part or the totals do not cover all rows: the job is not complete then.
         """
-        if (old := self._storage.read_if_exists(PLAN)) is not None:  # another run may have taken the folder meanwhile
-            self._refuse_settings(there := self._parse_plan(old), plan)
-            if (change := listing_change(there.files, plan.listing)).any:
-                raise OutputError(
-                    f"output {self._shown} is another run's by now, whose input files differ: {change}; "
-                    "submit the job again"
-                )
+        self._refuse_taken(plan)
         parts = self._parts()
         planned = {part_name(unit.id) for unit in plan.units}
         missing = len(planned - {part.name for part in parts})
@@ -140,9 +136,10 @@ class Ledger:
         given = job.input.id_column is not None
         duplicates, examples = find_duplicates(self._storage, parts, plan.rows) if given else (0, ())
         manifest = manifest_fields(plan, job, totals, duplicates, examples, seconds)
+        self._refuse_taken(plan)  # reading all ids takes minutes
         self._storage.write(MANIFEST, to_json(manifest))
         self._storage.write(SUCCESS, b"")
-        self._sweep_segments()
+        self._sweep()
         return manifest
 
     def is_complete(self) -> bool:
@@ -220,15 +217,19 @@ class Ledger:
         with ThreadPoolExecutor(READ_THREADS) as pool:
             return sum(pool.map(read, open_units))
 
-    def _sweep_segments(self) -> None:
-        """The rows of all segments are in parts. What cannot be removed now is left to `clean`."""
+    def _sweep(self) -> None:
+        """The rows of all segments are in parts, and what a killed writer left half written is there by now. What
+        cannot be removed is left to `clean`."""
 
-        def remove(segment: FileInfo) -> None:
+        def remove(name: str) -> None:
             with contextlib.suppress(StorageError):
-                self._storage.remove(f"{SEGMENTS}/{segment.name}")
+                self._storage.remove(name)
 
         with contextlib.suppress(StorageError), ThreadPoolExecutor(READ_THREADS) as pool:
-            list(pool.map(remove, self._segments()))
+            names = [f"{SEGMENTS}/{segment.name}" for segment in self._segments()]
+            for folder, pattern in HALF_WRITTEN:
+                names += [file.name for file in self._storage.list_files(folder, pattern)]
+            list(pool.map(remove, names))
 
     def _refuse_file(self) -> None:
         if self._storage.kind() == "file":
@@ -241,6 +242,18 @@ class Ledger:
             raise OutputError(
                 f"output {self._shown}: {PLAN} cannot be read: {error}; use another output.path or delete it"
             ) from None
+
+    def _refuse_taken(self, plan: Plan) -> None:
+        """Raises OutputError where another run has taken the folder meanwhile, with other settings or input."""
+        data = self._storage.read_if_exists(PLAN)
+        if data is None:
+            return
+        self._refuse_settings(there := self._parse_plan(data), plan)
+        if (change := listing_change(there.files, plan.listing)).any:
+            raise OutputError(
+                f"output {self._shown} is another run's by now, whose input files differ: {change}; "
+                "submit the job again"
+            )
 
     def _refuse_settings(self, old: PlanRecord, plan: Plan) -> None:
         """Raises OutputError where the folder's plan is of other settings."""

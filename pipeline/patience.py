@@ -15,6 +15,8 @@ from pipeline.paths import cause, is_storage_failure, is_transient
 T = TypeVar("T")
 PATIENCE_S, LOCAL_PATIENCE_S = 300.0, 10.0
 """How long a failing operation is tried again: on a store behind a network, and on a local disk."""
+STRANGER_PATIENCE_S = 30.0
+"""The same on a store that has not answered this process yet: rather a wrong address than an outage."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 20.0
 NOTICE_S = 10.0
 """An operation that has been failing for so long says so in the log, once."""
@@ -22,13 +24,12 @@ _BROKEN_ON_THE_WAY = ("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"
 _log = logging.getLogger(__name__)
 
 
-def keep_trying(what: str, local: bool, call: Callable[[], T]) -> T:
+def keep_trying(what: str, patience_s: float, call: Callable[[], T]) -> T:
     """What the call returns, at the first try that does not fail.
 
     `what`: "cannot read s3://…". Raises StorageError where trying again cannot help or did not; a fault of the program
     as it is.
     """
-    patience_s = LOCAL_PATIENCE_S if local else PATIENCE_S
     retrying = Retrying(
         stop=stop_after_delay(patience_s),
         wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),

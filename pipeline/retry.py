@@ -1,6 +1,7 @@
 """When to try again and when to give up: pure rules, no clock, no storage, no cluster."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from pipeline.errors import JobFailed
 from pipeline.types import Assignment, WorkUnit
@@ -10,6 +11,9 @@ ROWS_BEFORE_JUDGING = 100
 START_FAILURES = 3
 """Replicas that die before they are ready, one after the other and none working, until the job gives up. Also those
 that die with work that has nothing to generate."""
+PIECES = 8
+"""Ranges that a unit which kills is split into, and each of them again. Halves would cost three times as many replicas,
+each with minutes of loading; the pieces that do not kill cost a reading of the unit each."""
 CONDEMNED_IN_A_ROW = 10
 """Rows condemned one after the other, without any generated in between, until the job gives up."""
 EXCUSED_ATTEMPTS = 20
@@ -32,30 +36,33 @@ class RetryPolicy:
     """Share of error rows, 0 to 1, above which the job ends."""
 
     def after_loss(
-        self, work: Assignment, reason: str, *, excused: bool = False, finished: bool = False
+        self, work: Assignment, reason: str, *, excused: bool = False, finished: bool = False, begun: bool = True
     ) -> tuple[Assignment, ...]:
-        """What is to be done instead of work whose replica was lost: the same again, two halves, or a row condemned.
+        """What is to be done instead of work whose replica was lost: the same again, pieces of it, or a row condemned.
 
         `excused`: the loss is no row's fault. `finished`: all rows of the unit stand in segments, so that none of them
-        can be what kills. A row is condemned after at most `attempts` losses of its unit, one of each range around it
-        (their number is the logarithm of the unit's rows) and `attempts` of its own.
+        can be what kills. `begun`: the replica had read the work; a lone row is not blamed before, unless that happens
+        as often as it may kill: then it may be the reading. A row is condemned after at most `attempts` losses of its
+        unit, one of each range around it (their number is the logarithm, to base PIECES, of the unit's rows) and
+        `attempts` of its own.
         """
         excused = excused and work.attempt < EXCUSED_ATTEMPTS
-        again = replace(work, attempt=work.attempt + 1, losses=work.losses + (not excused))
-        first, end = work.rows or (0, work.unit.row_count)
-        lone = end - first == 1
-        if excused:
-            return (again,)
+        early = not excused and not begun and work.lone and work.early_losses < self.attempts
+        if excused or early:
+            return (replace(work, attempt=work.attempt + 1, early_losses=work.early_losses + early),)
+        again = replace(work, attempt=work.attempt + 1, losses=work.losses + 1)
         if finished or work.condemned is not None:
             self._check_harmless(again, reason)
             return (again,)
-        if again.losses < self.attempts and (work.rows is None or lone):
+        if again.losses < self.attempts and (work.rows is None or work.lone):
             return (again,)
-        if lone:
+        if work.lone:
             text = f"the replica died {self.attempts} times while it generated this row alone; the last time: {reason}"
-            return (replace(again, rows=(first, end), losses=0, condemned=text),)
-        middle = (first + end) // 2
-        return tuple(replace(again, rows=rows, losses=0) for rows in ((first, middle), (middle, end)))
+            return (replace(again, rows=work.span, losses=0, condemned=text),)
+        first, end = work.span
+        pieces = min(PIECES, end - first)
+        edges = [first + (end - first) * piece // pieces for piece in range(pieces + 1)]
+        return tuple(replace(again, rows=rows, losses=0) for rows in pairwise(edges))
 
     def after_failure(self, work: Assignment, reason: str) -> Assignment:
         """The same work again, which a living replica could not read or publish."""

@@ -32,24 +32,16 @@ class RowStream:
         self.path = unit.file
         self.too_long: dict[int, str] = {}
         """Why the last taken rows (by position among them) have cells that are null: too long to be held."""
-        storage, name = split_url(unit.file)
-        info = storage.stat(name)
-        if info is None:
-            raise InputError(f"input {safe_url(unit.file)} is gone: it was there when the job was planned")
-        if unit.size >= 0:
-            changed_etag = unit.stamp.startswith("etag:") and info.stamp != unit.stamp
-            if info.size != unit.size or changed_etag:
-                raise InputError(
-                    f"input {safe_url(unit.file)} has changed since the job was planned "
-                    f"({unit.size} bytes then, {info.size} now): submit the job again"
-                )
-        self._source = storage.open(name, info.size)
+        self._planned = unit
+        self._storage, self._name = split_url(unit.file)
+        size = self._check_unchanged()
+        self._source = self._storage.open(self._name, size)
         self._metadata = metadata = pq.read_metadata(self._source)
-        groups = bounds.check_footer(metadata, info.size)
+        groups = bounds.check_footer(metadata, size)
         stored = metadata.schema.to_arrow_schema()
         self._schema = pa.schema([(name, plain_type(stored.field(name).type)) for name in columns])
         if any(mark in str(stored.field(name).type) for name in columns for mark in _BUILT_BADLY):
-            metadata = _without_arrow_schema(self._source, info.size)
+            metadata = _without_arrow_schema(self._source, size)
         self._parquet = pq.ParquetFile(self._source, metadata=metadata, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
         self._columns = columns
         self._group_starts = list(accumulate(groups, initial=0))
@@ -60,7 +52,7 @@ class RowStream:
     def take(self, first_row: int, count: int) -> pa.Table:
         """Rows first_row to first_row + count - 1; afterwards `too_long` is about them.
 
-        Raises what pyarrow raises, InputError where the file is shorter or the rows are too large together.
+        Raises what pyarrow raises, InputError where the file has changed or the rows are too large together.
         """
         end = first_row + count
         if end > self._group_starts[-1]:
@@ -85,6 +77,7 @@ class RowStream:
                     f"take more than {bounds.UNIT_BYTES >> 20} MiB: lower output.rows_per_file"
                 )
             taken.append(rows)
+        self._check_unchanged()  # a file that is rewritten while it is open gives rows of both
         return pa.Table.from_batches(taken)
 
     def close(self) -> None:
@@ -93,6 +86,20 @@ class RowStream:
         self._pending = None
         self._parquet.close()
         self._source.close()
+
+    def _check_unchanged(self) -> int:
+        """The file's size in bytes. Raises InputError where the file is not the one that was planned."""
+        planned, info = self._planned, self._storage.stat(self._name)
+        if info is None:
+            raise InputError(f"input {safe_url(self.path)} is gone: it was there when the job was planned")
+        # A checksum is the stamp of a file in Ray's package, which nobody rewrites.
+        changed = info.stamp != planned.stamp and not planned.stamp.startswith("sha256:")
+        if planned.size >= 0 and (info.size != planned.size or changed):
+            raise InputError(
+                f"input {safe_url(self.path)} has changed since the job was planned ({planned.size} bytes, "
+                f"{planned.stamp} then; {info.size} bytes, {info.stamp} now): submit the job again"
+            )
+        return info.size
 
     def _skip_to(self, row: int, last: int) -> None:
         ahead = self._position <= row < self._end and self._group_of(self._position) == self._group_of(row)

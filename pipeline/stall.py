@@ -49,8 +49,10 @@ class StallWatch:
                 if generated > seen.tokens.get(key, 0):
                     self._row()
                 seen.tokens[key] = generated
-            case UnitDone() | RangeDone():
-                self._row()
+            case UnitDone(result):
+                self._end((result.unit_id, None))
+            case RangeDone(_, key):
+                self._end(key)
 
     def check(self, busy: Iterable[str]) -> list[tuple[str, str]]:
         """The replicas to drop now, among those that hold work, and why. Raises JobFailed."""
@@ -75,6 +77,11 @@ class StallWatch:
             )
             for replica, seen in stalled.items()
         ]
+
+    def _end(self, key: WorkKey) -> None:
+        for seen in self._seen.values():
+            seen.tokens.pop(key, None)
+        self._row()
 
     def _row(self) -> None:
         self._row_at = self._clock()

@@ -12,6 +12,7 @@ import io
 import os
 import tempfile
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline import patience
 from pipeline.errors import OutputError, StorageError
 from pipeline.paths import cause, is_local, safe_url
 from pipeline.patience import keep_trying
@@ -48,6 +50,8 @@ HASH_CHUNK_BYTES = 1 << 20
 DANGLING = -1
 _BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs")
 _PROBE = "_writable"
+_have_answered: "weakref.WeakSet[Any]" = weakref.WeakSet()
+"""File systems behind a network whose store has answered this process."""
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -264,7 +268,16 @@ class Storage:
     def _call(self, operation: str, name: str, function: Callable[[str], T]) -> T:
         path = f"{self._path.rstrip('/')}/{name}" if name else self._path
         url = safe_url(f"{self.root.rstrip('/')}/{name}" if name else self.root)
-        return keep_trying(f"cannot {operation} {url}", self._local, partial(function, path))
+        result = keep_trying(f"cannot {operation} {url}", self._patience_s(), partial(function, path))
+        if not self._local:
+            _have_answered.add(self._fs)
+        return result
+
+    def _patience_s(self) -> float:
+        if self._local:
+            return patience.LOCAL_PATIENCE_S
+        known = self._fs in _have_answered
+        return patience.PATIENCE_S if known else min(patience.STRANGER_PATIENCE_S, patience.PATIENCE_S)
 
 
 class _RangeFile(io.RawIOBase):

@@ -35,6 +35,8 @@ class Assignment:
     whole unit, whose part is published."""
     losses: int = 0
     """Replicas that were lost with exactly these rows."""
+    early_losses: int = 0
+    """Of a lone row: replicas that were lost before they began to generate it."""
     failures: int = 0
     """Times that reading or publishing failed, on replicas that lived on."""
     condemned: str | None = None
@@ -44,6 +46,16 @@ class Assignment:
     def key(self) -> "WorkKey":
         """What tells it from all others that are under way."""
         return self.unit.id, self.rows
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Positions of its rows inside the unit, the second excluded."""
+        return self.rows or (0, self.unit.row_count)
+
+    @property
+    def lone(self) -> bool:
+        """Whether it is one row."""
+        return self.span[1] - self.span[0] == 1
 
     @property
     def suspect(self) -> bool:

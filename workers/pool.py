@@ -32,6 +32,8 @@ CHECK_S = 0.5
 """How often groups that wait for room are looked at."""
 NOTICE_S = 5.0
 """After this long without room for all that was asked, the operator is told what the cluster has."""
+START_S = 3600.0
+"""A replica whose model is not loaded after so long is thrown away: it holds no work, so no stall watch sees it."""
 BACKOFF_S, MAX_BACKOFF_S = 2.0, 60.0
 """Before a replica that could not start is tried again; doubled each time, up to the second."""
 
@@ -44,6 +46,8 @@ class _Slot:
     group: PlacementGroup
     actor: Any = None
     lives: int = 0
+    started_at: float = 0.0
+    """When its actor was asked for."""
     ready: bool = False
     calls: deque[Any] = field(default_factory=deque)
     """Outstanding calls, oldest first; `start` alone until the replica is ready."""
@@ -128,14 +132,14 @@ class RayPool:
 
     def _listen(self, timeout_s: float) -> list[Event]:
         self._look_in()
+        events: list[Event] = [self._lose_unstarted(slot) for slot in self._slots if _is_overdue(slot)]
         by_call = {call: slot for slot in self._slots for call in (*slot.calls, *slot.looks)}
         if not by_call:
             time.sleep(min(timeout_s, CHECK_S))
-            return []
+            return events
         # The first to return ends the waiting; whatever else has returned by then comes with it.
         ray.wait(list(by_call), num_returns=1, timeout=timeout_s, fetch_local=False)
         done, _ = ray.wait(list(by_call), num_returns=len(by_call), timeout=0, fetch_local=False)
-        events: list[Event] = []
         for call in done:
             slot = by_call[call]
             if call in slot.calls:  # not one of a replica that was lost a moment ago
@@ -181,6 +185,9 @@ class RayPool:
         self._kill(slot)
         return lost
 
+    def _lose_unstarted(self, slot: _Slot) -> ReplicaLost:
+        return self._lose(slot, Report(fatal=f"its model was not loaded within {START_S / 60:g} minutes"))
+
     def _kill(self, slot: _Slot) -> None:
         if slot.actor is not None:
             ray.kill(slot.actor, no_restart=True)
@@ -217,7 +224,7 @@ class RayPool:
         if placement_group_table(slot.group).get("state") != "CREATED":
             return False
         if now >= slot.not_before:
-            slot.lives += 1
+            slot.lives, slot.started_at = slot.lives + 1, now
             slot.actor = self._actor_class.options(
                 num_cpus=self._settings.cpus,
                 num_gpus=self._settings.gpus,
@@ -250,6 +257,10 @@ class RayPool:
 
     def _wanted(self) -> str:
         return amounts({"GPU": self._settings.gpus, "CPU": self._settings.cpus})
+
+
+def _is_overdue(slot: _Slot) -> bool:
+    return slot.actor is not None and not slot.ready and time.monotonic() - slot.started_at >= START_S
 
 
 def _death(error: RayActorError) -> str:

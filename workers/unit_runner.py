@@ -68,6 +68,7 @@ class UnitRunner:
         self._idle.set()
         self._wake = threading.Event()  # set by whatever gives an idle runner something to do
         self._stopped = self._closed = False
+        self._announce = False  # a suspect is read: the driver hears so before it is generated, and may kill
         self._steps = self._reads = 0
         self._intake = Intake(tokenizer, store, mode=params.mode, replica=replica, tell=self._notes.append, clock=clock)
         # A thread each, not some for all: a reader reads one unit at a time, and no part waits behind a reading.
@@ -182,7 +183,8 @@ class UnitRunner:
             self._start_reading()
             outcomes = [*self._collect_read(), *self._settle()]
             left = deadline - self._clock()
-            if outcomes or left <= 0:
+            if outcomes or left <= 0 or self._announce:
+                self._announce = False
                 return outcomes
             self._top_up()
             if self._in_engine:
@@ -227,6 +229,7 @@ class UnitRunner:
             del self._to_read[unit_id]
             if isinstance(opened, OpenUnit):
                 self._open[unit_id] = opened
+                self._announce |= opened.work.suspect
             else:
                 outcomes.append(self._end(unit_id, self._published(opened)))
         return outcomes

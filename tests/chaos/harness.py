@@ -33,16 +33,18 @@ class Schedule:
     """What is done to a job. Periods are mean seconds between two faults of a kind; 0: never."""
 
     rows_per_file: int = 500
-    turn_s: float = 0.05
-    checkpoint_s: float = 0.5
-    actor_s: float = 5.0
-    node_s: float = 25.0
+    turn_s: float = 0.04
+    checkpoint_s: float = 0.4
+    attempts: int = 4
+    """Losses of a lone row until it is condemned: kills at random must not hit an innocent one so often."""
+    actor_s: float = 6.0
+    node_s: float = 40.0
     node_away_s: float = 3.0
     driver_s: float = 40.0
     actors: int = 1_000
     """Times at most that each of these is struck."""
     nodes: int = 1_000
-    drivers: int = 4
+    drivers: int = 3
     """Each kill of a driver forgets which units are suspect."""
     storage_rate: float = 0.03
     """Share of all requests that fail."""
@@ -136,7 +138,7 @@ def make_job(inputs: str, output: str, schedule: Schedule) -> Job:
             "generation": {"max_new_tokens": 48},
             "workers": {"gpus": 0, "cpus": 1, "replicas": REPLICAS, "start_timeout_s": 60.0},
             "checkpoint": {"seconds": schedule.checkpoint_s},
-            "retry": {"attempts": 2},
+            "retry": {"attempts": schedule.attempts},
         }
     )
 

@@ -13,6 +13,7 @@ SCHEDULE = Schedule(
     rows_per_file=20,
     turn_s=0.1,
     checkpoint_s=0.3,
+    attempts=2,
     actor_s=1.5,
     node_s=4.0,
     node_away_s=1.0,

@@ -60,11 +60,12 @@ def test_wrong_credentials_are_one_line_without_secrets(s3: str, monkeypatch: py
 
 
 def test_an_endpoint_that_does_not_answer_is_one_line(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And soon: a store that never answered is given less time than one that is away for a while."""
     from s3fs import S3FileSystem
 
     monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(patience, "LONGEST_WAIT_S", 0.01)
-    monkeypatch.setattr(patience, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(patience, "STRANGER_PATIENCE_S", 0.3)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     S3FileSystem.clear_instance_cache()
     with pytest.raises(StorageError, match=rf"cannot read {s3}/x: .*\(tried \d+ times in 0.3 s\)") as caught:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pipeline.board import UNITS_A_REPLICA
 from pipeline.events import Event, RangeDone, ReplicaLost, ReplicaReady, UnitDone, UnitFailed, UnitProgress
-from pipeline.types import Assignment, Totals, UnitResult, WorkUnit
+from pipeline.types import Assignment, Totals, UnitResult, WorkKey, WorkUnit
 
 
 def make_units(count: int, rows: int = 10) -> list[WorkUnit]:
@@ -25,6 +25,8 @@ class Life:
     held: list[Assignment] = field(default_factory=list)
     finished: dict[str, set[int]] = field(default_factory=dict)
     """Rows not written down, by unit."""
+    announced: set[WorkKey] = field(default_factory=set)
+    """Suspects that were reported as read."""
 
 
 class SimulatedPool:
@@ -90,6 +92,10 @@ class SimulatedPool:
 
     def _generate(self, replica: str, work: Assignment) -> None:
         life, unit = self.lives[replica], work.unit.id
+        if work.suspect and work.key not in life.announced:
+            life.announced.add(work.key)
+            self.events.append(UnitProgress(replica, work.key, 0, 0, 0))
+            return
         done = life.finished.setdefault(unit, set())
         kept = self.segments.setdefault(unit, set()) | self.condemned.get(unit, set())
         left = sorted(rows_of(work) - kept - done)

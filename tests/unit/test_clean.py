@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+import pipeline.clean
 from pipeline.clean import find_leftovers, remove_leftovers
 from pipeline.commit import UnitOutput
+from pipeline.contents import Contents, list_contents
 from pipeline.dataset import UnitReader
 from pipeline.errors import OutputError
 from pipeline.job import Job
 from pipeline.ledger import Ledger
 from pipeline.parts import result_table
 from pipeline.plan import Plan
+from pipeline.storage import Storage
 from pipeline.types import WorkUnit
 from pipeline.verify import verify
 from tests.unit.pipeline_cases import complete_row, make_job, open_ledger, output_of, plan_of, prompts, publish, write
@@ -110,11 +113,29 @@ def test_after_clean_verify_has_nothing_to_say(job: Job) -> None:
     publish(job, plan)
     ledger.complete(plan, job, verify(job.output.path).totals, seconds=1.0)
     add(job, f"_job/segments/{plan.units[0].id}/late.parquet")
-    add(job, f".part-{plan.units[0].id}.parquet.{'a' * 32}.tmp", age_s=4000)
+    add(job, f".part-{plan.units[0].id}.parquet.{'a' * 32}.tmp")  # nothing of a complete job is being written
     assert len(verify(job.output.path).problems) == 2
     remove_leftovers(job.output.path, find_leftovers(job.output.path))
     assert verify(job.output.path).problems == ()
     assert Ledger(job.output.path).is_complete()
+
+
+def test_segments_of_a_run_that_takes_more_files_meanwhile_stay(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It replaces the plan and writes segments of a new file while `clean` looks."""
+    begun(job)
+    late = []
+
+    def list_late(storage: Storage) -> Contents:
+        write(Path(job.input.path) / "b.parquet", prompt=prompts(9))
+        extending = job.model_copy(update={"input": job.input.model_copy(update={"on_change": "extend"})})
+        longer = plan_of(extending)
+        open_ledger(extending, longer)
+        late.append(add_segment(job, output_of(job, longer), longer.units[-1]))
+        return list_contents(storage)
+
+    monkeypatch.setattr(pipeline.clean, "list_contents", list_late)
+    assert [file.name for leftover in find_leftovers(job.output.path) for file in leftover.files] == []
+    assert late[0] in files_of(job)
 
 
 def test_a_folder_that_is_no_output_is_left_alone(tmp_path: Path) -> None:

@@ -356,3 +356,17 @@ def test_python_m_pipeline_is_the_command_line() -> None:
     assert result.returncode == 0
     assert "twotower" in result.stdout
     assert all(command in result.stdout for command in ("run", "plan", "status", "verify", "retry-errors", "clean"))
+
+
+def test_a_thread_that_waits_for_storage_does_not_keep_the_process() -> None:
+    """After a stop, say: Python joins the threads of executors at its end, and storage may be tried for minutes."""
+    script = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import pipeline.__main__
+ThreadPoolExecutor().submit(threading.Event().wait, 300)
+pipeline.__main__.LEAVE_S = 0.1
+pipeline.__main__.app = lambda **_: sys.exit(143)
+pipeline.__main__.main()
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 143

@@ -216,7 +216,7 @@ def test_a_file_changed_since_planning(tmp_path: Path) -> None:
     job = make_job(file, tmp_path / "out")
     (unit,) = plan_of(job).units
     write(file, prompt=prompts(50))
-    with pytest.raises(InputError, match=r"a\.parquet has changed since the job was planned \(\d+ bytes then"):
+    with pytest.raises(InputError, match=r"a\.parquet has changed since the job was planned \(\d+ bytes, "):
         UnitReader(job.input).read(unit)
     plain = WorkUnit(unit.id, unit.file, unit.name, 45, 10)
     with pytest.raises(InputError, match="it has 50 rows, the plan reads up to row 54"):
@@ -224,6 +224,23 @@ def test_a_file_changed_since_planning(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(InputError, match="is gone"):
         UnitReader(job.input).read(unit)
+
+
+def test_a_file_rewritten_to_the_same_size_is_a_changed_file(tmp_path: Path) -> None:
+    """Before it is opened, and between two units that are read from it."""
+    old, new = (write(tmp_path / f"{word}.parquet", prompt=[f"{word} {i:04}" for i in range(200)]) for word in "ab")
+    file = tmp_path / "in/a.parquet"
+    file.parent.mkdir()
+    file.write_bytes(old.read_bytes())
+    job = make_job(file, tmp_path / "out", output={"rows_per_file": 100})
+    first, second = plan_of(job).units
+    reader = UnitReader(job.input)
+    assert reader.read(first).rows[0].prompt == "a 0000"
+    assert old.stat().st_size == new.stat().st_size
+    file.write_bytes(new.read_bytes())
+    for unit in (second, first):
+        with pytest.raises(InputError, match="has changed since the job was planned"):
+            reader.read(unit)
 
 
 def test_a_corrupt_page_names_file_and_rows_and_the_next_file_works(tmp_path: Path) -> None:

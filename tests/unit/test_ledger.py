@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline.ledger
 from pipeline import duplicates
 from pipeline.claim import Claim
 from pipeline.dataset import UnitReader
@@ -378,6 +379,19 @@ def test_a_file_whose_columns_do_not_fit_does_not_extend(job: Job) -> None:
         open_ledger(extending(carrying), plan_of(carrying))
 
 
+def test_what_killed_writers_left_is_gone_when_the_job_is_complete(job: Job) -> None:
+    """So `verify` has nothing to say after a kill -9 and a resume."""
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    totals = sum((result.totals for result in publish(job, plan)), Totals())
+    unit = plan.units[0].id
+    for name in (f".part-{unit}.parquet", f"_job/units/.{unit}.json", f"_job/segments/{unit}/.x.parquet"):
+        out(job, name).parent.mkdir(parents=True, exist_ok=True)
+        out(job, f"{name}.{'a' * 32}.tmp").write_bytes(b"half")
+    ledger.complete(plan, job, totals, seconds=1.0)
+    assert verify(job.output.path).problems == ()
+
+
 def test_a_plan_that_grew_meanwhile_is_not_completed_by_the_older_run(job: Job) -> None:
     """Two runs, one of them planned over more files: the one whose plan the folder does not hold ends."""
     plan = plan_of(job)
@@ -391,6 +405,26 @@ def test_a_plan_that_grew_meanwhile_is_not_completed_by_the_older_run(job: Job) 
     ):
         older.complete(plan, job, totals, seconds=1.0)
     assert not older.is_complete()
+
+
+def test_a_plan_that_grows_while_ids_are_counted_is_not_completed_by_the_older_run(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting them takes minutes on a large output; `_SUCCESS` of the older run would then cover the newer one's."""
+    plan = plan_of(job)
+    older = open_ledger(job, plan)
+    totals = sum((result.totals for result in publish(job, plan)), Totals())
+    write(Path(job.input.path) / "c.parquet", prompt=["x"], key=[1])
+
+    def count_slowly(*_: Any) -> tuple[int, tuple[str, ...]]:
+        open_ledger(extending(job), plan_of(job))
+        return 0, ()
+
+    monkeypatch.setattr(pipeline.ledger, "find_duplicates", count_slowly)
+    with pytest.raises(OutputError, match="another run's by now"):
+        older.complete(plan, job, totals, seconds=1.0)
+    assert not older.is_complete()
+    assert not out(job, "_job/manifest.json").exists()
 
 
 def test_a_part_beyond_the_plan_keeps_a_job_from_completing(job: Job) -> None:

@@ -1,5 +1,6 @@
 """The retry policy's rules, one by one."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -26,10 +27,13 @@ def test_a_whole_unit_is_split_after_the_attempts_allowed_and_a_range_at_its_fir
     [work] = POLICY.after_loss(Assignment(UNIT), "killed")
     assert (work.attempt, work.losses, work.rows, work.suspect) == (2, 1, None, True)
     [work] = POLICY.after_loss(work, "killed")
-    halves = POLICY.after_loss(work, "killed")
-    assert [(half.rows, half.losses, half.attempt) for half in halves] == [((0, 25), 0, 4), ((25, 50), 0, 4)]
-    quarters = POLICY.after_loss(halves[1], "killed")
-    assert [quarter.rows for quarter in quarters] == [(25, 37), (37, 50)]
+    pieces = POLICY.after_loss(work, "killed")
+    edges = [0, 6, 12, 18, 25, 31, 37, 43, 50]
+    assert [(piece.rows, piece.losses, piece.attempt) for piece in pieces] == [
+        (rows, 0, 4) for rows in itertools.pairwise(edges)
+    ]
+    rows = POLICY.after_loss(pieces[1], "killed", begun=False)
+    assert [row.rows for row in rows] == [(row, row + 1) for row in range(6, 12)]
 
 
 def test_a_lone_row_is_condemned_after_the_attempts_allowed() -> None:
@@ -40,6 +44,17 @@ def test_a_lone_row_is_condemned_after_the_attempts_allowed() -> None:
     [work] = POLICY.after_loss(work, "killed by r7")
     assert (work.rows, work.losses) == ((7, 8), 0)
     assert work.condemned == ("the replica died 3 times while it generated this row alone; the last time: killed by r7")
+
+
+def test_a_lone_row_is_not_blamed_for_what_dies_before_it_is_generated_unless_again_and_again() -> None:
+    work = Assignment(UNIT, 9, (7, 8), losses=1)
+    for early in (1, 2, 3):
+        [work] = POLICY.after_loss(work, "killed", begun=False)
+        assert (work.losses, work.early_losses, work.attempt) == (1, early, 9 + early)
+    [work] = POLICY.after_loss(work, "killed", begun=False)
+    assert (work.losses, work.condemned) == (2, None)
+    [work] = POLICY.after_loss(work, "killed", begun=False)
+    assert work.condemned is not None
 
 
 def test_the_row_of_a_unit_of_one_is_condemned_without_being_split() -> None:

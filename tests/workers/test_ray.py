@@ -304,6 +304,25 @@ def test_a_replica_that_cannot_start_ends_the_job_with_its_text(
         run(small, DyingMaker(small.spec), Watcher())
 
 
+class HangingMaker(FakeMaker):
+    def __call__(self, replica: str) -> UnitRunner:
+        if replica == "r0":
+            time.sleep(600)
+        return super().__call__(replica)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_replica_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers.pool, "START_S", 6.0)
+    monkeypatch.setattr(workers.pool, "BACKOFF_S", 0.1)
+    small = open_job(tmp_path, prompts_of(10), workers={"gpus": 0, "cpus": 1, "replicas": 1})
+    watcher = Watcher()
+    run(small, HangingMaker(small.spec), watcher)
+    check_rows(small, prompts_of(10))
+    lost = next(event for event in watcher.events if isinstance(event, ReplicaLost))
+    assert (lost.replica, lost.reason) == ("r0", "its model was not loaded within 0.1 minutes")
+
+
 @pytest.mark.usefixtures("cluster")
 def test_a_closed_pool_leaves_nothing_behind(tmp_path: Path) -> None:
     small = open_job(tmp_path, prompts_of(10), workers={"gpus": 2, "cpus": 1})

@@ -220,6 +220,19 @@ def test_a_unit_under_way_is_flushed_when_due(tmp_path: Path, settings: dict[str
     assert not segments_of(small)
 
 
+def test_a_suspect_is_reported_as_read_before_a_row_of_it_is_generated(tmp_path: Path) -> None:
+    """Should it kill the replica, the driver knows that it had begun."""
+    small = open_job(tmp_path, prompts_of(10))
+    engine = FakeEngine()
+    runner = make_runner(small, engine)
+    runner.add(Assignment(small.plan.units[0], 4, (3, 4)))
+    assert runner.work(20) == []
+    assert [progress.key for progress in runner.progress()] == [(small.plan.units[0].id, (3, 4))]
+    assert engine.steps == 0
+    work_all(runner)
+    assert engine.steps
+
+
 def test_a_suspect_unit_is_flushed_at_once_and_others_are_not(tmp_path: Path) -> None:
     small = open_job(tmp_path, prompts_of(120), rows_per_file=60, **NEVER)
     runner = make_runner(small, FakeEngine(step_s=0.001))
