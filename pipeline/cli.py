@@ -44,7 +44,15 @@ Local = Annotated[bool, typer.Option("--local", help="One replica in this proces
 LogEvery = Annotated[
     float, typer.Option("--log-every", min=0.1, metavar="SECONDS", help="Time between progress lines in a log.")
 ]
-OutputPath = Annotated[str, typer.Argument(metavar="OUTPUT", help="The output folder of a job.")]
+
+
+def _given(path: str) -> str:
+    if not path.strip():  # an unset shell variable would mean the current directory
+        raise typer.BadParameter("it is empty: give the output folder of a job")
+    return path
+
+
+OutputPath = Annotated[str, typer.Argument(metavar="OUTPUT", help="The output folder of a job.", callback=_given)]
 
 
 @app.command()
@@ -70,6 +78,7 @@ def run(
                 typer.echo(str(error), err=True)
                 raise typer.Exit(128 + signals.received) from None
             except KeyboardInterrupt:  # a second signal
+                typer.echo("stopped at once; what was not written down is generated again at the next run", err=True)
                 raise typer.Exit(128 + (signals.received or signal.SIGINT)) from None
         for line in _summary(settings, outcome):
             typer.echo(line)
@@ -93,7 +102,7 @@ def plan(job: JobFile, overrides: Overrides = None, debug: Debug = False) -> Non
 
 @app.command()
 def status(output: OutputPath, debug: Debug = False) -> None:
-    """Show how far the job of an output folder is, whether it runs, is dead or complete."""
+    """Show how far a job is and which driver has it."""
     with _one_line_errors(debug):
         from pipeline.ledger import read_status
 
@@ -111,13 +120,17 @@ def status(output: OutputPath, debug: Debug = False) -> None:
             typer.echo(f"driver   {state.driver}" + (", the last one" if state.complete else ""))
         if state.complete:
             typer.echo(f"complete {state.finished or 'without a manifest: submit the same job again to write it'}")
+        elif state.rows_done == state.rows_total:
+            typer.echo(
+                "not complete, though all rows are there: submit the same job again to end it or to learn why not"
+            )
         else:
             typer.echo("not complete: if it is not running, submit the same job again to resume")
 
 
 @app.command()
 def verify(output: OutputPath, debug: Debug = False) -> None:
-    """Check that an output holds each input row once, as it was made. Exit code 1 and a list where it does not."""
+    """Check an output: each input row once, as made. Exit code 1 and a list where it is not so."""
     with _one_line_errors(debug):
         from pipeline.verify import verify
 
@@ -126,7 +139,7 @@ def verify(output: OutputPath, debug: Debug = False) -> None:
         for problem in found.problems:
             typer.echo(" ".join(problem.split()))
         if found.problems:
-            typer.echo(f"error: {len(found.problems)} problem(s) in {found.parts:,} parts", err=True)
+            typer.echo(f"error: problems: {len(found.problems):,}, parts: {found.parts:,}", err=True)
             raise typer.Exit(1)
         typer.echo(found.summary())
 
@@ -137,7 +150,8 @@ def retry_errors(
     to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="An empty or new folder for the new job.")],
     debug: Debug = False,
 ) -> None:
-    """Make a new job of the rows that failed: their input rows and a job file with the same settings."""
+    """Make a new job of the rows that failed. Their input rows and a job file with the same settings but for
+    retry.max_error_rate, which is 1."""
     with _one_line_errors(debug):
         from pipeline.paths import is_local, safe_url
         from pipeline.retry_errors import make_retry_job
@@ -163,7 +177,7 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, remove nothing.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Remove what runs that died left behind: never parts, records, plan or manifest."""
+    """Remove what dead runs left behind. Never parts, records, plan or manifest."""
     with _one_line_errors(debug):
         from pipeline.clean import find_leftovers, remove_leftovers
 

@@ -184,7 +184,7 @@ class Ledger:
             digest,
             plan.created,
             finished,
-            rows_saved=self._count_saved(digest),
+            rows_saved=self.count_saved(digest),
             driver=newest_driver(self._storage),
         )
 
@@ -200,8 +200,8 @@ class Ledger:
         """Names of the files that hold rows."""
         return [part.name for part in self._parts()] or [f"{SEGMENTS}/{segment.name}" for segment in self._segments()]
 
-    def _count_saved(self, digest: str) -> int:
-        """Rows in the job's segments of units without a part."""
+    def count_saved(self, digest: str) -> int:
+        """Rows in the segments, of the job with this fingerprint, of units without a part."""
         published = {part.name for part in self._parts()}
         open_units = [each for each in self._segments() if part_name(each.name.partition("/")[0]) not in published]
 

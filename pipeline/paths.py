@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import unicodedata
-from urllib.parse import urlsplit, urlunsplit
 
 _FINAL_ERRNOS = frozenset(
     (
@@ -45,14 +44,12 @@ def flaw_of(path: str, *, chains: bool, pattern: bool) -> str | None:
 
 
 def safe_url(url: str) -> str:
-    """The URL without user, password, query or fragment: fit for a message."""
+    """The URL without user, password and query, and without a web address's fragment: fit for a message."""
     if "://" not in url:
         return url
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # such as an open bracket: no URL at all
-        return re.sub(r"(?<=://)[^/]*@", "", url).partition("?")[0]
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    bare = re.sub(r"(?<=://)[^/]*@", "", url).partition("?")[0]
+    # elsewhere it is part of a key
+    return bare.partition("#")[0] if bare.startswith(("http://", "https://")) else bare
 
 
 def in_ray_package(path: str) -> bool:
@@ -79,6 +76,8 @@ def cause(error: BaseException) -> str:
         return "permission denied; check the rights of the user or of the credentials"
     if isinstance(error, FileNotFoundError):
         return "it does not exist"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "no space left on device; free some, it is tried again or goes on when the job is submitted again"
     if type(error).__name__ in _NO_CREDENTIALS:
         return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     text = error.strerror if isinstance(error, OSError) and error.strerror else f"{error}"

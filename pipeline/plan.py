@@ -207,10 +207,12 @@ def _column_type(file: str, schema: pa.Schema, name: str, settings: InputSection
     if len(where) != 1:
         if where:
             raise InputError(f"{file}: column '{name}' stands {len(where)} times in the file")
-        role = "the template reads" if settings.template and name in template_columns(settings.template) else "no"
-        there = ", ".join(schema.names) or "none"
-        text = f"{role} column '{name}'" + ("" if role == "no" else ", which is not there")
-        raise InputError(f"{file}: {text}; its columns: {there}")
+        if settings.template and name in template_columns(settings.template):
+            text = f"the template reads column '{name}', which is not there"
+        else:
+            roles = {settings.prompt_column: "prompt_column", settings.id_column: "id_column"}
+            text = f"no column '{name}' (input.{roles.get(name, 'carry')})"
+        raise InputError(f"{file}: {text}; its columns: {', '.join(schema.names) or 'none'}")
     kind = schema.field(name).type
     if pa.types.is_null(kind):
         return kind

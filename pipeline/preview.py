@@ -32,6 +32,8 @@ class Preview:
     sampled_tokens: int
     sampled_bad: int
     """Rows of the sample that could not be generated: null, template error and the like."""
+    saved_rows: int = 0
+    """Finished, of units that are not."""
     added: tuple[str, ...] = ()
     """Input files that an output which is there already would be extended by."""
 
@@ -42,7 +44,7 @@ class Preview:
 
     def lines(self) -> Iterator[str]:
         """What an operator wants to know, a line each."""
-        job, plan, left = self.job, self.plan, self.plan.rows - self.done_rows
+        job, plan, left = self.job, self.plan, self.plan.rows - self.done_rows - self.saved_rows
         generation, workers = job.generation, job.workers
         yield f"job        {job.name}"
         yield f"input      {safe_url(job.input.path)}: {_count(len(plan.files), 'file')}, {_count(plan.rows, 'row')}"
@@ -52,7 +54,8 @@ class Preview:
             named = ", ".join(self.added[:NAMED_AT_MOST]) + (" …" if len(self.added) > NAMED_AT_MOST else "")
             yield f"added      {_count(len(self.added), 'file')}, {_count(rows, 'row')} since the last run: {named}"
         done = f"{_count(self.done_units, 'unit')}, {_count(self.done_rows, 'row')}"
-        yield f"done       {done}; left: {_count(left, 'row')}"
+        saved = f", and {_count(self.saved_rows, 'row')} of units under way" if self.saved_rows else ""
+        yield f"done       {done}{saved}; left: {_count(left, 'row')}"
         if self.sampled_rows:
             tokens = round(self.sampled_tokens / self.sampled_rows * left)
             sample = _count(self.sampled_rows, "row")
@@ -75,24 +78,25 @@ def preview(job: Job) -> Preview:
     """
     checkpoint = check_checkpoint(job)
     plan = make_plan(job, checkpoint_identity=checkpoint.identity(), allow_unreadable=True)
-    done_units, done_rows, added = _done(job, plan)
+    done_units, done_rows, saved, added = _done(job, plan)
     rows, tokens, bad = _sample(job, plan.units, load_tokenizer(checkpoint))
-    return Preview(job, plan, done_units, done_rows, rows, tokens, bad, added)
+    return Preview(job, plan, done_units, done_rows, rows, tokens, bad, saved, added)
 
 
-def _done(job: Job, plan: Plan) -> tuple[int, int, tuple[str, ...]]:
-    """(units, rows) that are finished, and the input files that the output was not planned with."""
+def _done(job: Job, plan: Plan) -> tuple[int, int, int, tuple[str, ...]]:
+    """Finished units, their rows, rows saved of others, and the input files that the output was not planned with."""
     if plan.unreadable:  # with files left out, neither the fingerprint nor the units can be those of the output
         if not Storage(job.output.path).exists(PLAN):
-            return 0, 0, ()
+            return 0, 0, 0, ()
         status = read_status(job.output.path)
-        return status.units_done, status.rows_done, ()
+        return status.units_done, status.rows_done, status.rows_saved, ()
     ledger = Ledger(job.output.path, plan.fingerprint.digest)
     old = ledger.check(plan, job)
     results = ledger.finished(plan, repair=False).values()
     same_job = old is not None and old.fingerprint == plan.fingerprint
     added = listing_change(old.files, plan.listing).added if old is not None and same_job else ()
-    return len(results), sum(result.totals.rows for result in results), added
+    saved = ledger.count_saved(plan.fingerprint.digest)
+    return len(results), sum(result.totals.rows for result in results), saved, added
 
 
 def _sample(job: Job, units: Sequence[WorkUnit], tokenizer: Tokenizer) -> tuple[int, int, int]:

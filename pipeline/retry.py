@@ -57,8 +57,9 @@ class RetryPolicy:
         if again.losses < self.attempts and (work.rows is None or work.lone):
             return (again,)
         if work.lone:
-            text = f"the replica died {self.attempts} times while it generated this row alone; the last time: {reason}"
-            return (replace(again, rows=work.span, losses=0, condemned=text),)
+            times = "once" if self.attempts == 1 else f"{self.attempts} times"
+            text = f"the replica died {times} while it generated this row alone; the last time: {reason}"
+            return (replace(again, losses=0, condemned=text),)
         first, end = work.span
         pieces = min(PIECES, end - first)
         edges = [first + (end - first) * piece // pieces for piece in range(pieces + 1)]

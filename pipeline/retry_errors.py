@@ -1,7 +1,8 @@
 """`retry-errors OUTPUT --to FOLDER`: a new job of the rows that failed.
 
-FOLDER/input gets their input rows as they are, FOLDER/job.yaml the settings of the old job; the new one writes to
-FOLDER/output. The rows keep their ids, so that its results can be joined to the old ones.
+FOLDER/input gets their input rows as they are, FOLDER/job.yaml the settings of the old job, without a limit of the
+error rate; the new one writes to FOLDER/output. The rows keep their ids, so that its results can be joined to the old
+ones.
 """
 
 import os
@@ -237,6 +238,7 @@ def _settings(job: Job, folder: str, id_column: str) -> dict[str, Any]:
     settings["name"] = f"{job.name or 'job'}-retry"
     settings["input"] |= {"path": f"{folder}/input", "id_column": id_column}
     settings["output"]["path"] = f"{folder}/output"
+    settings["retry"]["max_error_rate"] = 1.0  # all of them failed once: those that fail again do not end the job
     return Job.model_validate(settings).model_dump(mode="json")
 
 

@@ -54,8 +54,8 @@ class Assignment:
 
     @property
     def lone(self) -> bool:
-        """Whether it is one row."""
-        return self.span[1] - self.span[0] == 1
+        """Whether it is a range of one row, and so one that is alone on its replica; a unit of one row need not be."""
+        return self.rows is not None and self.rows[1] - self.rows[0] == 1
 
     @property
     def suspect(self) -> bool:

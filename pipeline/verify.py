@@ -106,7 +106,7 @@ def _check_end(storage: Storage, plan: PlanRecord, contents: Contents, totals: T
     if len(contents.parts) != plan.units:
         yield f"the plan has {plan.units} units, and its rows stand in {len(contents.parts)} parts: use another folder"
     if not _has(contents, SUCCESS):
-        yield f"{SUCCESS} is missing: the job did not end; submit it again"
+        yield f"{SUCCESS} is missing: the job did not end well; submit it again, and it ends or says why not"
     if not _has(contents, MANIFEST):
         yield f"{MANIFEST} is missing: submit the job again to have it written"
         return

@@ -128,7 +128,7 @@ class RayPool:
             with contextlib.suppress(RayError):  # it is dead
                 rows += ray.get(call)
         if rows:
-            self._tell(f"{rows:,} finished rows of units under way were written down")
+            self._tell(f"finished rows of units under way that were written down: {rows:,}")
 
     def _listen(self, timeout_s: float) -> list[Event]:
         self._look_in()

@@ -35,7 +35,7 @@ class Schedule:
     rows_per_file: int = 500
     turn_s: float = 0.04
     checkpoint_s: float = 0.4
-    attempts: int = 4
+    attempts: int = 3
     """Losses of a lone row until it is condemned: kills at random must not hit an innocent one so often."""
     actor_s: float = 6.0
     node_s: float = 40.0

@@ -193,17 +193,19 @@ def test_a_lone_row_is_blamed_only_by_replicas_that_had_read_it() -> None:
     """A replica that is killed from outside while it reads says nothing about the row."""
     board = Board(make_units(1, 1), {}, RetryPolicy(2, 1.0))
     given = []
-    for replica, reads in (("a", False), ("b", True), ("c", False), ("d", True)):
+    for replica, reads in (("a", False), ("b", False), ("c", False), ("d", True), ("e", False), ("f", True)):
         board.take(ReplicaReady(replica))
         given += [work for _, work in board.hand_out()]
         if reads:
             board.take(UnitProgress(replica, given[-1].key, 0, 0, 0))
         lose(board, replica)
-    assert [(work.losses, work.early_losses) for work in given] == [(0, 0), (0, 1), (1, 1), (1, 2)]
-    board.take(ReplicaReady("e"))
+    counts = [(work.rows, work.losses, work.early_losses) for work in given]
+    unit, row = (None, 0, 0), (0, 1)  # the unit may have shared its replica with another one
+    assert counts == [unit, (None, 1, 0), (row, 0, 0), (row, 0, 1), (row, 1, 1), (row, 1, 2)]
+    board.take(ReplicaReady("g"))
     [(_, work)] = board.hand_out()
     assert work.condemned is not None
-    assert work.attempt == 5
+    assert work.attempt == 7
 
 
 def test_a_condemned_row_is_told_and_is_an_error_row() -> None:

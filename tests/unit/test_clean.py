@@ -48,7 +48,7 @@ def add_segment(job: Job, output: UnitOutput, unit: WorkUnit) -> str:
     """A real one with five of the unit's rows."""
     before = files_of(job)
     reader = UnitReader(job.input)
-    rows = result_table(unit, [complete_row(row) for row in reader.read(unit).rows[:5]])
+    rows = result_table(unit, [complete_row(row) for row in reader.read(replace(unit, size=-1)).rows[:5]])
     reader.close()
     output.write_segment(unit, rows, writer=uuid.uuid4().hex, number=1, attempt=1)
     [name] = files_of(job).keys() - before.keys()

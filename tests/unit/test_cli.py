@@ -196,6 +196,16 @@ def test_wrong_usage_exits_with_2(job: Path) -> None:
     assert call("run", job, "--fast").exit_code == 2
 
 
+@pytest.mark.parametrize("command", ["status", "verify", "clean"])
+def test_an_empty_output_is_not_the_current_directory(job: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """An unset shell variable, called in an output folder."""
+    assert call("run", job).exit_code == 0
+    monkeypatch.chdir(job.parent / "out")
+    result = call(command, "")
+    assert result.exit_code == 2
+    assert "it is empty: give the output folder of a job" in result.output
+
+
 def test_sigterm_stops_with_143_and_the_next_run_resumes(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(pipeline.cli, "_make_pool", functools.partial(fake_pool, TerminatedPool))
@@ -282,7 +292,7 @@ def test_verify_says_that_all_is_well_or_lists_what_is_not(job: Path) -> None:
     bad = call("verify", out)
     assert bad.exit_code == 1
     assert [line.split(" ")[0] for line in bad.stdout.splitlines()] == [part.name, "notes.txt"]
-    assert bad.stderr == "error: 2 problem(s) in 4 parts\n"
+    assert bad.stderr == "error: problems: 2, parts: 4\n"
     none = call("verify", job.parent / "in")
     assert none.stderr.startswith("error: output ")
     part.unlink()

@@ -473,7 +473,7 @@ def test_a_part_of_an_older_version_of_its_file_is_named(job: Job) -> None:
         size=unit.size,
         stamp=unit.stamp,
     )
-    data = UnitReader(job.input).read(unit)
+    data = replace(UnitReader(job.input).read(plan.units[0]), unit=unit)
     results = result_table(unit, [complete_row(row) for row in data.rows])
     part, _ = build_part(data, [results], plan.schema, {RECORD_KEY: json.dumps(asdict(record))})
     out(job, part_name(unit.id)).write_bytes(part)

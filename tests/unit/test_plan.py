@@ -198,13 +198,13 @@ def test_files_that_are_not_parquet_are_all_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "a.parquet: no column 'prompt'; its columns: text, n, tags, when"),
+        ({}, "a.parquet: no column 'prompt' (input.prompt_column); its columns: text, n, tags, when"),
         ({"prompt_column": "n"}, "prompt column 'n' is int64: it must be a string column"),
         ({"prompt_column": "tags"}, "prompt column 'tags' is list<"),
         ({"template": "{{ text }} {{ title }}"}, "the template reads column 'title', which is not there"),
         ({"prompt_column": "text", "id_column": "when"}, "id column 'when' is double: it must be an integer or string"),
-        ({"prompt_column": "text", "id_column": "key"}, "no column 'key'"),
-        ({"prompt_column": "text", "carry": ["key"]}, "no column 'key'"),
+        ({"prompt_column": "text", "id_column": "key"}, "no column 'key' (input.id_column)"),
+        ({"prompt_column": "text", "carry": ["key"]}, "no column 'key' (input.carry)"),
         ({"prompt_column": "text", "carry": ["n", "n"]}, "column 'n' is carried twice"),
         ({"prompt_column": "text", "carry": ["Latency_S"]}, "would collide with the output's own column latency_s"),
         ({"prompt_column": "text", "carry": ["id"]}, "would collide with the output's own column id"),

@@ -57,10 +57,13 @@ def test_a_lone_row_is_not_blamed_for_what_dies_before_it_is_generated_unless_ag
     assert work.condemned is not None
 
 
-def test_the_row_of_a_unit_of_one_is_condemned_without_being_split() -> None:
-    [work] = RetryPolicy(1, 0.1).after_loss(Assignment(replace(UNIT, row_count=1)), "killed")
-    assert work.rows == (0, 1)
-    assert work.condemned is not None
+def test_a_unit_of_one_row_goes_out_as_a_range_before_its_row_is_condemned() -> None:
+    """As a unit it shares its replica with another one, which may be what killed."""
+    policy = RetryPolicy(1, 0.1)
+    [work] = policy.after_loss(Assignment(replace(UNIT, row_count=1)), "killed", begun=False)
+    assert (work.rows, work.losses, work.condemned, work.suspect) == ((0, 1), 0, None, True)
+    [work] = policy.after_loss(work, "killed")
+    assert work.condemned == "the replica died once while it generated this row alone; the last time: killed"
 
 
 @pytest.mark.parametrize("rows", [None, (3, 9), (3, 4)])

@@ -217,6 +217,8 @@ def test_check_writable_without_rights(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_urls_in_messages() -> None:
     assert safe_url("s3://key:secret@bucket/a b?X-Token=1#f") == "s3://bucket/a b"
+    assert safe_url("s3://bucket/a#1/b") == "s3://bucket/a#1/b"  # a key may hold it
+    assert safe_url("https://key:secret@host/a?X-Token=1#f") == safe_url("https://host/a#f") == "https://host/a"
     assert safe_url("/plain/path?#x") == "/plain/path?#x"
     assert safe_url("http://key:secret@[x/y?X-Token=1") == "http://[x/y"
 

@@ -115,7 +115,7 @@ def test_an_unfinished_job_is_told_what_to_do(job: Job) -> None:
     assert problems(job) == (left,)
     publish(job, plan, plan.units[2:])
     assert problems(job) == (
-        "_SUCCESS is missing: the job did not end; submit it again",
+        "_SUCCESS is missing: the job did not end well; submit it again, and it ends or says why not",
         "_job/manifest.json is missing: submit the job again to have it written",
     )
     ledger.complete(plan, job, verify(job.output.path).totals, seconds=1.0)

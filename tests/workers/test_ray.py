@@ -163,9 +163,7 @@ def test_a_row_that_kills_its_process_becomes_an_error_row_and_no_other_does(tmp
     results = run(small, MarkedMaker(small.spec), watcher, attempts=1)
     assert sum(result.totals.errors for result in results.values()) == 1
     rows = small.rows()
-    assert rows.pop(41)["error"].startswith(
-        "the replica died 1 times while it generated this row alone; the last time: "
-    )
+    assert rows.pop(41)["error"].startswith("the replica died once while it generated this row alone; the last time: ")
     assert [row["completion"] for row in rows] == [prompt[::-1] for prompt in prompts if prompt != KILL]
     assert len(watcher.names(ReplicaLost)) <= 1 + 5 + 1
     assert not segment_rows(small)
@@ -210,7 +208,7 @@ def test_a_stopped_job_writes_down_every_finished_row(tmp_path: Path) -> None:
     finished = finished_rows(tmp_path)
     assert 0 < len(finished) < 200
     assert sorted(segment_rows(small)) == sorted(finished)
-    assert stopper.told == [f"{len(finished)} finished rows of units under way were written down"]
+    assert stopper.told == [f"finished rows of units under way that were written down: {len(finished)}"]
 
 
 def gone(pid: int) -> bool:
