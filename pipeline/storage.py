@@ -12,7 +12,6 @@ import io
 import os
 import tempfile
 import uuid
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -50,8 +49,6 @@ HASH_CHUNK_BYTES = 1 << 20
 DANGLING = -1
 _BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs")
 _PROBE = "_writable"
-_have_answered: "weakref.WeakSet[Any]" = weakref.WeakSet()
-"""File systems behind a network whose store has answered this process."""
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -269,14 +266,13 @@ class Storage:
         path = f"{self._path.rstrip('/')}/{name}" if name else self._path
         url = safe_url(f"{self.root.rstrip('/')}/{name}" if name else self.root)
         result = keep_trying(f"cannot {operation} {url}", self._patience_s(), partial(function, path))
-        if not self._local:
-            _have_answered.add(self._fs)
+        self._fs.twotower_answered = True  # file systems are shared by all Storages of a store
         return result
 
     def _patience_s(self) -> float:
         if self._local:
             return patience.LOCAL_PATIENCE_S
-        known = self._fs in _have_answered
+        known = hasattr(self._fs, "twotower_answered")
         return patience.PATIENCE_S if known else min(patience.STRANGER_PATIENCE_S, patience.PATIENCE_S)
 
 

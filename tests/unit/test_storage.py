@@ -95,7 +95,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "fsync", full)
     store = Storage(str(tmp_path))
-    with pytest.raises(StorageError, match=f"cannot {operation} {tmp_path}/x: No space left on device"):
+    with pytest.raises(StorageError, match=f"cannot {operation} {tmp_path}/x: no space left on device; free some"):
         getattr(store, operation)("x", b"data")
     assert os.listdir(tmp_path) == []
 

@@ -33,7 +33,7 @@ def test_ones_own_file(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": texts}), tmp_path / "prompts.parquet")
     (tmp_path / "mine.yaml").write_text(block("yaml", "prompt_column: text").replace("/data", str(tmp_path)))
     commands = re.findall(r"^twotower (\w+) (\S+)", block("sh", "twotower plan"), re.MULTILINE)
-    assert [verb for verb, _ in commands] == ["plan", "run", "status"]
+    assert [verb for verb, _ in commands] == ["plan", "run", "status", "verify"]
     printed = {}
     for verb, argument in commands:
         place = str(tmp_path / "mine.yaml") if argument == "mine.yaml" else argument.replace("/data", str(tmp_path))
@@ -41,6 +41,7 @@ def test_ones_own_file(tmp_path: Path) -> None:
     assert "1 file, 30 rows" in printed["plan"]
     assert "is complete: 30 rows: 30 ok, 0 errors" in printed["run"]
     assert "30 of 30" in printed["status"]
+    assert printed["verify"].startswith("verified: 30 rows")
     with duckdb.connect() as connection:
         rows = connection.sql(block("sql", "finish_reason").replace("/data", str(tmp_path))).fetchall()
     assert sum(count for _, count, _ in rows) == 30
