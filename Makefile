@@ -20,7 +20,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# two processes, a file in one of them: 6m15s on two cores
+# two processes, a file in one of them: 8 minutes on two cores
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -48,7 +48,7 @@ class Schedule:
     """Each kill of a driver forgets which units are suspect."""
     storage_rate: float = 0.03
     """Share of all requests that fail."""
-    limit_s: float = 900.0
+    limit_s: float = 2_400.0
 
 
 @dataclass(slots=True)
