@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pipeline.contents import PROBE, Contents, list_contents
+from pipeline.contents import Contents, list_contents
 from pipeline.errors import StorageError
-from pipeline.layout import SUCCESS
+from pipeline.layout import PROBE, SUCCESS
 from pipeline.ledger import Ledger
 from pipeline.manifest import NotOursError, PlanRecord
 from pipeline.segments import read_record
@@ -38,9 +38,8 @@ def find_leftovers(output_path: str, clock: Callable[[], float] = time.time) -> 
     ledger, storage = Ledger(output_path), Storage(output_path)
     ledger.read_plan()  # refuses a folder that is none of ours
     contents = list_contents(storage)
-    plan = (
-        ledger.read_plan()
-    )  # after the listing: a run that takes more files meanwhile has planned those of its segments
+    # after the listing: a run that takes more files meanwhile has planned those of its segments
+    plan = ledger.read_plan()
     finished = contents.part_units
     others = [file for unit in contents.segments.keys() - finished for file in contents.segments[unit]]
     found = {
@@ -68,7 +67,7 @@ def _foreign(storage: Storage, segments: Sequence[FileInfo], plan: PlanRecord) -
     def is_foreign(segment: FileInfo) -> bool:
         try:
             with storage.open(segment.name, segment.size) as source:
-                record = read_record(source)
+                record, _ = read_record(source)
         except (NotOursError, StorageError):  # StorageError: its unit was finished meanwhile, and it is gone
             return False
         digest, version = plan.fingerprint.digest, plan.files.get(record.file, (None, None))[:2]

@@ -3,12 +3,10 @@
 import re
 from dataclasses import dataclass, field
 
-from pipeline.layout import DRIVERS, MANIFEST, PLAN, RECORDS, SEGMENTS, SUCCESS
+from pipeline.layout import DRIVERS, MANIFEST, PLAN, PROBE, RECORDS, SEGMENTS, SUCCESS
 from pipeline.storage import FileInfo, Storage
 
 UNIT = r"(?P<unit>[0-9a-f]{12}-[0-9]{10,})"
-PROBE = "_writable"
-"""What check_writable writes and removes."""
 
 
 @dataclass(slots=True)

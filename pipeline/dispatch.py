@@ -59,7 +59,7 @@ def dispatch(
             raise JobFailed(f"stopped; {board.summary()}; submit the same job again to resume")
         for replica, work in board.hand_out():
             if work.condemned is not None:
-                on_event(ReplicaNote(replica, f"{describe(work.unit, work.rows)} is given up: {work.condemned}"))
+                on_event(ReplicaNote(replica, f"{describe(work)} is given up: {work.condemned}"))
             pool.assign(replica, work)
         for event in pool.wait(POLL_S):
             on_event(event)

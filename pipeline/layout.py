@@ -8,6 +8,8 @@ SEGMENTS = "_job/segments"
 DRIVERS = "_job/drivers"
 """Who runs the job: the highest number has it."""
 PARTS = "part-*.parquet"
+PROBE = "_writable"
+"""Written and removed, to see whether the folder can be written to."""
 
 
 def part_name(unit_id: str) -> str:

@@ -28,7 +28,7 @@ from pipeline.manifest import (
 )
 from pipeline.paths import safe_url
 from pipeline.plan import Plan
-from pipeline.segments import count_rows
+from pipeline.segments import read_record
 from pipeline.storage import FileInfo, Storage, check_writable
 from pipeline.types import Totals, UnitResult
 
@@ -202,8 +202,11 @@ class Ledger:
 
     def count_saved(self, digest: str) -> int:
         """Rows in the segments, of the job with this fingerprint, of units without a part."""
+        # listed before the parts, so that a unit that is published meanwhile is not counted
+        if not (segments := self._segments()):
+            return 0
         published = {part.name for part in self._parts()}
-        open_units = [each for each in self._segments() if part_name(each.name.partition("/")[0]) not in published]
+        open_units = [each for each in segments if part_name(each.name.partition("/")[0]) not in published]
 
         def read(segment: FileInfo) -> int:
             # gone meanwhile, or not this job's: it saves nothing
@@ -211,7 +214,8 @@ class Ledger:
                 contextlib.suppress(NotOursError, StorageError),
                 self._storage.open(f"{SEGMENTS}/{segment.name}", segment.size) as source,
             ):
-                return count_rows(source, digest)
+                record, rows = read_record(source)
+                return rows if record.fingerprint == digest else 0
             return 0
 
         with ThreadPoolExecutor(READ_THREADS) as pool:

@@ -2,7 +2,6 @@
 
 import hashlib
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pipeline.duplicates import Hashes, IdCounter, hash_ids
 from pipeline.fingerprint import column_types
 from pipeline.layout import part_name, record_name
 from pipeline.manifest import NotOursError, PartRecord, PlanRecord, from_json, read_commit, read_part
+from pipeline.parts import tally
 from pipeline.plan import unit_id
 from pipeline.schema import RESULT_COLUMNS, RESULT_SCHEMA, plain_type
 from pipeline.storage import FileInfo, Storage
@@ -26,8 +26,10 @@ BATCH_ROWS = 8192
 HELD_BYTES = 256 << 20
 """Of parts in memory at one time, together. A part that is larger is read twice, in pieces: hashed, then decoded."""
 AGAIN = "delete it and submit the job again"
-_COUNTED = ("prompt_tokens", "completion_tokens", "denoiser_forwards")
-_READ = ("id", "finish_reason", *_COUNTED, "source_file", "source_row")
+_READ = (
+    *("id", "finish_reason", "prompt_tokens", "completion_tokens", "denoiser_forwards"),
+    *("source_file", "source_row"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ class PartChecker:
                     return totals, ["id is not `<file>#<row>` in every row"]
             else:
                 hashes.append(hash_ids(batch["id"].drop_null()))
-            totals += _count(batch)
+            totals += tally(batch) + Totals(null_ids=batch["id"].null_count)
         if hashes:
             ids = np.concatenate(hashes)
             totals += Totals(duplicate_ids=len(ids) - len(np.unique(ids)))
@@ -182,22 +184,6 @@ class _Budget:
             with self._changed:
                 self._left += size
                 self._changed.notify_all()
-
-
-def _count(batch: pa.RecordBatch) -> Totals:
-    """Without duplicate ids: those are counted over the whole part."""
-    reasons = dict(Counter(map(str, batch["finish_reason"].to_pylist())))
-    errors = reasons.get("error", 0)
-    sums = {name: int(pc.sum(batch[name]).as_py() or 0) for name in _COUNTED}
-    nulls = batch["id"].null_count
-    return Totals(
-        rows=batch.num_rows,
-        ok=batch.num_rows - errors,
-        errors=errors,
-        null_ids=nulls,
-        finish_reasons=reasons,
-        **sums,
-    )
 
 
 def _differing(said: Mapping[str, Any], found: Mapping[str, Any]) -> str:

@@ -56,7 +56,9 @@ def build_part(
     columns: dict[str, Any] = {
         name: data.columns.column(name).cast(schema.field(name).type) for name in data.columns.column_names
     }
-    totals = count(results, columns["id"])
+    ids = columns["id"]
+    repeated = len(ids) - ids.null_count - pc.count_distinct(ids).as_py()
+    totals = tally(results) + Totals(duplicate_ids=repeated, null_ids=ids.null_count)
     columns |= {name: results[name] for name in RESULT_COLUMNS}
     metadata = {**header, TOTALS_KEY: json.dumps(asdict(totals))}
     table = pa.table([columns[field.name] for field in schema], schema=schema)
@@ -70,8 +72,8 @@ def to_parquet(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def count(results: pa.Table, ids: "pa.ChunkedArray[Any]") -> Totals:
-    """The totals of rows with RESULT_COLUMNS and of their ids."""
+def tally(results: pa.Table | pa.RecordBatch) -> Totals:
+    """The totals of rows with RESULT_COLUMNS, but for what is said of their ids."""
     reasons = dict(Counter(map(str, results["finish_reason"].to_pylist())))
     errors = reasons.get("error", 0)
     return Totals(
@@ -81,13 +83,11 @@ def count(results: pa.Table, ids: "pa.ChunkedArray[Any]") -> Totals:
         prompt_tokens=_sum(results["prompt_tokens"]),
         completion_tokens=_sum(results["completion_tokens"]),
         denoiser_forwards=_sum(results["denoiser_forwards"]),
-        duplicate_ids=len(ids) - ids.null_count - pc.count_distinct(ids).as_py(),
-        null_ids=ids.null_count,
         finish_reasons=reasons,
     )
 
 
-def _sum(column: "pa.ChunkedArray[Any]") -> int:
+def _sum(column: "pa.Array[Any] | pa.ChunkedArray[Any]") -> int:
     return int(pc.sum(column).as_py() or 0)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from pipeline.errors import JobFailed
-from pipeline.types import Assignment, WorkUnit
+from pipeline.types import Assignment
 
 ROWS_BEFORE_JUDGING = 100
 """A share of errors means little below this many rows; at the end of the job it counts whatever the number."""
@@ -20,9 +20,9 @@ EXCUSED_ATTEMPTS = 20
 """Attempts of a unit after which no loss is excused any more: something else than spot notices ends its replicas."""
 
 
-def describe(unit: WorkUnit, rows: tuple[int, int] | None = None) -> str:
+def describe(work: Assignment) -> str:
     """The unit, or a range of it, as an operator looks for it: id, file and rows (from 0, both ends included)."""
-    first, end = rows or (0, unit.row_count)
+    unit, (first, end) = work.unit, work.span
     return f"unit {unit.id} ({unit.name}, rows {unit.first_row + first} to {unit.first_row + end - 1})"
 
 
@@ -70,7 +70,7 @@ class RetryPolicy:
         failures = work.failures + 1
         if failures >= self.attempts:
             raise JobFailed(
-                f"{describe(work.unit, work.rows)} failed {failures} of {self.attempts} attempts (retry.attempts); "
+                f"{describe(work)} failed {failures} of {self.attempts} attempts (retry.attempts); "
                 f"the last time: {reason}"
             )
         return replace(work, attempt=work.attempt + 1, failures=failures)
@@ -113,6 +113,6 @@ class RetryPolicy:
     def _check_harmless(self, work: Assignment, reason: str) -> None:
         if work.losses >= max(self.attempts, START_FAILURES):
             raise JobFailed(
-                f"{describe(work.unit, work.rows)} has no row left to generate, and yet {work.losses} replicas died "
+                f"{describe(work)} has no row left to generate, and yet {work.losses} replicas died "
                 f"with it; the last time: {reason}; see the replicas' logs, and submit the job again"
             )

@@ -147,22 +147,18 @@ def from_segment(name: str, data: bytes, unit: WorkUnit, fingerprint: str) -> pa
     return table
 
 
-def read_record(source: pa.NativeFile) -> SegmentRecord:
-    """Whose a segment is, from its footer. Raises NotOursError where that has no such record, or cannot be read."""
+def read_record(source: pa.NativeFile) -> tuple[SegmentRecord, int]:
+    """Whose a segment is and how many rows it has, from its footer.
+
+    Raises NotOursError where that has no such record, or cannot be read.
+    """
     try:
-        return _record_in(pq.read_metadata(source))
+        footer = pq.read_metadata(source)
+        return _record_in(footer), int(footer.num_rows)
     except NotOursError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise NotOursError(f"it cannot be read: {' '.join(str(error).split())}") from error
-
-
-def count_rows(source: pa.NativeFile, fingerprint: str) -> int:
-    """Rows that the footer of a segment promises; 0 where it is another job's. Raises NotOursError as read_record."""
-    if read_record(source).fingerprint != fingerprint:
-        return 0
-    source.seek(0)
-    return int(pq.read_metadata(source).num_rows)
 
 
 def _record_in(footer: pq.FileMetaData) -> SegmentRecord:

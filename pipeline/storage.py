@@ -24,6 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import patience
 from pipeline.errors import OutputError, StorageError
+from pipeline.layout import PROBE
 from pipeline.paths import cause, is_local, safe_url
 from pipeline.patience import keep_trying
 
@@ -48,7 +49,6 @@ _S3_OPTIONS = {
 HASH_CHUNK_BYTES = 1 << 20
 DANGLING = -1
 _BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs")
-_PROBE = "_writable"
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -355,9 +355,9 @@ def check_writable(url: str) -> None:
     """Writes an empty file `_writable` in the folder and removes it. Raises OutputError where the writing fails."""
     try:
         storage = Storage(url)
-        storage.write(_PROBE, b"")
+        storage.write(PROBE, b"")
         with suppress(StorageError):  # credentials that may write but not delete are good enough for a job
-            storage.remove(_PROBE)
+            storage.remove(PROBE)
     except StorageError as error:
         why = cause(error.__cause__ or error)
         raise OutputError(f"cannot write to output {safe_url(url)}: {why}") from error

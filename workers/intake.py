@@ -54,7 +54,7 @@ class Intake:
         segments = self._store.read_segments(unit)
         for text in segments.ignored if work.rows is None else ():  # once, not for each range
             self._tell(text)
-        first, end = work.rows or (0, unit.row_count)
+        first, end = work.span
         kept = _between(segments.table, unit.first_row + first, unit.first_row + end)
         if kept.num_rows:
             self._tell(f"{name_of(work)}: {kept.num_rows} of {end - first} rows were finished by earlier attempts")

@@ -11,7 +11,7 @@ import pyarrow as pa
 from model.params import Completion
 from pipeline.dataset import UnitData
 from pipeline.events import UnitProgress
-from pipeline.parts import count, row_key
+from pipeline.parts import row_key, tally
 from pipeline.types import Assignment, RowResult, UnitResult
 
 PAUSES_S = (1.0, 5.0, 15.0, 60.0, 120.0)
@@ -81,7 +81,7 @@ class OpenUnit:
         self.saved = [kept]
         """Rows that segments hold."""
         self.rows = self.kept_rows = kept.num_rows
-        totals = count(kept, kept["source_row"])
+        totals = tally(kept)
         self.errors = totals.errors
         self.tokens = self.kept_tokens = totals.completion_tokens
         self.flush: Future[pa.Table] | None = None

@@ -143,4 +143,4 @@ class SimulatedPool:
 
 
 def rows_of(work: Assignment) -> set[int]:
-    return set(range(*(work.rows or (0, work.unit.row_count))))
+    return set(range(*work.span))
