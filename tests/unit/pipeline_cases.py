@@ -1,5 +1,6 @@
 """What the pipeline's tests share: small inputs, a job over them, and a run of it with made-up completions."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,22 @@ def run(job: Job) -> tuple[Plan, Ledger, dict[str, Any]]:
     ledger = open_ledger(job, plan)
     totals = sum((result.totals for result in publish(job, plan)), Totals())
     return plan, ledger, ledger.complete(plan, job, totals, seconds=2.0)
+
+
+def two_files(folder: Path) -> Job:
+    """A job over two files, 25 rows, three units; two ids stand twice, one is null, two prompts are bad."""
+    write(folder / "in/a.parquet", prompt=prompts(20), key=[*range(19), 3])
+    write(folder / "in/b.parquet", prompt=["x", None, "", "y", "z"], key=[3, 30, None, 31, 32])
+    return make_job(folder / "in", folder / "out", output={"rows_per_file": 10}, input={"id_column": "key"})
+
+
+def out(job: Job, name: str = "") -> Path:
+    """A file of a local output folder."""
+    return Path(job.output.path) / name
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    value = json.loads(path.read_text())
+    assert isinstance(value, dict)
+    return value

@@ -1,11 +1,6 @@
 """The output folder: taken by one job, published once, resumed from what is there, complete when everything is."""
 
-import contextlib
 import json
-import os
-import uuid
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +8,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import pipeline.ledger
-from pipeline import duplicates
-from pipeline.claim import Claim
 from pipeline.dataset import UnitReader
-from pipeline.duplicates import find_duplicates
 from pipeline.errors import OutputError, StorageError
 from pipeline.job import Job
 from pipeline.layout import SEGMENTS, part_name
 from pipeline.ledger import Ledger, read_status
-from pipeline.manifest import RECORD_KEY, PartRecord, read_plan
-from pipeline.parts import build_part, result_table
 from pipeline.plan import Plan
-from pipeline.segments import Segments
 from pipeline.storage import Storage
 from pipeline.types import Totals
 from pipeline.verify import verify
 from tests.unit.pipeline_cases import (
-    complete_row,
+    load,
     make_job,
     open_ledger,
+    out,
     output_of,
     part_of,
     plan_of,
     prompts,
     publish,
     run,
+    two_files,
     write,
 )
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    """Two files, 25 rows, three units."""
-    write(tmp_path / "in/a.parquet", prompt=prompts(20), key=[*range(19), 3])
-    write(tmp_path / "in/b.parquet", prompt=["x", None, "", "y", "z"], key=[3, 30, None, 31, 32])
-    return make_job(tmp_path / "in", tmp_path / "out", output={"rows_per_file": 10}, input={"id_column": "key"})
-
-
-def out(job: Job, name: str = "") -> Path:
-    return Path(job.output.path) / name
-
-
-def load(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text())
-    assert isinstance(value, dict)
-    return value
+    return two_files(tmp_path)
 
 
 def test_a_whole_job(job: Job) -> None:
@@ -296,191 +273,6 @@ def test_a_complete_job_has_no_segments(job: Job) -> None:
     assert not left.exists()
 
 
-# The input changes
-
-
-def extending(job: Job) -> Job:
-    return job.model_copy(update={"input": job.input.model_copy(update={"on_change": "extend"})})
-
-
-def test_added_files_are_refused_with_the_way_to_take_them(job: Job) -> None:
-    run(job)
-    before = {path: path.read_bytes() for path in out(job).rglob("*") if path.is_file()}
-    for name in "cdef":
-        write(Path(job.input.path) / f"{name}.parquet", prompt=["new"], key=[1])
-    said = (
-        r"c\.parquet is new, d\.parquet is new, e\.parquet is new and 1 more; set input\.on_change: extend to take them"
-    )
-    with pytest.raises(OutputError, match=said):
-        open_ledger(job, plan_of(job))
-    assert {path: path.read_bytes() for path in out(job).rglob("*") if path.is_file()} == before
-
-
-def test_with_extend_the_new_files_alone_are_run_and_the_manifest_covers_all(job: Job) -> None:
-    plan, _, first = run(job)
-    parts = {path: path.read_bytes() for path in out(job).glob("part-*")}
-    record = load(out(job, "_job/plan.json"))
-    out(job, "_job/plan.json").write_text(json.dumps({**record, "created": "long ago"}))
-    write(Path(job.input.path) / "c.parquet", prompt=prompts(12), key=range(100, 112))
-    longer = plan_of(job)
-    assert longer.fingerprint == plan.fingerprint
-    ledger = open_ledger(extending(job), longer)
-    assert not ledger.is_complete()  # before there is a plan with more units than parts
-    assert not read_status(job.output.path).complete
-    done = ledger.finished(longer)
-    assert done.keys() == {unit.id for unit in plan.units}
-    new = publish(job, longer, tuple(unit for unit in longer.units if unit.id not in done))
-    totals = sum((result.totals for result in [*done.values(), *new]), Totals())
-    manifest = ledger.complete(longer, extending(job), totals, seconds=1.0)
-    assert (first["rows"], manifest["rows"], manifest["units"], manifest["files"]) == (25, 37, 5, 3)
-    assert parts.items() <= {path: path.read_bytes() for path in out(job).glob("part-*")}.items()
-    assert open_ledger(job, longer).is_complete()  # once taken, they belong to it
-    assert load(out(job, "_job/plan.json"))["created"] == "long ago"
-
-
-def test_extend_takes_a_file_without_rows(job: Job) -> None:
-    run(job)
-    write(Path(job.input.path) / "c.parquet", prompt=pa.array([], pa.string()), key=pa.array([], pa.int64()))
-    plan = plan_of(job)
-    ledger = open_ledger(extending(job), plan)
-    totals = sum((result.totals for result in ledger.finished(plan).values()), Totals())
-    assert ledger.complete(plan, job, totals, seconds=1.0)["files"] == 3
-
-
-@pytest.mark.parametrize("what", ["gone", "rewritten", "rewritten, added", "other rows, same size and stamp"])
-def test_extend_takes_additions_alone(job: Job, what: str) -> None:
-    plan, _, _ = run(job)
-    if what == "gone":
-        (Path(job.input.path) / "b.parquet").unlink()
-    elif what.startswith("rewritten"):
-        write(Path(job.input.path) / "b.parquet", prompt=prompts(5), key=range(5))
-    if what.endswith("added"):
-        write(Path(job.input.path) / "0.parquet", prompt=["new"], key=[1])
-    changed = plan_of(job)
-    if what.startswith("other"):
-        files = (plan.files[0], replace(plan.files[1], rows=6))
-        changed = replace(plan, files=files)
-    said = r"was planned over other input files: b\.parquet (is gone|has changed).*; put the input back"
-    for settings in (job, extending(job)):
-        with pytest.raises(OutputError, match=said):
-            open_ledger(settings, changed)
-    assert Ledger(job.output.path).is_complete()
-
-
-def test_a_file_whose_columns_do_not_fit_does_not_extend(job: Job) -> None:
-    """All parts of a job have one schema."""
-    carrying = job.model_copy(update={"input": job.input.model_copy(update={"id_column": None, "carry": ("note",)})})
-    for name in "ab":
-        path = Path(job.input.path) / f"{name}.parquet"
-        write(path, prompt=["x"], note=pa.nulls(1))
-    run(carrying)
-    write(Path(job.input.path) / "c.parquet", prompt=["x"], note=["text"])
-    with pytest.raises(OutputError, match=r'output columns: \{.*"note": "null"\} -> \{.*"note": "string"\}'):
-        open_ledger(extending(carrying), plan_of(carrying))
-
-
-def test_what_killed_writers_left_is_gone_when_the_job_is_complete(job: Job) -> None:
-    """So `verify` has nothing to say after a kill -9 and a resume."""
-    plan = plan_of(job)
-    ledger = open_ledger(job, plan)
-    totals = sum((result.totals for result in publish(job, plan)), Totals())
-    unit = plan.units[0].id
-    for name in (f".part-{unit}.parquet", f"_job/units/.{unit}.json", f"_job/segments/{unit}/.x.parquet"):
-        out(job, name).parent.mkdir(parents=True, exist_ok=True)
-        out(job, f"{name}.{'a' * 32}.tmp").write_bytes(b"half")
-    ledger.complete(plan, job, totals, seconds=1.0)
-    assert verify(job.output.path).problems == ()
-
-
-def test_a_plan_that_grew_meanwhile_is_not_completed_by_the_older_run(job: Job) -> None:
-    """Two runs, one of them planned over more files: the one whose plan the folder does not hold ends."""
-    plan = plan_of(job)
-    older = open_ledger(job, plan)
-    totals = sum((result.totals for result in publish(job, plan)), Totals())
-    write(Path(job.input.path) / "c.parquet", prompt=["x"], key=[1])
-    longer = plan_of(job)
-    open_ledger(extending(job), longer)
-    with pytest.raises(
-        OutputError, match=r"another run's by now, whose input files differ: c\.parquet is gone; submit the job again"
-    ):
-        older.complete(plan, job, totals, seconds=1.0)
-    assert not older.is_complete()
-
-
-def test_a_plan_that_grows_while_ids_are_counted_is_not_completed_by_the_older_run(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Counting them takes minutes on a large output; `_SUCCESS` of the older run would then cover the newer one's."""
-    plan = plan_of(job)
-    older = open_ledger(job, plan)
-    totals = sum((result.totals for result in publish(job, plan)), Totals())
-    write(Path(job.input.path) / "c.parquet", prompt=["x"], key=[1])
-
-    def count_slowly(*_: Any) -> tuple[int, tuple[str, ...]]:
-        open_ledger(extending(job), plan_of(job))
-        return 0, ()
-
-    monkeypatch.setattr(pipeline.ledger, "find_duplicates", count_slowly)
-    with pytest.raises(OutputError, match="another run's by now"):
-        older.complete(plan, job, totals, seconds=1.0)
-    assert not older.is_complete()
-    assert not out(job, "_job/manifest.json").exists()
-
-
-def test_a_part_beyond_the_plan_keeps_a_job_from_completing(job: Job) -> None:
-    """Where two runs extend at once, the last plan written may be the shorter one."""
-    plan = plan_of(job)
-    ledger = open_ledger(job, plan)
-    totals = sum((result.totals for result in publish(job, plan)), Totals())
-    write(Path(job.input.path) / "c.parquet", prompt=["x"], key=[1])
-    longer = plan_of(job)
-    publish(job, longer, longer.units[3:])
-    with pytest.raises(OutputError, match=f"{part_name(longer.units[3].id)} is no part of this job's plan"):
-        ledger.complete(plan, job, totals, seconds=1.0)
-    assert not ledger.is_complete()
-
-
-def test_runs_that_race_for_a_folder_leave_one_plan(job: Job) -> None:
-    """Of two jobs and two listings, at once: each run gets the folder or is told, and the plan is one of theirs."""
-    other = job.model_copy(update={"generation": job.generation.model_copy(update={"seed": 4})})
-    shorter = plan_of(job)
-    write(Path(job.input.path) / "c.parquet", prompt=["x"], key=[1])
-    tries = [(job, shorter), (extending(job), plan_of(job)), (other, plan_of(other))] * 4
-    with ThreadPoolExecutor(len(tries)) as pool:
-        for future in [pool.submit(open_ledger, settings, plan) for settings, plan in tries]:
-            with contextlib.suppress(OutputError):
-                future.result()
-    record = read_plan(out(job, "_job/plan.json").read_bytes())
-    assert (record.fingerprint, record.files) in [(plan.fingerprint, plan.listing) for _, plan in tries]
-
-
-def test_a_part_of_an_older_version_of_its_file_is_named(job: Job) -> None:
-    """A run that was thought dead publishes after the file was rewritten and the folder taken anew."""
-    plan = plan_of(job)
-    units = tuple(replace(unit, stamp="mtime:1") for unit in plan.units)
-    ledger = open_ledger(job, plan)
-    unit = units[0]
-    record = PartRecord(
-        unit=unit.id,
-        file=unit.name,
-        first_row=unit.first_row,
-        rows=unit.row_count,
-        fingerprint=plan.fingerprint.digest,
-        writer="w",
-        replica="r",
-        attempt=1,
-        seconds=1.0,
-        size=unit.size,
-        stamp=unit.stamp,
-    )
-    data = replace(UnitReader(job.input).read(plan.units[0]), unit=unit)
-    results = result_table(unit, [complete_row(row) for row in data.rows])
-    part, _ = build_part(data, [results], plan.schema, {RECORD_KEY: json.dumps(asdict(record))})
-    out(job, part_name(unit.id)).write_bytes(part)
-    with pytest.raises(OutputError, match=r"part-.* was made of another version of a\.parquet: delete it"):
-        ledger.finished(plan)
-
-
 def test_the_plan_of_a_job_without_parts_is_replaced(job: Job) -> None:
     """A run that never got a replica must not keep a mended job out."""
     open_ledger(job, plan_of(job))
@@ -646,112 +438,14 @@ def test_a_job_with_a_part_missing_is_not_complete(job: Job) -> None:
     assert not out(job, "_job/manifest.json").exists()
 
 
-def test_status_while_running_and_at_the_end(job: Job) -> None:
+def test_what_killed_writers_left_is_gone_when_the_job_is_complete(job: Job) -> None:
+    """So `verify` has nothing to say after a kill -9 and a resume."""
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
-    results = publish(job, plan, plan.units[:2])
-    out(job, f"_job/units/{plan.units[1].id}.json").unlink()  # as after a crash: the part is asked
-    status = read_status(job.output.path)
-    assert (status.rows_done, status.rows_total, status.units_done, status.units_total) == (20, 25, 2, 3)
-    assert (status.complete, status.finished) == (False, None)
-    results += publish(job, plan, plan.units[2:])
-    manifest = ledger.complete(plan, job, sum((r.totals for r in results), Totals()), seconds=1.0)
-    status = read_status(job.output.path)
-    assert (status.complete, status.finished, status.totals.errors) == (True, manifest["finished"], 2)
-
-
-def test_status_says_what_is_saved_of_units_under_way_and_who_runs(job: Job) -> None:
-    """Segments of units that have no part yet, of this job alone: not those that a finished unit left behind."""
-    plan = plan_of(job)
-    open_ledger(job, plan)
-    assert read_status(job.output.path).driver is None
-    claim = Claim(job.output.path)
-    publish(job, plan, plan.units[:1])
-    for unit, digest, rows in [(0, "ours", 4), (1, "ours", 3), (1, "ours", 2), (2, "other", 5)]:
-        digest = plan.fingerprint.digest if digest == "ours" else digest
-        data = UnitReader(job.input).read(plan.units[unit])
-        table = result_table(plan.units[unit], [complete_row(row) for row in data.rows[:rows]])
-        Segments(Storage(job.output.path), digest).write(
-            plan.units[unit], table, writer=uuid.uuid4().hex, number=1, attempt=1
-        )
-    status = read_status(job.output.path)
-    assert (status.rows_done, status.rows_saved) == (10, 5)
-    assert status.driver is not None
-    assert f"pid {os.getpid()} on " in status.driver
-    claim.check_now()
-
-
-def test_status_counts_the_jobs_own_parts_alone(job: Job) -> None:
-    plan, _, _ = run(job)
-    part = out(job, part_name(plan.units[0].id))
-    extra = out(job, "part-000000000000-0000000000.parquet")
-    extra.write_bytes(part.read_bytes())
-    status = read_status(job.output.path)
-    assert (status.rows_done, status.units_done, status.complete) == (25, 3, True)
-    part.unlink()
-    status = read_status(job.output.path)
-    assert (status.rows_done, status.units_done, status.complete, status.finished) == (15, 2, False, None)
-
-
-@pytest.mark.parametrize("text", [None, "", "{}", '{"finished": 1}'])
-def test_status_without_a_manifest(job: Job, text: str | None) -> None:
-    _, ledger, manifest = run(job)
-    assert ledger.finished_at() == manifest["finished"]
-    out(job, "_job/manifest.json").unlink()
-    if text is not None:
-        out(job, "_job/manifest.json").write_text(text)
-    status = read_status(job.output.path)
-    assert (status.complete, status.finished) == (True, None)
-
-
-def test_status_of_folders_that_are_no_output(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="is a file: give a folder"):
-        read_status(str(tmp_path / "file"))
-    with pytest.raises(OutputError, match="does not exist"):
-        read_status(str(tmp_path / "absent"))
-    with pytest.raises(OutputError, match=r"is not a job's output: it has no _job/plan\.json"):
-        read_status(str(tmp_path))
-
-
-# Duplicate ids
-
-
-@pytest.mark.parametrize("as_text", [True, False])
-def test_duplicates_across_parts_and_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_text: bool) -> None:
-    """Counted exactly with many buckets, whatever the type; at most ten examples; nulls are no ids."""
-    monkeypatch.setattr(duplicates, "IDS_A_BUCKET", 50)
-    monkeypatch.setattr(duplicates, "BATCH_ROWS", 64)
-    kind = pa.string() if as_text else pa.int64()
-    ids = [list(range(300)), [*range(295, 500), None, None], [2**61 - 1, 0, 7, 7, -1]]
-    for number, values in enumerate(ids):
-        write(tmp_path / f"part-{number}.parquet", id=pa.array(values, pa.int64()).cast(kind))
-    storage = Storage(str(tmp_path))
-    parts = storage.list_files("", "part-*.parquet")
-    count, examples = find_duplicates(storage, parts, rows=520)
-    assert count == 5 + 3
-    assert set(examples) == {"295", "296", "297", "298", "299", "0", "7"}
-    for number in range(30):
-        write(tmp_path / f"part-9{number}.parquet", id=pa.array([number], pa.int64()).cast(kind))
-    count, examples = find_duplicates(storage, storage.list_files("", "part-*.parquet"), rows=550)
-    assert count == 38
-    assert len(examples) == 10
-    assert len(set(examples)) == 10
-
-
-def test_no_duplicates(tmp_path: Path) -> None:
-    write(tmp_path / "part-0.parquet", id=["a", "b", None, None])
-    storage = Storage(str(tmp_path))
-    assert find_duplicates(storage, storage.list_files("", "part-*"), rows=4) == (0, ())
-
-
-def test_ids_made_by_the_pipeline_are_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """File and row cannot repeat: no pass over the output for them."""
-
-    def unwanted(*_: object) -> None:
-        raise AssertionError("the parts were read")
-
-    monkeypatch.setattr("pipeline.ledger.find_duplicates", unwanted)
-    write(tmp_path / "in/a.parquet", prompt=prompts(3))
-    _, _, manifest = run(make_job(tmp_path / "in", tmp_path / "out"))
-    assert manifest["duplicate_ids"] == 0
+    totals = sum((result.totals for result in publish(job, plan)), Totals())
+    unit = plan.units[0].id
+    for name in (f".part-{unit}.parquet", f"_job/units/.{unit}.json", f"_job/segments/{unit}/.x.parquet"):
+        out(job, name).parent.mkdir(parents=True, exist_ok=True)
+        out(job, f"{name}.{'a' * 32}.tmp").write_bytes(b"half")
+    ledger.complete(plan, job, totals, seconds=1.0)
+    assert verify(job.output.path).problems == ()
