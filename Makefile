@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export TWOTOWER_OUT ?= $(CURDIR)/out
 
-.PHONY: demo test lint types unit bench bench-scale chaos fuzz tiny clean
+.PHONY: demo test lint types unit bench bench-scale chaos fuzz noise clean
 
 demo: $(VENV)/.runtime ## run jobs/demo.yaml; completions land in out/demo
 	$(BIN)/python -m pipeline run jobs/demo.yaml
@@ -36,8 +36,8 @@ chaos: $(VENV)/.dev ## 100,000 rows a seed while everything is killed and storag
 fuzz: $(VENV)/.dev ## every reader of foreign bytes under a coverage-guided fuzzer, a minute each
 	$(BIN)/python -m tests.fuzz.run --seconds 60 all
 
-tiny: $(VENV)/.runtime ## make the built-in checkpoint again, bit for bit
-	$(BIN)/python -m model.tiny.make
+noise: $(VENV)/.runtime ## make builtin:noise again, bit for bit
+	$(BIN)/python -m model.noise.make
 
 clean: ## remove the environment and the demo's output
 	rm -rf $(VENV) out

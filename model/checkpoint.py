@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from model.config import Towers, TwoTowerConfig, expected_tensors
 from model.errors import CheckpointError
 
-BUILTIN = {"tiny": Path(__file__).parent / "tiny" / "checkpoint"}
+BUILTIN = {name: Path(__file__).parent / name / "checkpoint" for name in ("tiny", "noise")}
 DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Stored dtypes that load; quantised ones are refused."""
 

@@ -1,10 +1,10 @@
 """`make bench`: what the engine's design gains, as tests/benchmarks/out/engine.json and a table.
 
-    vs_lockstep            tokens/s of the engine over static batches in lockstep, by rows (builtin:tiny, CPU)
+    vs_lockstep            tokens/s of the engine over static batches in lockstep, by rows (builtin:noise, CPU)
     padding                share of padding in prefill forwards, 2,000 log-normal prompts, sorted and as they arrive
     prefix_speedup         64 rows with a template of 1,000 tokens, computed once against computed for each row
     scheduler_ms_256_rows  host time of one turn of the loop, forwards taking no time
-    modes                  tokens/s of the three modes at 16 rows (builtin:tiny, CPU)
+    modes                  tokens/s of the three modes at 16 rows (builtin:noise, CPU)
     simulated              100,000 requests at 256 rows on two H100s by a roofline, in three layouts
 
 Torch runs on one thread. The steps a block are those of rows whose thresholds differ (workload.THRESHOLDS). `--quick`
@@ -63,7 +63,7 @@ QUICK = Sizes({1: 1, 8: 1}, 1, 128, 50, 4, 200, 1500)
 def measure(sizes: Sizes, console: Console) -> dict[str, Any]:
     """Everything, in the form of engine.json."""
     torch.set_num_threads(1)
-    tiny = load_model("builtin:tiny")
+    tiny = load_model("builtin:noise")
     found: dict[str, Any] = {}
     with console.status("engine against lockstep"):
         found |= _against_lockstep(tiny, sizes)
@@ -78,7 +78,7 @@ def measure(sizes: Sizes, console: Console) -> dict[str, Any]:
         found["details"]["engine_host_ms_256_rows"] = host_ms(tiny, 256, turns=sizes.turns // 10)
         found["modes"] = mode_rates(tiny, rounds=sizes.other_rounds)
         differ = {
-            uri: bfloat16_differences(uri, count=sizes.bfloat16_rows) for uri in ("builtin:tiny", str(CHECKPOINT))
+            uri: bfloat16_differences(uri, count=sizes.bfloat16_rows) for uri in ("builtin:noise", str(CHECKPOINT))
         }
         found["details"]["bfloat16"] = {"rows": 2 * sizes.bfloat16_rows, "differ": sum(differ.values())}
     with console.status("simulated devices"):
@@ -158,7 +158,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     host = f"{details['engine_host_ms_256_rows']:.2f} ms with the tables of blocks and pages"
     table.add_row("host, one turn of 256 rows", f"{found['scheduler_ms_256_rows']:.2f} ms", host)
     for mode, rate in found["modes"].items():
-        table.add_row(f"{mode}, 16 rows", f"{rate:,.0f} tokens/s", "builtin:tiny, one core")
+        table.add_row(f"{mode}, 16 rows", f"{rate:,.0f} tokens/s", "builtin:noise, one core")
     bf16 = details["bfloat16"]
     table.add_row("rows that differ among others in bfloat16", str(bf16["differ"]), f"of {bf16['rows']}")
     for name, run in (found["simulated"] | found["simulated_variants"]).items():

@@ -48,7 +48,7 @@ def measure(folder: Path) -> None:
         {
             "input": {"path": str(folder / "in.parquet")},
             "output": {"path": str(folder / "out"), "rows_per_file": ROWS_PER_FILE},
-            "model": {"checkpoint": "builtin:tiny"},
+            "model": {"checkpoint": "builtin:noise"},
             "workers": {"gpus": 0, "replicas": 2},
         }
     )

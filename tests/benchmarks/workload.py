@@ -14,7 +14,7 @@ Z99 = 2.326  # standard deviations from the median to the 99th percentile
 
 THRESHOLDS = (0.5, 0.5, 0.5, 0.6, 0.6, 0.7, 0.8, 0.99)
 """A row draws one of these. They stand in for easy and hard texts: with random weights a single threshold gives every
-row about the same steps a block. On builtin:tiny: 1 to 16 steps a block, about 5.5 on average (published: 5.4)."""
+row about the same steps a block. On builtin:noise: 1 to 16 steps a block, about 5.5 on average (published: 5.4)."""
 
 
 def log_normal(rng: np.random.Generator, count: int, *, median: float, p99: float, longest: int) -> NDArray[np.int64]:

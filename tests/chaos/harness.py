@@ -134,7 +134,7 @@ def make_job(inputs: str, output: str, schedule: Schedule) -> Job:
             "name": "chaos",
             "input": {"path": inputs},
             "output": {"path": output, "rows_per_file": schedule.rows_per_file},
-            "model": {"checkpoint": "builtin:tiny", "dtype": "float32"},
+            "model": {"checkpoint": "builtin:noise", "dtype": "float32"},
             "generation": {"max_new_tokens": 48},
             "workers": {"gpus": 0, "cpus": 1, "replicas": REPLICAS, "start_timeout_s": 60.0},
             "checkpoint": {"seconds": schedule.checkpoint_s},

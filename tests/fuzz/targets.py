@@ -175,7 +175,7 @@ def _job_seeds() -> list[bytes]:
     shipped = [file.read_bytes() for file in (Path(__file__).parents[2] / "jobs").glob("*.yaml")]
     return [
         *shipped,
-        b'input: {path: /in, template: "{{ a }}"}\noutput: {path: s3://b/out}\nmodel: {checkpoint: "builtin:tiny"}\n',
+        b'input: {path: /in, template: "{{ a }}"}\noutput: {path: s3://b/out}\nmodel: {checkpoint: "builtin:noise"}\n',
         b"a: &a [1, 2]\nb: *a\nc: !!python/object/apply:os.getcwd []\nd: ${HOME:-x}\ne: 0x10\nf: |\n  text\n",
     ]
 

@@ -16,8 +16,8 @@ from tests.model.golden_cases import CHECKPOINT
 from tests.model.memory_meter import MemoryMeter
 from tests.model.test_engine import drain, outcome, prompt, random_requests
 
-TINY = "builtin:tiny"
-MIXES = {TINY: 50, str(CHECKPOINT): 260}
+NOISE = "builtin:noise"
+MIXES = {NOISE: 50, str(CHECKPOINT): 260}
 
 
 @cache
@@ -50,7 +50,7 @@ def alone(uri: str) -> dict[str, tuple[object, ...]]:
     return {r.key: outcome(engine.generate([dataclasses.replace(r, prefix_tokens=0)])[0]) for r in pool(uri)}
 
 
-@pytest.mark.parametrize("uri", [TINY, str(CHECKPOINT)], ids=["tiny", "golden"])
+@pytest.mark.parametrize("uri", [NOISE, str(CHECKPOINT)], ids=["noise", "golden"])
 def test_a_row_gives_the_same_in_any_mix(uri: str) -> None:
     """Random company, arrival, limits, lanes and stages; rows come while others run; pages run out now and then."""
     rng = random.Random(11)
@@ -89,18 +89,18 @@ def test_a_row_gives_the_same_in_any_mix(uri: str) -> None:
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_stages_and_lanes_change_nothing(stages: int, lanes: int) -> None:
     """1, 2 and 3 stages on CPU devices, 1 and 2 lanes: the tokens of every request of the pool."""
-    engine = Engine(model(TINY, stages), EngineLimits(max_rows=8, lanes=lanes))
-    got = engine.generate(pool(TINY))
+    engine = Engine(model(NOISE, stages), EngineLimits(max_rows=8, lanes=lanes))
+    got = engine.generate(pool(NOISE))
     engine.check()
-    assert {c.key: outcome(c) for c in got} == alone(TINY)
+    assert {c.key: outcome(c) for c in got} == alone(NOISE)
 
 
 def test_a_long_prompt_does_not_stop_the_others() -> None:
     """3,000 tokens in pieces of 256: rows beside it end while it is still being read, and it ends as in one piece."""
     long = Request("long", prompt(3000, 5), GenerationParams(max_new_tokens=20))
     short = [Request(f"r{i}", prompt(20, i), GenerationParams(mode="ar", max_new_tokens=3)) for i in range(6)]
-    whole = outcome(Engine(model(TINY), EngineLimits(max_prefill_tokens=4096)).generate([long])[0])
-    engine = Engine(model(TINY), EngineLimits(max_rows=2, max_prefill_tokens=256))
+    whole = outcome(Engine(model(NOISE), EngineLimits(max_prefill_tokens=4096)).generate([long])[0])
+    engine = Engine(model(NOISE), EngineLimits(max_rows=2, max_prefill_tokens=256))
     for request in [long, *short]:
         engine.submit(request)
     ended = []
@@ -119,10 +119,10 @@ def test_a_prefix_is_computed_once_and_kept() -> None:
         Request(f"r{i}", shared + prompt(i, i), GenerationParams(max_new_tokens=5), prefix_tokens=200)
         for i in range(10)
     ]
-    engine = Engine(model(TINY), EngineLimits(max_rows=3))
+    engine = Engine(model(NOISE), EngineLimits(max_rows=3))
     got = engine.generate(requests[:5]) + engine.generate(requests[5:])
     engine.check()
-    plain = Engine(model(TINY)).generate([dataclasses.replace(request, prefix_tokens=0) for request in requests])
+    plain = Engine(model(NOISE)).generate([dataclasses.replace(request, prefix_tokens=0) for request in requests])
     assert [outcome(c) for c in got] == [outcome(c) for c in plain]
     assert engine.stats.prefill_tokens == 192 + sum(len(request.prompt_ids) - 192 for request in requests)
     assert engine.stats.shared_tokens == 10 * 192
@@ -131,8 +131,8 @@ def test_a_prefix_is_computed_once_and_kept() -> None:
 def test_when_pages_run_out_the_youngest_row_starts_again() -> None:
     """Rows that grow beyond the pages there are: some are put back, all end as they would have, and say how often."""
     requests = [Request(f"r{i}", prompt(100, i), GenerationParams(max_new_tokens=150)) for i in range(6)]
-    wide = [outcome(c) for c in Engine(model(TINY), EngineLimits(max_rows=6)).generate(requests)]
-    engine = Engine(model(TINY), EngineLimits(max_rows=6, kv_tokens=14 * 64, max_context_tokens=300))
+    wide = [outcome(c) for c in Engine(model(NOISE), EngineLimits(max_rows=6)).generate(requests)]
+    engine = Engine(model(NOISE), EngineLimits(max_rows=6, kv_tokens=14 * 64, max_context_tokens=300))
     for request in requests:
         engine.submit(request)
     done = drain(engine)
@@ -145,7 +145,7 @@ def test_when_pages_run_out_the_youngest_row_starts_again() -> None:
 def test_cancelled_rows_leave_nothing_behind(stages: int) -> None:
     """Waiting, reading its prompt or generating: a cancelled row is gone at once, its slot serves others."""
     requests = [Request(f"r{i}", prompt(300, i), GenerationParams(max_new_tokens=40)) for i in range(8)]
-    engine = Engine(model(TINY, stages), EngineLimits(max_rows=3, max_prefill_tokens=128))
+    engine = Engine(model(NOISE, stages), EngineLimits(max_rows=3, max_prefill_tokens=128))
     for request in requests:
         engine.submit(request)
     done = {}
@@ -157,7 +157,7 @@ def test_cancelled_rows_leave_nothing_behind(stages: int) -> None:
         engine.check()
     done |= drain(engine)
     assert sorted(done) == ["r3", "r4", "r5", "r6"]
-    wanted = Engine(model(TINY)).generate(requests[3:7])
+    wanted = Engine(model(NOISE)).generate(requests[3:7])
     assert [outcome(done[c.key]) for c in wanted] == [outcome(c) for c in wanted]
     engine.submit(requests[0])
     assert list(drain(engine)) == ["r0"]
@@ -166,7 +166,7 @@ def test_cancelled_rows_leave_nothing_behind(stages: int) -> None:
 def test_more_and_fewer_rows_while_running() -> None:
     """max_rows 2 -> 5 -> 1: as many run at once as may, rows in slots end first, nothing is lost or changed."""
     requests = [Request(f"r{i}", prompt(20, i), GenerationParams(max_new_tokens=60)) for i in range(12)]
-    engine = Engine(model(TINY), EngineLimits(max_rows=2))
+    engine = Engine(model(NOISE), EngineLimits(max_rows=2))
     for request in requests:
         engine.submit(request)
     done, seen = {}, []
@@ -182,7 +182,7 @@ def test_more_and_fewer_rows_while_running() -> None:
         done |= {completion.key: completion for completion in engine.step()}
         assert engine.active <= max(1, most)
         most = min(most, max(1, engine.active))
-    wanted = Engine(model(TINY)).generate(requests)
+    wanted = Engine(model(NOISE)).generate(requests)
     assert [outcome(done[c.key]) for c in wanted] == [outcome(c) for c in wanted]
 
 
@@ -190,7 +190,7 @@ def test_pieces_bound_the_memory_of_a_long_prompt() -> None:
     """5,000 tokens: what a prefill in pieces of 256 holds at once beside the cache is a small part of one piece's."""
     peaks = {}
     for budget in (256, 8192):
-        engine = Engine(model(TINY), EngineLimits(max_rows=1, max_prefill_tokens=budget))
+        engine = Engine(model(NOISE), EngineLimits(max_rows=1, max_prefill_tokens=budget))
         with MemoryMeter() as meter:
             engine.generate([Request("long", prompt(5000, 1), GenerationParams(max_new_tokens=1))])
         peaks[budget] = meter.peak
@@ -199,7 +199,7 @@ def test_pieces_bound_the_memory_of_a_long_prompt() -> None:
 
 def test_only_hidden_states_pass_from_stage_to_stage() -> None:
     """What one stage hands to the next, of either tower: one tensor of (tokens, hidden size) in the model's dtype."""
-    pair = model(TINY, 3)
+    pair = model(NOISE, 3)
     context = pair.new_cache(slots=2, kv_tokens=256)
     slots = [slot for _ in range(2) if (slot := context.slots.acquire(64)) is not None]
     rows = context.rows(slots, [16, 16])

@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A copy of the built-in checkpoint to damage."""
-    return Path(shutil.copytree(BUILTIN["tiny"], tmp_path / "copy"))
+    return Path(shutil.copytree(BUILTIN["noise"], tmp_path / "copy"))
 
 
 def refused(folder: Path, towers: str = "both") -> str:
@@ -51,7 +51,7 @@ def edit_shard(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) 
 
 
 @pytest.mark.parametrize("towers", ["both", "context"])
-@pytest.mark.parametrize("uri", ["builtin:tiny", str(CHECKPOINT)])
+@pytest.mark.parametrize("uri", ["builtin:noise", str(CHECKPOINT)])
 def test_complete_checkpoints_are_valid(uri: str, towers: Any) -> None:
     open_checkpoint(uri).validate(towers)
 
@@ -111,9 +111,9 @@ def test_any_fsspec_url(folder: Path) -> None:
 def test_a_remote_tensor_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.checkpoint.PIECE", 1000)
     memory = fsspec.filesystem("memory")
-    memory.put(str(BUILTIN["tiny"]), "/pieces", recursive=True)
+    memory.put(str(BUILTIN["noise"]), "/pieces", recursive=True)
     try:
-        checkpoint, whole = open_checkpoint("memory://pieces"), open_checkpoint("builtin:tiny")
+        checkpoint, whole = open_checkpoint("memory://pieces"), open_checkpoint("builtin:noise")
         info = checkpoint.tensors["lm_head.weight"]
         assert info.nbytes > 30_000
         assert checkpoint.read(info) == whole.read(info)
@@ -132,7 +132,7 @@ def test_the_tokenizer_is_optional(folder: Path) -> None:
 
 def test_a_copy_has_the_same_identity(folder: Path) -> None:
     copy = open_checkpoint(str(folder))
-    assert copy.identity() == open_checkpoint("builtin:tiny").identity()
+    assert copy.identity() == open_checkpoint("builtin:noise").identity()
     assert len(copy.identity()) == 64
     assert copy.identity() != open_checkpoint(str(CHECKPOINT)).identity()
 
@@ -168,7 +168,7 @@ def test_the_identity_of_a_large_shard_reads_samples_only(folder: Path, monkeypa
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("builtin:huge", "no built-in checkpoint 'huge': there is tiny"),
+        ("builtin:huge", "no built-in checkpoint 'huge': there is tiny, noise"),
         ("", "empty string"),
         ("/does/not/exist", r"config\.json is missing"),
         ("nope://bucket/folder", "Protocol not known: nope"),
@@ -344,6 +344,6 @@ def test_opening_needs_no_torch() -> None:
 
     code = (
         "import sys, model.tokenizer; from model.checkpoint import open_checkpoint; "
-        "open_checkpoint('builtin:tiny').validate(); sys.exit('torch' in sys.modules)"
+        "open_checkpoint('builtin:noise').validate(); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

@@ -19,17 +19,17 @@ from model.sampling import Draws, choose_from
 from model.two_tower import TwoTower
 from tests.model.golden_cases import relative_error
 
-TINY = "builtin:tiny"  # attention heads x head_dim is twice the hidden size here, as nothing may assume it is not
+NOISE = "builtin:noise"  # attention heads x head_dim is twice the hidden size here, as nothing may assume it is not
 
 
 @pytest.fixture(scope="module")
 def pair() -> TwoTower:
-    return load_model(TINY)
+    return load_model(NOISE)
 
 
 @cache
 def reference() -> Reference:
-    return Reference(TINY)
+    return Reference(NOISE)
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -138,7 +138,7 @@ def test_a_row_generates_the_same_in_any_company(pair: TwoTower) -> None:
     assert len({a[2] for a in alone.values()}) == 2  # some stop, some reach their length
     shuffled = random.Random(2).sample(requests, len(requests))
     for rows, order, stages in ((3, requests, 1), (16, shuffled, 1), (5, shuffled, 2)):
-        model = pair if stages == 1 else load_model(TINY, devices=["cpu"] * stages)
+        model = pair if stages == 1 else load_model(NOISE, devices=["cpu"] * stages)
         engine = Engine(model, EngineLimits(max_rows=rows, max_prefill_tokens=100))
         together = {c.key: outcome(c) for c in engine.generate(order)}
         engine.check()
@@ -223,7 +223,7 @@ def test_stop_strings_across_block_borders_and_inside_letters(pair: TwoTower) ->
 
 def test_bfloat16_generates_on_the_same_path() -> None:
     """bfloat16 weights and activations: every row ends, and is the same alone and in a batch of equal rows."""
-    engine = Engine(load_model(TINY, dtype="bfloat16"), EngineLimits(max_rows=4))
+    engine = Engine(load_model(NOISE, dtype="bfloat16"), EngineLimits(max_rows=4))
     requests = [Request(f"r{i}", prompt(9, i), GenerationParams(max_new_tokens=20)) for i in range(8)]
     got = engine.generate(requests)
     assert [len(c.token_ids) for c in got] == [20] * 8
@@ -232,7 +232,7 @@ def test_bfloat16_generates_on_the_same_path() -> None:
 
 def test_ar_needs_only_the_context_tower(pair: TwoTower) -> None:
     """Loaded without the denoiser, AR gives the same tokens, and the other modes are refused."""
-    context_only = load_model(TINY, towers="context")
+    context_only = load_model(NOISE, towers="context")
     assert sum(p.nbytes for p in context_only.parameters()) < 0.6 * sum(p.nbytes for p in pair.parameters())
     request = Request("r", prompt(9, 1), GenerationParams(mode="ar", max_new_tokens=10))
     assert outcome(Engine(context_only).generate([request])[0]) == outcome(Engine(pair).generate([request])[0])
@@ -250,7 +250,7 @@ def failing_parts(*_: object) -> list[Callable[..., None]]:
 
 
 def test_after_a_failure_generate_leaves_the_engine_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_model(TINY)
+    model = load_model(NOISE)
     engine = Engine(model, EngineLimits(max_rows=2))
     requests = [Request(f"r{i}", prompt(6, i), GenerationParams(max_new_tokens=20)) for i in range(5)]
     with monkeypatch.context() as patch:
@@ -294,7 +294,7 @@ def test_logits_that_are_not_finite_end_that_row_alone(pair: TwoTower) -> None:
     good = Request("good", [5, 6, 7], GenerationParams(max_new_tokens=20))
     healthy = Engine(pair).generate([good])[0]
     poison = next(token for token in range(8, 260) if token not in healthy.token_ids)
-    model = load_model(TINY)
+    model = load_model(NOISE)
     model.context.embeddings.weight[poison] = torch.nan
     modes: Sequence[Mode] = ("diffusion", "ar", "mock_ar")
     bad = [Request(mode, [5, poison, 7], GenerationParams(mode=mode, max_new_tokens=20)) for mode in modes]
@@ -317,7 +317,7 @@ def test_a_failing_forward_names_its_rows_and_leaves_the_engine_whole(
     monkeypatch: pytest.MonkeyPatch, failing: str, launching: bool, stages: int
 ) -> None:
     """The rows of the failed forward are out and named; the engine is intact and runs them when they come again."""
-    model = load_model(TINY, devices=["cpu"] * stages)
+    model = load_model(NOISE, devices=["cpu"] * stages)
     engine = Engine(model, EngineLimits(max_rows=2, lanes=1))
     requests = [Request(f"r{i}", prompt(6, i), GenerationParams(max_new_tokens=20)) for i in range(5)]
     for request in requests:
@@ -332,13 +332,13 @@ def test_a_failing_forward_names_its_rows_and_leaves_the_engine_whole(
     for request in requests[:2]:
         engine.submit(request)
     assert {key: outcome(c) for key, c in drain(engine).items()} == {
-        c.key: outcome(c) for c in Engine(load_model(TINY)).generate(requests)
+        c.key: outcome(c) for c in Engine(load_model(NOISE)).generate(requests)
     }
 
 
 def test_a_tokenizer_that_fails_loses_its_row_alone() -> None:
     """It fails on the second of three rows that end together: the others are completions, and not named."""
-    engine = Engine(load_model(TINY), EngineLimits(max_rows=3))
+    engine = Engine(load_model(NOISE), EngineLimits(max_rows=3))
     for i in range(3):
         engine.submit(Request(f"r{i}", prompt(6, i), GenerationParams(mode="ar", max_new_tokens=1)))
     calls = 0
@@ -362,7 +362,7 @@ def test_a_tokenizer_that_fails_loses_its_row_alone() -> None:
 
 def test_out_of_memory_halves_the_rows_and_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Denoiser forwards of more than 3 rows run out of memory: fewer rows run, all end with the tokens they had."""
-    model = load_model(TINY)
+    model = load_model(NOISE)
     requests = [Request(f"r{i}", prompt(6, i), GenerationParams(max_new_tokens=20)) for i in range(12)]
     healthy = [outcome(c) for c in Engine(model, EngineLimits(max_rows=8)).generate(requests)]
     denoise_parts = model.denoise_parts
@@ -384,7 +384,7 @@ def test_out_of_memory_halves_the_rows_and_loses_none(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("stages", [1, 2])
 def test_out_of_memory_gives_back_what_the_forward_held(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error's frames, which hold the forward's tensors, are empty before the rows are tried again."""
-    model = load_model(TINY, devices=["cpu"] * stages)
+    model = load_model(NOISE, devices=["cpu"] * stages)
     denoise_parts, held = model.denoise_parts, list[weakref.ref[torch.Tensor]]()
 
     def part(x: torch.Tensor) -> None:
@@ -413,7 +413,7 @@ def test_where_one_row_is_too_many_out_of_memory_is_an_error(monkeypatch: pytest
     def short_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    model = load_model(TINY)
+    model = load_model(NOISE)
     monkeypatch.setattr(model, "denoise_parts", short_of_memory)
     engine = Engine(model, EngineLimits(max_rows=2, max_prefill_tokens=128))
     for i in range(3):
@@ -428,7 +428,7 @@ def test_where_one_row_is_too_many_out_of_memory_is_an_error(monkeypatch: pytest
 def test_the_reference_and_both_dtypes_see_the_same_model(pair: TwoTower) -> None:
     """Context and denoiser logits of the tiny model agree with the reference in float32, and roughly in bfloat16."""
     ids, block = prompt(21, 9), [3] * 16
-    rough = load_model(TINY, dtype="bfloat16")
+    rough = load_model(NOISE, dtype="bfloat16")
     for got, bf16, wanted in (
         (pair.context_logits(ids), rough.context_logits(ids), reference().context_logits(ids)),
         (

@@ -161,7 +161,7 @@ def test_too_few_rows_for_the_lanes_are_refused() -> None:
         released(400 * GIB, 1, EngineLimits(max_rows="auto", lanes=300, max_context_tokens=64))
 
 
-@pytest.fixture(scope="module", params=["builtin:tiny", GOLDEN], ids=["tiny", "golden"])
+@pytest.fixture(scope="module", params=["builtin:noise", GOLDEN], ids=["tiny", "golden"])
 def pair(request: pytest.FixtureRequest) -> TwoTower:
     return load_model(request.param)
 

@@ -143,6 +143,6 @@ def test_what_it_does_not_do_is_refused(reference: Reference, params: Generation
 
 
 def test_ar_mode_needs_the_context_tower_alone() -> None:
-    both, context = Reference("builtin:tiny"), Reference("builtin:tiny", towers="context")
+    both, context = Reference("builtin:noise"), Reference("builtin:noise", towers="context")
     assert len(context.weights) < len(both.weights)
     assert context.context_logits([5, 6]).equal(both.context_logits([5, 6]))

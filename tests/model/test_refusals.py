@@ -8,7 +8,7 @@ from model.two_tower import TwoTower
 
 @pytest.fixture(scope="module")
 def pair() -> TwoTower:
-    return load_model("builtin:tiny")
+    return load_model("builtin:noise")
 
 
 @pytest.mark.parametrize(
@@ -135,4 +135,4 @@ def test_requests_of_wrong_types_are_refused(fields: dict[str, object], text: st
 )
 def test_models_are_not_loaded_from_wrong_types(options: dict[str, object], text: str) -> None:
     with pytest.raises(RequestError, match=text):
-        load_model("builtin:tiny", **options)  # type: ignore[arg-type]
+        load_model("builtin:noise", **options)  # type: ignore[arg-type]

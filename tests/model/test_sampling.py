@@ -317,7 +317,7 @@ def test_the_meter_counts_storages_once_until_they_are_freed() -> None:
 
 def test_the_head_of_a_tower_gives_its_logits_slice_by_slice() -> None:
     """Any columns and positions, hidden normalised once; a row's slice has the same bits in any company."""
-    config = dataclasses.replace(open_checkpoint("builtin:tiny").config, vocab_size=3 * SLICE + 1)
+    config = dataclasses.replace(open_checkpoint("builtin:noise").config, vocab_size=3 * SLICE + 1)
     tower = Tower(config, [torch.device("cpu")] * config.num_layers, torch.float32, causal=True)
     generator = torch.Generator().manual_seed(8)
     for weight in (tower.head.weight, tower.norm_f.weight):

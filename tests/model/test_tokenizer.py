@@ -9,7 +9,7 @@ from model.tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    content = open_checkpoint("builtin:tiny").tokenizer_json()
+    content = open_checkpoint("builtin:noise").tokenizer_json()
     assert content is not None
     return Tokenizer(content)
 
@@ -53,7 +53,7 @@ def test_what_is_no_tokenizer_is_refused(content: bytes) -> None:
 
 
 def test_the_post_processor_adds_and_truncation_and_padding_are_off() -> None:
-    content = open_checkpoint("builtin:tiny").tokenizer_json()
+    content = open_checkpoint("builtin:noise").tokenizer_json()
     assert content is not None
     document = json.loads(content)
     document["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}

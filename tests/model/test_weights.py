@@ -15,7 +15,7 @@ from model import weights
 from model.checkpoint import BUILTIN, Checkpoint, TensorInfo, open_checkpoint
 from model.config import TwoTowerConfig, expected_tensors
 from model.errors import CheckpointError
-from model.tiny.make import CONFIG
+from model.noise.make import CONFIG
 from model.weights import check_memory, free_memory, load_tensors, weight_bytes
 from tests.model.golden_cases import CHECKPOINT
 
@@ -39,7 +39,7 @@ def test_every_tensor_arrives_in_the_wanted_dtype(dtype: torch.dtype) -> None:
 
 
 def test_targets_may_be_views_into_stacked_experts() -> None:
-    checkpoint = open_checkpoint("builtin:tiny")
+    checkpoint = open_checkpoint("builtin:noise")
     config = checkpoint.config
     stacked = torch.full((config.n_routed_experts, config.hidden_size, config.moe_intermediate_size), math.nan)
     name = "context_tower.layers.1.mixer.experts.{}.up_proj.weight".format
@@ -51,11 +51,11 @@ def test_targets_may_be_views_into_stacked_experts() -> None:
 
 
 def test_nothing_asked_nothing_read() -> None:
-    load_tensors(open_checkpoint("builtin:tiny"), {})
+    load_tensors(open_checkpoint("builtin:noise"), {})
 
 
 def test_other_shapes_and_unknown_names_are_refused() -> None:
-    checkpoint = open_checkpoint("builtin:tiny")
+    checkpoint = open_checkpoint("builtin:noise")
     with pytest.raises(CheckpointError, match=r"lm_head.weight is \[260, 64\] in model-00002.*\[64, 260\] is due"):
         load_tensors(checkpoint, {"lm_head.weight": torch.empty(64, 260)})
     with pytest.raises(CheckpointError, match="tensor nothing is missing"):
@@ -63,7 +63,7 @@ def test_other_shapes_and_unknown_names_are_refused() -> None:
 
 
 def test_a_shard_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
-    shutil.copytree(BUILTIN["tiny"], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(BUILTIN["noise"], tmp_path, dirs_exist_ok=True)
     checkpoint = open_checkpoint(str(tmp_path))
     last = max(checkpoint.tensors, key=lambda name: (checkpoint.tensors[name].shard, checkpoint.tensors[name].end))
     info = checkpoint.tensors[last]
@@ -133,7 +133,7 @@ def test_not_enough_memory_is_said_before_anything_is_allocated(monkeypatch: pyt
     with pytest.raises(CheckpointError, match=message):
         check_memory(released(), "both", torch.bfloat16, ["cpu"])
     assert weight_bytes(released(), "context", torch.bfloat16) / GIB == pytest.approx(58.8, abs=0.1)
-    check_memory(open_checkpoint("builtin:tiny"), "both", torch.float32, ["cpu"])
+    check_memory(open_checkpoint("builtin:noise"), "both", torch.float32, ["cpu"])
 
 
 def test_stages_are_counted_by_device(monkeypatch: pytest.MonkeyPatch) -> None:

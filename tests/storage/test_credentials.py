@@ -34,7 +34,7 @@ def test_a_whole_job_with_a_profile_shows_no_secret(s3: str, s3_endpoint: str, t
     job = tmp_path / "job.yaml"
     job.write_text(
         f"name: secret\ninput: {{path: '{s3}/in'}}\noutput: {{path: '{s3}/out', rows_per_file: 10}}\n"
-        "model: {checkpoint: 'builtin:tiny', dtype: float32}\ngeneration: {max_new_tokens: 4}\nworkers: {gpus: 0}\n"
+        "model: {checkpoint: 'builtin:noise', dtype: float32}\ngeneration: {max_new_tokens: 4}\nworkers: {gpus: 0}\n"
     )
     environment = use_profile(tmp_path, s3_endpoint)
     command = [sys.executable, "-m", "pipeline", "run", str(job), "--local", "--debug"]

@@ -23,7 +23,7 @@ def test_the_production_job_runs_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
     inputs, checkpoint = Storage(f"{s3}/prompts"), Storage(f"{s3}/checkpoint")
     inputs.write("one.parquet", (tmp_path / "prompts.parquet").read_bytes())
     inputs.write("more/two.parquet", (tmp_path / "prompts.parquet").read_bytes())
-    for file in (ROOT / "model/tiny/checkpoint").iterdir():
+    for file in (ROOT / "model/noise/checkpoint").iterdir():
         checkpoint.write(file.name, file.read_bytes())
 
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {

@@ -41,7 +41,7 @@ def make_job(input_path: Path | str, output_path: Path | str, **sections: dict[s
     base: dict[str, dict[str, Any]] = {
         "input": {"path": str(input_path)},
         "output": {"path": str(output_path)},
-        "model": {"checkpoint": "builtin:tiny", "dtype": "float32"},
+        "model": {"checkpoint": "builtin:noise", "dtype": "float32"},
     }
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values}

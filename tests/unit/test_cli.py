@@ -27,7 +27,7 @@ JOB = """
 name: small
 input: {{path: {folder}/in}}
 output: {{path: {folder}/out, rows_per_file: 10}}
-model: {{checkpoint: "builtin:tiny", dtype: float32}}
+model: {{checkpoint: "builtin:noise", dtype: float32}}
 generation: {{max_new_tokens: 8}}
 workers: {{gpus: 0}}
 """

@@ -18,7 +18,7 @@ GOOD = """\
 #!/usr/bin/env -S python -m pipeline run
 input: {path: /data/in}
 output: {path: /data/out}
-model: {checkpoint: "builtin:tiny"}
+model: {checkpoint: "builtin:noise"}
 """
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -239,10 +239,10 @@ def test_relative_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatc
     assert job.output.path == f"{tmp_path}/out"
     assert job.model.checkpoint == f"{tmp_path}/ckpt"
     urls = load_job(
-        write(tmp_path, text), ["input.path=s3://b/in/", "output.path=s3://b/out", "model.checkpoint=builtin:tiny"]
+        write(tmp_path, text), ["input.path=s3://b/in/", "output.path=s3://b/out", "model.checkpoint=builtin:noise"]
     )
     assert (urls.input.path, urls.output.path) == ("s3://b/in/", "s3://b/out")
-    assert urls.model.checkpoint == "builtin:tiny"
+    assert urls.model.checkpoint == "builtin:noise"
 
 
 def test_a_relative_output_inside_rays_copy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def test_metadata_of_a_file_runs_nothing(tmp_path: Path) -> None:
 
 # ---- job files
 
-GOOD = 'input: {path: /in}\noutput: {path: /out}\nmodel: {checkpoint: "builtin:tiny"}\n'
+GOOD = 'input: {path: /in}\noutput: {path: /out}\nmodel: {checkpoint: "builtin:noise"}\n'
 
 
 def refused(tmp_path: Path, text: str, *overrides: str) -> str:

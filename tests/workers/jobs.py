@@ -53,7 +53,7 @@ def open_job(folder: Path, prompts: Sequence[str | None] | None, rows_per_file: 
             "name": "small",
             "input": {"path": str(folder / "in")},
             "output": {"path": str(folder / "out"), "rows_per_file": rows_per_file},
-            "model": {"checkpoint": "builtin:tiny", "dtype": "float32"},
+            "model": {"checkpoint": "builtin:noise", "dtype": "float32"},
             "workers": {"gpus": 0},
             **sections,
         }

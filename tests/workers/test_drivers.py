@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     job = {
         "input": {"path": str(tmp_path / "in")},
         "output": {"path": str(tmp_path / "out"), "rows_per_file": 60},
-        "model": {"checkpoint": "builtin:tiny", "dtype": "float32"},
+        "model": {"checkpoint": "builtin:noise", "dtype": "float32"},
         "workers": {"gpus": 0},
         "checkpoint": {"rows": CHECKPOINT_ROWS},
     }

@@ -48,7 +48,7 @@ def job_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     job: dict[str, Any] = {
         "input": {"path": str(folder / "in.parquet"), "id_column": "id", "carry": ["part"]},
         "output": {"path": "${OUT}", "rows_per_file": 10},
-        "model": {"checkpoint": "builtin:tiny", "dtype": "float32"},
+        "model": {"checkpoint": "builtin:noise", "dtype": "float32"},
         "generation": {
             "max_new_tokens": 40,
             "confidence_threshold": 0.8,

@@ -14,7 +14,7 @@ import pytest
 JOB = """
 input: {{path: {folder}/in}}
 output: {{path: {folder}/out, rows_per_file: 5}}
-model: {{checkpoint: "builtin:tiny", dtype: float32}}
+model: {{checkpoint: "builtin:noise", dtype: float32}}
 engine: {{max_rows: 1}}
 workers: {{gpus: 0, cpus: 1, replicas: 1}}
 """

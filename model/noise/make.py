@@ -1,4 +1,4 @@
-"""Makes the built-in checkpoint: `python -m model.tiny.make [FOLDER]` writes model/tiny/checkpoint/ again, bit for bit.
+"""Makes builtin:noise, random weights in the released layout: `python -m model.noise.make [FOLDER]`, always the same.
 
 The layout is that of a released checkpoint (config.json, tokenizer.json, bfloat16 shards, index), the size is under
 1 MB, the weights are random: it runs every code path and generates noise. Neither attention heads x head_dim (4 x 32)
@@ -174,4 +174,4 @@ def _byte_letters() -> dict[int, str]:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]) if len(sys.argv) > 1 else BUILTIN["tiny"])
+    make(Path(sys.argv[1]) if len(sys.argv) > 1 else BUILTIN["noise"])

@@ -16,16 +16,16 @@ PROMPTS = ["Hello", "The quick brown fox jumps over the lazy dog.", "1, 2, 3, ",
 
 def test_the_command_reproduces_the_committed_files(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-m", "model.tiny.make", str(tmp_path)], cwd=root, check=True)
+    subprocess.run([sys.executable, "-m", "model.noise.make", str(tmp_path)], cwd=root, check=True)
     made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    assert made == {file.name: file.read_bytes() for file in BUILTIN["tiny"].iterdir()}
+    assert made == {file.name: file.read_bytes() for file in BUILTIN["noise"].iterdir()}
 
 
 def test_it_is_a_small_complete_checkpoint_unlike_the_golden_one() -> None:
-    checkpoint = open_checkpoint("builtin:tiny")
+    checkpoint = open_checkpoint("builtin:noise")
     checkpoint.validate("both")
     config = checkpoint.config
-    assert sum(file.stat().st_size for file in BUILTIN["tiny"].iterdir()) < 2**20 + 2**16
+    assert sum(file.stat().st_size for file in BUILTIN["noise"].iterdir()) < 2**20 + 2**16
     assert {info.dtype for info in checkpoint.tensors.values()} == {"BF16"}
     assert config.attention_inner != config.hidden_size
     assert config.mamba_inner not in (config.hidden_size, 2 * config.hidden_size)
@@ -34,7 +34,7 @@ def test_it_is_a_small_complete_checkpoint_unlike_the_golden_one() -> None:
 
 def test_blocks_take_few_and_many_steps() -> None:
     torch.set_num_threads(1)
-    checkpoint = open_checkpoint("builtin:tiny")
+    checkpoint = open_checkpoint("builtin:noise")
     content = checkpoint.tokenizer_json()
     assert content is not None
     reference = Reference(checkpoint)
