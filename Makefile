@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export TWOTOWER_OUT ?= $(CURDIR)/out
 
-.PHONY: demo test lint types unit bench bench-scale chaos fuzz noise clean
+.PHONY: demo test lint types unit bench bench-scale chaos fuzz quality tiny noise clean
 
 demo: $(VENV)/.runtime ## run jobs/demo.yaml; completions land in out/demo
 	$(BIN)/python -m pipeline run jobs/demo.yaml
@@ -35,6 +35,12 @@ chaos: $(VENV)/.dev ## 100,000 rows a seed while everything is killed and storag
 
 fuzz: $(VENV)/.dev ## every reader of foreign bytes under a coverage-guided fuzzer, a minute each
 	$(BIN)/python -m tests.fuzz.run --seconds 60 all
+
+quality: $(VENV)/.dev ## what builtin:tiny writes, against the right answers: tests/benchmarks/out/quality.json
+	$(BIN)/python -m tests.benchmarks.quality
+
+tiny: $(VENV)/.runtime ## train builtin:tiny again, from the seed; stopped, it goes on where it was
+	$(BIN)/python -m model.tiny.train
 
 noise: $(VENV)/.runtime ## make builtin:noise again, bit for bit
 	$(BIN)/python -m model.noise.make

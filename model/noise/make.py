@@ -16,17 +16,16 @@ is weaker (its likeliest token has 0.1 to 0.9), so that AR does not repeat itsel
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from model.checkpoint import BUILTIN
 from model.config import TwoTowerConfig, expected_tensors
+from model.export import write_checkpoint
 
 SEED = 20260626
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")  # ids 0 to 3; byte b is id 4 + b
@@ -97,23 +96,9 @@ TABLE_DEVIATION = 0.375  # scale_shift_tables.{i}, whose names have no common en
 
 def make(folder: Path) -> None:
     """Writes the checkpoint's files into `folder`, which is made where it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = TwoTowerConfig.from_dict(CONFIG)
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(), indent=1) + "\n")
-    context = expected_tensors(config, "context")
-    denoiser = {name: shape for name, shape in expected_tensors(config).items() if name not in context}
-    weight_map: dict[str, str] = {}
-    size = 0
-    for number, shapes in enumerate((context, denoiser), start=1):
-        shard = f"model-{number:05}-of-00002.safetensors"
-        tensors = {name: random_tensor(name, shape) for name, shape in shapes.items()}
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
-        (folder / shard).chmod(0o644)  # the library writes files that only their owner may read
-        weight_map |= dict.fromkeys(sorted(shapes), shard)
-        size += sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    shapes = expected_tensors(TwoTowerConfig.from_dict(CONFIG))
+    tensors = {name: random_tensor(name, shape) for name, shape in shapes.items()}
+    write_checkpoint(folder, CONFIG, tokenizer_json(), tensors)
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,0 +1,97 @@
+"""`make quality`: how good builtin:tiny is, as tests/benchmarks/out/quality.json, a table, and the plot of the README.
+
+Held-out prompts, greedy, float32, one thread: AR, mock-AR, diffusion over thresholds and steps at blocks of 16, and
+with blocks of 32 and 64, which the denoiser was not trained on. `--checkpoint` measures another one, `--rows` fewer.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from model import GenerationParams, load_model
+from model.checkpoint import open_checkpoint
+from model.tiny.corpus import held_out_examples
+from tests.benchmarks.quality.measure import MAX_NEW_TOKENS, Score, generate, score
+from tests.benchmarks.quality.plot import draw
+
+OUT = Path(__file__).parents[1] / "out" / "quality.json"
+CURVE = Path(__file__).parent / "curve.svg"
+SEED, ROWS = 1, 1024
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+POINTS = (
+    *((threshold, 16, 16) for threshold in THRESHOLDS),
+    *((0.8, 16, steps) for steps in (2, 4, 8)),
+    *((threshold, size, size) for size in (32, 64) for threshold in (0.8, 0.95, 0.99)),
+)
+"""(threshold, block size, steps a block at most)."""
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.quality")
+    parser.add_argument("--checkpoint", default="builtin:tiny")
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pair = load_model(options.checkpoint)
+    content = open_checkpoint(options.checkpoint).tokenizer_json()
+    if content is None:
+        raise SystemExit(f"error: {options.checkpoint} has no tokenizer")
+    examples = held_out_examples(Tokenizer.from_buffer(content), SEED, options.rows)
+
+    def run(**settings: Any) -> Any:
+        return generate(
+            pair, examples, GenerationParams(max_new_tokens=MAX_NEW_TOKENS, eos_ids=pair.eos_ids, **settings)
+        )
+
+    console = Console(width=120)
+    ar = run(mode="ar")
+    found: dict[str, Any] = {"rows": len(examples), "ar": asdict(score(examples, ar, ar))}
+    _show(console, "AR", score(examples, ar, ar))
+    mock = score(examples, run(mode="mock_ar"), ar)
+    found["mock_ar"] = asdict(mock)
+    _show(console, "mock-AR", mock)
+    found["diffusion"] = []
+    for threshold, size, steps in POINTS:
+        done = run(confidence_threshold=threshold, block_size=size, steps_per_block=steps)
+        point = score(examples, done, ar)
+        found["diffusion"].append({"threshold": threshold, "block_size": size, "steps": steps, **asdict(point)})
+        _show(console, f"threshold {threshold:g}, block {size}, {steps} steps", point)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    console.print(_by_task(found))
+    if options.checkpoint == "builtin:tiny" and options.rows == ROWS:
+        draw(found["ar"]["exact_match"], found["diffusion"], CURVE)
+
+
+def _show(console: Console, name: str, point: Score) -> None:
+    rate = f"{point.tokens_per_forward:.2f}" if point.tokens_per_forward else "-"
+    console.print(
+        f"{name}: exact {point.exact_match:.1%}, as AR {point.agreement_with_ar:.1%}, {rate} tokens a forward, "
+        f"degenerate {point.degenerate:.1%}, rows by mean steps {point.row_steps}"
+    )
+
+
+def _by_task(found: dict[str, Any]) -> Table:
+    table = Table(title=f"{found['rows']} held-out prompts: exact match, tokens a forward")
+    shown = {"AR": found["ar"]} | {
+        f"{p['threshold']:g}": p for p in found["diffusion"] if p["block_size"] == 16 and p["steps"] == 16
+    }
+    for column in ("task", *shown):
+        table.add_column(column)
+    for task in found["ar"]["tasks"]:
+        cells = (p["tasks"][task] for p in shown.values())
+        table.add_row(task, *(f"{right:.1%}" + (f" {rate:.2f}" if rate else "") for right, rate in cells))
+    return table
+
+
+if __name__ == "__main__":
+    main()

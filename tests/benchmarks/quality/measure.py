@@ -1,0 +1,74 @@
+"""What a checkpoint writes to held-out prompts, against the one right answer of each, and against its own AR mode."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from model import Engine, EngineLimits, GenerationParams, Request
+from model.params import Completion
+from model.repetition import DEGENERATE, repetition
+from model.tiny.tasks import Example
+from model.two_tower import TwoTower
+
+MAX_NEW_TOKENS = 256
+"""Above the longest answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Completions of one mode and setting."""
+
+    rows: int
+    exact_match: float
+    """Share of rows whose text is the right answer, letter by letter, and that ended by themselves."""
+    agreement_with_ar: float
+    """Share of rows with the text that AR writes."""
+    tokens_per_forward: float | None
+    """Tokens of all completions over denoiser forwards of all of them; None in AR mode."""
+    degenerate: float
+    """Share of rows whose `repetition` is DEGENERATE or more."""
+    tasks: dict[str, tuple[float, float | None]]
+    """Task -> exact match and tokens a forward."""
+    row_steps: dict[int, int]
+    """Mean denoiser forwards of a row's blocks, rounded -> rows."""
+
+
+def generate(pair: TwoTower, examples: Sequence[Example], params: GenerationParams) -> list[Completion]:
+    """A completion for each example, in their order. Raises ValueError where one failed."""
+    assert pair.tokenizer is not None
+    prompts = pair.tokenizer.encode_batch([example.prompt for example in examples])
+    requests = [Request(str(i), ids, params) for i, ids in enumerate(prompts)]
+    done = {c.key: c for c in Engine(pair, EngineLimits(max_rows=64, max_context_tokens=1024)).generate(requests)}
+    completions = [done[request.key] for request in requests]
+    for completion in completions:
+        if completion.error is not None:
+            raise ValueError(f"row {completion.key} failed: {completion.error}")
+    return completions
+
+
+def score(examples: Sequence[Example], completions: Sequence[Completion], ar: Sequence[Completion]) -> Score:
+    """`ar`: what AR wrote for the same examples."""
+    rows = list(zip(examples, completions, strict=True))
+    right = [done.text == example.answer and done.finish_reason == "stop" for example, done in rows]
+    tasks = {}
+    for task in dict.fromkeys(example.task for example in examples):
+        mine = [i for i, example in enumerate(examples) if example.task == task]
+        tasks[task] = (sum(right[i] for i in mine) / len(mine), _rate([completions[i] for i in mine]))
+    return Score(
+        rows=len(rows),
+        exact_match=sum(right) / len(rows),
+        agreement_with_ar=sum(a.text == b.text for a, b in zip(completions, ar, strict=True)) / len(rows),
+        tokens_per_forward=_rate(completions),
+        degenerate=sum(repetition(done.token_ids) >= DEGENERATE for done in completions) / len(rows),
+        tasks=tasks,
+        row_steps=dict(sorted(Counter(_mean_steps(done) for done in completions if done.steps_per_block).items())),
+    )
+
+
+def _rate(completions: Sequence[Completion]) -> float | None:
+    forwards = sum(done.denoiser_forwards for done in completions)
+    return sum(len(done.token_ids) for done in completions) / forwards if forwards else None
+
+
+def _mean_steps(done: Completion) -> int:
+    return round(sum(done.steps_per_block) / len(done.steps_per_block))
