@@ -3,6 +3,7 @@
     TwoTowerError                    everything this project raises on purpose
     ├── CheckpointError              a checkpoint is missing, incomplete, corrupt or does not fit in memory
     ├── RequestError                 a request or a generation setting that can never run
+    ├── KernelError                  a kernel does not compute what it must (model.kernels.check)
     ├── EngineError                  a step of the engine failed; names the rows it held
     └── pipeline.errors …            job files, input, output, storage, cluster (drawn there)
 

@@ -15,11 +15,16 @@ FinishReason = Literal["stop", "length", "error"]
 MODES: tuple[str, ...] = get_args(Mode)
 _TOO_MANY = 2**31  # counts travel as 32-bit numbers
 _TOO_HOT = 3e38  # the largest float32
+MAX_STOPS, MAX_STOP_CHARS = 256, 4096
+"""Every row is searched for its stop strings at every step."""
+_SHOWN_CHARS = 80
 
 
 def _require(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:
-        raise RequestError(f"{name} is {value!r}: it must be {rule}")
+        shown = repr(value)
+        shown = shown if len(shown) <= _SHOWN_CHARS else shown[: _SHOWN_CHARS - 1] + "…"
+        raise RequestError(f"{name} is {shown}: it must be {rule}")
 
 
 def _is_int(value: object) -> bool:
@@ -60,7 +65,8 @@ class GenerationParams:
     eos_ids: tuple[int, ...] = ()
     """Token ids that end a row; none: it runs to max_new_tokens."""
     stop: tuple[str, ...] = ()
-    """Strings that end a row; the text ends before the first of them."""
+    """Strings that end a row; the text ends before the first of them. At most MAX_STOPS, each of up to
+    MAX_STOP_CHARS characters."""
 
     def __post_init__(self) -> None:
         _require(isinstance(self.mode, str) and self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
@@ -91,7 +97,11 @@ class GenerationParams:
         object.__setattr__(self, "eos_ids", _as_tuple(self.eos_ids, "eos_ids", int))
         object.__setattr__(self, "stop", _as_tuple(self.stop, "stop", str))
         _require(all(_is_int(i) and 0 <= i < _TOO_MANY for i in self.eos_ids), "eos_ids", self.eos_ids, "token ids")
+        if len(self.stop) > MAX_STOPS:
+            raise RequestError(f"stop has more than {MAX_STOPS} strings: give fewer")
         _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "strings that are not empty")
+        if (longest := max(map(len, self.stop), default=0)) > MAX_STOP_CHARS:
+            raise RequestError(f"stop has a string of {longest} characters: {MAX_STOP_CHARS} are the most")
 
 
 def _as_tuple(value: object, name: str, item: type) -> tuple[object, ...]:

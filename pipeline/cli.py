@@ -1,5 +1,5 @@
-"""The command line: run, plan, status, verify, retry-errors, clean. The composition root: it alone brings pipeline and
-workers together.
+"""The command line: run, plan, calibrate, status, verify, retry-errors, clean, canary. The composition root: it alone
+brings pipeline and workers together.
 
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM.
 """
@@ -9,7 +9,7 @@ import functools
 import shlex
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +19,8 @@ from model.errors import TwoTowerError
 if TYPE_CHECKING:  # everything heavier is imported by the command that needs it: --help and status start fast
     from types import FrameType
 
+    from pipeline.calibration.bench import Bench
+    from pipeline.calibration.options import Options
     from pipeline.dispatch import Pool
     from pipeline.job import Job
     from pipeline.plan import Plan
@@ -68,18 +70,10 @@ def run(
         settings = load_job(job, overrides or ())
         with _StopSignals() as signals:
             make_pool = functools.partial(_make_pool, settings, local, signals.install)
-            try:
+            with signals.one_line("what was not written down is generated again at the next run"):
                 outcome = run_job(
                     settings, make_pool, signals.stop, functools.partial(open_progress, interval_s=log_every)
                 )
-            except TwoTowerError as error:
-                if signals.received is None:
-                    raise
-                typer.echo(str(error), err=True)
-                raise typer.Exit(128 + signals.received) from None
-            except KeyboardInterrupt:  # a second signal
-                typer.echo("stopped at once; what was not written down is generated again at the next run", err=True)
-                raise typer.Exit(128 + (signals.received or signal.SIGINT)) from None
         for line in _summary(settings, outcome):
             typer.echo(line)
 
@@ -101,6 +95,100 @@ def plan(job: JobFile, overrides: Overrides = None, debug: Debug = False) -> Non
 
 
 @app.command()
+def calibrate(
+    job: JobFile,
+    overrides: Overrides = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="FOLDER", help="Where to; <output>-calibration if not given."),
+    ] = None,
+    sample: Annotated[int, typer.Option("--sample", metavar="ROWS", help="Rows of the input to run.")] = 64,
+    minutes: Annotated[float, typer.Option("--minutes", help="Time for measuring, once the model is loaded.")] = 30.0,
+    price: Annotated[
+        float | None,
+        typer.Option("--price", help="Of a GPU-hour, 2.5 if not given; on CPUs, of an hour of a replica."),
+    ] = None,
+    currency: Annotated[str, typer.Option("--currency", help="Of the price.")] = "USD",
+    thresholds: Annotated[
+        str, typer.Option("--thresholds", metavar="LIST", help="Confidence thresholds to try.")
+    ] = "0.7,0.8,0.9,0.95,0.99",
+    steps: Annotated[str, typer.Option("--steps", metavar="LIST", help="Limits of steps a block to try.")] = "4,8,16",
+    rows: Annotated[
+        str, typer.Option("--rows", metavar="LIST", help="Row limits to try; max: as many as the memory holds.")
+    ] = "1,16,max",
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", metavar="TOKENS", help="Cut rows earlier than the job does."),
+    ] = None,
+    min_agreement: Annotated[
+        float, typer.Option("--min-agreement", metavar="SHARE", help="Of the tokens that must be as AR writes them.")
+    ] = 0.95,
+    local: Local = False,
+    log_every: LogEvery = 5.0,
+    debug: Debug = False,
+) -> None:
+    """Measure before you spend: quality and speed of AR and diffusion on a sample of the job's own prompts.
+
+    Writes all measurements, a report and the job file with the fastest settings that keep AR's quality. Run it again to
+    go on after any stop.
+    """
+    with _one_line_errors(debug):
+        from pipeline.calibration import options
+        from pipeline.jobfile import load_job
+
+        asked = options.Options(
+            to=to,
+            sample=sample,
+            minutes=minutes,
+            price=price,
+            currency=currency,
+            thresholds=options.numbers("--thresholds", thresholds),
+            steps=options.whole_numbers("--steps", steps),
+            rows=options.row_limits("--rows", rows),
+            max_new_tokens=max_new_tokens,
+            min_agreement=min_agreement,
+        )
+        _calibrate(load_job(job, overrides or ()), asked, job, overrides or (), local, log_every)
+
+
+def _calibrate(
+    job: "Job", options: "Options", job_file: str, overrides: Sequence[str], local: bool, log_every: float
+) -> None:
+    from pipeline.calibration.finish import finish
+    from pipeline.calibration.run import measure
+    from pipeline.calibration.setup import prepare
+    from pipeline.calibration.show import open_show
+
+    setup = prepare(job, options)
+    with _StopSignals() as signals, contextlib.ExitStack() as closing:
+        show = open_show(interval_s=log_every)
+        closing.callback(show.close)
+        with signals.one_line("the points measured so far are kept"):
+            outcome = measure(setup, functools.partial(_make_bench, local, signals.install), show, signals.stop)
+    for line in finish(outcome, job_file, overrides):
+        typer.echo(line)
+    if outcome.failure is not None:
+        from pipeline.errors import JobFailed
+
+        raise JobFailed(f"{outcome.failure}; the points measured so far are kept: run it again to go on")
+    if outcome.stopped and signals.received is not None:
+        raise typer.Exit(128 + signals.received)
+
+
+def _make_bench(local: bool, catch_signals: Callable[[], None], job: "Job") -> "Bench":
+    catch_signals()
+    from workers.calibrate import ReplicaBench
+
+    if local:
+        return ReplicaBench(job)
+    from workers.ray_bench import RayBench
+
+    bench = RayBench(job, ReplicaBench)
+    catch_signals()
+    return bench
+
+
+@app.command()
 def status(output: OutputPath, debug: Debug = False) -> None:
     """Show how far a job is and which driver has it."""
     with _one_line_errors(debug):
@@ -116,6 +204,8 @@ def status(output: OutputPath, debug: Debug = False) -> None:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.finish_reasons.items()))
         typer.echo(f"ended by {reasons or '-'}")
         typer.echo(f"begun    {state.created}")
+        for warning in state.warnings:
+            typer.echo(f"warning  {warning}")
         if state.driver:
             typer.echo(f"driver   {state.driver}" + (", the last one" if state.complete else ""))
         if state.complete:
@@ -190,6 +280,30 @@ def clean(
             typer.echo("nothing to remove")
 
 
+@app.command()
+def canary(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint that is known to be well.")],
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Instead of built-in ones. Repeatable.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of each completion.")] = 20,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="To run it on; 0: the CPU.")] = 0,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="FILE", help="Instead of canary.json beside the weights.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write down what a checkpoint generates, so that each replica can check at its start that it does the same."""
+    with _one_line_errors(debug):
+        from workers.self_check import make_canary
+
+        made = make_canary(model, prompts=prompts or (), tokens=tokens, dtype=dtype, gpus=gpus, out=out, force=force)
+        for line in made:
+            typer.echo(line)
+
+
 @contextlib.contextmanager
 def _parts_bar() -> "Iterator[Callable[[int, int], None]]":
     """A bar over the parts on a terminal, nothing elsewhere."""
@@ -235,6 +349,20 @@ class _StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def one_line(self, at_once: str) -> Iterator[None]:
+        """Makes what ends the work after a signal one line and its exit code; `at_once`: after a second signal."""
+        try:
+            yield
+        except TwoTowerError as error:
+            if self.received is None:
+                raise
+            typer.echo(str(error), err=True)
+            raise typer.Exit(128 + self.received) from None
+        except KeyboardInterrupt:
+            typer.echo(f"stopped at once; {at_once}", err=True)
+            raise typer.Exit(128 + (self.received or signal.SIGINT)) from None
 
     def _handle(self, number: int, _frame: "FrameType | None") -> None:
         if self.received is not None:
@@ -282,5 +410,6 @@ def _summary(job: "Job", outcome: "Outcome") -> list[str]:
         ]
     elif outcome.manifest is not None:
         lines = [f"job {job.name} is complete, its manifest was missing: {rows}"]
+    lines += [f"warning  {warning}" for warning in outcome.warnings]
     query = f"SELECT finish_reason, count(*) FROM '{output}/part-*.parquet' GROUP BY 1"
     return [*lines, f"output   {output}", f"manifest {output}/{MANIFEST}", f'query    duckdb -c "{query}"']

@@ -11,6 +11,7 @@ from pipeline.errors import InputError, StorageError
 from pipeline.job import InputSection
 from pipeline.paths import safe_url
 from pipeline.prompts import PromptMaker
+from pipeline.row_settings import read_settings
 from pipeline.row_stream import RowStream
 from pipeline.schema import is_text
 from pipeline.types import Row, WorkUnit
@@ -32,8 +33,9 @@ class UnitReader:
     def __init__(self, settings: InputSection) -> None:
         self._prompts = PromptMaker(settings.prompt_column, settings.template)
         self._id_column = settings.id_column
-        self._carry = settings.carry
-        wanted = [*self._prompts.columns, *([self._id_column] if self._id_column else []), *self._carry]
+        self._carry, self._settings = settings.carry, settings.row_settings.columns
+        ids = [self._id_column] if self._id_column else []
+        wanted = [*self._prompts.columns, *ids, *self._carry, *self._settings.values()]
         self._columns = list(dict.fromkeys(wanted))
         self._file: RowStream | None = None
 
@@ -45,12 +47,13 @@ class UnitReader:
         """
         table, too_long = self._read_table(unit)
         columns, errors = self._output_columns(unit, table)
+        made = zip(self._prompts.make(table), read_settings(table, self._settings), strict=True)
         rows, characters = [], 0
-        for index, (prompt, error) in enumerate(self._prompts.make(table)):
-            error = too_long.get(index) or error or errors.get(index)
+        for index, ((prompt, error), (settings, wrong)) in enumerate(made):
+            error = too_long.get(index) or error or wrong or errors.get(index)
             source_row = unit.first_row + index
             prompt = None if error else prompt
-            rows.append(Row(f"{unit.name}#{source_row}", index, source_row, prompt, error))
+            rows.append(Row(f"{unit.name}#{source_row}", index, source_row, prompt, error, settings))
             characters += len(prompt or "")
             if characters > bounds.UNIT_BYTES:
                 raise InputError(f"{_rows_of(unit)}: their prompts are too long together: lower output.rows_per_file")

@@ -1,7 +1,7 @@
 """The pipeline's part of the project's exception tree.
 
 model.errors.TwoTowerError
-├── model.errors.CheckpointError, RequestError, EngineError
+├── model.errors.CheckpointError, RequestError, EngineError; model.kernels.check.KernelError
 ├── JobError                     the job file: unknown key, wrong type, impossible value, unset variable
 ├── InputError                   input files: none, unreadable, not Parquet, a column missing or of a wrong type
 ├── OutputError                  the output folder: another job's, not writable, a broken part

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from pipeline.types import Assignment, UnitResult, WorkKey
 
+WARNING = "warning: "
+"""How the text of a note begins that the manifest is to list."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReady:
@@ -75,6 +78,11 @@ class ReplicaNote:
 
     replica: str
     text: str
+
+    @property
+    def warning(self) -> str | None:
+        """What the manifest is to list; None where it is a note for the operator alone."""
+        return self.text.removeprefix(WARNING) if self.text.startswith(WARNING) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str) -> F
                 "input.template": job.input.template,
                 "input.id_column": job.input.id_column,
                 "input.carry": job.input.carry,
+                "input.row_settings": job.input.row_settings.columns,
                 "output.rows_per_file": job.output.rows_per_file,
                 "output columns": column_types(schema),
                 "model.checkpoint": checkpoint_identity,

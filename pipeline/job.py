@@ -37,6 +37,27 @@ class Section(BaseModel):
     )
 
 
+class RowSettingsSection(Section):
+    """Columns that give each row generation settings of its own, by setting. A null cell is the job's value; a value
+    that cannot be makes its row an error row."""
+
+    max_new_tokens: Text | None = None
+    """A column of integers."""
+    temperature: Text | None = None
+    """A column of numbers."""
+    confidence_threshold: Text | None = None
+    """A column of numbers."""
+    seed: Text | None = None
+    """A column of integers."""
+    stop: Text | None = None
+    """A column of strings or of lists of strings; they replace those of generation.stop, an empty list by none."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Setting -> column, of those in use."""
+        return self.model_dump(exclude_none=True)
+
+
 class InputSection(Section):
     """Where the prompts come from."""
 
@@ -51,6 +72,8 @@ class InputSection(Section):
     """The column that becomes `id` in the output, of an integer or string type; null: ids are `<file>#<row>`."""
     carry: Names = ()
     """Columns copied to the output as they are."""
+    row_settings: RowSettingsSection = RowSettingsSection()
+    """Generation settings that stand in columns of the input."""
     on_change: Literal["error", "extend"] = "error"
     """What to do where the input is not that of the output folder's plan. error: refuse, naming the files. extend: take
     files that were added, and refuse where others were removed or rewritten; for scheduled jobs."""
@@ -90,7 +113,7 @@ class ModelSection(Section):
 
 
 class GenerationSection(Section):
-    """How a row is generated: the fields of model.params.GenerationParams, explained there."""
+    """How a row is generated: the fields of model.params.GenerationParams, explained there, and when once more."""
 
     mode: Mode = "diffusion"
     """diffusion: blocks by the denoiser. ar: the context tower alone. mock_ar: the denoiser, a token at a time."""
@@ -114,6 +137,10 @@ class GenerationSection(Section):
     """Token ids that end a row; null: the checkpoint's own; []: none."""
     stop: Names = ()
     """Strings that end a row; the completion ends before the first of them."""
+    on_degenerate: Literal["keep", "retry"] = "keep"
+    """What to do with a completion of which a quarter or more is a loop (`repetition`, see model.repetition). keep: it
+    is written like any other. retry: the row is generated again, in diffusion at a threshold half way to 1, then in AR;
+    the first try that is no loop is kept, else the one that loops least."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -127,7 +154,7 @@ class GenerationSection(Section):
 
     def params(self, default_eos: tuple[int, ...]) -> GenerationParams:
         """The engine's settings, with `default_eos` where the job names no EOS ids. Raises RequestError."""
-        fields = self.model_dump()
+        fields = self.model_dump(exclude={"on_degenerate"})
         if fields["eos_ids"] is None:
             fields["eos_ids"] = default_eos
         return GenerationParams(**fields)

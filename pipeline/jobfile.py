@@ -54,8 +54,7 @@ def load_job(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Job:
     the dotted key, the value and the rule.
     """
     file = os.fspath(path)
-    settings = _parse_file(file)
-    origins = {key: f"--set {key}" for key in (_apply(settings, text) for text in overrides)}
+    settings, origins = _read(file, overrides)
     settings = _expand_tree(settings, "", file, origins)
     try:
         job = Job.model_validate(settings)
@@ -68,6 +67,20 @@ def load_job(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Job:
         if why := flaw_of(path, chains=is_local(path) and key != "model.checkpoint", pattern=key == "input.path"):
             raise JobError(f"{file}: {origins.get(key, key)} is {_shown(path)}: {why}")
     return _resolve_paths(job, file)
+
+
+def read_settings(path: str | PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings as they stand in the file, variables not filled in, with the overrides put over them.
+
+    Text that stood without quotes is Plain. Raises JobError where it is no YAML; nothing else is checked.
+    """
+    return _read(os.fspath(path), overrides)[0]
+
+
+def _read(file: str, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings, and what to call those that were overridden, by dotted key."""
+    settings = _parse_file(file)
+    return settings, {key: f"--set {key}" for key in (_apply(settings, text) for text in overrides)}
 
 
 def _parse_file(file: str) -> dict[str, Any]:
@@ -131,7 +144,7 @@ def _build(loader: _Loader, node: yaml.Node, key: str, where: str) -> Any:
             raise JobError(f"{place} is {_shown(node.value)}: it cannot be read as {kind}") from error
         if node.tag.endswith(":int") and ":" in node.value:
             raise JobError(f"{place} is {_shown(node.value)}: write the number in decimal")
-        return _Plain(value) if isinstance(value, str) and unquoted else value
+        return Plain(value) if isinstance(value, str) and unquoted else value
     built: dict[str, Any] = {}
     for key_node, value_node in node.value:
         name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
@@ -151,7 +164,7 @@ def _check_number(text: str, where: str) -> None:
         raise JobError(f"{where} is {_shown(text)}: write the number without leading zeros, or text in quotes")
 
 
-class _Plain(str):
+class Plain(str):
     """A string that stood unquoted: once its variables are filled in, it may turn out to be a number."""
 
     __slots__ = ()
@@ -188,7 +201,7 @@ def _expand_tree(value: Any, key: str, file: str, origins: Mapping[str, str]) ->
         expanded.encode()
     except UnicodeEncodeError:
         raise JobError(f"{where} holds characters that are not Unicode text (lone surrogate)") from None
-    return _as_value(expanded, where) if isinstance(value, _Plain) and expanded != value else expanded
+    return _as_value(expanded, where) if isinstance(value, Plain) and expanded != value else expanded
 
 
 def _expand(text: str, where: str) -> str:
@@ -291,6 +304,8 @@ _RULES = {
 def _suggest(location: list[str]) -> str:
     section = _section_of(location[:-1])
     known = list(section.model_fields) if section else []
+    if len(location) > 2:  # a section inside one: its names are names of settings elsewhere too
+        return f"; known here: {', '.join(known)}" if known else ""
     close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {'.'.join([*location[:-1], close[0]])}?"
@@ -300,9 +315,9 @@ def _suggest(location: list[str]) -> str:
     return f"; known here: {', '.join(known)}" if known else ""
 
 
-def _sections() -> list[tuple[str, type[BaseModel]]]:
+def _sections(parent: type[BaseModel] = Job) -> list[tuple[str, type[BaseModel]]]:
     found = []
-    for name, field in Job.model_fields.items():
+    for name, field in parent.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             found.append((name, kind))
@@ -310,7 +325,10 @@ def _sections() -> list[tuple[str, type[BaseModel]]]:
 
 
 def _section_of(location: list[str]) -> type[BaseModel] | None:
-    return dict(_sections()).get(location[0]) if location else Job
+    section: type[BaseModel] | None = Job
+    for name in location:
+        section = dict(_sections(section)).get(name) if section else None
+    return section
 
 
 def _kind(value: object) -> str:

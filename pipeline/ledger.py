@@ -5,6 +5,7 @@ the manifest and, last, `_SUCCESS`.
 """
 
 import contextlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +26,7 @@ from pipeline.manifest import (
     read_part,
     read_plan,
     to_json,
+    warnings_in,
 )
 from pipeline.paths import safe_url
 from pipeline.plan import Plan
@@ -116,7 +118,9 @@ class Ledger:
         with ThreadPoolExecutor(READ_THREADS) as pool:
             return {result.unit_id: result for result in pool.map(read, parts)}
 
-    def complete(self, plan: Plan, job: Job, totals: Totals, *, seconds: float) -> dict[str, Any]:
+    def complete(
+        self, plan: Plan, job: Job, totals: Totals, *, seconds: float, warnings: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Writes the manifest, then `_SUCCESS`, and returns the manifest. `seconds`: wall clock of the run.
 
         Raises OutputError where a unit has no part or the totals do not cover all rows: the job is not complete then.
@@ -135,7 +139,7 @@ class Ledger:
         # Ids that the pipeline makes itself (file and row) cannot repeat.
         given = job.input.id_column is not None
         duplicates, examples = find_duplicates(self._storage, parts, plan.rows) if given else (0, ())
-        manifest = manifest_fields(plan, job, totals, duplicates, examples, seconds)
+        manifest = manifest_fields(plan, job, totals, duplicates, examples, seconds, warnings)
         self._refuse_taken(plan)  # reading all ids takes minutes
         self._storage.write(MANIFEST, to_json(manifest))
         self._storage.write(SUCCESS, b"")
@@ -156,6 +160,12 @@ class Ledger:
         with contextlib.suppress(NotOursError):
             return finished_at(self._storage.read_if_exists(MANIFEST) or b"")
         return None
+
+    def warnings(self) -> tuple[str, ...]:
+        """What the manifest warns of; nothing where it is missing or cannot be read."""
+        with contextlib.suppress(NotOursError):
+            return warnings_in(self._storage.read_if_exists(MANIFEST) or b"")
+        return ()
 
     def read_plan(self) -> PlanRecord:
         """The folder's plan.json. Raises OutputError where the folder is no job's output."""
@@ -186,6 +196,7 @@ class Ledger:
             finished,
             rows_saved=self.count_saved(digest),
             driver=newest_driver(self._storage),
+            warnings=self.warnings() if complete else (),
         )
 
     # Inside.

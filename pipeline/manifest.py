@@ -19,6 +19,8 @@ from pipeline.types import Totals, UnitResult
 
 T = TypeVar("T")
 RECORD_KEY = "twotower.unit"
+ADDED_LATER = {"degenerate": 0}
+"""Counts that records of earlier versions lack, and what that means."""
 
 
 class NotOursError(ValueError):
@@ -80,6 +82,8 @@ class Status:
     saved count twice."""
     driver: str | None = None
     """Who runs the job, or ran it last; None where no claim can be read."""
+    warnings: tuple[str, ...] = ()
+    """Those of the manifest, where the job is complete."""
 
 
 def now() -> str:
@@ -108,7 +112,8 @@ def totals_from(fields: Mapping[str, Any]) -> Totals:
     reasons = fields.get("finish_reasons")
     if not isinstance(reasons, dict):
         raise NotOursError(f"finish_reasons is {reasons!r}")
-    counts = {name: _count(fields, name) for name in Totals.__dataclass_fields__ if name != "finish_reasons"}
+    known = {**ADDED_LATER, **fields}
+    counts = {name: _count(known, name) for name in Totals.__dataclass_fields__ if name != "finish_reasons"}
     totals = Totals(**counts, finish_reasons={name: _count(reasons, name) for name in reasons})
     if not totals.ok + totals.errors == sum(totals.finish_reasons.values()) == totals.rows:
         raise NotOursError(f"{totals.rows} rows are not {totals.ok} ok and {totals.errors} errors")
@@ -189,7 +194,13 @@ def read_commit(data: bytes) -> tuple[UnitResult, int]:
 
 
 def manifest_fields(
-    plan: Plan, job: Job, totals: Totals, duplicate_ids: int, examples: Sequence[str], seconds: float
+    plan: Plan,
+    job: Job,
+    totals: Totals,
+    duplicate_ids: int,
+    examples: Sequence[str],
+    seconds: float,
+    warnings: Sequence[str],
 ) -> dict[str, Any]:
     """What manifest.json says of a complete job. `seconds`: wall clock of the run that completed it."""
     return {
@@ -203,6 +214,8 @@ def manifest_fields(
         "duplicate_ids": duplicate_ids,
         "duplicate_id_examples": list(examples),
         "null_ids": totals.null_ids,
+        "degenerate": totals.degenerate,
+        "warnings": list(warnings),
         "units": len(plan.units),
         "files": len(plan.files),
         "seconds": round(seconds, 3),
@@ -258,3 +271,8 @@ def read_plan(data: bytes) -> PlanRecord:
 def finished_at(data: bytes) -> str:
     """When the job of a manifest.json completed. Raises NotOursError."""
     return _typed(from_json(data), "finished", str)
+
+
+def warnings_in(data: bytes) -> tuple[str, ...]:
+    """What a manifest.json warns of; nothing in one of an earlier version. Raises NotOursError."""
+    return tuple(str(warning) for warning in _typed({"warnings": [], **from_json(data)}, "warnings", list))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.duplicates import Hashes, IdCounter, hash_ids
 from pipeline.fingerprint import column_types
 from pipeline.layout import part_name, record_name
-from pipeline.manifest import NotOursError, PartRecord, PlanRecord, from_json, read_commit, read_part
+from pipeline.manifest import ADDED_LATER, NotOursError, PartRecord, PlanRecord, from_json, read_commit, read_part
 from pipeline.parts import tally
 from pipeline.plan import unit_id
 from pipeline.schema import RESULT_COLUMNS, RESULT_SCHEMA, plain_type
@@ -28,7 +28,7 @@ HELD_BYTES = 256 << 20
 AGAIN = "delete it and submit the job again"
 _READ = (
     *("id", "finish_reason", "prompt_tokens", "completion_tokens", "denoiser_forwards"),
-    *("source_file", "source_row"),
+    *("repetition", "source_file", "source_row"),
 )
 
 
@@ -114,7 +114,7 @@ class PartChecker:
             yield f"{name} is missing: submit the job again to have it written"
             return
         try:
-            fields = from_json(data)
+            fields = {**ADDED_LATER, **from_json(data)}
             read_commit(data)
         except NotOursError as error:
             yield f"{name} is damaged: {error}; {AGAIN}"

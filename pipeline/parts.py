@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model.params import Completion
+from model.repetition import DEGENERATE
 from pipeline.dataset import UnitData
 from pipeline.schema import RESULT_COLUMNS, RESULT_SCHEMA
 from pipeline.types import RowResult, Totals, WorkUnit
@@ -34,7 +35,7 @@ def result_table(unit: WorkUnit, results: Sequence[RowResult]) -> pa.Table:
         key = row_key(unit, result.index)
         if result.completion.key != key:
             raise ValueError(f"unit {unit.id}: row {key} has the result of row {result.completion.key}")
-        own = {"mode": result.mode, "attempt": result.attempt, "replica": result.replica}
+        own = {name: getattr(result, name) for name in ("mode", "attempt", "replica", "repetition")}
         for name, value in {**_result_row(result.completion), **own}.items():
             columns[name].append(value)
         columns["source_file"].append(unit.name)
@@ -83,6 +84,7 @@ def tally(results: pa.Table | pa.RecordBatch) -> Totals:
         prompt_tokens=_sum(results["prompt_tokens"]),
         completion_tokens=_sum(results["completion_tokens"]),
         denoiser_forwards=_sum(results["denoiser_forwards"]),
+        degenerate=_sum(pc.greater_equal(results["repetition"], pa.scalar(DEGENERATE))),
         finish_reasons=reasons,
     )
 
@@ -121,7 +123,6 @@ def _result_row(done: Completion) -> dict[str, Any]:
         "steps_per_block": list(done.steps_per_block),
         "forced_commits": done.forced_commits,
         "mean_confidence": done.mean_confidence,
-        "repetition": None,
         "queue_s": done.queue_s,
         "prefill_s": done.prefill_s,
         "denoise_s": done.denoise_s,

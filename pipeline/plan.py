@@ -14,6 +14,7 @@ from pipeline.fingerprint import Fingerprint, Listing, make_fingerprint
 from pipeline.job import InputSection, Job
 from pipeline.listing import list_input, would_read
 from pipeline.paths import safe_url
+from pipeline.row_settings import misfit
 from pipeline.schema import RESULT_COLUMNS, is_id, is_text, merge_types, output_schema, plain_type
 from pipeline.storage import FileInfo, Storage
 from pipeline.template import template_columns
@@ -165,7 +166,8 @@ def _check_columns(settings: InputSection, footers: list[tuple[FileInfo, _Footer
     _check_names(settings)
     prompt = settings.prompt_column
     prompts = template_columns(settings.template) if settings.template is not None else ()
-    kept = dict.fromkeys([*([settings.id_column] if settings.id_column else []), *settings.carry])
+    ids = [settings.id_column] if settings.id_column else []
+    kept = dict.fromkeys([*ids, *settings.carry, *settings.row_settings.columns.values()])
     types: dict[str, tuple[pa.DataType, str]] = {}
     for info, footer in footers:
         for name in [*([prompt] if prompt is not None else prompts), *kept]:
@@ -210,8 +212,10 @@ def _column_type(file: str, schema: pa.Schema, name: str, settings: InputSection
         if settings.template and name in template_columns(settings.template):
             text = f"the template reads column '{name}', which is not there"
         else:
-            roles = {settings.prompt_column: "prompt_column", settings.id_column: "id_column"}
-            text = f"no column '{name}' (input.{roles.get(name, 'carry')})"
+            roles = {column: f"row_settings.{setting}" for setting, column in settings.row_settings.columns.items()}
+            roles |= dict.fromkeys(settings.carry, "carry")
+            roles |= {settings.prompt_column or "": "prompt_column", settings.id_column or "": "id_column"}
+            text = f"no column '{name}' (input.{roles[name]})"
         raise InputError(f"{file}: {text}; its columns: {', '.join(schema.names) or 'none'}")
     kind = schema.field(name).type
     if pa.types.is_null(kind):
@@ -220,4 +224,7 @@ def _column_type(file: str, schema: pa.Schema, name: str, settings: InputSection
         raise InputError(f"{file}: prompt column '{name}' is {kind}: it must be a string column")
     if name == settings.id_column and not is_id(kind):
         raise InputError(f"{file}: id column '{name}' is {kind}: it must be an integer or string column")
+    for setting, column in settings.row_settings.columns.items():
+        if column == name and (needed := misfit(setting, kind)):
+            raise InputError(f"{file}: {setting} column '{name}' is {kind}: it must be {needed}")
     return plain_type(kind)

@@ -11,6 +11,7 @@ from pipeline.layout import PLAN
 from pipeline.ledger import Ledger, read_status
 from pipeline.paths import safe_url
 from pipeline.plan import Plan, make_plan
+from pipeline.row_settings import with_settings
 from pipeline.run import check_checkpoint, load_tokenizer
 from pipeline.storage import Storage
 from pipeline.types import WorkUnit
@@ -31,7 +32,9 @@ class Preview:
     sampled_rows: int
     sampled_tokens: int
     sampled_bad: int
-    """Rows of the sample that could not be generated: null, template error and the like."""
+    """Rows of the sample that could not be generated: null, template error, too long, an impossible setting."""
+    sampled_limits: int = 0
+    """max_new_tokens of the other rows of the sample together."""
     saved_rows: int = 0
     """Finished, of units that are not."""
     added: tuple[str, ...] = ()
@@ -61,14 +64,27 @@ class Preview:
             sample = _count(self.sampled_rows, "row")
             yield f"prompts    about {tokens:,} tokens left (estimate from a sample of {sample})"
         if self.sampled_bad:
-            yield f"bad rows   {self.sampled_bad:,} of {self.sampled_rows:,} sampled rows have no usable prompt"
-        most = left * generation.max_new_tokens
-        yield f"completion at most {most:,} tokens left ({generation.max_new_tokens:,} a row), mode {generation.mode}"
+            usable = "usable prompt and settings" if job.input.row_settings.columns else "usable prompt"
+            yield f"bad rows   {self.sampled_bad:,} of {self.sampled_rows:,} sampled rows have no {usable}"
+        if columns := job.input.row_settings.columns:
+            named = ", ".join(f"{setting} from {column}" for setting, column in columns.items())
+            yield f"per row    {named}; where null, the job's"
+        again = ", again where degenerate" if generation.on_degenerate == "retry" and generation.mode != "ar" else ""
+        yield f"completion at most {self._completion_tokens(left)}, mode {generation.mode}{again}"
         yield f"checkpoint {safe_url(job.model.checkpoint)}, {job.model.dtype}"
         yield f"replicas   {workers.replicas}, each with {workers.gpus} GPU and {workers.cpus} CPU"
         yield f"output     {safe_url(job.output.path)}"
         if self.unreadable:
             yield f"unreadable {_count(len(self.unreadable), 'file')}: `run` would refuse"
+
+    def _completion_tokens(self, left: int) -> str:
+        each, column = self.job.generation.max_new_tokens, self.job.input.row_settings.max_new_tokens
+        if column is None:
+            return f"{left * each:,} tokens left ({each:,} a row)"
+        if not self.sampled_rows:
+            return f"what column {column} says"
+        tokens = round(self.sampled_limits / self.sampled_rows * left)
+        return f"about {tokens:,} tokens left (by column {column}, estimate from the same sample)"
 
 
 def preview(job: Job) -> Preview:
@@ -79,8 +95,11 @@ def preview(job: Job) -> Preview:
     checkpoint = check_checkpoint(job)
     plan = make_plan(job, checkpoint_identity=checkpoint.identity(), allow_unreadable=True)
     done_units, done_rows, saved, added = _done(job, plan)
-    rows, tokens, bad = _sample(job, plan.units, load_tokenizer(checkpoint))
-    return Preview(job, plan, done_units, done_rows, rows, tokens, bad, saved, added)
+    engine = job.engine.limits()
+    room = engine.context_tokens(checkpoint.config.max_position_embeddings)
+    room = min(room, engine.kv_tokens or room)
+    rows, tokens, bad, limits = _sample(job, plan.units, load_tokenizer(checkpoint), room)
+    return Preview(job, plan, done_units, done_rows, rows, tokens, bad, limits, saved, added)
 
 
 def _done(job: Job, plan: Plan) -> tuple[int, int, int, tuple[str, ...]]:
@@ -99,19 +118,25 @@ def _done(job: Job, plan: Plan) -> tuple[int, int, int, tuple[str, ...]]:
     return len(results), sum(result.totals.rows for result in results), saved, added
 
 
-def _sample(job: Job, units: Sequence[WorkUnit], tokenizer: Tokenizer) -> tuple[int, int, int]:
-    """(rows, tokens, rows without a prompt) of the heads of a few units spread over the job."""
+def _sample(job: Job, units: Sequence[WorkUnit], tokenizer: Tokenizer, room: int) -> tuple[int, int, int, int]:
+    """Of the heads of a few units spread over the job: rows, prompt tokens and max_new_tokens of those that can be
+    generated with `room` tokens of context, and how many cannot: (rows, tokens, bad, limits)."""
+    params = job.generation.params(())
     reader = UnitReader(job.input)
     picked = units[:: max(1, -(-len(units) // SAMPLE_UNITS))]
-    rows = tokens = bad = 0
+    rows = tokens = bad = limits = 0
     for unit in picked:
         data = reader.read(replace(unit, row_count=min(unit.row_count, SAMPLE_ROWS)))
-        prompts = [row.prompt for row in data.rows if row.prompt is not None]
+        good = [(row.prompt, row.settings) for row in data.rows if row.prompt is not None]
+        encoded = tokenizer.encode_batch([prompt for prompt, _ in good])
+        most = [with_settings(params, settings).max_new_tokens for _, settings in good]
+        fitting = [(len(ids), limit) for ids, limit in zip(encoded, most, strict=True) if 0 < len(ids) <= room - limit]
         rows += len(data.rows)
-        bad += len(data.rows) - len(prompts)
-        tokens += sum(len(ids) for ids in tokenizer.encode_batch(prompts))
+        bad += len(data.rows) - len(fitting)
+        tokens += sum(count for count, _ in fitting)
+        limits += sum(limit for _, limit in fitting)
     reader.close()
-    return rows, tokens, bad
+    return rows, tokens, bad, limits
 
 
 def _count(number: int, noun: str) -> str:

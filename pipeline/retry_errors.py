@@ -8,7 +8,7 @@ ones.
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import yaml
 from pydantic import ValidationError
 
 from pipeline.errors import InputError, OutputError
 from pipeline.fingerprint import listing_change
 from pipeline.job import Job
+from pipeline.jobtext import to_yaml, without_variables
 from pipeline.layout import PARTS
 from pipeline.ledger import Ledger
 from pipeline.listing import list_input, would_read
@@ -94,7 +94,8 @@ def make_retry_job(output_path: str, folder: str) -> RetryJob:
                     writer.add(table)
         writer.flush()
         # last: a folder without it is no job
-        target.write("job.yaml", _to_yaml(retry, f"{rows:,} rows of a job that failed; made by retry-errors"))
+        comment = f"{rows:,} rows of a job that failed; made by retry-errors"
+        target.write("job.yaml", to_yaml(without_variables(retry), [comment]))
     return RetryJob(rows, tuple(failed.reasons.most_common(REASONS)), job_file, units_left)
 
 
@@ -172,7 +173,8 @@ def _columns(job: Job) -> list[str]:
     """Input columns that the job reads."""
     settings = job.input
     prompts = template_columns(settings.template) if settings.template is not None else (settings.prompt_column,)
-    return [name for name in dict.fromkeys([*prompts, settings.id_column, *settings.carry]) if name is not None]
+    others = [settings.id_column, *settings.carry, *settings.row_settings.columns.values()]
+    return [name for name in dict.fromkeys([*prompts, *others]) if name is not None]
 
 
 def _free_name(columns: Sequence[str]) -> str:
@@ -240,32 +242,3 @@ def _settings(job: Job, folder: str, id_column: str) -> dict[str, Any]:
     settings["output"]["path"] = f"{folder}/output"
     settings["retry"]["max_error_rate"] = 1.0  # all of them failed once: those that fail again do not end the job
     return Job.model_validate(settings).model_dump(mode="json")
-
-
-class _Quoted(str):
-    """Text that stands in quotes, so that nothing takes it for a number."""
-
-    __slots__ = ()
-
-
-class _Dumper(yaml.SafeDumper):
-    pass
-
-
-_Dumper.add_representer(
-    _Quoted, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", str(text), style='"')
-)
-
-
-def _to_yaml(settings: Mapping[str, Any], comment: str) -> bytes:
-    """A job file."""
-
-    def quoted(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: quoted(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [quoted(inner) for inner in value]
-        return _Quoted(value.replace("${", "$${")) if isinstance(value, str) else value  # no variables in it
-
-    text = yaml.dump(quoted(dict(settings)), Dumper=_Dumper, sort_keys=False, width=1 << 30)
-    return f"# {comment}\n{text}".encode()

@@ -13,7 +13,8 @@ from pipeline.board import Board
 from pipeline.claim import Claim
 from pipeline.dispatch import Pool, dispatch
 from pipeline.errors import CheckpointError, JobError, RequestError
-from pipeline.events import Event
+from pipeline.events import Event, ReplicaNote
+from pipeline.forwards_watch import slow_replicas
 from pipeline.job import Job
 from pipeline.ledger import Ledger
 from pipeline.paths import safe_url
@@ -42,6 +43,8 @@ class Outcome:
     """Wall clock of this run, loading and planning included."""
     manifest: dict[str, Any] | None
     """None where the job was complete before."""
+    warnings: tuple[str, ...] = ()
+    """Those of the manifest."""
 
 
 def check_checkpoint(job: Job) -> Checkpoint:
@@ -95,21 +98,26 @@ def run_job(
     ran_units = len(plan.units) - len(results)
     if not ran_units and ledger.is_complete() and ledger.finished_at() is not None:
         totals = sum((result.totals for result in results.values()), Totals())
-        return Outcome(totals, len(plan.units), 0, 0, time.monotonic() - started, None)
+        return Outcome(totals, len(plan.units), 0, 0, time.monotonic() - started, None, ledger.warnings())
     claim = claim or Claim(job.output.path)
     meter = Meter(plan.rows, results.values())
     policy = RetryPolicy(job.retry.attempts, job.retry.max_error_rate)
+    told: dict[str, str] = {}
     if ran_units:
         ledger.reopen()
         with claim:
-            run = _Run(plan, policy, StallWatch(60 * job.retry.stall_minutes), claim, stop)
+            run = _Run(plan, policy, StallWatch(60 * job.retry.stall_minutes), claim, stop, told)
             results = run.generate(results, make_pool, make_progress(meter))
     else:  # the manifest alone is missing
         Board(plan.units, results, policy).check_end()
     totals = sum((result.totals for result in results.values()), Totals())
     claim.check_now()
-    manifest = ledger.complete(plan, job, totals, seconds=time.monotonic() - started)
-    return Outcome(totals, len(plan.units), ran_units, meter.tokens, time.monotonic() - started, manifest)
+    # What replicas told a driver that died is not known here, but their parts are.
+    warnings = [f"replica {replica}: {text}" for replica, text in told.items()]
+    warnings += slow_replicas(job, results.values(), but=told)
+    manifest = ledger.complete(plan, job, totals, seconds=time.monotonic() - started, warnings=warnings)
+    seconds = time.monotonic() - started
+    return Outcome(totals, len(plan.units), ran_units, meter.tokens, seconds, manifest, tuple(warnings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +129,8 @@ class _Run:
     stall: StallWatch
     claim: Claim
     stop: threading.Event
+    told: dict[str, str]
+    """What replicas warn of, by their names; it is added to."""
 
     def generate(
         self, finished: dict[str, UnitResult], make_pool: PoolMaker, progress: LogProgress | BarProgress
@@ -129,6 +139,8 @@ class _Run:
 
         def hear(event: Event | None) -> None:
             progress(event)
+            if isinstance(event, ReplicaNote) and event.warning is not None:
+                self.told[event.replica] = event.warning
             self.claim.check()
 
         with contextlib.ExitStack() as closing:

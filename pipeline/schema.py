@@ -20,7 +20,7 @@ _RESULT_FIELDS: tuple[tuple[str, pa.DataType], ...] = (
     ("steps_per_block", pa.list_(pa.int16())),
     ("forced_commits", pa.int32()),
     ("mean_confidence", pa.float64()),
-    ("repetition", pa.float64()),  # null until the degeneration flag exists
+    ("repetition", pa.float64()),  # null for error rows without tokens
     ("queue_s", pa.float64()),
     ("prefill_s", pa.float64()),
     ("denoise_s", pa.float64()),

@@ -69,6 +69,18 @@ WorkKey = tuple[str, tuple[int, int] | None]
 
 
 @dataclass(frozen=True, slots=True)
+class RowSetting:
+    """A generation setting that a row brings along."""
+
+    name: str
+    """Field of model.params.GenerationParams."""
+    column: str
+    """Where it stood: errors name it."""
+    value: int | float | tuple[str, ...]
+    """Possible, as far as GenerationParams can tell."""
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One input row, ready to generate or already known to be bad (then `error` says why and `prompt` is None)."""
 
@@ -80,6 +92,8 @@ class Row:
     """Row number in the source file, from 0."""
     prompt: str | None
     error: str | None = None
+    settings: tuple[RowSetting, ...] = ()
+    """Those that replace the job's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +102,14 @@ class RowResult:
 
     index: int
     completion: Completion
+    """Where the row was generated again: of the try that is kept, with the seconds of all."""
     mode: str
+    """That made the completion."""
     attempt: int
+    """The unit's, and one more for each time that the row was generated again."""
     replica: str
+    repetition: float | None = None
+    """Share of the completion that is a loop (model.repetition); None for an error row without tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +125,8 @@ class Totals:
     duplicate_ids: int = 0
     """Within units; the manifest adds those across units."""
     null_ids: int = 0
+    degenerate: int = 0
+    """Rows whose completion is a loop for the most part (model.repetition.DEGENERATE)."""
     finish_reasons: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: "Totals") -> "Totals":
@@ -122,6 +143,7 @@ class Totals:
             denoiser_forwards=self.denoiser_forwards + other.denoiser_forwards,
             duplicate_ids=self.duplicate_ids + other.duplicate_ids,
             null_ids=self.null_ids + other.null_ids,
+            degenerate=self.degenerate + other.degenerate,
             finish_reasons=reasons,
         )
 

@@ -16,7 +16,7 @@ from pipeline.contents import Contents, list_contents
 from pipeline.duplicates import IdCounter
 from pipeline.layout import MANIFEST, SUCCESS, part_name, record_name
 from pipeline.ledger import Ledger
-from pipeline.manifest import NotOursError, PlanRecord, from_json
+from pipeline.manifest import ADDED_LATER, NotOursError, PlanRecord, from_json
 from pipeline.part_check import CheckedPart, PartChecker
 from pipeline.storage import Storage, scratch
 from pipeline.types import Totals
@@ -111,7 +111,7 @@ def _check_end(storage: Storage, plan: PlanRecord, contents: Contents, totals: T
         yield f"{MANIFEST} is missing: submit the job again to have it written"
         return
     try:
-        said = from_json(storage.read(MANIFEST))
+        said = {**ADDED_LATER, **from_json(storage.read(MANIFEST))}
     except NotOursError as error:
         yield f"{MANIFEST} is damaged: {error}; delete it and submit the job again"
         return

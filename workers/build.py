@@ -15,10 +15,12 @@ from pipeline.job import Job
 from pipeline.parts import build_part
 from pipeline.segments import SegmentRows
 from pipeline.types import UnitResult, WorkUnit
+from workers.self_check import self_check
 from workers.unit_runner import UnitRunner
 
 if TYPE_CHECKING:
     from model import Engine, TwoTower
+    from model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,28 @@ class PartStore:
 
 
 def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
-    """Loads the job's model and makes a runner. Raises CheckpointError, RequestError and JobError.
+    """Loads the job's model, checks it and makes a runner.
+
+    Raises CheckpointError, RequestError, JobError and what the self-check raises.
+    """
+    job = spec.job
+    pair, tokenizer = load_pair(job)
+    checked = self_check(pair, tokenizer, job.model.checkpoint)
+    engine = make_engine(pair, job)
+    return UnitRunner(
+        engine,
+        tokenizer,
+        PartStore(spec, replica),
+        job.generation.params(tuple(pair.eos_ids)),
+        replica=replica,
+        checkpoint=job.checkpoint,
+        retry_degenerate=job.generation.on_degenerate == "retry",
+        notes=[checked, *engine.memory.lines()],
+    )
+
+
+def load_pair(job: Job) -> "tuple[TwoTower, Tokenizer]":
+    """The job's model on the devices of this process, and its tokenizer. Raises as make_runner.
 
     The devices are those that Ray shows this process: cuda:0 up to the replica's number of GPUs, or the CPU.
     """
@@ -78,7 +101,6 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
 
     from model import load_model
 
-    job = spec.job
     torch.set_num_threads(min(job.workers.cpus, os.cpu_count() or 1))
     if job.workers.gpus > (found := torch.cuda.device_count()):  # with --local, or drivers that torch does not know
         raise JobError(f"workers.gpus is {job.workers.gpus}, but torch finds {found} here; lower it, 0 is the CPU")
@@ -86,19 +108,11 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
     pair = load_model(job.model.checkpoint, dtype=job.model.dtype, devices=devices, towers=job.generation.towers)
     if pair.tokenizer is None:
         raise CheckpointError(f"checkpoint {job.model.checkpoint} has no tokenizer.json: prompts cannot be read")
-    engine = _make_engine(pair, job)
-    return UnitRunner(
-        engine,
-        pair.tokenizer,
-        PartStore(spec, replica),
-        job.generation.params(tuple(pair.eos_ids)),
-        replica=replica,
-        checkpoint=job.checkpoint,
-        notes=engine.memory.lines(),
-    )
+    return pair, pair.tokenizer
 
 
-def _make_engine(pair: "TwoTower", job: Job) -> "Engine":
+def make_engine(pair: "TwoTower", job: Job) -> "Engine":
+    """An engine on a loaded model, with the job's limits. Raises RequestError and JobError where they do not fit."""
     from model import Engine
 
     try:

@@ -12,7 +12,9 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
+from model.params import GenerationParams
 from model.slots import PREFIX_SLOTS
+from pipeline.row_settings import with_settings
 from pipeline.types import Assignment, Row, UnitResult
 from workers.open_unit import OpenUnit, QueuedRow, name_of
 from workers.prefix import best_prefix, has_prefix
@@ -30,13 +32,13 @@ class Intake:
         tokenizer: TokenizerLike,
         store: UnitStore,
         *,
-        mode: str,
+        params: GenerationParams,
         replica: str,
         tell: Callable[[str], None],
         clock: Callable[[], float],
     ) -> None:
-        """tell: takes what the operator should know."""
-        self._tokenizer, self._store, self._mode, self._replica = tokenizer, store, mode, replica
+        """params: the job's. tell: takes what the operator should know."""
+        self._tokenizer, self._store, self._params, self._replica = tokenizer, store, params, replica
         self._tell, self._clock = tell, clock
         self._prefixes: deque[array[int]] = deque(maxlen=PREFIX_SLOTS)  # those named last, newest last
 
@@ -67,7 +69,7 @@ class Intake:
             replace(data, rows=[]) if data and work.rows is None else None,  # prompts will be tokens
             kept,
             end - first,
-            mode=self._mode,
+            params=self._params,
             replica=self._replica,
             now=self._clock(),
         )
@@ -84,18 +86,22 @@ class Intake:
             if row.prompt is None:
                 opened.add_error(row.index, row.error or "the row has no prompt")
             else:
-                good.append((row.index, row.prompt))
-        tokenised: list[tuple[int, array[int]]] = []
+                good.append((row, row.prompt))
+        tokenised: list[tuple[Row, array[int]]] = []
         for start in range(0, len(good), TOKENISE_ROWS):
             chunk = good[start : start + TOKENISE_ROWS]
             encoded = self._tokenizer.encode_batch([prompt for _, prompt in chunk])
-            for (index, _), ids in zip(chunk, encoded, strict=True):
+            for (row, _), ids in zip(chunk, encoded, strict=True):
                 if ids:
-                    tokenised.append((index, array("i", ids)))
+                    tokenised.append((row, array("i", ids)))
                 else:
-                    opened.add_error(index, "the prompt has no tokens")
+                    opened.add_error(row.index, "the prompt has no tokens")
         prefix = self._find_prefix([ids for _, ids in tokenised])
-        queued = [QueuedRow(index, ids, len(prefix) if has_prefix(ids, prefix) else 0) for index, ids in tokenised]
+        params = {own: with_settings(self._params, own) for own in {row.settings for row, _ in tokenised}}
+        queued = [
+            QueuedRow(row.index, ids, len(prefix) if has_prefix(ids, prefix) else 0, params[row.settings], row.settings)
+            for row, ids in tokenised
+        ]
         opened.queue.extend(sorted(queued, key=lambda row: (row.prefix_tokens - len(row.ids), row.index)))
 
     def _find_prefix(self, prompts: "Sequence[array[int]]") -> "array[int]":

@@ -3,16 +3,18 @@
 import uuid
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from model.params import Completion
+from model.params import Completion, GenerationParams
 from pipeline.dataset import UnitData
 from pipeline.events import UnitProgress
 from pipeline.parts import row_key, tally
-from pipeline.types import Assignment, RowResult, UnitResult
+from pipeline.types import Assignment, RowResult, RowSetting, UnitResult
+from workers.row_tries import Try, best, judge
 
 PAUSES_S = (1.0, 5.0, 15.0, 60.0, 120.0)
 """From one try that failed at the storage to the next; the last one from then on. Storage has tried for seconds each
@@ -30,8 +32,19 @@ class QueuedRow:
     ids: "array[int]"
     """Its prompt; compact: 4 bytes a token."""
     prefix_tokens: int
+    params: GenerationParams
+    """Of its next try."""
+    settings: tuple[RowSetting, ...] = ()
+    """What of them the row brought along."""
     failures: int = 0
-    """Forwards that failed with it."""
+    """Forwards that failed with it, in this try."""
+    tries: tuple[Try, ...] = ()
+    """Those before."""
+
+    def refusal(self, error: Exception) -> str:
+        """Why the engine does not take it, with the columns of the settings that the error names."""
+        named = [f"{one.name} is that of column '{one.column}'" for one in self.settings if one.name in str(error)]
+        return f"{error} ({', '.join(named)})" if named else str(error)
 
 
 @dataclass(slots=True)
@@ -68,10 +81,18 @@ class OpenUnit:
     """An assignment that has been read. Not thread-safe: the runner's lock guards it."""
 
     def __init__(
-        self, work: Assignment, data: UnitData | None, kept: pa.Table, rows: int, *, mode: str, replica: str, now: float
+        self,
+        work: Assignment,
+        data: UnitData | None,
+        kept: pa.Table,
+        rows: int,
+        *,
+        params: GenerationParams,
+        replica: str,
+        now: float,
     ) -> None:
         """data: None where the rows go to segments alone. kept: rows of the assignment that segments hold already.
-        rows: how many the assignment has, these included."""
+        rows: how many the assignment has, these included. params: the job's."""
         self.work, self.data, self.started = work, data, now
         self.writer = uuid.uuid4().hex
         self.queue: deque[QueuedRow] = deque()
@@ -93,16 +114,19 @@ class OpenUnit:
         self.flush_tries = Tries()
         self.publishing: Future[UnitResult] | None = None
         self.publish_tries = Tries()
-        self._wanted, self._mode, self._replica = rows, mode, replica
+        self._wanted, self._params, self._replica = rows, params, replica
 
     @property
     def complete(self) -> bool:
         """Whether each of its rows is finished."""
         return self.rows == self._wanted
 
-    def add(self, index: int, completion: Completion) -> None:
-        """A row is finished."""
-        self.finished.append(RowResult(index, completion, self._mode, self.work.attempt, self._replica))
+    def add(self, index: int, tries: Sequence[Try]) -> None:
+        """A row is finished, after one try or more."""
+        kept = best(tries)
+        completion, attempt = kept.completion, self.work.attempt + len(tries) - 1
+        result = RowResult(index, completion, kept.params.mode, attempt, self._replica, kept.repetition)
+        self.finished.append(result)
         self.rows += 1
         self.errors += completion.finish_reason == "error"
         self.tokens += len(completion.token_ids)
@@ -110,7 +134,8 @@ class OpenUnit:
     def add_error(self, index: int, error: str, prompt_tokens: int = 0) -> None:
         """A row cannot be generated."""
         key = row_key(self.work.unit, index)
-        self.add(index, Completion(key=key, finish_reason="error", error=error, prompt_tokens=prompt_tokens))
+        done = Completion(key=key, finish_reason="error", error=error, prompt_tokens=prompt_tokens)
+        self.add(index, [judge(self._params, done)])
 
     def save(self, rows: pa.Table) -> None:
         """A segment holds these rows now."""

@@ -163,7 +163,7 @@ class RayPool:
         try:
             report: Report = ray.get(call)
         except RayActorError as error:
-            report = Report(fatal=_death(error))
+            report = Report(fatal=death_of(error))
         except RayError as error:  # the replica could not even report: its code or environment is broken
             report = Report(fatal=one_line(str(error)))
         events = list(report.events)
@@ -263,7 +263,7 @@ def _is_overdue(slot: _Slot) -> bool:
     return slot.actor is not None and not slot.ready and time.monotonic() - slot.started_at >= START_S
 
 
-def _death(error: RayActorError) -> str:
+def death_of(error: RayActorError) -> str:
     """Ray's lines of text about a dead actor as one line: the cause without ids and advice."""
     text = one_line(str(error))
     for start in ("The actor is dead because ", "The actor died because "):

@@ -18,15 +18,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from model.errors import EngineError, RequestError, TwoTowerError
-from model.params import GenerationParams, Request
+from model.params import Completion, GenerationParams, Request
 from pipeline.errors import StorageError
 from pipeline.events import RangeDone, UnitDone, UnitFailed, UnitProgress
+from pipeline.forwards_watch import ForwardsWatch
 from pipeline.job import CheckpointSection
 from pipeline.parts import row_key
 from pipeline.paths import is_transient
 from pipeline.types import Assignment, UnitResult
 from workers.intake import Intake
 from workers.open_unit import OpenUnit, QueuedRow, Tries, name_of
+from workers.row_tries import judge, next_params
 from workers.saver import Outcome, Saver
 from workers.seams import EngineLike, TokenizerLike, UnitStore
 
@@ -54,11 +56,15 @@ class UnitRunner:
         *,
         replica: str,
         checkpoint: CheckpointSection,
+        retry_degenerate: bool = False,
         notes: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """notes: what there is to tell already."""
-        self._engine, self._store, self._params, self._replica, self._clock = engine, store, params, replica, clock
+        """retry_degenerate: rows whose completion is a loop are generated again (workers.row_tries). notes: what there
+        is to tell already."""
+        self._engine, self._store, self._replica, self._clock = engine, store, replica, clock
+        self._retry_degenerate = retry_degenerate
+        self._watch = ForwardsWatch()
         self._max_rows = engine.max_rows  # as last told to the operator
         # fixed: where the engine lowers its row limit because memory runs out, rows wait there instead of here
         self._queue_limit = QUEUE_FACTOR * engine.max_rows
@@ -70,7 +76,7 @@ class UnitRunner:
         self._stopped = self._closed = False
         self._announce = False  # a suspect is read: the driver hears so before it is generated, and may kill
         self._steps = self._reads = 0
-        self._intake = Intake(tokenizer, store, mode=params.mode, replica=replica, tell=self._notes.append, clock=clock)
+        self._intake = Intake(tokenizer, store, params=params, replica=replica, tell=self._notes.append, clock=clock)
         # A thread each, not some for all: a reader reads one unit at a time, and no part waits behind a reading.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
         self._saver = Saver(
@@ -265,15 +271,17 @@ class UnitRunner:
     def _top_up(self) -> None:
         for opened in self._open.values():
             while opened.queue and self._engine.waiting < self._queue_limit:
-                row = opened.queue.popleft()
-                key = row_key(opened.work.unit, row.index)
-                try:
-                    self._engine.submit(Request(key, row.ids, self._params, row.prefix_tokens))
-                except RequestError as error:
-                    opened.add_error(row.index, str(error), prompt_tokens=len(row.ids))
-                    self._wake.set()  # it may have been the last one
-                else:
-                    self._in_engine[key] = opened, row
+                self._submit(opened, opened.queue.popleft())
+
+    def _submit(self, opened: OpenUnit, row: QueuedRow) -> None:
+        key = row_key(opened.work.unit, row.index)
+        try:
+            self._engine.submit(Request(key, row.ids, row.params, row.prefix_tokens))
+        except RequestError as error:
+            opened.add_error(row.index, row.refusal(error), prompt_tokens=len(row.ids))
+            self._wake.set()  # it may have been the last one
+        else:
+            self._in_engine[key] = opened, row
 
     def _step(self) -> None:
         failure: EngineError | None = None
@@ -287,10 +295,20 @@ class UnitRunner:
             self._notes.append(f"memory ran out: engine.max_rows is {rows} from now on, not {before}; set it so")
             self._max_rows = rows
         for completion in completions:
-            opened, row = self._in_engine.pop(completion.key)
-            opened.add(row.index, completion)
+            self._take_in(*self._in_engine.pop(completion.key), completion)
         if failure is not None:
             self._put_back(failure)
+
+    def _take_in(self, opened: OpenUnit, row: QueuedRow, completion: Completion) -> None:
+        """A try has ended. The next, if there is to be one, has its key in the engine and waits for no queued row."""
+        if warning := self._watch.take(row.params, completion):
+            self._notes.append(warning)
+        tries = (*row.tries, judge(row.params, completion))
+        params = next_params(tries) if self._retry_degenerate else None
+        if params is None:
+            opened.add(row.index, tries)
+        else:
+            self._submit(opened, replace(row, params=params, tries=tries, failures=0))
 
     def _put_back(self, error: EngineError) -> None:
         """Queues the rows that a failed step lost once more. Raises the error where it names none, or one again."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.tiny.corpus import Batch, Corpus, mask_blocks
@@ -23,8 +25,9 @@ Loss = Callable[[Weights, Batch], tuple[Tensor, Tensor, Tensor]]
 class Phase:
     """One training run, saved as it goes."""
 
-    def __init__(self, name: str, recipe: Recipe, weights: Weights, file: Path, device: torch.device) -> None:
-        self.name, self.recipe, self.file, self.device = name, recipe, file, device
+    def __init__(self, name: str, recipe: Recipe, weights: Weights, folder: Path, device: torch.device) -> None:
+        self.name, self.recipe, self.device = name, recipe, device
+        self.file = folder / f"{name}.safetensors"
         weights = {key: value.to(device) for key, value in weights.items()}
         self.step = 0
         self.weights = {
@@ -40,7 +43,7 @@ class Phase:
             ),
         ]
         self._rates = [recipe.muon_lr, recipe.adam_lr]
-        if file.exists():
+        if self.file.exists():
             self._load()
 
     @property
@@ -70,24 +73,35 @@ class Phase:
 
     def save(self) -> None:
         """Whole or not at all."""
-        state = {
-            "step": self.step,
-            "weights": self.weights,
-            "average": self.average,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
         part = self.file.with_suffix(".part")
-        torch.save(state, part)
+        save_file(self._state(), part, metadata={"step": str(self.step)})
         part.replace(self.file)
 
+    def _state(self) -> Weights:
+        """Everything that the next step depends on, but for its number."""
+        state = {f"weights/{key}": value.detach() for key, value in self.weights.items()}
+        state |= {f"average/{key}": value for key, value in self.average.items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for place, kept in optimizer.state_dict()["state"].items():
+                state |= {f"optimizer/{number}/{place}/{key}": value for key, value in kept.items()}
+        return state
+
     def _load(self) -> None:
-        state = torch.load(self.file, map_location=self.device)
-        self.step, self.average = state["step"], state["average"]
+        with safe_open(self.file, "pt", device=str(self.device)) as file:
+            self.step = int(file.metadata()["step"])
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         with torch.no_grad():
-            for key, value in state["weights"].items():
-                self.weights[key].copy_(value)
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
+            for key, value in self.weights.items():
+                value.copy_(state[f"weights/{key}"])
+                self.average[key].copy_(state[f"average/{key}"])
+        for number, optimizer in enumerate(self.optimizers):
+            kept: dict[int, Weights] = {}
+            for name, value in state.items():
+                kind, _, rest = name.partition(f"/{number}/")
+                if kind == "optimizer":
+                    place, key = rest.split("/")
+                    kept.setdefault(int(place), {})[key] = value
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
 
 
 def _is_matrix(name: str) -> bool:

@@ -95,13 +95,11 @@ def _train(rank: int, options: argparse.Namespace, meeting: str) -> None:
     tokenizer = train_tokenizer(texts, VOCAB_SIZE)
     corpus = Corpus(tokenizer, SEED)
 
-    context = Phase("context", PHASES["context"], fresh_weights(config, SEED), options.work / "context.pt", device)
+    context = Phase("context", PHASES["context"], fresh_weights(config, SEED), options.work, device)
     run_phase(context, corpus, lambda weights, batch: context_loss(config, weights, batch), SEED)
     frozen = {name: value.to(torch.bfloat16).float() for name, value in context.average.items()}  # as it is exported
 
-    denoiser = Phase(
-        "denoiser", PHASES["denoiser"], with_time(config, frozen, SEED), options.work / "denoiser.pt", device
-    )
+    denoiser = Phase("denoiser", PHASES["denoiser"], with_time(config, frozen, SEED), options.work, device)
     run_phase(denoiser, corpus, lambda weights, batch: denoiser_loss(config, frozen, weights, batch), SEED)
 
     if rank:

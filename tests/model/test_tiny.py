@@ -198,12 +198,12 @@ def test_a_stopped_phase_goes_on_as_if_it_had_not_stopped(
             raise KeyboardInterrupt
         return loss(weights, batch)
 
-    unbroken = Phase("unbroken", recipe, start, tmp_path / "unbroken.pt", CPU)
+    unbroken = Phase("unbroken", recipe, start, tmp_path, CPU)
     run_phase(unbroken, _FewRows(rows), loss, seed=0)
-    stopped = Phase("stopped", recipe, start, tmp_path / "stopped.pt", CPU)
+    stopped = Phase("stopped", recipe, start, tmp_path, CPU)
     with pytest.raises(KeyboardInterrupt):
         run_phase(stopped, _FewRows(rows), stopping, seed=0)
-    resumed = Phase("resumed", recipe, start, tmp_path / "stopped.pt", CPU)
+    resumed = Phase("stopped", recipe, start, tmp_path, CPU)
     assert resumed.step == 2
     run_phase(resumed, _FewRows(rows), loss, seed=0)
     for name, value in unbroken.average.items():

@@ -259,6 +259,19 @@ def test_plan_tells_what_would_run_and_writes_nothing(job: Path) -> None:
     assert "done       4 units, 35 rows; left: 0 rows" in call("plan", job).stdout
 
 
+def test_plan_counts_tokens_by_the_rows_own_settings(job: Path) -> None:
+    """Rows that would be error rows count for nothing: a limit below 1, one that no context has room for."""
+    columns = {"prompt": ["p"] * 6, "n": [100, 50, None, 2**31 - 1, 0, 2], "t": [0.5] * 6}
+    pq.write_table(pa.table(columns), job.parent / "in" / "a.parquet")
+    options = ["input.row_settings={max_new_tokens: n, temperature: t}", "generation.on_degenerate=retry"]
+    result = call("plan", job, *(word for option in options for word in ("--set", option)))
+    assert result.exit_code == 0, result.output
+    assert "2 of 6 sampled rows have no usable prompt and settings" in result.stdout
+    assert "per row    max_new_tokens from n, temperature from t; where null, the job's\n" in result.stdout
+    said = "completion at most about 160 tokens left (by column n, estimate from the same sample), mode diffusion"
+    assert f"{said}, again where degenerate\n" in result.stdout
+
+
 def add_file(job: Path, name: str, rows: int) -> None:
     pq.write_table(pa.table({"prompt": [f"new {i}" for i in range(rows)]}), job.parent / "in" / name)
 

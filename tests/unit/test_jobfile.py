@@ -3,6 +3,7 @@
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -83,6 +84,7 @@ def test_a_job_is_frozen(tmp_path: Path) -> None:
         ("generation: {mode: magic}", "generation.mode is 'magic': input should be 'diffusion', 'ar' or 'mock_ar'"),
         ("generation: {temperature: .nan}", "generation.temperature is nan: it must be a finite number"),
         ("generation: {stop: END}", "generation.stop is 'END': it must be a list"),
+        ("generation: {on_degenerate: drop}", "generation.on_degenerate is 'drop': input should be 'keep' or 'retry'"),
         ('generation: {eos_ids: ["3"]}', "generation.eos_ids.0 is '3': it must be a whole number"),
         ("workers: {replicas: many}", "workers.replicas is 'many': it must be a whole number of at least 1, or auto"),
         ("workers: {replicas: 0}", "workers.replicas is 0: it must be a whole number of at least 1, or auto"),
@@ -321,6 +323,18 @@ def test_every_field_is_explained() -> None:
         for field, schema in definition["properties"].items():
             is_section = "$ref" in schema
             assert is_section or schema.get("description"), f"{name}.{field}"
+
+
+def test_the_production_job_shows_every_setting() -> None:
+    """`template` stands in a comment, as it excludes prompt_column."""
+    text = (JOBS / "synth.yaml").read_text()
+    shown = yaml.safe_load(text.replace("# template:", "template:"))
+
+    def names(settings: Any) -> Any:
+        return {name: names(value) for name, value in settings.items()} if isinstance(settings, dict) else None
+
+    sections = {"input": {"path": "i"}, "output": {"path": "o"}, "model": {"checkpoint": "c"}}
+    assert names(shown) == names(Job.model_validate(sections).model_dump())
 
 
 def test_job_sections_have_the_engines_own_defaults() -> None:

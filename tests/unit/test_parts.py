@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from model.repetition import DEGENERATE
 from pipeline.dataset import UnitData, UnitReader
 from pipeline.parts import TOTALS_KEY, build_part, result_table
 from pipeline.schema import RESULT_COLUMNS, output_schema
@@ -84,3 +85,15 @@ def test_a_part_is_refused_unless_every_row_is_there_once(tmp_path: Path) -> Non
     swapped = [dataclasses.replace(results[0], index=1), dataclasses.replace(results[1], index=0), results[2]]
     with pytest.raises(ValueError, match=r"row a\.parquet#1 has the result of row a\.parquet#0"):
         build(*swapped)
+
+
+def test_loops_are_counted(tmp_path: Path) -> None:
+    data = read_one(tmp_path, prompt=["a", None, "c", "d"])
+    shares = [DEGENERATE, None, DEGENERATE / 2, 1.0]
+    rows = [
+        dataclasses.replace(complete_row(row), repetition=share) for row, share in zip(data.rows, shares, strict=True)
+    ]
+    written, totals = build_part(data, [result_table(data.unit, rows)], output_schema(pa.string(), []), {})
+    assert pq.read_table(pa.BufferReader(written))["repetition"].to_pylist() == shares
+    assert totals.degenerate == 2
+    assert (totals + totals).degenerate == 4

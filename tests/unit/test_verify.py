@@ -19,7 +19,7 @@ from pipeline import part_check
 from pipeline.errors import OutputError
 from pipeline.job import Job
 from pipeline.manifest import from_json, to_json
-from pipeline.parts import to_parquet
+from pipeline.parts import TOTALS_KEY, to_parquet
 from pipeline.verify import verify
 from tests.unit.pipeline_cases import make_job, open_ledger, plan_of, prompts, publish, run, write
 
@@ -86,6 +86,28 @@ def test_a_good_output_has_no_problems(tmp_path: Path, own_ids: bool) -> None:
     assert found.summary().startswith("verified: 25 rows in 3 parts (")
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert before == {path: path.stat().st_mtime_ns for path in Path(job.output.path).rglob("*")}
+
+
+def test_records_of_before_loops_were_counted_are_good(job: Job) -> None:
+    run(job)
+    out = Path(job.output.path)
+
+    def without(fields: dict[str, Any]) -> dict[str, Any]:
+        assert fields.pop("degenerate") == 0
+        return fields
+
+    for part in parts_of(out):
+        table = pq.read_table(part)
+        metadata = dict(table.schema.metadata or {})
+        metadata[TOTALS_KEY.encode()] = to_json(without(from_json(metadata[TOTALS_KEY.encode()])))
+        data = to_parquet(table.replace_schema_metadata(metadata))
+        part.write_bytes(data)
+        fields = without(from_json(record_of(part).read_bytes()))
+        fields |= {"sha256": hashlib.sha256(data).hexdigest(), "part_bytes": len(data)}
+        record_of(part).write_bytes(to_json(fields))
+    manifest = out / "_job/manifest.json"
+    manifest.write_bytes(to_json(without(from_json(manifest.read_bytes()))))
+    assert problems(job) == ()
 
 
 def test_parts_above_the_memory_budget_are_read_in_pieces(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ import pytest
 
 from model.memory import AUTO_MAX_ROWS
 from pipeline.errors import JobError
+from pipeline.types import Assignment
+from tests.workers.fakes import work_all
 from tests.workers.jobs import open_job, prompts_of
 from workers import build
 
@@ -29,3 +31,16 @@ def test_a_replica_says_where_its_memory_goes(tmp_path: Path) -> None:
     assert lines[-1] == f"max_rows {rows}, kv_tokens {rows * 256:,}"
     assert runner._engine.max_rows == rows
     assert runner.notes() == []
+
+
+@pytest.mark.parametrize(("setting", "tries"), [("keep", 1), ("retry", 3)])
+def test_a_replica_tries_again_where_the_job_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, tries: int
+) -> None:
+    monkeypatch.setattr("workers.row_tries.repetition", lambda *_: 1.0)
+    generation = {"on_degenerate": setting, "max_new_tokens": 4}
+    small = open_job(tmp_path, prompts_of(2), generation=generation, engine={"max_context_tokens": 128})
+    runner = build.make_runner(small.spec, "r0")
+    runner.add(Assignment(small.plan.units[0], 1))
+    work_all(runner)
+    assert [(row["attempt"], row["mode"], row["repetition"]) for row in small.rows()] == [(tries, "diffusion", 1.0)] * 2

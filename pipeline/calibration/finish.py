@@ -1,0 +1,106 @@
+"""The end of a calibration: report, job file and record are written, and what came out is said in a few lines."""
+
+import shlex
+from collections.abc import Sequence
+
+from pipeline.calibration import record
+from pipeline.calibration.agreement import percent
+from pipeline.calibration.choice import Cost, Result, cost_of
+from pipeline.calibration.chosen import chosen_job, row_limit_to_say
+from pipeline.calibration.folder import JOB_FILE, MEASUREMENTS, REPORT
+from pipeline.calibration.points import AR
+from pipeline.calibration.report import amount, make_report, remarks
+from pipeline.calibration.run import Outcome
+from pipeline.calibration.texts import shown
+from pipeline.calibration.verdict import notes, rate, verdict
+from pipeline.paths import is_local
+from pipeline.progress import duration
+
+ROWS_SHOWN = 12
+
+
+def finish(outcome: Outcome, job_file: str, overrides: Sequence[str]) -> list[str]:
+    """Writes what is made of the measurements -> the lines that the operator reads. Raises JobError, StorageError."""
+    setup, choice = outcome.setup, outcome.choice
+    said, remarked = verdict(choice), [*notes(choice), *remarks(outcome)]
+    limit = row_limit_to_say(setup.job, choice.best.point, dict(outcome.replica.row_limits).get("auto"))
+    comments = [f"Made by `twotower calibrate {shown(' '.join(job_file.split()), 500)}`.", said]
+    new_job = chosen_job(job_file, overrides, choice.best.point, limit, comments)
+    identity = {**setup.identity, **record.of_replica(outcome.replica)}
+    fields = record.outcome_fields(choice, setup.workload, setup.sample, said, remarked, outcome.missing)
+    setup.folder.write(JOB_FILE, new_job)
+    setup.folder.write(REPORT, make_report(outcome))
+    setup.folder.write_record(identity, outcome.replica, fields)
+    return [*_table(outcome), "", *[" ".join(line.split()) for line in (said, *remarked)], "", *_ends(outcome)]
+
+
+def _ends(outcome: Outcome) -> list[str]:
+    setup, choice = outcome.setup, outcome.choice
+    folder = setup.folder.shown
+    run = f"{setup.folder.path}/{JOB_FILE}"
+    how = f"twotower run {shlex.quote(run)}" if is_local(run) else "copy it to a local file and `twotower run` it"
+    return [
+        f"chosen {choice.best.point.label}: {folder}/{JOB_FILE} ({how})",
+        f"job    {_cost(outcome)}",
+        f"files  {folder}/{REPORT}, {MEASUREMENTS}, completions/",
+    ]
+
+
+def _cost(outcome: Outcome) -> str:
+    workload = outcome.setup.workload
+    cost, ar = cost_of(outcome.choice.best, workload), cost_of(outcome.choice.reference, workload)
+    several = f"{workload.replicas} replicas" if (workload.replicas or 1) > 1 else "one replica"
+    text = f"{workload.rows:,} rows take {_hours(cost.hours)} on {several}: {_priced(cost, outcome)}"
+    if outcome.choice.best.point.setting == AR:
+        return text
+    return f"{text}; with AR {_priced(ar, outcome)}"
+
+
+def _priced(cost: Cost, outcome: Outcome) -> str:
+    gpu = cost.gpu_hours is not None
+    text = f"{amount(cost.gpu_hours if gpu else cost.replica_hours)} {'GPU' if gpu else 'replica'}-hours"
+    return text if cost.money is None else f"{text}, {amount(cost.money)} {outcome.setup.workload.currency}"
+
+
+def _hours(hours: float) -> str:
+    return duration(3600 * hours)
+
+
+def _table(outcome: Outcome) -> list[str]:
+    """The points worth a look: AR, the job's own, the chosen one, and those that no other beats in both."""
+    choice = outcome.choice
+    rows = [("", "point", "tokens/s", "x AR", "agreement", "exact", "tokens/forward", "repetition")]
+    for result in _worth_a_look(outcome):
+        quality = result.quality
+        mark = "*" if result is choice.best else "job" if result.point == outcome.own else ""
+        rows.append(
+            (
+                mark,
+                result.point.label,
+                rate(result),
+                f"{choice.reference.seconds_per_row / result.seconds_per_row:.2f}",
+                str(quality.agreement),
+                percent(quality.exact.mean),
+                "-" if quality.tokens_per_forward is None else f"{quality.tokens_per_forward:.2f}",
+                f"{quality.repetition:.3f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for mark, label, *cells in rows:
+        numbers = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[2:], strict=True))
+        lines.append(f"{mark.ljust(widths[0])} {label.ljust(widths[1])}  {numbers}")
+    return lines
+
+
+def _worth_a_look(outcome: Outcome) -> list[Result]:
+    choice = outcome.choice
+    own = [result for result in choice.results if result.point == outcome.own]
+    must = dict.fromkeys(result.point for result in (choice.best, choice.reference, *own))
+    front: list[Result] = []  # fastest first, each nearer to AR than those before
+    for result in sorted(choice.results, key=lambda r: r.seconds_per_row):
+        better = not front or result.quality.agreement.mean > front[-1].quality.agreement.mean
+        if better or result.point in must:
+            front.append(result)
+    spare = [result for result in front if result.point not in must][: max(0, ROWS_SHOWN - len(must))]
+    return [result for result in front if result.point in must or result in spare]

@@ -1,0 +1,244 @@
+"""The measuring of a calibration: point after point, until the time is up, each written down at once."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.calibration import record
+from pipeline.calibration.bench import Bench, Replica, RowLimit, Run, Speed, Task
+from pipeline.calibration.choice import Choice, Result, choose
+from pipeline.calibration.points import AR, Point, Setting, order_points
+from pipeline.calibration.quality import Answers, Quality, judge, to_answer
+from pipeline.calibration.setup import Setup
+from pipeline.calibration.show import Show
+from pipeline.errors import JobError, JobFailed, TwoTowerError
+from pipeline.job import Job
+from pipeline.manifest import now
+from pipeline.paths import safe_url
+
+WINDOW_S = 3.0
+"""Seconds of full speed to watch at least, for each point."""
+TIME_IS_UP = "the time limit (--minutes)"
+NO_QUALITY = "its setting was not measured at the largest row limit"
+NO_MEMORY = "memory ran out with so many rows"
+
+
+class Stopped(Exception):  # noqa: N818 (no error: somebody wants it)
+    """The user stops the calibration."""
+
+
+class _TimeIsUp(Exception):  # noqa: N818
+    """The time limit came while a point was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was measured in the end, in this run and in those before."""
+
+    setup: Setup
+    replica: Replica
+    choice: Choice
+    own: Point
+    """The job's settings; AR where its mode is not diffusion."""
+    answers: Mapping[Setting, Answers]
+    missing: tuple[tuple[Point, str], ...]
+    """Points that were not measured, and why."""
+    kept: int
+    """Of the points, those that an earlier run had measured."""
+    stopped: bool
+    failure: str | None = None
+    """Why the replica could do no more."""
+
+
+def measure(
+    setup: Setup,
+    make_bench: Callable[[Job], Bench],
+    show: Show,
+    stop: threading.Event,
+    clock: Callable[[], float] = time.monotonic,
+) -> Outcome:
+    """Measures what is not measured yet. Each point is written down at once; setting `stop` ends it soon.
+
+    No replica is started where all is measured. Raises what starting one raises, and JobFailed where not even AR could
+    be measured; a replica that fails later is `failure` of the outcome.
+    """
+    return _Measuring(setup, show, stop, clock).run(make_bench)
+
+
+class _Measuring:
+    def __init__(self, setup: Setup, show: Show, stop: threading.Event, clock: Callable[[], float]) -> None:
+        self._setup, self._show, self._stop, self._clock = setup, show, stop, clock
+        self._speeds: dict[Point, tuple[Speed, str]] = {}
+        self._answers: dict[Setting, Answers] = {}
+        self._qualities: dict[Setting, Quality] = {}
+        self._missing: dict[Point, str] = {}
+        self._limits: dict[RowLimit, int] = {}  # asked for -> rows; those for which memory ran out are taken out
+        self._own = Point(AR, 0)
+        self._deadline = float("inf")
+        self._shared: Mapping[str, Any] = {}
+
+    def run(self, make_bench: Callable[[Job], Bench]) -> Outcome:
+        limits = tuple(dict.fromkeys([*self._setup.options.rows, self._setup.job.engine.max_rows]))
+        replica = self._setup.folder.read_replica()
+        if replica is not None and {*limits} <= {limit for limit, _ in (*replica.row_limits, *replica.refused)}:
+            points = self._begin(replica)
+            if self._speeds.keys() >= {*points}:
+                return self._outcome(replica, points, len(points), None)
+        bench = make_bench(self._setup.measured)
+        try:
+            return self._run_on(bench, limits)
+        finally:
+            bench.close()
+
+    def _run_on(self, bench: Bench, limits: tuple[RowLimit, ...]) -> Outcome:
+        setup = self._setup
+        self._show.begin(f"loading {safe_url(setup.job.model.checkpoint)}", None)
+        try:
+            replica = bench.start(setup.sample.rows, limits, self._check_stop)
+        except Stopped:
+            raise JobFailed("stopped before anything was measured") from None
+        for limit, why in replica.refused:
+            self._show.tell(f"row limit {record.limit_name(limit)} is left out: {why}")
+        if not replica.row_limits:
+            raise JobError(f"none of the row limits fits: {replica.refused[0][1]}")
+        setup.folder.take({**setup.identity, **record.of_replica(replica)}, replica)
+        points = self._begin(replica)
+        kept = len(self._speeds.keys() & {*points})
+        self._deadline = self._clock() + 60 * setup.options.minutes
+        return self._outcome(replica, points, kept, self._measure_all(bench, points))
+
+    def _begin(self, replica: Replica) -> tuple[Point, ...]:
+        """Takes in what is known of the replica and what was measured on it -> all points, in order."""
+        self._limits = dict(replica.row_limits)
+        self._shared = record.shared_columns(self._setup.measured, replica)
+        self._own = self._own_point()
+        points = self._points()
+        self._read(points)
+        return points
+
+    def _points(self) -> tuple[Point, ...]:
+        options = self._setup.options
+        rows = [rows for limit, rows in self._limits.items() if limit in options.rows]
+        return order_points(options.thresholds, options.steps, rows, self._own_point()) if self._limits else ()
+
+    def _own_point(self) -> Point:
+        """What the job is set to, as far as memory lets it."""
+        job = self._setup.job
+        rows = self._limits.get(job.engine.max_rows, max(self._limits.values()))
+        if job.generation.mode != "diffusion":
+            return Point(AR, rows)
+        return Point(Setting("diffusion", job.generation.confidence_threshold, job.generation.steps_per_block), rows)
+
+    def _read(self, points: tuple[Point, ...]) -> None:
+        """What earlier runs measured; of other points too, so that no figure is lost."""
+        setup = self._setup
+        speeds = setup.folder.read_points()
+        for setting in dict.fromkeys(point.setting for point in [*speeds, *points]):
+            if (answers := setup.folder.read_answers(setting, setup.sample.rows)) is not None:
+                self._answers[setting] = answers
+        self._speeds = {point: speed for point, speed in speeds.items() if point.setting in self._answers}
+        if AR not in self._answers:  # nothing can be compared: all counts anew
+            self._speeds, self._answers = {}, {}
+
+    def _measure_all(self, bench: Bench, points: tuple[Point, ...]) -> Exception | None:
+        """What ended it early: Stopped, or an error of the replica."""
+        while left := [p for p in self._points() if p not in self._speeds and p not in self._missing]:
+            point = left[0]
+            whole = point.setting not in self._answers
+            if why := self._obstacle(point, whole):
+                self._missing[point] = why
+                continue
+            self._show.begin(f"{len(points) - len(left) + 1} of {len(points)}: {point.label}", self._time_left(left))
+            try:
+                run = bench.measure(Task(point, whole, WINDOW_S), self._tick)
+            except _TimeIsUp:
+                self._missing[point] = TIME_IS_UP
+                continue
+            except (Stopped, TwoTowerError) as error:
+                self._missing[point] = "stopped" if isinstance(error, Stopped) else str(error)
+                return error
+            if run.speed is not None:
+                self._keep(point, run, run.speed)
+            else:
+                self._show.tell(f"row limit {point.max_rows} is left out: memory ran out")
+                self._missing |= {p: NO_MEMORY for p in left if p.max_rows == point.max_rows}
+                self._limits = {limit: rows for limit, rows in self._limits.items() if rows != point.max_rows}
+        return None
+
+    def _obstacle(self, point: Point, whole: bool) -> str | None:
+        """Why a point cannot be measured now."""
+        if whole and point.max_rows != max(self._limits.values()):
+            return NO_QUALITY
+        left = self._deadline - self._clock()
+        return TIME_IS_UP if left <= 0 or self._estimate(point) > left else None
+
+    def _estimate(self, point: Point) -> float:
+        """Seconds that a point takes: as the slowest one so far with as many rows, or the slowest of all."""
+        alike = [speed.seconds for known, (speed, _) in self._speeds.items() if known.max_rows == point.max_rows]
+        return max(alike or [speed.seconds for speed, _ in self._speeds.values()], default=0.0)
+
+    def _time_left(self, points: Sequence[Point]) -> float | None:
+        if not self._speeds:
+            return None
+        wanted = sum(self._estimate(point) for point in points)
+        return max(0.0, min(wanted, self._deadline - self._clock()))
+
+    def _keep(self, point: Point, run: Run, speed: Speed) -> None:
+        setup = self._setup
+        if run.rows:
+            rows = tuple(to_answer(done, setup.eos_ids) for done in run.rows)
+            greedy = tuple(to_answer(done, setup.eos_ids) for done in run.greedy) or rows
+            answers = Answers(rows, greedy)
+            if point.setting == AR and all(answer.error for answer in answers.greedy):
+                raise JobFailed(f"every row fails in AR mode: {answers.greedy[0].error}")
+            setup.folder.write_answers(point.setting, setup.sample.rows, answers)
+            self._answers[point.setting] = answers
+        self._speeds[point] = speed, now()
+        self._write()
+
+    def _write(self) -> Choice:
+        setup = self._setup
+        results = self._results()
+        choice = choose(results, setup.options.min_agreement)
+        setup.folder.write_measurements(record.measurements(choice, setup.workload, self._shared))
+        return choice
+
+    def _results(self) -> list[Result]:
+        reference, weights = self._answers[AR], self._setup.sample.weights
+        for setting in dict.fromkeys(point.setting for point in self._speeds):
+            if setting not in self._qualities:
+                self._qualities[setting] = judge(self._answers[setting], reference, weights)
+        return [Result(point, speed, self._qualities[point.setting], at) for point, (speed, at) in self._speeds.items()]
+
+    def _outcome(self, replica: Replica, points: tuple[Point, ...], kept: int, ended_by: Exception | None) -> Outcome:
+        if not self._speeds:
+            raise JobFailed(self._nothing_measured(self._missing[points[0]], ended_by))
+        for point in points:
+            if point not in self._speeds:
+                self._missing.setdefault(point, "stopped before")
+        failure = str(ended_by) if isinstance(ended_by, TwoTowerError) else None
+        missing = tuple(self._missing.items())
+        stopped = isinstance(ended_by, Stopped)
+        return Outcome(self._setup, replica, self._write(), self._own, self._answers, missing, kept, stopped, failure)
+
+    def _nothing_measured(self, why: str, ended_by: Exception | None) -> str:
+        if isinstance(ended_by, Stopped):
+            return "stopped before the first point was measured"
+        if why == TIME_IS_UP:
+            return (
+                f"AR alone over {len(self._setup.sample.rows)} rows takes longer than --minutes "
+                f"{self._setup.options.minutes:g}: raise it, or lower --sample or --max-new-tokens"
+            )
+        return f"AR could not be measured: {why}"
+
+    def _check_stop(self, _done: int, _expected: int) -> None:
+        if self._stop.is_set():
+            raise Stopped
+
+    def _tick(self, done: int, expected: int) -> None:
+        self._check_stop(done, expected)
+        if self._clock() > self._deadline:
+            raise _TimeIsUp
+        self._show.rows(done, expected)

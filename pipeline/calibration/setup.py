@@ -1,0 +1,79 @@
+"""What a calibration is of: the job as it is measured, the sample, the folder; all that can be checked beforehand."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model.checkpoint import Checkpoint
+from pipeline.calibration import record
+from pipeline.calibration.choice import Workload
+from pipeline.calibration.folder import Folder, folder_for
+from pipeline.calibration.options import GPU_PRICE, Options
+from pipeline.calibration.sample import Sample, draw_sample
+from pipeline.errors import CheckpointError
+from pipeline.job import Job
+from pipeline.plan import Plan, make_plan
+from pipeline.run import check_checkpoint, load_tokenizer
+
+SEED = 0
+"""Of the sample: the same rows every time, so that what was measured is of use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a calibration is of."""
+
+    job: Job
+    """The user's."""
+    measured: Job
+    """The same as it is measured: with both towers, and max_new_tokens as asked."""
+    options: Options
+    plan: Plan
+    sample: Sample
+    folder: Folder
+    workload: Workload
+    identity: Mapping[str, Any]
+    """What decides over the measures, but for the replica."""
+    eos_ids: tuple[int, ...]
+
+
+def prepare(job: Job, options: Options) -> Setup:
+    """Checks all that can be checked without loading the model, and draws the sample; writes nothing.
+
+    Raises JobError, CheckpointError, InputError, OutputError and StorageError.
+    """
+    measured = _as_measured(job, options)
+    try:
+        checkpoint = check_checkpoint(measured)
+    except CheckpointError as error:
+        if job.generation.mode != "ar":
+            raise
+        raise CheckpointError(f"calibrate compares AR with diffusion and needs both towers: {error}") from error
+    folder = Folder(folder_for(job, options.to))
+    plan = make_plan(job, checkpoint_identity=checkpoint.identity())
+    params, room = measured.generation.params(checkpoint.config.eos_token_ids), _room(measured, checkpoint)
+    sample = draw_sample(job, plan, load_tokenizer(checkpoint), params, room, options.sample, SEED)
+    identity = record.identity(measured, plan, sample, checkpoint.identity())
+    folder.check(identity)
+    gpus, replicas = job.workers.gpus, job.workers.replicas
+    workload = Workload(
+        rows=round(plan.rows * sample.good_share),
+        replicas=None if replicas == "auto" else int(replicas),
+        gpus=gpus,
+        price=GPU_PRICE if options.price is None and gpus else options.price,
+        currency=options.currency,
+        extra_tokens=job.generation.max_new_tokens - measured.generation.max_new_tokens,
+    )
+    return Setup(job, measured, options, plan, sample, folder, workload, identity, params.eos_ids)
+
+
+def _as_measured(job: Job, options: Options) -> Job:
+    tokens = min(job.generation.max_new_tokens, options.max_new_tokens or job.generation.max_new_tokens)
+    changed = {"mode": "diffusion", "max_new_tokens": tokens}
+    return job.model_copy(update={"generation": job.generation.model_copy(update=changed)})
+
+
+def _room(job: Job, checkpoint: Checkpoint) -> int:
+    limits = job.engine.limits()
+    room = limits.context_tokens(checkpoint.config.max_position_embeddings)
+    return min(room, limits.kv_tokens or room)
