@@ -7,18 +7,14 @@ Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 and 143 
 import contextlib
 import functools
 import shlex
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from model.errors import TwoTowerError
+from pipeline.endings import StopSignals, one_line_errors
 
 if TYPE_CHECKING:  # everything heavier is imported by the command that needs it: --help and status start fast
-    from types import FrameType
-
     from pipeline.calibration.bench import Bench
     from pipeline.calibration.options import Options
     from pipeline.dispatch import Pool
@@ -62,13 +58,13 @@ def run(
     job: JobFile, overrides: Overrides = None, local: Local = False, log_every: LogEvery = 5.0, debug: Debug = False
 ) -> None:
     """Run a job, or what is left of it. To resume after any stop, run it again."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from pipeline.jobfile import load_job
         from pipeline.progress import open_progress
         from pipeline.run import run_job
 
         settings = load_job(job, overrides or ())
-        with _StopSignals() as signals:
+        with StopSignals() as signals:
             make_pool = functools.partial(_make_pool, settings, local, signals.install)
             with signals.one_line("what was not written down is generated again at the next run"):
                 outcome = run_job(
@@ -81,7 +77,7 @@ def run(
 @app.command()
 def plan(job: JobFile, overrides: Overrides = None, debug: Debug = False) -> None:
     """Show what a job would do, and write nothing. Exit code 1 where input files cannot be read."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from pipeline.jobfile import load_job
         from pipeline.preview import preview
 
@@ -132,7 +128,7 @@ def calibrate(
     Writes all measurements, a report and the job file with the fastest settings that keep AR's quality. Run it again to
     go on after any stop.
     """
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from pipeline.calibration import options
         from pipeline.jobfile import load_job
 
@@ -160,7 +156,7 @@ def _calibrate(
     from pipeline.calibration.show import open_show
 
     setup = prepare(job, options)
-    with _StopSignals() as signals, contextlib.ExitStack() as closing:
+    with StopSignals() as signals, contextlib.ExitStack() as closing:
         show = open_show(interval_s=log_every)
         closing.callback(show.close)
         with signals.one_line("the points measured so far are kept"):
@@ -191,7 +187,7 @@ def _make_bench(local: bool, catch_signals: Callable[[], None], job: "Job") -> "
 @app.command()
 def status(output: OutputPath, debug: Debug = False) -> None:
     """Show how far a job is and which driver has it."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from pipeline.ledger import read_status
 
         state = read_status(output)
@@ -221,7 +217,7 @@ def status(output: OutputPath, debug: Debug = False) -> None:
 @app.command()
 def verify(output: OutputPath, debug: Debug = False) -> None:
     """Check an output: each input row once, as made. Exit code 1 and a list where it is not so."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from pipeline.verify import verify
 
         with _parts_bar() as progress:
@@ -242,7 +238,7 @@ def retry_errors(
 ) -> None:
     """Make a new job of the rows that failed. Their input rows and a job file with the same settings but for
     retry.max_error_rate, which is 1."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from pipeline.paths import is_local, safe_url
         from pipeline.retry_errors import make_retry_job
 
@@ -268,7 +264,7 @@ def clean(
     debug: Debug = False,
 ) -> None:
     """Remove what dead runs left behind. Never parts, records, plan or manifest."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from pipeline.clean import find_leftovers, remove_leftovers
 
         leftovers = find_leftovers(output)
@@ -296,7 +292,7 @@ def canary(
     debug: Debug = False,
 ) -> None:
     """Write down what a checkpoint generates, so that each replica can check at its start that it does the same."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from workers.self_check import make_canary
 
         made = make_canary(model, prompts=prompts or (), tokens=tokens, dtype=dtype, gpus=gpus, out=out, force=force)
@@ -314,61 +310,6 @@ def _parts_bar() -> "Iterator[Callable[[int, int], None]]":
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("parts", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def _one_line_errors(debug: bool) -> Iterator[None]:
-    """Our own errors become one line on stderr and exit code 1; all others are faults of ours and keep a traceback."""
-    try:
-        yield
-    except TwoTowerError as error:
-        if debug:
-            raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
-
-
-class _StopSignals:
-    """SIGINT and SIGTERM set `stop`; a second one interrupts at once.
-
-    `install` is called before Ray starts and again after it, because ray.init() puts a handler of its own in place.
-    """
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self.received: int | None = None
-        self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
-
-    def __enter__(self) -> "_StopSignals":
-        return self
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before.setdefault(number, signal.signal(number, self._handle))
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def one_line(self, at_once: str) -> Iterator[None]:
-        """Makes what ends the work after a signal one line and its exit code; `at_once`: after a second signal."""
-        try:
-            yield
-        except TwoTowerError as error:
-            if self.received is None:
-                raise
-            typer.echo(str(error), err=True)
-            raise typer.Exit(128 + self.received) from None
-        except KeyboardInterrupt:
-            typer.echo(f"stopped at once; {at_once}", err=True)
-            raise typer.Exit(128 + (self.received or signal.SIGINT)) from None
-
-    def _handle(self, number: int, _frame: "FrameType | None") -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        self.stop.set()
 
 
 def _make_pool(

@@ -3,7 +3,7 @@
 See model.tiny.network for how a document lies in its row.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -65,9 +65,10 @@ def held_out_examples(tokenizer: Tokenizer, seed: int, count: int) -> list[Examp
     return list(islice(fitting, count))
 
 
-def training_rows(tokenizer: Tokenizer, seed: int, count: int) -> Rows:
+def training_rows(tokenizer: Tokenizer, seed: int, count: int, shares: Mapping[str, float] | None = None) -> Rows:
     """`count` rows of training examples, the same for the same seed."""
-    documents = (document for _, document in _documents(tokenizer, examples(seed, held_out=False)) if document.fits)
+    source = examples(seed, held_out=False, shares=shares)
+    documents = (document for _, document in _documents(tokenizer, source) if document.fits)
     rows = list(islice(_pack(documents), count))
     made = Rows(
         np.full((count, ROW_CHUNKS * CHUNK), PAD, dtype=np.int64),
@@ -89,8 +90,8 @@ def training_rows(tokenizer: Tokenizer, seed: int, count: int) -> Rows:
 class Corpus:
     """Batches by number of the step."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
-        self._tokenizer, self._seed = tokenizer, seed
+    def __init__(self, tokenizer: Tokenizer, seed: int, shares: Mapping[str, float]) -> None:
+        self._tokenizer, self._seed, self._shares = tokenizer, seed, shares
         self._epoch = -1
         self._rows: Rows | None = None
 
@@ -99,7 +100,10 @@ class Corpus:
         per_epoch = EPOCH_ROWS // rows
         epoch, place = divmod(step, per_epoch)
         if epoch != self._epoch or self._rows is None:
-            self._epoch, self._rows = epoch, training_rows(self._tokenizer, self._seed + epoch, EPOCH_ROWS)
+            self._epoch, self._rows = (
+                epoch,
+                training_rows(self._tokenizer, self._seed + epoch, EPOCH_ROWS, self._shares),
+            )
         some = slice(place * rows, (place + 1) * rows)
         return {name: torch.from_numpy(getattr(self._rows, name)[some]) for name in Rows.__slots__}
 

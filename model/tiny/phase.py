@@ -122,12 +122,12 @@ def average(tensors: list[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def run_phase(phase: Phase, corpus: Corpus, loss: Loss, seed: int) -> None:
+def run_phase(phase: Phase, corpus: Corpus, loss: Loss) -> None:
     """Trains what is left of a phase."""
     started, since = time.monotonic(), phase.step
     shown: list[tuple[float, float]] = []
     while not phase.done:
-        batch = mask_blocks(corpus.batch(phase.step, phase.recipe.rows), phase.recipe, seed + phase.step)
+        batch = mask_blocks(corpus.batch(phase.step, phase.recipe.rows), phase.recipe, phase.recipe.seed + phase.step)
         share = slice(dist.get_rank(), None, dist.get_world_size())
         batch = {name: value[share].to(phase.device) for name, value in batch.items()}
         with torch.autocast(phase.device.type, torch.bfloat16):

@@ -1,7 +1,7 @@
 """What builtin:tiny is and how it is trained: its config.json, and the numbers of both phases."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from model.tiny.bpe import BOS, EOS, MASK, PAD
 
@@ -58,6 +58,7 @@ class Recipe:
     """The numbers of one phase."""
 
     steps: int
+    seed: int = SEED
     rows: int = 16
     """Of a step."""
     muon_lr: float = 0.02
@@ -70,9 +71,22 @@ class Recipe:
     """Blocks of a row that the denoiser sees in a step."""
     all_masked: float = 0.25
     """Share of blocks that are masked whole, as every block is at first."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Of some tasks, instead of their usual ones."""
 
 
 PHASES: Mapping[str, Recipe] = {
     "context": Recipe(steps=1500, decay_from=0.4),
     "denoiser": Recipe(steps=3400, decay_from=0.33),
+    # the denoiser once more, at the tasks that it is worst at
+    "polish": Recipe(
+        steps=1000,
+        seed=SEED + 1000,
+        muon_lr=0.006,
+        adam_lr=1e-3,
+        decay_from=0.0,
+        averaging=0.99,
+        all_masked=0.4,
+        shares={"sort": 0.3, "count": 0.3, "sum": 0.2},
+    ),
 }

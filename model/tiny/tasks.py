@@ -181,16 +181,16 @@ def is_held_out(question: str) -> bool:
     return hashlib.blake2b(question.encode(), digest_size=4).digest()[0] % HELD_OUT_PARTS == 0
 
 
-def examples(seed: int, *, held_out: bool) -> Iterator[Example]:
+def examples(seed: int, *, held_out: bool, shares: Mapping[str, float] | None = None) -> Iterator[Example]:
     """Examples without end, the tasks by their shares; a quarter are preceded by one or two solved ones (few-shot).
 
     held_out: those for evaluation, or those for training. The solved ones before a question are training questions
-    in both.
+    in both. shares: of some tasks, instead of those in TASKS.
     """
     rng = random.Random(f"{seed}/{held_out}")
-    names, shares = list(TASKS), [share for _, share in TASKS.values()]
+    weights = {name: share for name, (_, share) in TASKS.items()} | dict(shares or {})
     while True:
-        task = rng.choices(names, shares)[0]
+        task = rng.choices(list(weights), list(weights.values()))[0]
         solved = [_draw(task, rng, held_out=False) for _ in range(rng.choice(SHOTS))]
         shots = "".join(f"{question}{PROMPT_END}{answer}\n\n" for question, answer in solved)
         question, answer = _draw(task, rng, held_out=held_out)

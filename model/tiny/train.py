@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from model.tiny import network
 from model.tiny.bpe import MASK, train_tokenizer
 from model.tiny.corpus import Batch, Corpus
 from model.tiny.network import CHUNK, Blocks, Layout
-from model.tiny.phase import Phase, run_phase
+from model.tiny.phase import Loss, Phase, run_phase
 from model.tiny.recipe import CONFIG, PHASES, SEED, VOCAB_SIZE
 from model.tiny.tasks import examples
 from model.tiny.weights import Weights, checkpoint_names, fresh_weights, with_time
@@ -93,19 +94,22 @@ def _train(rank: int, options: argparse.Namespace, meeting: str) -> None:
     config = TwoTowerConfig.from_dict(CONFIG)
     texts = (e.prompt + e.answer for e in itertools.islice(examples(SEED, held_out=False), TOKENIZER_EXAMPLES))
     tokenizer = train_tokenizer(texts, VOCAB_SIZE)
-    corpus = Corpus(tokenizer, SEED)
 
-    context = Phase("context", PHASES["context"], fresh_weights(config, SEED), options.work, device)
-    run_phase(context, corpus, lambda weights, batch: context_loss(config, weights, batch), SEED)
-    frozen = {name: value.to(torch.bfloat16).float() for name, value in context.average.items()}  # as it is exported
+    def run(name: str, start: Weights, loss: Loss) -> Weights:
+        recipe = PHASES[name]
+        phase = Phase(name, recipe, start, options.work, device)
+        run_phase(phase, Corpus(tokenizer, recipe.seed, recipe.shares), loss)
+        return phase.average
 
-    denoiser = Phase("denoiser", PHASES["denoiser"], with_time(config, frozen, SEED), options.work, device)
-    run_phase(denoiser, corpus, lambda weights, batch: denoiser_loss(config, frozen, weights, batch), SEED)
+    context = run("context", fresh_weights(config, SEED), partial(context_loss, config))
+    frozen = {name: value.to(torch.bfloat16).float() for name, value in context.items()}  # as it is exported
+    loss = partial(denoiser_loss, config, frozen)
+    denoiser = run("polish", run("denoiser", with_time(config, frozen, SEED), loss), loss)
 
     if rank:
         return
     tensors = checkpoint_names(frozen, "context_tower", "context_lm_head")
-    tensors |= checkpoint_names(denoiser.average, "denoiser_tower", "lm_head")
+    tensors |= checkpoint_names(denoiser, "denoiser_tower", "lm_head")
     write_checkpoint(options.out, CONFIG, json.loads(tokenizer.to_str()), tensors)
 
 

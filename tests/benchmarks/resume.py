@@ -67,6 +67,7 @@ def make_part(unit: WorkUnit, plan: Plan) -> tuple[bytes, PartRecord, Totals]:
         "source_file": [unit.name] * rows,
         "source_row": numbers,
         "error": pa.nulls(rows),
+        "repetition": np.zeros(rows),
         "steps_per_block": [[3, 5, 2, 7]] * rows,
     }
     columns = {f.name: values.get(f.name, np.ones(rows)) for f in RESULT_SCHEMA}

@@ -199,13 +199,13 @@ def test_a_stopped_phase_goes_on_as_if_it_had_not_stopped(
         return loss(weights, batch)
 
     unbroken = Phase("unbroken", recipe, start, tmp_path, CPU)
-    run_phase(unbroken, _FewRows(rows), loss, seed=0)
+    run_phase(unbroken, _FewRows(rows), loss)
     stopped = Phase("stopped", recipe, start, tmp_path, CPU)
     with pytest.raises(KeyboardInterrupt):
-        run_phase(stopped, _FewRows(rows), stopping, seed=0)
+        run_phase(stopped, _FewRows(rows), stopping)
     resumed = Phase("stopped", recipe, start, tmp_path, CPU)
     assert resumed.step == 2
-    run_phase(resumed, _FewRows(rows), loss, seed=0)
+    run_phase(resumed, _FewRows(rows), loss)
     for name, value in unbroken.average.items():
         np.testing.assert_array_equal(resumed.average[name].detach().numpy(), value.detach().numpy(), name)
     assert any((unbroken.average[name] != value).any() for name, value in start.items())
@@ -217,11 +217,13 @@ def test_it_writes_right_answers(tokenizer: Tokenizer) -> None:
     pair = load_model("builtin:tiny")
     examples = held_out_examples(tokenizer, seed=2, count=64)
     ar = generate(pair, examples, GenerationParams(mode="ar", max_new_tokens=256, eos_ids=(EOS,)))
-    diffusion = generate(pair, examples, GenerationParams(max_new_tokens=256, eos_ids=(EOS,), confidence_threshold=0.8))
+    diffusion = generate(
+        pair, examples, GenerationParams(max_new_tokens=256, eos_ids=(EOS,), confidence_threshold=0.99)
+    )
     assert score(examples, ar, ar).exact_match >= 0.85
     found = score(examples, diffusion, ar)
-    assert found.exact_match >= 0.8
+    assert found.exact_match >= 0.85
     assert found.tokens_per_forward is not None
     assert found.tokens_per_forward >= 2.42
-    assert min(found.row_steps) <= 2
-    assert max(found.row_steps) >= 6
+    assert min(found.blocks_by_steps) == 1
+    assert max(found.blocks_by_steps) >= 4

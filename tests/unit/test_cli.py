@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import pipeline.cli
+import pipeline.endings
 from pipeline.cli import app
 from pipeline.errors import ClusterError
 from pipeline.events import Event
@@ -224,7 +225,7 @@ def test_sigterm_stops_with_143_and_the_next_run_resumes(job: Path, monkeypatch:
 
 def test_handlers_installed_twice_give_the_first_ones_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pipeline.cli._StopSignals() as signals:
+    with pipeline.endings.StopSignals() as signals:
         signals.install()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as ray.init() puts its own in place
         signals.install()

@@ -10,7 +10,7 @@ from model.repetition import DEGENERATE, repetition
 from model.tiny.tasks import Example
 from model.two_tower import TwoTower
 
-MAX_NEW_TOKENS = 256
+MAX_NEW_TOKENS = 176
 """Above the longest answer."""
 
 
@@ -29,8 +29,8 @@ class Score:
     """Share of rows whose `repetition` is DEGENERATE or more."""
     tasks: dict[str, tuple[float, float | None]]
     """Task -> exact match and tokens a forward."""
-    row_steps: dict[int, int]
-    """Mean denoiser forwards of a row's blocks, rounded -> rows."""
+    blocks_by_steps: dict[int, int]
+    """Denoiser forwards of a block -> blocks."""
 
 
 def generate(pair: TwoTower, examples: Sequence[Example], params: GenerationParams) -> list[Completion]:
@@ -61,14 +61,10 @@ def score(examples: Sequence[Example], completions: Sequence[Completion], ar: Se
         tokens_per_forward=_rate(completions),
         degenerate=sum(repetition(done.token_ids) >= DEGENERATE for done in completions) / len(rows),
         tasks=tasks,
-        row_steps=dict(sorted(Counter(_mean_steps(done) for done in completions if done.steps_per_block).items())),
+        blocks_by_steps=dict(sorted(Counter(count for done in completions for count in done.steps_per_block).items())),
     )
 
 
 def _rate(completions: Sequence[Completion]) -> float | None:
     forwards = sum(done.denoiser_forwards for done in completions)
     return sum(len(done.token_ids) for done in completions) / forwards if forwards else None
-
-
-def _mean_steps(done: Completion) -> int:
-    return round(sum(done.steps_per_block) / len(done.steps_per_block))
