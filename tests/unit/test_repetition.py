@@ -94,7 +94,7 @@ def texts() -> dict[str, str]:
         for i in range(150)
     ]
     return {
-        "prose, tables and code": (ROOT / "README.md").read_text(),
+        "prose": (ROOT / "LICENSE").read_text(),
         "source": (ROOT / "pipeline" / "plan.py").read_text(),
         "JSON": json.dumps(records),
         "indented JSON": json.dumps(records, indent=4),
