@@ -23,9 +23,14 @@ def draw(ar: float, points: Sequence[Mapping[str, Any]], file: Path) -> None:
     low = min(p["exact_match"] for p in points if p["block_size"] == 16) - 0.015
     axes.set_ylim(low, ar + 0.008)
     axes.plot(
-        HEADLINE_RATE, HEADLINE_SHARE * ar, marker="*", color="#57606a", markersize=12, linestyle="none",
+        HEADLINE_RATE,
+        HEADLINE_SHARE * ar,
+        marker="*",
+        color="#57606a",
+        markersize=12,
+        linestyle="none",
         label="98.7% of AR at 2.42 (published)",
-    )  # fmt: skip
+    )
     for size, colour in SHOWN_BLOCKS.items():
         line = sorted(
             (p for p in points if p["block_size"] == size and p["steps"] == size), key=lambda p: p["threshold"]
@@ -38,16 +43,24 @@ def draw(ar: float, points: Sequence[Mapping[str, Any]], file: Path) -> None:
             axes.plot(xs, ys, marker="o", color=colour, label=f"blocks of {size}")
             for p in line:
                 axes.annotate(
-                    f"{p['threshold']:g}", (p["tokens_per_forward"], p["exact_match"]), xytext=(-6, 7),
-                    textcoords="offset points", fontsize=8, color=colour,
-                )  # fmt: skip
+                    f"{p['threshold']:g}",
+                    (p["tokens_per_forward"], p["exact_match"]),
+                    xytext=(-6, 7),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=colour,
+                )
     few = [p for p in points if p["block_size"] == 16 and p["steps"] < 16]
     for p in few:
         axes.plot(p["tokens_per_forward"], p["exact_match"], marker="x", color="#8250df", linestyle="none")
         axes.annotate(
             f"{p['steps']} step{'s' * (p['steps'] > 1)}",
-            (p["tokens_per_forward"], p["exact_match"]), xytext=(-10, -14), textcoords="offset points", fontsize=8, color="#8250df",
-        )  # fmt: skip
+            (p["tokens_per_forward"], p["exact_match"]),
+            xytext=(-10, -14),
+            textcoords="offset points",
+            fontsize=8,
+            color="#8250df",
+        )
     axes.set_xlabel("tokens a denoiser forward")
     axes.set_ylabel("exact match")
     axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=1))
