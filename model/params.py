@@ -219,6 +219,11 @@ class EngineLimits:
             )
         return self.max_context_tokens or max_position_embeddings
 
+    def row_tokens(self, max_position_embeddings: int) -> int:
+        """As context_tokens, but no more than kv_tokens hold."""
+        most = self.context_tokens(max_position_embeddings)
+        return min(most, self.kv_tokens or most)
+
     def __post_init__(self) -> None:
         lanes = 1 if self.lanes is None else self.lanes
         rows = lanes if self.max_rows == "auto" else self.max_rows

@@ -20,6 +20,8 @@ MIN_CYCLES = 3
 MIN_TOKENS = 16
 """Tokens of a loop at least, however short its cycle is: a block of the denoiser that holds nothing else is one, `ha ha
 ha` or a row of dots is none."""
+_LEAST_REPEATS = MIN_TOKENS - MIN_TOKENS // MIN_CYCLES
+"""Tokens of a loop that stand before in it, at least: all but its first cycle. Most short texts have fewer in all."""
 DEGENERATE = 0.25
 """A completion counts as degenerate from this share on.
 
@@ -44,7 +46,7 @@ def repetition(token_ids: Sequence[int], eos_ids: Collection[int] = ()) -> float
     if token_ids and token_ids[-1] in eos_ids:
         token_ids = token_ids[:-1]
     count = len(token_ids)
-    if count < MIN_TOKENS:
+    if count - len(set(token_ids)) < _LEAST_REPEATS:
         return 0.0
     longest = min(MAX_CYCLE, count // MIN_CYCLES)
     padded = np.array((-1,) * longest + tuple(token_ids))

@@ -34,9 +34,7 @@ class UnitReader:
         self._prompts = PromptMaker(settings.prompt_column, settings.template)
         self._id_column = settings.id_column
         self._carry, self._settings = settings.carry, settings.row_settings.columns
-        ids = [self._id_column] if self._id_column else []
-        wanted = [*self._prompts.columns, *ids, *self._carry, *self._settings.values()]
-        self._columns = list(dict.fromkeys(wanted))
+        self._columns = settings.columns
         self._file: RowStream | None = None
 
     def read(self, unit: WorkUnit) -> UnitData:

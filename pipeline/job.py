@@ -78,6 +78,13 @@ class InputSection(Section):
     """What to do where the input is not that of the output folder's plan. error: refuse, naming the files. extend: take
     files that were added, and refuse where others were removed or rewritten; for scheduled jobs."""
 
+    @property
+    def columns(self) -> list[str]:
+        """All that is read of a row, each once: what the prompt is made of, the id, what is carried, its settings."""
+        prompt = template_columns(self.template) if self.template is not None else (self.prompt_column,)
+        names = [*prompt, self.id_column, *self.carry, *self.row_settings.columns.values()]
+        return [name for name in dict.fromkeys(names) if name is not None]
+
     @model_validator(mode="before")
     @classmethod
     def _default_prompt(cls, data: Any) -> Any:

@@ -95,9 +95,7 @@ def preview(job: Job) -> Preview:
     checkpoint = check_checkpoint(job)
     plan = make_plan(job, checkpoint_identity=checkpoint.identity(), allow_unreadable=True)
     done_units, done_rows, saved, added = _done(job, plan)
-    engine = job.engine.limits()
-    room = engine.context_tokens(checkpoint.config.max_position_embeddings)
-    room = min(room, engine.kv_tokens or room)
+    room = job.engine.limits().row_tokens(checkpoint.config.max_position_embeddings)
     rows, tokens, bad, limits = _sample(job, plan.units, load_tokenizer(checkpoint), room)
     return Preview(job, plan, done_units, done_rows, rows, tokens, bad, limits, saved, added)
 

@@ -33,7 +33,6 @@ from pipeline.paths import is_inside, is_local, safe_url
 from pipeline.plan import InputFile, Plan, make_plan
 from pipeline.row_stream import RowStream
 from pipeline.storage import FileInfo, Storage, real_path
-from pipeline.template import template_columns
 from pipeline.types import WorkUnit
 
 THREADS = 16
@@ -85,7 +84,7 @@ def make_retry_job(output_path: str, folder: str) -> RetryJob:
     job_file, units_left = f"{folder}/job.yaml", record.units - failed.parts
     if rows:
         plan = _plan_again(job, record, folder, failed.rows.keys())
-        id_column = job.input.id_column or _free_name(_columns(job))
+        id_column = job.input.id_column or _free_name(job.input.columns)
         retry = _settings(job, folder, id_column)
         writer = _Writer(target)
         for file in plan.files:
@@ -169,14 +168,6 @@ def _plan_again(job: Job, record: PlanRecord, folder: str, needed: Collection[st
     return plan
 
 
-def _columns(job: Job) -> list[str]:
-    """Input columns that the job reads."""
-    settings = job.input
-    prompts = template_columns(settings.template) if settings.template is not None else (settings.prompt_column,)
-    others = [settings.id_column, *settings.carry, *settings.row_settings.columns.values()]
-    return [name for name in dict.fromkeys([*prompts, *others]) if name is not None]
-
-
 def _free_name(columns: Sequence[str]) -> str:
     """For the column that gets the ids which the old job made."""
     name = "original_id"
@@ -187,7 +178,7 @@ def _free_name(columns: Sequence[str]) -> str:
 
 def _read_rows(job: Job, file: InputFile, rows: RowNumbers, plan: Plan, id_column: str) -> Iterator[pa.Table]:
     """The rows of a file (ordered numbers), a few at a time: the job's columns and the id."""
-    columns = _columns(job)
+    columns = job.input.columns
     types = {name: plan.schema.field(name).type for name in job.input.carry}
     if job.input.prompt_column is not None:
         types[job.input.prompt_column] = pa.string()

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
-PAD, BOS, EOS, MASK = range(4)
+from model.noise.make import SPECIAL_TOKENS
+
+PAD, BOS, EOS, MASK = range(len(SPECIAL_TOKENS))
 
 # A word or a digit takes the space before it along; digits stand alone, so that numbers of like length are alike.
 _PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"

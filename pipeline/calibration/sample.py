@@ -19,12 +19,11 @@ import pyarrow.parquet as pq
 from model.params import GenerationParams
 from pipeline.dataset import UnitData, UnitReader
 from pipeline.errors import InputError, RequestError
-from pipeline.job import InputSection, Job
+from pipeline.job import Job
 from pipeline.paths import safe_url
 from pipeline.plan import Plan
 from pipeline.row_settings import with_settings
 from pipeline.storage import split_url
-from pipeline.template import template_columns
 from pipeline.types import WorkUnit
 
 STRATA = 8
@@ -154,7 +153,7 @@ def draw_sample(
     draw = _Draw(tokenizer, params, room)
     places = shifted = 0
     try:
-        for unit, moved in _places(plan, _columns(job.input), max(ROWS_READ, ROWS_READ_FOR_EACH * size), rng):
+        for unit, moved in _places(plan, job.input.columns, max(ROWS_READ, ROWS_READ_FOR_EACH * size), rng):
             draw.take(reader.read(unit))
             places, shifted = places + 1, shifted + moved
             if draw.characters > READ_CHARS:
@@ -170,15 +169,7 @@ def draw_sample(
     return Sample(rows, strata, read, len(draw.bad), reasons, places, shifted)
 
 
-def _columns(settings: InputSection) -> set[str | None]:
-    """What is read of each row."""
-    prompts = template_columns(settings.template) if settings.template is not None else (settings.prompt_column,)
-    return {*prompts, settings.id_column, *settings.carry, *settings.row_settings.columns.values()}
-
-
-def _places(
-    plan: Plan, columns: Container[str | None], wanted: int, rng: random.Random
-) -> Iterator[tuple[WorkUnit, bool]]:
+def _places(plan: Plan, columns: Container[str], wanted: int, rng: random.Random) -> Iterator[tuple[WorkUnit, bool]]:
     """Pieces of units, each as likely as any other, and whether one had to be moved; all of a small input, whole."""
     if plan.rows <= wanted:
         yield from ((unit, False) for unit in plan.units)
@@ -194,7 +185,7 @@ def _places(
         yield replace(unit, first_row=near, row_count=count), near != first
 
 
-def _within_reach(unit: WorkUnit, columns: Container[str | None], first: int, count: int, rng: random.Random) -> int:
+def _within_reach(unit: WorkUnit, columns: Container[str], first: int, count: int, rng: random.Random) -> int:
     """Where to read instead of `first`, so that little of its row group has to be decoded before."""
     storage, name = split_url(unit.file)
     try:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model.checkpoint import Checkpoint
 from pipeline.calibration import record
 from pipeline.calibration.choice import Workload
 from pipeline.calibration.folder import Folder, folder_for
@@ -51,7 +50,8 @@ def prepare(job: Job, options: Options) -> Setup:
         raise CheckpointError(f"calibrate compares AR with diffusion and needs both towers: {error}") from error
     folder = Folder(folder_for(job, options.to))
     plan = make_plan(job, checkpoint_identity=checkpoint.identity())
-    params, room = measured.generation.params(checkpoint.config.eos_token_ids), _room(measured, checkpoint)
+    params = measured.generation.params(checkpoint.config.eos_token_ids)
+    room = measured.engine.limits().row_tokens(checkpoint.config.max_position_embeddings)
     sample = draw_sample(job, plan, load_tokenizer(checkpoint), params, room, options.sample, SEED)
     identity = record.identity(measured, plan, sample, checkpoint.identity())
     folder.check(identity)
@@ -71,9 +71,3 @@ def _as_measured(job: Job, options: Options) -> Job:
     tokens = min(job.generation.max_new_tokens, options.max_new_tokens or job.generation.max_new_tokens)
     changed = {"mode": "diffusion", "max_new_tokens": tokens}
     return job.model_copy(update={"generation": job.generation.model_copy(update=changed)})
-
-
-def _room(job: Job, checkpoint: Checkpoint) -> int:
-    limits = job.engine.limits()
-    room = limits.context_tokens(checkpoint.config.max_position_embeddings)
-    return min(room, limits.kv_tokens or room)

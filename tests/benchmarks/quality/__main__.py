@@ -54,8 +54,9 @@ def main() -> None:
 
     console = Console(width=120)
     ar = run(mode="ar")
-    found: dict[str, Any] = {"rows": len(examples), "ar": asdict(score(examples, ar, ar))}
-    _show(console, "AR", score(examples, ar, ar))
+    point = score(examples, ar, ar)
+    found: dict[str, Any] = {"rows": len(examples), "ar": asdict(point)}
+    _show(console, "AR", point)
     found["diffusion"] = []
     for threshold, size, steps in POINTS:
         done = run(confidence_threshold=threshold, block_size=size, steps_per_block=steps)
