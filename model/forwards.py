@@ -11,6 +11,7 @@ from torch import Tensor
 from model.backend import Batch, Seen
 from model.blocks import BlockTable, Filling
 from model.cache import ContextCache
+from model.faults import out_of_memory
 from model.lanes import ActiveRow
 from model.sampling import Draws, choose
 from model.stages import Flight, Part, Stages
@@ -102,11 +103,8 @@ class Forwards:
 
     def out_of_memory(self, error: BaseException) -> bool:
         """See Backend."""
-        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
-            clear_frames(error.__traceback__)
-            return True
-        if isinstance(error, torch.OutOfMemoryError):
-            clear_frames(error.__traceback__)  # which hold what the forward had made so far
-            torch.cuda.empty_cache()
-            return True
-        return False
+        if not isinstance(error, torch.OutOfMemoryError) and not out_of_memory(error):
+            return False
+        clear_frames(error.__traceback__)  # which hold what the forward had made so far
+        torch.cuda.empty_cache()
+        return True

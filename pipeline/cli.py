@@ -1,5 +1,5 @@
-"""The command line: run, plan, calibrate, status, verify, retry-errors, clean, canary. The composition root: it alone
-brings pipeline and workers together.
+"""The command line: run, plan, calibrate, status, verify, retry-errors, clean, canary, doctor. The
+composition root: it alone brings pipeline and workers together.
 
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM.
 """
@@ -298,6 +298,26 @@ def canary(
         made = make_canary(model, prompts=prompts or (), tokens=tokens, dtype=dtype, gpus=gpus, out=out, force=force)
         for line in made:
             typer.echo(line)
+
+
+@app.command()
+def doctor(
+    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="A job file, to check what it needs, too.")] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+) -> None:
+    """Check what this machine can run: a line each, with the fix. Exit code 1 where anything is FAIL."""
+    from pipeline.doctor.findings import examine, report
+    from pipeline.doctor.job import job_checks, open_job
+    from pipeline.doctor.machine import machine_checks
+    from workers.doctor import cluster_checks, device_checks
+
+    settings, checks = open_job(job, overrides or ())
+    checks = [*machine_checks(settings), *device_checks(settings), *cluster_checks(settings), *checks]
+    if settings is not None:
+        checks += job_checks(settings)
+    if not report(examine(checks), typer.echo, as_json=as_json):
+        raise typer.Exit(1)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from model.errors import CheckpointError
+from model.faults import device_lost
 from pipeline.commit import UnitOutput
 from pipeline.dataset import UnitData, UnitReader
 from pipeline.errors import JobError
@@ -118,6 +119,8 @@ def make_engine(pair: "TwoTower", job: Job) -> "Engine":
     try:
         return Engine(pair, job.engine.limits())
     except (RuntimeError, MemoryError) as error:  # torch has no narrower one for host memory
+        if device_lost(error):
+            raise
         kv_tokens = "null" if job.engine.kv_tokens is None else job.engine.kv_tokens
         raise JobError(
             f"no memory for the context of engine.max_rows {job.engine.max_rows} and engine.kv_tokens {kv_tokens}; "

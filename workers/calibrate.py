@@ -4,6 +4,7 @@ import gc
 import platform
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -87,7 +88,7 @@ class ReplicaBench:
 
             self._engine = None
             gc.collect()
-            if torch.cuda.is_available():
+            with suppress(RuntimeError):  # of a GPU that was lost: the error is on its way
                 torch.cuda.empty_cache()
 
     def _requests(self, setting: Setting) -> list[Request]:

@@ -1,5 +1,6 @@
 """The Ray cluster: joined or started, and what its nodes have."""
 
+import json
 import os
 import signal
 import socket
@@ -32,7 +33,7 @@ def connect() -> bool:
         # "local", or Ray would silently join whatever cluster was started on this machine before.
         quiet |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     else:
-        _check_reachable(address)
+        check_reachable(address)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**quiet)
@@ -47,8 +48,8 @@ def connect() -> bool:
     return True
 
 
-def _check_reachable(address: str) -> None:
-    """Ray itself tries a dead address for minutes, with a page of warnings."""
+def check_reachable(address: str) -> None:
+    """Raises ClusterError where nobody answers. Ray itself tries that for minutes, with a page of warnings."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         try:
@@ -58,6 +59,13 @@ def _check_reachable(address: str) -> None:
                 f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({error}); start it, or unset RAY_ADDRESS "
                 "to run on this machine alone"
             ) from error
+
+
+def print_nodes() -> None:
+    """Joins the cluster and prints what its nodes have as JSON; for a process of its own, which may be ended."""
+    connect()
+    print(json.dumps([node["Resources"] for node in ray.nodes() if node["Alive"]]))  # type: ignore[no-untyped-call]
+    ray.shutdown()
 
 
 def describe_nodes() -> str:

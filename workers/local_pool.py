@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from pipeline.errors import JobFailed
 from pipeline.events import Event, ReplicaLost, ReplicaReady
 from pipeline.types import Assignment
 from workers.replica import FLUSH_S, MakeRunner, Replica, Report
@@ -26,7 +27,10 @@ class LocalPool:
             self._replica.assign(work)
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
-        """See Pool. The first call loads the model and takes as long as that does."""
+        """See Pool. The first call loads the model and takes as long as that does.
+
+        Raises JobFailed where this process can no longer use its GPU: another replica in it could not either.
+        """
         if self._dropped:
             events, self._dropped = self._dropped, []
             return events
@@ -52,5 +56,10 @@ class LocalPool:
     def _hear(self, report: Report, *first: Event) -> list[Event]:
         if report.fatal is None:
             return [*first, *report.events]
+        if report.device_lost:
+            raise JobFailed(
+                f"{report.fatal}; finished rows are written down: submit the same job again to resume, and where it "
+                "fails again look for Xid errors in dmesg"
+            )
         self._replica = None
         return [*report.events, ReplicaLost(self._name, report.fatal, report.refused)]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from model.errors import TwoTowerError
+from model.faults import device_lost, first_line
 from pipeline.events import Event, ReplicaActive, ReplicaNote
 from pipeline.types import Assignment
 from workers.unit_runner import UnitRunner
@@ -38,6 +39,8 @@ class Report:
     """It did not start, with one of the project's own errors."""
     excused: bool = False
     """It was told to leave, and did: nothing is wrong with what it holds."""
+    device_lost: bool = False
+    """Its process can no longer use the GPU: another replica needs another process."""
 
 
 class Replica:
@@ -48,6 +51,8 @@ class Replica:
         self._name, self._make_runner = name, make_runner
         self._runner: UnitRunner | None = None
         self._fatal = f"replica {name} was not started"
+        self._device_lost = False
+        self._kept: tuple[object, ...] = ()
 
     def start(self) -> Report:
         """Load the model. Not part of the constructor, because Ray gives a failed constructor's error as text only."""
@@ -71,7 +76,7 @@ class Replica:
         """Drive the engine until a unit is finished or `seconds` have passed."""
         runner = self._runner
         if runner is None:
-            return Report(fatal=self._fatal)
+            return Report(fatal=self._fatal, device_lost=self._device_lost)
         try:
             outcomes = runner.work(seconds)
             return Report((*runner.progress(), *outcomes, *self.look(), *self._notes(runner)))
@@ -103,20 +108,27 @@ class Replica:
         return tuple(ReplicaNote(self._name, text) for text in runner.notes())
 
     def _die(self, error: Exception, refused: bool = False) -> Report:
-        if not refused:  # to the actor's own log: the report is one line, which says it all where it is one of ours
-            traceback.print_exception(error, file=sys.stderr)
-        self.stop(FLUSH_S)
-        self.close()
-        text = " ".join(str(error).split())
+        self._device_lost = device_lost(error)
+        text = first_line(error) if self._device_lost else " ".join(str(error).split())
         self._fatal = text if isinstance(error, TwoTowerError) else f"{type(error).__name__}: {text}"
-        return Report(fatal=self._fatal, refused=refused)
+        # To the actor's own log: the report is one line, which says it all where it is one of ours.
+        if self._device_lost:
+            self._fatal = f"a GPU failed, and this process cannot use it any more: {self._fatal}"
+            print(f"{self._name}: {self._fatal}; the process ends", file=sys.stderr, flush=True)
+            self._kept = (self._runner, error)  # to free their tensors could call the device
+        elif not refused:
+            traceback.print_exception(error, file=sys.stderr)
+        self.stop(FLUSH_S)  # finished rows are on the host
+        self.close()
+        return Report(fatal=self._fatal, refused=refused and not self._device_lost, device_lost=self._device_lost)
 
 
 class ReplicaProcess(Replica):
     """A replica with a process to itself, which ends with it.
 
     SIGTERM (a spot notice, a node that is drained) writes down the finished rows; the driver is told, and the process
-    leaves with STOPPED_EXIT. A dead engine takes it down with DEAD_EXIT, whether the driver is there to kill it or not.
+    leaves with STOPPED_EXIT. A dead engine or GPU takes it down with DEAD_EXIT, whether the driver is there
+    to kill it or not.
     """
 
     def __init__(self, name: str, make_runner: MakeRunner) -> None:

@@ -6,7 +6,7 @@ A unit's rows finish in any order. Up to two units are in at once (the dispatche
 the next one's rows while the last rows of the first finish; reading, flushing and publishing happen beside it.
 
 Rows that a failed forward took down are submitted again, once each. A second failure of one of them is raised: then it
-is the engine, and the unit is for another replica.
+is the engine, and the unit is for another replica. So is an error that leaves the GPU unusable (model.faults), at once.
 """
 
 import threading
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from model.errors import EngineError, RequestError, TwoTowerError
+from model.faults import device_lost
 from model.params import Completion, GenerationParams, Request
 from pipeline.errors import StorageError
 from pipeline.events import RangeDone, UnitDone, UnitFailed, UnitProgress
@@ -311,9 +312,10 @@ class UnitRunner:
             self._submit(opened, replace(row, params=params, tries=tries, failures=0))
 
     def _put_back(self, error: EngineError) -> None:
-        """Queues the rows that a failed step lost once more. Raises the error where it names none, or one again."""
+        """Queues the rows that a failed step lost once more. Raises the error where it names none, or one again, and
+        where the GPU can do nothing more."""
         lost = [self._in_engine.pop(key) for key in error.keys]
-        if not lost or any(row.failures for _, row in lost):
+        if not lost or any(row.failures for _, row in lost) or device_lost(error):
             raise error
         for opened, row in reversed(lost):
             opened.queue.appendleft(replace(row, failures=1))

@@ -7,14 +7,16 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from model.errors import EngineError
 from model.params import Completion
 from tests.workers.fakes import FakeEngine, FakeMaker
 from tests.workers.jobs import SmallJob
 from workers.build import ReplicaSpec
 from workers.unit_runner import UnitRunner
 
-KILL, HANG, BREAK = "KILL", "HANG", "BREAK"
-"""Prompts: the process ends without a word; the first replica alone stands still; the engine is broken from then on."""
+KILL, HANG, BREAK, LOSE_GPU = "KILL", "HANG", "BREAK", "LOSE GPU"
+"""Prompts: the process ends without a word; the first replica alone stands still; the engine is broken from then on;
+the first process alone loses its GPU."""
 
 
 class MarkedEngine(FakeEngine):
@@ -36,11 +38,23 @@ class MarkedEngine(FakeEngine):
                     time.sleep(600)
                 case "BREAK":
                     self.broken = True
+                case "LOSE GPU" if not (gpu := self.log.parent / "gpu lost").exists():
+                    gpu.touch()
+                    lost = tuple(self.slots)
+                    self.slots.clear()
+                    raise_lost_gpu(lost, tuple(done))
         if self.broken:
             raise RuntimeError("the device fell off the bus")
         with (self.log / str(os.getpid())).open("a") as file:
             file.write("".join(f"{completion.key}\n" for completion in done))
         return done
+
+
+def raise_lost_gpu(keys: tuple[str, ...], done: tuple[Completion, ...]) -> None:
+    """As the loop does for what a kernel raises; without torch, which would take seconds to import."""
+    cause = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered\nadvice over several\nlines")
+    text = f"denoise of {len(keys)} rows failed: {type(cause).__name__}: {cause}"
+    raise EngineError(text, keys, done) from cause
 
 
 class MarkedMaker(FakeMaker):

@@ -20,7 +20,7 @@ from pipeline.events import Event, ReplicaLost, ReplicaReady, UnitProgress
 from pipeline.retry import RetryPolicy
 from pipeline.stall import StallWatch
 from pipeline.types import Assignment, UnitResult
-from tests.workers.engines import BREAK, HANG, KILL, MarkedMaker, finished_rows, segment_rows
+from tests.workers.engines import BREAK, HANG, KILL, LOSE_GPU, MarkedMaker, finished_rows, segment_rows
 from tests.workers.fakes import FakeMaker
 from tests.workers.jobs import SmallJob, open_job, prompts_of
 from workers.pool import RayPool
@@ -121,6 +121,22 @@ def test_a_killed_replica_is_replaced_and_every_row_leaves_once(tmp_path: Path) 
     assert "process has died" in reason
     assert "\n" not in reason
     assert {result.attempt for result in results.values()} == {1, 2}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_replica_that_loses_its_gpu_is_replaced_at_the_first_failure(tmp_path: Path) -> None:
+    """No row is tried twice in a process that cannot use its GPU; the next process ends all rows."""
+    prompts = prompts_of(40)
+    prompts[23] = LOSE_GPU
+    small = open_job(tmp_path, prompts, rows_per_file=20, workers={"gpus": 0, "cpus": 2, "replicas": 1})
+    watcher = Watcher()
+    results = run(small, MarkedMaker(small.spec), watcher, attempts=2)
+    check_rows(small, prompts)
+    assert sum(result.totals.errors for result in results.values()) == 0
+    assert watcher.names(ReplicaReady) == ["r0", "r0.2"]
+    [reason] = [event.reason for event in watcher.events if isinstance(event, ReplicaLost)]
+    assert reason.startswith("a GPU failed, and this process cannot use it any more: denoise of")
+    assert len(list((tmp_path / "finished").iterdir())) == 2, "one process after the other"
 
 
 class NodeAdder(Watcher):
