@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export TWOTOWER_OUT ?= $(CURDIR)/out
 
-.PHONY: demo test lint types unit bench bench-scale chaos fuzz quality tiny noise clean
+.PHONY: demo test lint types unit bench bench-gpu kernels bench-scale chaos fuzz quality tiny noise clean
 
 demo: $(VENV)/.runtime ## run jobs/demo.yaml; completions land in out/demo
 	$(BIN)/python -m pipeline run jobs/demo.yaml
@@ -26,6 +26,12 @@ unit: $(VENV)/.dev
 
 bench: $(VENV)/.dev ## the engine against lockstep, layouts on simulated GPUs: tests/benchmarks/out/engine.json
 	$(BIN)/python -m tests.benchmarks.engine
+
+bench-gpu: $(VENV)/.dev ## forwards over their floors, tokens/s at the released size: tests/benchmarks/out/gpu.json
+	$(BIN)/python -m tests.benchmarks.gpu
+
+kernels: $(VENV)/.dev ## compile every Triton kernel for an H100, on any machine
+	$(BIN)/python -m tests.gpu.compile
 
 bench-scale: $(VENV)/.dev ## 2,000,000 rows through two replicas whose engine computes nothing
 	$(BIN)/python -m tests.benchmarks.scale
@@ -63,4 +69,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "installing the test tools into $(VENV)"
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@# its Triton files alone: no compiler, none of what the rest of it wants
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+	  $(PIP) install -c constraints.txt --no-deps --no-build-isolation mamba-ssm
 	@touch $@

@@ -20,6 +20,7 @@ class RowIndex:
 
     slots: Tensor  # (R,) int64
     seeds: Tensor  # (R,) int64; a slot, or -1
+    starts: Tensor  # (R,) int64
     lengths: Tensor  # (R,) int64
     row_of_token: Tensor  # (N,) int64
     pad: Tensor | None  # (R, L) int64 into the N tokens; None where all rows are equally long
@@ -84,10 +85,10 @@ class Rows:
     def _index(self, device: torch.device) -> RowIndex:
         lengths = torch.tensor(self.lengths)
         row_of_token = torch.repeat_interleave(torch.arange(len(self.lengths)), lengths)
+        starts = torch.tensor(self.starts)
         pad = unpad = None
         longest = max(self.lengths)
         if min(self.lengths) != longest:
-            starts = torch.tensor(self.starts)
             offsets = torch.arange(longest)
             # a padding position repeats the row's last token: finite, and masked wherever it could touch a state
             pad = (starts[:, None] + torch.minimum(offsets[None, :], lengths[:, None] - 1)).to(device)
@@ -96,6 +97,7 @@ class Rows:
         return RowIndex(
             slots=torch.tensor(self.slots, device=device),
             seeds=torch.tensor(self.seeds, device=device),
+            starts=starts.to(device),
             lengths=lengths.to(device),
             row_of_token=row_of_token.to(device),
             pad=pad,

@@ -5,7 +5,7 @@ position) alone: whatever batch, replica or attempt the row is computed in, it d
 
 At a vocabulary of 131,072 the logits of 4,096 positions would take 2 GiB and each copy as much again. So the head is
 asked for slices of the vocabulary, of a fixed width, and only sums over a slice are kept. Their order, and with it a
-row's bits, depends on the vocabulary alone, not on the other rows.
+row's bits, depends on the vocabulary alone, not on the other rows. On a GPU one kernel makes the sums of a slice.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,12 @@ _LOW = 0xFFFFFFFF
 
 HEAD_WORKSPACE = 256 * 2**20  # bytes
 VOCAB_SLICE = 8192  # columns; below 32,768, from which on torch splits the sum of a lone row among its threads
+CUDA_SLICE = 16384  # one tile of 128 columns for nearly each of the 132 multiprocessors of an H100, also for few rows;
+# 1,024 rows of it fill the workspace: narrower ones start more kernels, wider ones read the head more often
 SLICE_BYTES = 16  # of workspace for a logit of a slice: float32, what it is made of, and a float64 weight
 LIMITED_BYTES = 48  # for one that is also sorted: two float32, two float64, an order (int64), and room to sort
 
-Head = Callable[[slice | Tensor, slice], Tensor]  # (positions, columns) -> logits float32
+Head = Callable[[slice | Tensor, slice], Tensor]  # (positions, columns) -> logits, float32 or bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +67,19 @@ def choose(
     mask_id: int,
     draws: Draws | None,
     workspace: int = HEAD_WORKSPACE,
-    width: int = VOCAB_SLICE,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens (M,) int64 of M = `count` positions and their confidence (M,) float32; (M, V) logits are never held.
 
-    head(positions, columns) gives logits (len(positions), len(columns)) float32, a tensor that may be overwritten; it
-    is asked for `width` columns at a time, and more than once. suppress (M,) bool: where the mask id must not be
-    chosen and takes no probability. draws: None for all greedy. workspace: the most bytes that the logits and what is
-    made of them may take; only a single row may go beyond it.
+    head(positions, columns) gives logits (len(positions), len(columns)), a tensor that may be overwritten; it is asked
+    for `width` columns at a time (default: what suits the device), and more than once. suppress (M,) bool: where the
+    mask id must not be chosen and takes no probability. draws: None for all greedy. workspace: the most bytes that the
+    logits and what is made of them may take; only a single row may go beyond it.
 
     Confidence is the chosen token's probability at temperature 1, over the whole vocabulary. A logit of -inf is a
     probability of 0; a row with a logit of NaN or inf, or with none above -inf, gives an id and the confidence NaN.
     """
+    width = width or (CUDA_SLICE if suppress.is_cuda else VOCAB_SLICE)
     columns = [slice(at, min(at + width, vocab)) for at in range(0, vocab, width)]
     logits = _Logits(head, suppress, mask_id, columns, workspace)
     parts = _survey(logits, count, None if draws is None else draws.temperature)
@@ -109,10 +112,7 @@ class _Logits:
 
     def of(self, positions: slice | Tensor, columns: slice) -> Tensor:
         """(len(positions), len(columns)) float32, the caller's to overwrite."""
-        x = self.head(positions, columns)
-        if columns.start <= self.mask_id < columns.stop:
-            x[:, self.mask_id - columns.start].masked_fill_(self.suppress[positions], -torch.inf)
-        return x
+        return _suppressed(self.head(positions, columns).float(), columns.start, self.suppress[positions], self.mask_id)
 
     def rows_at_once(self, columns: slice, bytes_each: int) -> int:
         """How many rows of `columns` fit into the workspace, one at least."""
@@ -120,41 +120,74 @@ class _Logits:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
-    """What one pass over the vocabulary keeps of each of its S slices; (M, S) each."""
+class Parts:
+    """What one pass over the vocabulary keeps of each of its S slices; (M, S) each, or (M,) of a single slice."""
 
     best: Tensor  # float32, the largest logit
     at: Tensor  # int64, the first id that has it
     total: Tensor  # float32, the sum of exp(logit - best)
     mass: Tensor | None  # float64, the sum of exp((logit - best) / temperature)
 
+    def of(self, rows: slice, part: int) -> "Parts":
+        """Views of some rows and one slice."""
+        mass = None if self.mass is None else self.mass[rows, part]
+        return Parts(self.best[rows, part], self.at[rows, part], self.total[rows, part], mass)
 
-def _survey(logits: _Logits, count: int, temperature: Tensor | None) -> _Parts:
+
+def _survey(logits: _Logits, count: int, temperature: Tensor | None) -> Parts:
     """One pass over all slices. temperature (M,): also the mass at it, which means nothing where it is 0."""
     device, columns = logits.suppress.device, logits.columns
     best, total = (torch.empty(count, len(columns), device=device) for _ in range(2))
     at = torch.empty(count, len(columns), dtype=torch.int64, device=device)
     mass = None if temperature is None else torch.empty(count, len(columns), dtype=torch.float64, device=device)
-    step = logits.rows_at_once(columns[0], SLICE_BYTES)
+    parts = Parts(best, at, total, mass)
+    step, survey = logits.rows_at_once(columns[0], SLICE_BYTES), _survey_on(device)
     for begin in range(0, count, step):
         rows = slice(begin, min(begin + step, count))
+        suppress, heat = logits.suppress[rows], None if temperature is None else temperature[rows]
         for i, part in enumerate(columns):
-            x = logits.of(rows, part)
-            best[rows, i], first = x.max(-1)
-            at[rows, i] = first + part.start
-            x -= _finite_base(best[rows, i])[:, None]
-            if mass is not None and temperature is not None:
-                total[rows, i] = x.exp().sum(-1)
-                x /= temperature[rows, None]
-                mass[rows, i] = x.exp_().sum(-1, dtype=torch.float64)
-            else:
-                total[rows, i] = x.exp_().sum(-1)
-            del x  # before the next slice is made
-    return _Parts(best, at, total, mass)
+            survey(logits.head(rows, part), part.start, suppress, logits.mask_id, heat, parts.of(rows, i))
+    return parts
+
+
+def survey_slice(
+    logits: Tensor, first: int, suppress: Tensor, mask_id: int, temperature: Tensor | None, parts: Parts
+) -> None:
+    """logits (M, W) of the ids from `first` on, which it may overwrite -> `parts` of that slice, filled.
+
+    suppress (M,) bool: where the mask id counts as -inf. A NaN is the largest logit. temperature (M,) float32 where the
+    parts have a mass.
+    """
+    x = _suppressed(logits.float(), first, suppress, mask_id)
+    torch.max(x, -1, out=(parts.best, parts.at))
+    parts.at.add_(first)
+    x -= _finite_base(parts.best)[:, None]
+    if parts.mass is not None and temperature is not None:
+        parts.total.copy_(x.exp().sum(-1))
+        x /= temperature[:, None]
+        parts.mass.copy_(x.exp_().sum(-1, dtype=torch.float64))
+    else:
+        parts.total.copy_(x.exp_().sum(-1))
+
+
+def _survey_on(device: torch.device) -> Callable[[Tensor, int, Tensor, int, Tensor | None, Parts], None]:
+    """`survey_slice`, on CUDA in one kernel that reads the logits once."""
+    if device.type == "cuda":
+        from model.kernels import triton_head
+
+        return triton_head.survey_slice
+    return survey_slice
+
+
+def _suppressed(x: Tensor, first: int, suppress: Tensor, mask_id: int) -> Tensor:
+    """x (M, W), the logits of the ids from `first` on, with the mask id's at -inf where it is suppressed; in place."""
+    if first <= mask_id < first + x.shape[1]:
+        x[:, mask_id - first].masked_fill_(suppress, -torch.inf)
+    return x
 
 
 def _draw_by_slice(
-    logits: _Logits, parts: _Parts, rows: Tensor, draws: Draws, uniform: Tensor, tokens: Tensor, chosen: Tensor
+    logits: _Logits, parts: Parts, rows: Tensor, draws: Draws, uniform: Tensor, tokens: Tensor, chosen: Tensor
 ) -> None:
     """Sampled rows without limits: the slice from the masses, and the token from that slice, computed again.
 

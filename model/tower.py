@@ -14,7 +14,6 @@ from model.layers.linear import Linear
 from model.layers.mamba2 import Mamba2
 from model.layers.moe import MoE
 from model.layers.norm import RMSNorm
-from model.layers.time import modulate
 from model.rows import Rows
 from model.sampling import Head
 
@@ -26,7 +25,8 @@ class Layer(nn.Module):
         super().__init__()
         self.kind = config.layer_kinds[index]
         mixers = {"mamba": Mamba2, "attention": Attention, "moe": MoE}
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.kernels = kernels
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, kernels)
         self.mixer = mixers[self.kind](config, dtype, kernels)
 
     def forward(
@@ -39,11 +39,12 @@ class Layer(nn.Module):
         if conditioning is None:
             plain: Tensor = self.mixer(self.norm(x), state, rows, causal=causal, store=store)
             return x + plain
-        shift, scale, gate = conditioning.index_select(0, rows.on(x.device).row_of_token).unbind(1)  # (N, H) each
-        moe = self.kind == "moe"
-        normed = modulate(self.norm(x), shift, scale) if moe else self.norm(modulate(x, shift, scale))
+        row_of_token = rows.on(x.device).row_of_token
+        normed = self.kernels.modulated_norm(
+            x, self.norm.weight, self.norm.eps, conditioning, row_of_token, norm_first=self.kind == "moe"
+        )
         mixed: Tensor = self.mixer(normed, state, rows, causal=causal, store=store)
-        return x + gate * mixed
+        return self.kernels.gated_add(x, mixed, conditioning, row_of_token)
 
 
 class Tower(nn.Module):
@@ -63,7 +64,7 @@ class Tower(nn.Module):
             self.layers = nn.ModuleList(
                 Layer(config, i, dtype, kernels_for(device)) for i, device in enumerate(devices)
             )
-            self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+            self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, kernels_for(devices[-1]))
             self.head = Linear(config.hidden_size, config.vocab_size, dtype, kernels_for(devices[-1]))
         self.embeddings.to_empty(device=devices[0])
         for layer, device in zip(self.layers, devices, strict=True):
@@ -94,15 +95,15 @@ class Tower(nn.Module):
 
     def logits(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
         """hidden (M, H) before the final norm -> logits (M, V) float32, or of some columns of the vocabulary."""
-        return self.head_on(hidden)(slice(None), slice(None) if columns is None else columns)
+        return self.head_on(hidden)(slice(None), slice(None) if columns is None else columns).float()
 
     def head_on(self, hidden: Tensor) -> Head:
         """hidden (M, H) before the final norm -> a head for `model.sampling.choose`: hidden is normalised once.
 
-        Its logits are a new tensor at every call.
+        Its logits are a new tensor at every call, in the model's dtype.
         """
         normed: Tensor = self.norm_f(hidden)
-        return lambda rows, columns: self.head.kernels.linear(normed[rows], self.head.weight[columns]).float()
+        return lambda rows, columns: self.head.kernels.linear(normed[rows], self.head.weight[columns])
 
     def checkpoint_targets(self, tower: str, head: str) -> dict[str, Tensor]:
         """Checkpoint name -> the tensor, or the part of one, that takes it."""

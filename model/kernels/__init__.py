@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model.errors import RequestError
 from model.rows import Rows
 
 
@@ -13,6 +14,31 @@ class Kernels(Protocol):
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x (N, in), weight (out, in) -> (N, out). A row's result does not depend on the other rows."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x (N, H), weight (H,) float32 -> as x; see model.layers.norm."""
+        ...
+
+    def modulated_norm(
+        self,
+        x: Tensor,  # (N, H)
+        weight: Tensor,
+        eps: float,
+        conditioning: Tensor,  # (R, 3, H): shift, scale, gate
+        row_of_token: Tensor,  # (N,) int64
+        *,
+        norm_first: bool,
+    ) -> Tensor:
+        """norm(x * (1 + scale) + shift), or where norm_first norm(x) * (1 + scale) + shift -> as x."""
+        ...
+
+    def gated_add(self, x: Tensor, mixed: Tensor, conditioning: Tensor, row_of_token: Tensor) -> Tensor:
+        """x + gate * mixed, as x."""
+        ...
+
+    def gated_norm(self, y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+        """norm(y * silu(gate)) over each group of channels -> (N, inner) as gate; see model.layers.norm."""
         ...
 
     def mamba_scan(
@@ -51,6 +77,16 @@ class Kernels(Protocol):
         """
         ...
 
+    def choose_experts(
+        self, logits: Tensor, bias: Tensor, per_token: int, scale: float, *, normalise: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The experts with the highest sigmoid(logits) + bias, best first, and their weights without the bias.
+
+        logits (N, E) float64, bias (E,) -> choice (N, K) int64, weight (N, K) float32: times `scale`, and where
+        normalise over their sum.
+        """
+        ...
+
     def experts(self, x: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """Sum of each token's chosen experts, down(relu(up(x))^2), by weight.
 
@@ -79,8 +115,21 @@ class ScanWeights(Protocol):
     def dt_limit(self) -> tuple[float, float]: ...
 
 
-def kernels_for(device: torch.device) -> Kernels:  # noqa: ARG001 (the seam: one implementation so far)
-    """The kernels that run on `device`: the plain torch ones run on every device."""
+def kernels_for(device: torch.device) -> Kernels:
+    """The kernels that run on `device`: Triton's on a GPU, plain torch elsewhere.
+
+    Raises RequestError where Triton is missing on a machine with a GPU.
+    """
+    if device.type == "cuda":
+        return _cuda_kernels()
     from model.kernels.plain import PlainKernels
 
     return PlainKernels()
+
+
+def _cuda_kernels() -> Kernels:
+    try:
+        from model.kernels.cuda import CudaKernels
+    except ImportError as error:
+        raise RequestError(f"a GPU needs Triton, which cannot be imported ({error}); pip install triton") from error
+    return CudaKernels()

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from model.kernels import ScanWeights
 from model.kernels.pieces import Pieces, place_tokens, plan_pieces
-from model.layers.activations import softplus
+from model.layers.activations import sigmoid, softplus
+from model.layers.norm import gated_group_norm, rms_norm
+from model.layers.time import modulate
 from model.rows import Rows
 
 MIN_GEMM_ROWS = 16
@@ -37,6 +39,30 @@ class PlainKernels:
             weight = F.pad(weight, (0, more_in, 0, more_out))
             return F.linear(F.pad(x, (0, more_in, 0, more_rows)), weight)[:rows, :size_out]
         return F.linear(F.pad(x, (0, 0, 0, more_rows)), weight)[:rows] if more_rows else F.linear(x, weight)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, weight, eps)
+
+    def modulated_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        conditioning: Tensor,
+        row_of_token: Tensor,
+        *,
+        norm_first: bool,
+    ) -> Tensor:
+        shift, scale = conditioning[:, :2].index_select(0, row_of_token).unbind(1)  # (N, H) each
+        if norm_first:
+            return modulate(rms_norm(x, weight, eps), shift, scale)
+        return rms_norm(modulate(x, shift, scale), weight, eps)
+
+    def gated_add(self, x: Tensor, mixed: Tensor, conditioning: Tensor, row_of_token: Tensor) -> Tensor:
+        return x + conditioning[:, 2].index_select(0, row_of_token) * mixed
+
+    def gated_norm(self, y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+        return gated_group_norm(y, gate, weight, groups, eps)
 
     def mamba_scan(
         self,
@@ -87,7 +113,7 @@ class PlainKernels:
         dt = softplus(rows.padded(dt).float() + weights.dt_bias).clamp(*weights.dt_limit)
         if index.pad is not None:  # at padding the state passes through
             dt = dt * (torch.arange(dt.shape[1], device=dt.device) < index.lengths[:, None])[..., None]
-        y, states = selective_scan(
+        y, states = self.selective_scan(
             x.unflatten(-1, (heads, head_dim)),
             dt,
             weights.decay,
@@ -102,6 +128,12 @@ class PlainKernels:
             conv_states[index.slots] = line.gather(1, newest).transpose(1, 2)
             ssm_states[index.slots] = states
         return rows.flat(y.flatten(-2))
+
+    def selective_scan(
+        self, x: Tensor, dt: Tensor, decay: Tensor, B: Tensor, C: Tensor, states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What `mamba_scan` computes rows of like length by: the function of the same name below."""
+        return selective_scan(x, dt, decay, B, C, states)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pages: Tensor, rows: Rows, *, causal: bool, store: bool
@@ -123,6 +155,16 @@ class PlainKernels:
             attended = _attend_pieces(some, keys, pieces)
             out[pieces.target] = attended if pieces.real is None else attended[pieces.real]
         return out.flatten(-2)
+
+    def choose_experts(
+        self, logits: Tensor, bias: Tensor, per_token: int, scale: float, *, normalise: bool
+    ) -> tuple[Tensor, Tensor]:
+        scores = sigmoid(logits)
+        choice = (scores + bias).topk(per_token, dim=-1, sorted=True).indices
+        weight = scores.gather(-1, choice)
+        if normalise:
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+        return choice, (weight * scale).float()
 
     def experts(self, x: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
         per_token = choice.shape[1]

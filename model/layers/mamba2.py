@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from model.config import TwoTowerConfig
 from model.kernels import Kernels
 from model.layers.linear import Linear
-from model.layers.norm import RMSNorm, gated_group_norm
+from model.layers.norm import RMSNorm
 from model.rows import Rows
 
 
@@ -39,7 +39,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.norm = RMSNorm(config.mamba_inner, config.layer_norm_epsilon)
+        self.norm = RMSNorm(config.mamba_inner, config.layer_norm_epsilon, kernels)
         self.out_proj = Linear(config.mamba_inner, config.hidden_size, dtype, kernels)
         self.kernels = kernels
         self.split = [config.mamba_inner, config.conv_dim, heads]
@@ -63,5 +63,5 @@ class Mamba2(nn.Module):
         """x (N, H) -> (N, H). The scan runs forward in both towers, so `causal` changes nothing here."""
         z, xbc, dt = self.in_proj(x).split(self.split, dim=-1)
         y = self.kernels.mamba_scan(xbc, dt, self, state.conv, state.ssm, rows, store=store)
-        out: Tensor = self.out_proj(gated_group_norm(y, z, self.norm.weight, self.groups, self.norm.eps))
+        out: Tensor = self.out_proj(self.kernels.gated_norm(y, z, self.norm.weight, self.groups, self.norm.eps))
         return out

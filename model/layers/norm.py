@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from model.kernels import Kernels
 from model.layers.activations import silu
 
 
@@ -26,11 +27,12 @@ def gated_group_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: 
 class RMSNorm(nn.Module):
     """RMSNorm with its weight kept in float32."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
         self.eps = eps
+        self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, size) -> the same shape and dtype."""
-        return rms_norm(x, self.weight, self.eps)
+        """x (N, size) -> the same shape and dtype."""
+        return self.kernels.rms_norm(x, self.weight, self.eps)

@@ -44,4 +44,4 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """max|got - expected| / max|expected|, the measure that each case's `tolerance` limits."""
     assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     expected = expected.double()
-    return float((got.double() - expected).abs().max() / expected.abs().max())
+    return float((got.double().cpu() - expected).abs().max() / expected.abs().max())

@@ -19,9 +19,13 @@ def one_stage() -> TwoTower:
     return load_model(str(golden.CHECKPOINT))
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["1 stage", "3 stages"])
+DEVICES = [["cpu"], ["cpu"] * 3] + ([["cuda:0"], ["cuda:0"] * 2] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(scope="module", params=DEVICES, ids=lambda devices: f"{len(devices)} on {devices[0]}")
 def pair(request: pytest.FixtureRequest) -> TwoTower:
-    return load_model(str(golden.CHECKPOINT), devices=["cpu"] * request.param)
+    """As one stage and as several; in float32."""
+    return load_model(str(golden.CHECKPOINT), devices=request.param)
 
 
 def named(cases: list[dict[str, Any]]) -> Any:

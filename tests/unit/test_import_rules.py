@@ -13,11 +13,11 @@ FILES = {
     p.relative_to(ROOT).as_posix(): p for top in ("model", "pipeline", "workers") for p in (ROOT / top).rglob("*.py")
 }
 
-MODEL_NEEDS = {"torch", "numpy", "safetensors", "tokenizers", "fsspec", "huggingface_hub", "model"}
+MODEL_NEEDS = {"torch", "triton", "numpy", "safetensors", "tokenizers", "fsspec", "huggingface_hub", "model"}
 FORBIDDEN = {"model": {"ray", "pipeline", "workers"}, "pipeline": {"ray", "torch"}, "workers": set()}
 WITHOUT_TORCH = {"model/errors.py", "model/params.py", "model/config.py", "model/checkpoint.py", "model/tokenizer.py"}
 WITHOUT_TORCH |= {"model/ending.py", "model/__init__.py", "model/slots.py", "model/lanes.py", "model/scheduler.py"}
-WITHOUT_TORCH |= {"model/backend.py", "model/loop.py", "model/repetition.py"}
+WITHOUT_TORCH |= {"model/backend.py", "model/loop.py", "model/repetition.py", "model/faults.py"}
 # weights: the memory there is; export: what the makers of the built-in checkpoints write
 OPENS_PATHS = {"model/checkpoint.py", "model/export.py", "model/weights.py", "pipeline/storage.py"}
 
@@ -109,6 +109,7 @@ def test_only_storage_and_the_checkpoint_open_paths(name: str) -> None:
         ("workers.unit_runner", ["torch", "ray"]),
         ("workers.replica", ["torch", "ray"]),
         ("workers.calibrate", ["torch", "ray"]),
+        ("workers.doctor", ["torch", "ray", "botocore"]),
     ],
 )
 def test_importing_loads_no_more_than_it_must(module: str, unwanted: list[str]) -> None:

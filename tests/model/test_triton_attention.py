@@ -1,0 +1,255 @@
+"""The Triton attention against float64, against the plain kernels, and its plans: in the interpreter, or on a GPU."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.kernels import definition, paged
+from model.kernels.check import OUTPUT_TOLERANCE, check_kernels
+from model.kernels.definition import relative_error
+from model.kernels.paged import PROGRAMS, Heads, Paged, Room, plan_attention
+from model.kernels.plain import PlainKernels
+from model.kernels.triton_attention import JOINED_SLOTS, attend, attend_paged, heads_of
+from model.rows import Rows
+from model.slots import PAGE_SIZE, pages_for
+from model.two_tower import load_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+DTYPES = [torch.float32, torch.bfloat16]
+NOISE, TINY, ODD, RELEASED = (4, 2, 32), (6, 2, 32), (5, 1, 24), (32, 2, 128)  # query heads, kv heads, head_dim
+
+
+class Case:
+    """Random rows over pages in no order; behind their contexts, and in pages of nobody, stands NaN."""
+
+    def __init__(
+        self, lengths: Sequence[int], context: Sequence[int], heads: tuple[int, int, int], dtype: torch.dtype
+    ) -> None:
+        generator = torch.Generator().manual_seed(sum(lengths) + sum(context))
+        needed = [pages_for(one + before) for one, before in zip(lengths, context, strict=True)]
+        free = torch.randperm(sum(needed) + 1, generator=generator).tolist()
+        tables = tuple(tuple(free.pop() for _ in range(count)) for count in needed)
+        count = len(lengths)
+        self.rows = Rows(tuple(range(count)), (-1,) * count, tuple(lengths), tuple(context), tables)
+        query_heads, kv_heads, head_dim = heads
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+        self.q = normal(sum(lengths), query_heads, head_dim)
+        self.k, self.v = normal(2, sum(lengths), kv_heads, head_dim)
+        self.pages = normal(2, len(free) + sum(needed), PAGE_SIZE, kv_heads, head_dim).fill_(torch.nan)
+        for table, before in zip(tables, context, strict=True):
+            held = self.pages[:, list(table)].flatten(1, 2)
+            held[:, :before] = normal(2, before, kv_heads, head_dim)
+            self.pages[:, list(table)] = held.unflatten(1, (-1, PAGE_SIZE))
+
+    def defined(self, *, causal: bool) -> Tensor:
+        """In float64, row by row."""
+        out, lengths = [], list(self.rows.lengths)
+        for row, (q, k, v) in enumerate(zip(*(x.split(lengths) for x in (self.q, self.k, self.v)), strict=True)):
+            context = self.pages[:, list(self.rows.pages[row])].flatten(1, 2)[:, : self.rows.context[row]]
+            keys, values = torch.cat([context[0], k]), torch.cat([context[1], v])
+            out.append(definition.attend(q, keys, values, causal=causal))
+        return torch.cat(out)
+
+    def check(self, *, causal: bool, plan: Paged | None = None) -> Tensor:
+        """Outputs as defined, pages as the plain kernels leave them; what was stored is taken back -> the outputs."""
+        before, expected, wanted = self.pages.clone(), self.pages.clone(), self.defined(causal=causal)
+        arguments = self.q, self.k, self.v
+        PlainKernels().attend(*arguments, expected, self.rows, causal=causal, store=causal)
+        if plan is None:
+            got = attend(*arguments, self.pages, self.rows, causal=causal, store=causal)
+        else:
+            got = attend_paged(*arguments, self.pages, plan, causal=causal, store=causal)
+        assert got.dtype == self.q.dtype
+        assert relative_error(got, wanted, self.rows.lengths) < OUTPUT_TOLERANCE[self.q.dtype]
+        assert torch.equal(self.pages.nan_to_num(), expected.nan_to_num())
+        assert causal != torch.equal(self.pages.nan_to_num(), before.nan_to_num())
+        self.pages.copy_(before)
+        return got
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [NOISE, ODD])
+def test_ragged_rows_attend_as_defined(heads: tuple[int, int, int], dtype: torch.dtype, *, causal: bool) -> None:
+    """Blocks of unlike lengths, contexts that end before, at and behind a page's end, denoised and committed."""
+    Case((16, 1, 5, 11), (PAGE_SIZE, 0, PAGE_SIZE - 1, 5 * PAGE_SIZE + 1), heads, dtype).check(causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token_a_row_attends_as_defined(dtype: torch.dtype) -> None:
+    """A step of AR, one row with an empty context among them."""
+    Case((1,) * 3, (0, 200, 2 * PAGE_SIZE), RELEASED, dtype).check(causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prompts_attend_as_defined(dtype: torch.dtype) -> None:
+    """Several tiles of queries a row, several pages of own tokens a tile; one prompt goes on behind a context."""
+    Case((150, 40, 70), (0, 0, 2 * PAGE_SIZE), NOISE, dtype).check(causal=True)
+
+
+@pytest.mark.parametrize("length", [1, 16])
+def test_a_long_context_is_split_and_joined(length: int) -> None:
+    """More partial results than a join takes at a time, the last of a page that is not full."""
+    case = Case((length,), (33 * PAGE_SIZE + 7,), TINY, torch.float32)
+    heads = heads_of(case.q, case.k, case.pages)
+    plan = plan_attention(case.rows, heads)
+    assert plan.room.slots == plan.room.items == JOINED_SLOTS + 1
+    case.check(causal=False)
+
+
+def test_no_rows_are_no_work() -> None:
+    case = Case((), (), NOISE, torch.float32)
+    assert attend(case.q, case.k, case.v, case.pages, case.rows, causal=True, store=True).shape == (0, 4 * 32)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+def test_nothing_of_a_row_reaches_another() -> None:
+    """A row of NaN beside sound ones in the same tile sizes: theirs are the same bit for bit."""
+    case = Case((16, 3, 16), (70, 0, 3 * PAGE_SIZE), NOISE, torch.float32)
+    sound = case.check(causal=True)
+    for x in (case.q, case.k, case.v):
+        x[16:19] = torch.nan
+    got = attend(case.q, case.k, case.v, case.pages, case.rows, causal=True, store=True)
+    assert got[16:19].isnan().all()
+    assert torch.equal(got[:16], sound[:16])
+    assert torch.equal(got[19:], sound[19:])
+
+
+def test_tensors_of_a_wider_projection_need_no_copy() -> None:
+    """q, k and v as views into one product, as a fused projection gives them."""
+    case = Case((16, 7), (70, 0), NOISE, torch.float32)
+    sound = case.check(causal=False)
+    whole = torch.cat([case.q, case.k, case.v], dim=1)
+    q, k, v = whole.split([4, 2, 2], dim=1)
+    assert torch.equal(attend(q, k, v, case.pages, case.rows, causal=False, store=False), sound)
+
+
+def test_the_start_up_check_passes() -> None:
+    """With a model's sizes and the cases of model.kernels.check."""
+
+    class WithTriton(PlainKernels):
+        attend = staticmethod(attend)  # type: ignore[assignment]
+
+    pair = load_model("builtin:noise", "bfloat16", devices=[DEVICE], towers="context")
+    for layer in pair.context.layers:
+        layer.mixer.kernels = WithTriton()  # type: ignore[union-attr]
+    check_kernels(pair)
+
+
+def test_a_plan_in_tensors_of_a_fixed_room_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CUDA graph needs it: forwards of fewer rows than there is room for, one after another in its tensors."""
+    monkeypatch.setattr(paged, "PROGRAMS", 16)  # so that the void ones do not take long in the interpreter
+    heads = Heads(2, 2, PAGE_SIZE)
+    room = Room.of(heads, rows=5, longest=16, pages=8)
+    static = plan_attention(Case((16,) * 5, (0,) * 5, NOISE, torch.float32).rows, heads, room).to(torch.device(DEVICE))
+    for lengths, context in (((16, 3, 16), (5 * PAGE_SIZE + 3, 0, 70)), ((2, 16), (0, 130))):
+        case = Case(lengths, context, NOISE, torch.float32)
+        static.fill(plan_attention(case.rows, heads, room))
+        exact = plan_attention(case.rows, Heads(2, 2, PAGE_SIZE, queries=room.tile * 2)).to(torch.device(DEVICE))
+        assert torch.equal(case.check(causal=True, plan=static), case.check(causal=True, plan=exact))
+
+
+def test_plans_cover_every_page_once_and_fit_their_room() -> None:
+    """Random forwards: each tile's items cover its context without a gap, joins name their slots, nothing outgrows."""
+    draw = random.Random(0)
+    for _ in range(60):
+        heads = Heads(draw.choice([1, 2, 8]), draw.choice([1, 3, 16]), PAGE_SIZE, draw.choice([64, 256]))
+        count, longest = draw.randint(1, 40), draw.choice([1, 3, 16, 32, 100])
+        lengths = [draw.randint(1, longest) for _ in range(count)]
+        context = [int(draw.choice([0, 1, 64, 130, 3_000, 130_000]) * draw.random()) for _ in range(count)]
+        needed = [pages_for(one + before) for one, before in zip(lengths, context, strict=True)]
+        tables = tuple(tuple(range(row, row + wanted + 2)) for row, wanted in enumerate(needed))  # two in reserve
+        rows = Rows(tuple(range(count)), (-1,) * count, tuple(lengths), tuple(context), tables)
+        room = Room.of(heads, draw.randint(count, 50), draw.choice([longest, 128]), max(needed) + draw.randint(0, 9))
+        plan, exact = plan_attention(rows, heads, room), plan_attention(rows, heads)
+        assert exact.room.items - len(_tiles_of(exact)) <= PROGRAMS // heads.kv
+        for each in (plan, exact):
+            assert each.table.shape == (each.room.rows, each.room.pages)
+            for row, table in enumerate(tables):
+                assert each.table[row, : needed[row]].tolist() == list(table[: needed[row]])
+            covered = _tiles_of(each)
+            assert sum(min(each.room.tile, lengths[row] - first) for row, first in covered) == sum(lengths)
+            joined = {start: (tokens, slot, slots) for start, tokens, slot, slots in each.joins.tolist() if slots}
+            for (row, first), parts in covered.items():
+                start = rows.starts[row] + first
+                assert [begin for begin, _, _ in parts] == [0, *(end for _, end, _ in parts[:-1])]
+                assert parts[-1][1] == pages_for(context[row])
+                slots = [slot for _, _, slot in parts]
+                if len(parts) == 1:
+                    assert slots == [-1]
+                    assert start not in joined
+                else:
+                    tokens, slot, number = joined[start]
+                    assert slots == list(range(slot, slot + number))
+                    assert tokens == min(each.room.tile, lengths[row] - first)
+            used = Counter(slot for parts in covered.values() for _, _, slot in parts if slot >= 0)
+            assert not used or (max(used.values()) == 1 and max(used) < each.room.slots)
+
+
+def _tiles_of(plan: Paged) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
+    """(row, first token) -> its items' pages from and to, and slots, in order."""
+    tiles: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for _, length, _, row, first, begin, end, slot in plan.items.tolist():
+        if length:
+            tiles.setdefault((row, first), []).append((begin, end, slot))
+    return {tile: sorted(parts) for tile, parts in tiles.items()}
+
+
+@pytest.mark.parametrize("contexts", [[4_096], [131_072 - 64]])
+def test_a_lone_row_fills_the_gpu(contexts: list[int]) -> None:
+    """At released sizes; and 384 rows of like length are not split at all, so nothing is joined."""
+    heads = Heads(2, 16, PAGE_SIZE)
+    lone = Rows((0,), (-1,), (16,), tuple(contexts), (tuple(range(3_000)),))
+    assert plan_attention(lone, heads).room.items * heads.kv >= min(PROGRAMS // 2, contexts[0] // PAGE_SIZE)
+    many = Rows(tuple(range(384)), (-1,) * 384, (16,) * 384, tuple(contexts) * 384, (tuple(range(3_000)),) * 384)
+    assert plan_attention(many, heads).room.joins == 0
+
+
+@on_a_gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "context"),
+    [
+        ((16,), (131_072 - 64,)),
+        ((32, 7, 16, 1) * 8, (100, 0, 4_096, 8_191) * 8),
+        ((1,) * 64, tuple(range(0, 6_400, 100))),
+        ((1_500, 64, 300), (0, 1_024, 4_096)),
+        ((16,) * 384, tuple(range(0, 768, 2))),
+    ],
+)
+def test_released_sizes(lengths: tuple[int, ...], context: tuple[int, ...], *, causal: bool) -> None:
+    Case(lengths, context, RELEASED, torch.bfloat16).check(causal=causal)
+
+
+@on_a_gpu
+def test_a_captured_forward_replays_with_other_rows() -> None:
+    """One graph for forwards of other rows, lengths, contexts and pages: the same bits as without a graph."""
+    heads = Heads(2, 16, PAGE_SIZE)
+    room = Room.of(heads, rows=8, longest=16, pages=128)
+    first = Case((16,) * 8, (1_000,) * 8, RELEASED, torch.bfloat16)
+    static = plan_attention(first.rows, heads, room).to(torch.device(DEVICE))
+    q, k, v = (x.clone() for x in (first.q, first.k, first.v))
+    pages = q.new_empty(2, 1_500, PAGE_SIZE, 2, 128)
+    attend_paged(q, k, v, pages, static, causal=True, store=True)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend_paged(q, k, v, pages, static, causal=True, store=True)
+    for lengths, context in (((16,) * 8, (7_000,) * 8), ((3, 16), (0, 8_000)), ((16,), (90,))):
+        case = Case(lengths, context, RELEASED, torch.bfloat16)
+        plan = plan_attention(case.rows, heads, room)
+        right = case.check(causal=True, plan=plan.to(torch.device(DEVICE)))
+        for mine, new in ((q, case.q), (k, case.k), (v, case.v)):
+            mine[: len(new)] = new
+        pages[:, : case.pages.shape[1]] = case.pages
+        static.fill(plan)
+        graph.replay()
+        assert torch.equal(out[: len(right)], right)
