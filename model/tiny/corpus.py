@@ -118,6 +118,8 @@ def mask_blocks(batch: Batch, recipe: Recipe, seed: int) -> Batch:
     count = rng.integers(1, CHUNK + 1, chunk.shape)
     count = np.where(rng.random(chunk.shape) < recipe.all_masked, CHUNK, count)
     masked = rng.random((*chunk.shape, CHUNK)).argsort(axis=-1).argsort(axis=-1) < count[..., None]
+    tail = np.arange(CHUNK) >= CHUNK - count[..., None]
+    masked = np.where(rng.random((*chunk.shape, 1)) < recipe.tail_masked, tail, masked)
     drawn = {"chunk": chunk, "t": (count / CHUNK).astype(np.float32), "masked": masked}
     return batch | {name: torch.from_numpy(value) for name, value in drawn.items()}
 

@@ -1,8 +1,8 @@
 """The tasks that builtin:tiny is trained on: a prompt and the one right answer, made from a seed. Free of torch.
 
 Each task is text as users of batch generation make it: records out of sentences, dates, units, product texts, letters,
-sorted lists, worked sums, sequences. An answer follows from its prompt alone: quality is exact match. They differ in
-how far they can be written in parallel: a record is known at once, a sequence only number by number.
+sorted lists, worked sums, counts, series. An answer follows from its prompt alone: quality is exact match. They differ
+in how far they can be written in parallel: a record is known at once, a series only digit by digit.
 
 A prompt is held out where a hash of its question falls into one part of HELD_OUT_PARTS, whatever precedes it: what is
 evaluated was never trained on.
@@ -47,6 +47,7 @@ UNITS = (
 
 HELD_OUT_PARTS = 16
 SHOTS = (0, 0, 0, 0, 0, 0, 1, 2)  # solved examples before a question, each as likely
+SERIES_DIGITS = (20, 60)
 PROMPT_END = "\nAnswer:"
 
 Question = tuple[str, str]
@@ -88,7 +89,7 @@ def _date(rng: random.Random) -> Question:
 
 def _unit(rng: random.Random) -> Question:
     (large, small, factor), count = rng.choice(UNITS), rng.randint(10, 99)
-    answer = f" One {large} is {factor} {small}, so {count} {large} are {count * factor} {small}."
+    answer = f" One {large} is {factor} {small}, so {count} {large} are {count * factor} {small} in all."
     return f"{rng.choice(('Convert', 'Change'))} {count} {large} to {small}", answer
 
 
@@ -127,8 +128,10 @@ def _letter(rng: random.Random) -> Question:
     care = (
         f" If nobody in {city} can take the parcel, it will wait for you at the post office for two weeks."
         f" Please open it with care, so that the {item} is not damaged. Should you not like the {item} or its colour,"
-        f" you may send it back to us within a month. We will then return the {price} euros to you at once,"
+        f" you may send it back to us within a month. We will return the {price} euros to you,"
         " and you do not have to tell us why."
+        f" Keep this letter for two years, as it is your guarantee: if the {item} breaks, send us a picture"
+        f" and the day of this letter, {day} {month}, and we will send you a new {item} in {colour}."
         f"\n\nWould you like to know more about our things? Then visit us in {city}."
         " Our shop is open from morning to evening, and there is always coffee for our guests."
     )
@@ -140,7 +143,7 @@ def _letter(rng: random.Random) -> Question:
 def _sort(rng: random.Random) -> Question:
     words = rng.sample(WORDS, rng.choice((3, 3, 4)))
     question = f"{rng.choice(('Sort', 'Put in order'))}: {', '.join(words)}"
-    return question, f" In order: {', '.join(sorted(words))}. First comes {min(words)}, last comes {max(words)}."
+    return question, f" In order: {', '.join(sorted(words))}. The first one is {min(words)}, the last one {max(words)}."
 
 
 def _sum(rng: random.Random) -> Question:
@@ -161,16 +164,30 @@ def _count(rng: random.Random) -> Question:
     return f"Count from {start} in steps of {step}", f" {', '.join(map(str, numbers))}."
 
 
+def _series(rng: random.Random) -> Question:
+    """Each digit follows from two before it: as many can be known at once as the nearer one lies back."""
+    near, far = rng.choice(((1, 4), (2, 3), (3, 4)))
+    while True:
+        digits = [rng.randint(1, 9) for _ in range(4)]
+        given = " ".join(map(str, digits))
+        while digits[-1] and len(digits) < SERIES_DIGITS[1]:
+            digits.append((digits[-near] + digits[-far]) % 10)
+        if not digits[-1] and len(digits) >= SERIES_DIGITS[0]:
+            question = f"Continue {given} up to the first 0: add the digits {near} and {far} back, keep the last digit"
+            return question, f" {' '.join(map(str, digits))}"
+
+
 TASKS: Mapping[str, tuple[Callable[[random.Random], Question], float]] = MappingProxyType(
     {
-        "record": (_record, 0.18),
-        "date": (_date, 0.14),
-        "unit": (_unit, 0.10),
-        "product": (_product, 0.20),
-        "letter": (_letter, 0.16),
+        "record": (_record, 0.16),
+        "date": (_date, 0.12),
+        "unit": (_unit, 0.08),
+        "product": (_product, 0.17),
+        "letter": (_letter, 0.13),
         "sort": (_sort, 0.06),
         "sum": (_sum, 0.08),
         "count": (_count, 0.08),
+        "series": (_series, 0.12),
     }
 )
 """Name -> how a question is made, and its share."""

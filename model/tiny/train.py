@@ -101,10 +101,11 @@ def _train(rank: int, options: argparse.Namespace, meeting: str) -> None:
         run_phase(phase, Corpus(tokenizer, recipe.seed, recipe.shares), loss)
         return phase.average
 
-    context = run("context", fresh_weights(config, SEED), partial(context_loss, config))
+    first = partial(context_loss, config)
+    context = run("context_polish", run("context", fresh_weights(config, SEED), first), first)
     frozen = {name: value.to(torch.bfloat16).float() for name, value in context.items()}  # as it is exported
     loss = partial(denoiser_loss, config, frozen)
-    denoiser = run("polish", run("denoiser", with_time(config, frozen, SEED), loss), loss)
+    denoiser = run("denoiser_polish", run("denoiser", with_time(config, frozen, SEED), loss), loss)
 
     if rank:
         return

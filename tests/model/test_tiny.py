@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,13 @@ def test_answers_follow_from_their_questions(name: str) -> None:
         elif name == "count":
             first, step = numbers
             assert answer == f" {', '.join(str(n) for n in range(first, first + 8 * step, step))}."
+        elif name == "series":
+            *given, _, near, far = numbers
+            digits = [int(digit) for digit in answer.split()]
+            assert digits[:4] == given
+            assert digits.index(0) == len(digits) - 1
+            windows = [digits[i - 4 : i + 1] for i in range(4, len(digits))]
+            assert all((window[-1 - near] + window[-1 - far]) % 10 == window[-1] for window in windows)
         elif name == "sort":
             words = answer.removeprefix(" In order: ").split(".")[0].split(", ")
             assert words == sorted(question.split(": ")[1].split(", "))
@@ -125,6 +133,16 @@ def test_blocks_are_masked_as_the_schedule_says(rows: Batch) -> None:
     full = recipe.all_masked + (1 - recipe.all_masked) / CHUNK
     assert (counts == CHUNK).float().mean().item() == pytest.approx(full, abs=0.05)
     assert rows["is_block"].gather(1, batch["chunk"]).all()
+
+
+def test_some_blocks_are_masked_from_a_position_on(rows: Batch) -> None:
+    """And the others are those of a recipe without it."""
+    plain = Recipe(steps=1, decay_from=0.5, blocks=200)
+    usual, some = (mask_blocks(rows, recipe, seed=5) for recipe in (plain, replace(plain, tail_masked=0.4)))
+    changed = (usual["masked"] != some["masked"]).any(-1)
+    assert changed.float().mean().item() == pytest.approx(0.4 * (1 - 0.25 - 2 * 0.75 / CHUNK), abs=0.05)
+    assert (some["masked"][changed].int().diff(dim=-1) >= 0).all()
+    torch.testing.assert_close(some["masked"].sum(-1) / CHUNK, some["t"])
 
 
 def test_training_and_engine_compute_the_same(tmp_path: Path, tokenizer: Tokenizer, rows: Batch) -> None:
@@ -226,4 +244,5 @@ def test_it_writes_right_answers(tokenizer: Tokenizer) -> None:
     assert found.tokens_per_forward is not None
     assert found.tokens_per_forward >= 2.42
     assert min(found.blocks_by_steps) == 1
-    assert max(found.blocks_by_steps) >= 4
+    assert max(found.blocks_by_steps) >= 12
+    assert len(found.blocks_by_steps) >= 6  # some rows are known at once, others link by link

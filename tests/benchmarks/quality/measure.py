@@ -10,7 +10,7 @@ from model.repetition import DEGENERATE, repetition
 from model.tiny.tasks import Example
 from model.two_tower import TwoTower
 
-MAX_NEW_TOKENS = 176
+MAX_NEW_TOKENS = 208
 """Above the longest answer."""
 
 
