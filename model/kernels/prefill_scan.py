@@ -40,6 +40,7 @@ def prefill_scan_of_mamba_ssm() -> Scan | None:
                 del sys.modules[name]
             hollow = ModuleType("mamba_ssm")
             hollow.__path__ = list(spec.submodule_search_locations)
+            hollow.__spec__ = spec  # without it find_spec() raises for whoever asks next, as doctor does
             sys.modules["mamba_ssm"] = hollow
         scan: Scan = import_module("mamba_ssm.ops.triton.ssd_combined")._mamba_chunk_scan_combined_fwd
         return scan

@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import model.tower
 import model.two_tower
+from model.kernels import triton_head
 from model.kernels.cuda import CudaKernels
 from model.sampling import Parts
 from model.two_tower import TwoTower
@@ -109,8 +110,6 @@ def _forwards(pair: TwoTower) -> None:
 
 
 def _survey(dtype: torch.dtype) -> None:
-    from model.kernels import triton_head
-
     logits, heat = torch.zeros(4, 16384, dtype=dtype), torch.ones(4)
     table = torch.zeros(4, 8)
     parts = Parts(table[:, 0], table.long()[:, 0], table[:, 1], table.double()[:, 0])
