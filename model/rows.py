@@ -6,25 +6,39 @@ H hidden size, V vocabulary.
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from model.transfer import Array, to_device
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class RowIndex:
-    """`Rows` as index tensors on one device."""
+    """`Rows` as index tensors on one device, all views of one."""
 
-    slots: Tensor  # (R,) int64
-    seeds: Tensor  # (R,) int64; a slot, or -1
-    starts: Tensor  # (R,) int64
-    lengths: Tensor  # (R,) int64
-    row_of_token: Tensor  # (N,) int64
-    pad: Tensor | None  # (R, L) int64 into the N tokens; None where all rows are equally long
-    unpad: Tensor | None  # (N,) int64 into R * L
+    packed: Tensor  # (4 R + N,) int64
+    slots: Tensor  # (R,)
+    seeds: Tensor  # (R,); a slot, or -1
+    starts: Tensor  # (R,)
+    lengths: Tensor  # (R,)
+    row_of_token: Tensor  # (N,)
+
+    @classmethod
+    def of(cls, packed: Tensor, rows: int) -> "RowIndex":
+        """The views of what `Rows.packed` has made."""
+        return cls(packed, *packed.tensor_split([rows, 2 * rows, 3 * rows, 4 * rows]))
+
+
+class Padding(NamedTuple):
+    """How rows of unlike lengths become a rectangle, and back."""
+
+    pad: Tensor  # (R, L) int64 into the N tokens
+    unpad: Tensor  # (N,) int64 into R * L
 
 
 @dataclass(frozen=True)
@@ -79,41 +93,50 @@ class Rows:
         for group in groups:
             places = [place for row in group for place in range(starts[row], starts[row] + self.lengths[row])]
             rows = Rows(*(tuple(column[row] for row in group) for column in columns))  # type: ignore[arg-type]
-            made.append((rows, torch.tensor(places, device=device)))
+            made.append((rows, to_device(np.array(places), device)))
         return made
 
     def _index(self, device: torch.device) -> RowIndex:
-        lengths = torch.tensor(self.lengths)
-        row_of_token = torch.repeat_interleave(torch.arange(len(self.lengths)), lengths)
-        starts = torch.tensor(self.starts)
-        pad = unpad = None
+        return RowIndex.of(to_device(self.packed(), device), len(self.lengths))
+
+    def packed(self, rows: int | None = None, tokens: int | None = None) -> Array:
+        """What `RowIndex.of` takes, for a forward of `rows` rows and `tokens` tokens: those beyond its own are empty
+        rows, and tokens of no row, said to be the first row's."""
+        real, lengths = len(self.lengths), np.array(self.lengths, dtype=np.int64)
+        rows, count = rows or real, int(lengths.sum())
+        packed = np.zeros(4 * rows + (tokens or count), dtype=np.int64)
+        slots, seeds, starts, sizes = packed[: 4 * rows].reshape(4, rows)
+        seeds[:], starts[:] = -1, count
+        slots[:real], seeds[:real], sizes[:real] = self.slots, self.seeds, lengths
+        starts[:real] = lengths.cumsum() - lengths
+        packed[4 * rows : 4 * rows + count] = np.repeat(np.arange(real), lengths)
+        return packed
+
+    def padding(self, device: torch.device) -> Padding | None:
+        """How to pad the rows to the longest, made once a forward and device; None where all are equally long."""
+        return self.once(("padding", device), lambda: self._padding(device))
+
+    def _padding(self, device: torch.device) -> Padding | None:
         longest = max(self.lengths)
-        if min(self.lengths) != longest:
-            offsets = torch.arange(longest)
-            # a padding position repeats the row's last token: finite, and masked wherever it could touch a state
-            pad = (starts[:, None] + torch.minimum(offsets[None, :], lengths[:, None] - 1)).to(device)
-            position = torch.arange(len(row_of_token)) - starts[row_of_token]
-            unpad = (row_of_token * longest + position).to(device)
-        return RowIndex(
-            slots=torch.tensor(self.slots, device=device),
-            seeds=torch.tensor(self.seeds, device=device),
-            starts=starts.to(device),
-            lengths=lengths.to(device),
-            row_of_token=row_of_token.to(device),
-            pad=pad,
-            unpad=unpad,
-        )
+        if min(self.lengths) == longest:
+            return None
+        lengths, starts = np.array(self.lengths), np.array(self.starts)
+        # a padding position repeats the row's last token: finite, and masked wherever it could touch a state
+        pad = starts[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
+        row_of_token = np.repeat(np.arange(len(lengths)), lengths)
+        unpad = row_of_token * longest + np.arange(len(row_of_token)) - starts[row_of_token]
+        return Padding(to_device(pad, device), to_device(unpad, device))
 
     def padded(self, x: Tensor) -> Tensor:
         """(N, …) -> (R, L, …), rows padded on the right with copies of their last token."""
-        index = self.on(x.device)
-        if index.pad is None:
+        padding = self.padding(x.device)
+        if padding is None:
             return x.reshape(len(self.lengths), -1, *x.shape[1:])
-        padded: Tensor = x.index_select(0, index.pad.flatten()).unflatten(0, index.pad.shape)
+        padded: Tensor = x.index_select(0, padding.pad.flatten()).unflatten(0, padding.pad.shape)
         return padded
 
     def flat(self, x: Tensor) -> Tensor:
         """(R, L, …) -> (N, …): the inverse of `padded`."""
-        index = self.on(x.device)
+        padding = self.padding(x.device)
         x = x.reshape(-1, *x.shape[2:])
-        return x if index.unpad is None else x.index_select(0, index.unpad)
+        return x if padding is None else x.index_select(0, padding.unpad)

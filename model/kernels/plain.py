@@ -111,7 +111,7 @@ class PlainKernels:
         heads, head_dim, state = ssm_states.shape[1:]
         x, B, C = mixed.split([heads * head_dim, weights.groups * state, weights.groups * state], dim=-1)
         dt = softplus(rows.padded(dt).float() + weights.dt_bias).clamp(*weights.dt_limit)
-        if index.pad is not None:  # at padding the state passes through
+        if rows.padding(xbc.device) is not None:  # at padding the state passes through
             dt = dt * (torch.arange(dt.shape[1], device=dt.device) < index.lengths[:, None])[..., None]
         y, states = self.selective_scan(
             x.unflatten(-1, (heads, head_dim)),
