@@ -16,7 +16,7 @@ class Seen(NamedTuple):
     may_end: bool
     """It holds an EOS or reaches the row's limit, or the row has stop strings."""
     broken: bool
-    """Logits that the row needed were not finite."""
+    """Logits that the row needed were not finite; in AR mode those behind the first `ready` tokens."""
     steps: int
     """Denoiser forwards that the block has taken."""
     tokens: list[int]
@@ -47,13 +47,14 @@ class Backend(Protocol[H]):
     def enter(self, rows: Sequence[ActiveRow]) -> None:
         """These rows have got their slots."""
 
-    def begin(self, rows: Sequence[ActiveRow]) -> None:
-        """Each of these rows begins a block."""
+    def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
+        """Each of these rows begins a block; one in AR mode of `ar_tokens`, or of what it may still take."""
 
     def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> H:
         """Launches a context forward: pieces of prompts and finished blocks together.
 
-        fill: rows in AR mode, the last ones of the batch; it predicts the token behind those that it stores.
+        fill: rows in AR mode, the last ones of the batch; it predicts the token behind those that it stores, and where
+        their blocks are longer it goes on with that one, a forward a token.
         """
 
     def denoise(self, rows: Sequence[ActiveRow]) -> H:

@@ -1,26 +1,24 @@
 """The blocks that are being filled, one a slot, as arrays on the host: a step handles all rows of a forward at once.
 
-In the AR modes a token is a block of one position. Rows differ in block size: positions behind a row's own size are
-never masked.
+What a step commits is decided on the device (model.unmasking) and noted here. In mock-AR mode a token is a block of one
+position; in AR mode as many tokens are one as a turn makes, one forward behind the other. Rows differ in block size:
+positions behind a row's own size are never masked.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from model.backend import Seen
 from model.lanes import ActiveRow
 from model.sampling import Draws
-from model.unmasking import positions_to_commit
-
-Array = npt.NDArray[Any]
+from model.transfer import Array, send
 
 _SETTINGS = np.dtype(
     [
-        ("size", "i8"),
+        ("size", "i8"),  # 0 in AR mode, where each turn says how many tokens it makes
         ("steps_limit", "i8"),
         ("threshold", "f4"),
         ("temperature", "f4"),
@@ -44,6 +42,7 @@ class BlockTable:
         self._tokens = np.full((slots, 1), mask_id)
         self._masked = np.zeros((slots, 1), bool)
         self._confidence = np.zeros((slots, 1), np.float32)
+        self._size = np.zeros(slots, np.int64)
         self._counters = np.zeros((slots, 2), np.int64)  # the block's number, the steps it has taken
         self._room = np.zeros(slots, np.int64)  # tokens that the completion may still take, from the block's start
         self._ready = np.zeros(slots, np.int64)
@@ -60,7 +59,7 @@ class BlockTable:
         diffusion = params.mode == "diffusion"
         size = params.block_size if diffusion else 1
         self._settings[slot] = (
-            size,
+            0 if params.mode == "ar" else size,
             params.steps_per_block if diffusion else 1,
             params.confidence_threshold,
             params.temperature,
@@ -71,22 +70,33 @@ class BlockTable:
             params.mode != "ar",
             bool(params.stop),
         )
-        self._tokens, self._masked, self._confidence = (
-            _widened(array, size) for array in (self._tokens, self._masked, self._confidence)
-        )
+        self._widen(size)
         self._eos = _widened(self._eos, len(params.eos_ids), -1)
         self._eos[slot] = -1
         self._eos[slot, : len(params.eos_ids)] = params.eos_ids
 
-    def begin(self, rows: Sequence[ActiveRow]) -> None:
-        """A new block, all masked, for each of the rows."""
+    def _widen(self, size: int) -> None:
+        self._tokens, self._masked, self._confidence = (
+            _widened(array, size) for array in (self._tokens, self._masked, self._confidence)
+        )
+
+    def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
+        """A new block, all masked, for each of the rows; in AR mode of so many tokens, or what the row may still take.
+
+        Where a row has begun one already that nothing was predicted for, it begins it again.
+        """
         slots = _slots(rows)
+        room = np.array([row.room for row in rows])
+        fixed = self._settings["size"][slots]
+        sizes = np.where(fixed > 0, fixed, np.minimum(ar_tokens, room))
+        self._widen(int(sizes.max()))
+        self._size[slots] = sizes
         self._tokens[slots] = self.mask_id
-        self._masked[slots] = np.arange(self._masked.shape[1]) < self._settings["size"][slots][:, None]
+        self._masked[slots] = np.arange(self._masked.shape[1]) < sizes[:, None]
         self._confidence[slots] = 0
         self._ready[slots] = 0
         self._counters[slots] = [[len(row.steps) if row.mode == "diffusion" else len(row.tokens), 0] for row in rows]
-        self._room[slots] = [row.room for row in rows]
+        self._room[slots] = room
         for row in rows:
             if row.mode == "mock_ar":  # the denoiser predicts what follows the newest token
                 self._tokens[row.slot, 0] = row.last_token
@@ -94,64 +104,66 @@ class BlockTable:
     def take(self, rows: Sequence[ActiveRow]) -> "Filling":
         """The blocks of these rows as they are now, for a forward to predict what is masked in them."""
         slots = _slots(rows)
-        width = int(self._settings["size"][slots].max())  # not the table's: one row's huge block is not all rows' cost
-        return Filling(rows, slots, self._masked[slots, :width])
+        sizes = self._size[slots]
+        width = int(sizes.max())  # not the table's: one row's huge block is not all rows' cost
+        masked = self._masked[slots, :width]
+        steps_left = self._settings["steps_limit"][slots] - self._counters[slots, 1]
+        return Filling(rows, slots, sizes, masked, self._settings["threshold"][slots], steps_left)
 
-    def inputs(self, filling: "Filling") -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For a denoiser forward: tokens a row, all tokens (N,), t (R,) and which of the N are to be predicted (N,)."""
+    def inputs(self, filling: "Filling") -> tuple[Array, Array]:
+        """For a denoiser forward: all tokens (N,) int64 and t (R,) float32."""
         slots, masked = filling.slots, filling.masked
-        sizes = self._settings["size"][slots]
-        inside = np.arange(masked.shape[1]) < sizes[:, None]
-        t = np.where(self._settings["diffusion"][slots], masked.sum(-1) / sizes, np.nan).astype(np.float32)
-        tokens, picked = self._tokens[slots][:, : masked.shape[1]][inside], masked[inside]
-        return sizes.tolist(), torch.from_numpy(tokens), torch.from_numpy(t), torch.from_numpy(picked)
+        inside = np.arange(masked.shape[1]) < filling.sizes[:, None]
+        t = np.where(self._settings["diffusion"][slots], masked.sum(-1) / filling.sizes, np.nan)
+        return self._tokens[slots][:, : masked.shape[1]][inside], t.astype(np.float32)
 
-    def draws(self, filling: "Filling", device: torch.device) -> tuple[torch.Tensor, Draws | None]:
-        """For the positions to be predicted (M,): where the mask id is suppressed, and how they are sampled.
+    def targets(self, filling: "Filling", which: Array, position: Array, token: Array) -> "Targets":
+        """What a forward shall predict, M positions: of row which[i] of the filling position[i], from token[i] of N.
 
-        Draws are None where all are greedy.
+        In AR mode positions of a row are forwards one behind the other, each with a number of its own.
         """
-        settings, counts = self._settings[filling.slots], filling.masked.sum(-1)
-        suppress = torch.from_numpy(np.repeat(settings["diffusion"], counts)).to(device)
+        settings, place = self._settings[filling.slots], which * filling.masked.shape[1] + position
         if not (settings["temperature"] > 0).any():
-            return suppress, None
-        which, position = np.nonzero(filling.masked)
-        slots, settings = filling.slots[which], settings[which]
-        counter = np.concatenate([self._counters[slots], position[:, None]], axis=1)
-        columns = [settings[name].copy() for name in ("temperature", "top_k", "top_p", "key")]
-        return suppress, Draws(*(torch.from_numpy(column).to(device) for column in (*columns, counter)))
+            return Targets(token, place, settings["diffusion"][which], None)
+        settings, slots = settings[which], filling.slots[which]
+        sampled = settings["temperature"] > 0
+        limited = (settings["top_k"] > 0) | (settings["top_p"] < 1)
+        counters, ar = self._counters[slots], settings["size"] == 0
+        counters[:, 0] += np.where(ar, position, 0)
+        position = np.where(ar, 0, position)
+        columns = [settings[name].astype(kind) for name, kind in (("temperature", float), ("top_k", int))]
+        columns += [settings["top_p"], settings["key"].flatten(), np.column_stack([counters, position]).flatten()]
+        return Targets(
+            token,
+            place,
+            settings["diffusion"],
+            [*columns, np.flatnonzero(sampled & ~limited), np.flatnonzero(sampled & limited)],
+        )
 
-    def fill(self, filling: "Filling", tokens: torch.Tensor, confidence: torch.Tensor) -> list[Seen]:
-        """Commits what a forward predicted, by each row's own rule -> the blocks that need attention.
+    def fill(self, filling: "Filling", predicted: torch.Tensor) -> list[Seen]:
+        """Takes in what `model.unmasking.commit` made of a forward -> the blocks that need attention.
 
-        tokens, confidence (M,) on the host: the masked positions, row after row. Rows that have ended in the meantime
-        are passed over: their slots may be others' already.
+        predicted (2, R, S) int32 on the host. Rows that have ended in the meantime are passed over: their slots may be
+        others' already.
         """
-        masked = filling.masked
-        chosen = np.full(masked.shape, self.mask_id)
-        chosen[masked] = tokens.numpy()
-        sure = np.zeros(masked.shape, np.float32)
-        sure[masked] = confidence.numpy()
+        (ids, bits), masked = predicted.numpy(), filling.masked
+        sure = bits.view(np.float32)
         alive = [i for i, row in enumerate(filling.rows) if not row.ended]
-        if len(alive) < len(filling.rows):
-            rows, slots = [filling.rows[i] for i in alive], filling.slots[alive]
-            return self._commit(rows, slots, masked[alive], chosen[alive], sure[alive]) if alive else []
-        return self._commit(filling.rows, filling.slots, masked, chosen, sure)
+        if len(alive) == len(filling.rows):
+            return self._store(filling.rows, filling.slots, masked, ids, sure)
+        rows, slots = [filling.rows[i] for i in alive], filling.slots[alive]
+        return self._store(rows, slots, masked[alive], ids[alive], sure[alive]) if alive else []
 
-    def _commit(self, rows: Sequence[ActiveRow], slots: Array, masked: Array, chosen: Array, sure: Array) -> list[Seen]:
-        """All (R, S): which positions were masked, what was predicted for them, with what probability."""
-        settings, width = self._settings[slots], masked.shape[1]
+    def _store(self, rows: Sequence[ActiveRow], slots: Array, masked: Array, ids: Array, sure: Array) -> list[Seen]:
+        """All (R, S): which positions were masked, what was committed there or -1, with what probability."""
+        width, taken = masked.shape[1], ids >= 0
         broken = _any(masked & np.isnan(sure))
-        steps_left = settings["steps_limit"] - self._counters[slots, 1]
-        threshold = settings["threshold"].copy()
-        commit = positions_to_commit(*(torch.from_numpy(a) for a in (masked, sure, threshold, steps_left))).numpy()
-        commit = commit & ~broken[:, None]
-        tokens = np.where(commit, chosen, self._tokens[slots][:, :width])
-        confidence = np.where(commit, sure, self._confidence[slots][:, :width])
-        masked = masked & ~commit
+        tokens = np.where(taken, ids, self._tokens[slots][:, :width])
+        confidence = np.where(taken, sure, self._confidence[slots][:, :width])
+        masked = masked & ~taken
         self._tokens[slots, :width], self._confidence[slots, :width] = tokens, confidence
         self._masked[slots, :width] = masked
-        self._counters[slots, 1] += settings["denoised"]
+        self._counters[slots, 1] += self._settings["denoised"][slots]
         return self._look(rows, slots, masked, tokens, confidence, broken)
 
     def _look(
@@ -159,7 +171,7 @@ class BlockTable:
     ) -> list[Seen]:
         """The blocks that are full, that may have ended their row, or that are broken."""
         complete = ~_any(masked)
-        ready = np.where(complete, self._settings["size"][slots], masked.argmax(-1))
+        ready = np.where(complete, self._size[slots], masked.argmax(-1))
         more = ready > self._ready[slots]
         self._ready[slots] = ready
         new = np.arange(masked.shape[1]) < ready[:, None]
@@ -172,11 +184,32 @@ class BlockTable:
 
 
 class Filling(NamedTuple):
-    """Blocks that a forward under way predicts."""
+    """Blocks that a forward under way predicts, as they were when it was launched."""
 
     rows: Sequence[ActiveRow]
     slots: Array  # (R,)
-    masked: Array  # (R, S), when it was launched
+    sizes: Array  # (R,)
+    masked: Array  # (R, S)
+    threshold: Array  # (R,) float32
+    steps_left: Array  # (R,)
+
+
+class Targets(NamedTuple):
+    """The M positions that a forward predicts, on the host."""
+
+    token: Array  # (M,) which of its N tokens predicts them
+    place: Array  # (M,) where they are in R * S
+    suppress: Array  # (M,) bool: where the mask id must not be chosen
+    draws: list[Array] | None  # the fields of Draws, flat; None where all are greedy
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Draws | None]:
+        """Token, suppress and draws on the device."""
+        token, suppress, *draws = send(device, self.token, self.suppress, *(self.draws or ()))
+        if not draws:
+            return token, suppress.bool(), None
+        temperature, top_k, top_p, key, counter, free, limited = draws
+        counter = counter.view(-1, 3)
+        return token, suppress.bool(), Draws(temperature.float(), top_k, top_p, key.view(-1, 2), counter, free, limited)
 
 
 def _slots(rows: Sequence[ActiveRow]) -> Array:

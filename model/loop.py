@@ -7,6 +7,11 @@ on their way and leaves them there: of the context tower, over a piece of the wa
 blocks together, so that they share one reading of its weights; and of the denoiser, over the blocks that the lane is
 filling. While they compute, the other lanes have their turns. Each stage of the model runs its forwards in the order of
 their launch, so a row may begin a block behind an extension that has not come back yet.
+
+A device idles while the host looks at what came back. In AR mode a turn therefore makes several tokens, one forward
+behind the other (`ar_tokens`). In a lane of many rows (`overlap_rows`) the extension is launched before the last
+denoiser forward is collected, so that the device has it while the host looks: a block that was filled then waits for
+the next turn, which costs nothing where the time of a forward grows with its rows.
 """
 
 import time
@@ -53,10 +58,13 @@ class Loop(Generic[H]):
         decode: Decode | None = None,
         *,
         extend_every: int = 1,
+        ar_tokens: int = 1,
+        overlap_rows: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.backend, self.scheduler = backend, scheduler
         self._decode, self._extend_every, self._clock = decode, extend_every, clock
+        self._ar_tokens, self._overlap_rows = ar_tokens, overlap_rows
         self._under_way: deque[_Under[H]] = deque()  # in the order of their launch
         self._finished: list[Completion] = []
         self._halvings = 0
@@ -148,9 +156,12 @@ class Loop(Generic[H]):
             self._calm = 0
             self.scheduler.double()
         for lane in self.scheduler.lanes:
-            self._collect(lane)
+            overlapping = self._overlap_rows is not None and lane.rows >= self._overlap_rows and not lane.ar_rows
+            if not overlapping:
+                self._collect(lane)
             self._admit()
-            self._launch(lane)
+            extended = self._launch_context(lane, overlapping)
+            self._launch_denoiser(lane, extended)
         finished, self._finished = self._finished, []
         return finished
 
@@ -164,28 +175,46 @@ class Loop(Generic[H]):
         rows = self.scheduler.admit(self._clock())
         self._try("admission", rows, lambda: self.backend.enter(rows))
 
-    def _launch(self, lane: Lane) -> None:
+    def _launch_context(self, lane: Lane, overlapping: bool) -> list[ActiveRow]:
+        """Sends pieces of prompts and the lane's finished blocks to the context -> the rows of these blocks.
+
+        overlapping: what was launched before is collected after that.
+        """
         due = lane.due(self._extend_every) or self.scheduler.many_prompts_wait
-        if due:  # first of all: where it fails, nothing has been taken out of its place yet
-            self._begin(lane, lane.ar_extending())
+        if due and (waiting := lane.ar_extending()):  # first of all: where it fails, nothing was taken out of its place
+            self._begin(lane, waiting, self._tokens_a_turn(lane, waiting))
         pieces = self.scheduler.prefill_batch() if due else []
         extend = lane.take_extending() if due else []
         fill = [row for row in extend if row.mode == "ar"] if lane.ar_rows else []
         # a one-token prompt in an AR mode has no tokens to prefill
         batch = [(item, count) for item, count in (*pieces, *((row, len(row.pending)) for row in extend)) if count]
         items, reading = [item for item, _ in batch], {item for item, _ in pieces}
-        if not batch or self._send(lane, "context", items, lambda: self.backend.extend(batch, fill), reading):
+        sent = bool(batch) and self._send(lane, "context", items, lambda: self.backend.extend(batch, fill), reading)
+        if sent or not batch:
             self.scheduler.prefilled(pieces)
-        self._begin(lane, lane.take_fresh(extend))
+        if overlapping:
+            self._collect(lane, self._under_way[-1] if sent else None)
+        return extend
+
+    def _launch_denoiser(self, lane: Lane, extended: list[ActiveRow]) -> None:
+        self._begin(lane, lane.take_fresh(extended))
         if rows := list(lane.filling):
             self._send(lane, "denoise", rows, lambda: self.backend.denoise(rows))
 
-    def _begin(self, lane: Lane, rows: Sequence[ActiveRow]) -> None:
+    def _tokens_a_turn(self, lane: Lane, rows: Sequence[ActiveRow]) -> int:
+        """How many tokens these rows in AR mode make now: one where others wait for that, or pages are few."""
+        ahead = self._ar_tokens
+        if ahead > 1 and (lane.rows > lane.ar_rows or self.scheduler.many_prompts_wait):
+            return 1
+        reserve = self.scheduler.slots.reserve_more
+        return ahead if ahead > 1 and all(reserve(row.slot, min(ahead, row.room)) for row in rows) else 1
+
+    def _begin(self, lane: Lane, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
         for row in rows:
             if row.until is not lane.clock:  # it did not go on at once
                 row.rejoin(lane.clock)
         if rows:
-            self._try("begin", rows, lambda: self.backend.begin(rows))
+            self._try("begin", rows, lambda: self.backend.begin(rows, ar_tokens))
 
     def _send(
         self,
@@ -211,12 +240,12 @@ class Loop(Generic[H]):
 
     # -- collecting --------------------------------------------------------------------------------------------------
 
-    def _collect(self, lane: Lane) -> None:
-        """Takes in what the lane's forwards predicted, and before that all that was launched earlier.
+    def _collect(self, lane: Lane, newest: _Under[H] | None = None) -> None:
+        """Takes in what the lane's forwards predicted, but for `newest`, and before that all launched earlier.
 
         Earlier ones of other lanes are there only after a step that an error ended; what they say comes first.
         """
-        while any(under.lane is lane for under in self._under_way):
+        while any(under.lane is lane and under is not newest for under in self._under_way):
             self._take_in(self._under_way.popleft())
 
     def _take_in(self, under: _Under[H]) -> None:
@@ -261,7 +290,7 @@ class Loop(Generic[H]):
         if ready < len(tokens):
             tokens, confidences = tokens[:ready], confidences[:ready]
         end: End | None = None
-        if may_end and not broken:
+        if may_end:
             so_far = row.tokens + tokens
             end = find_end(so_far, row.request.params, self._decode, row.checked)
             row.checked = len(so_far)
@@ -270,10 +299,11 @@ class Loop(Generic[H]):
         row.forwards += steps
         if row.mode == "diffusion":
             row.steps.append(steps)
-        if broken:
-            self._end(row, confidences, "error", row.tokens, None, _not_finite(row))
-        elif end is not None:
+        if end is not None:
             self._end(row, confidences, end.reason, end.token_ids, end.text)
+        elif broken:
+            kept = row.tokens + tokens if row.mode == "ar" else row.tokens  # half a block is no text
+            self._end(row, confidences, "error", kept, None, _not_finite(len(kept)))
         else:
             self._go_on(row, tokens, confidences)
 
@@ -282,7 +312,7 @@ class Loop(Generic[H]):
         lane = row.lane
         assert lane is not None
         # mock-AR keeps its newest token out of the context, as the input of its next forward
-        pending = [row.last_token] if row.mode == "mock_ar" else tokens
+        pending = [row.last_token] if row.mode == "mock_ar" else tokens[-1:] if row.mode == "ar" else tokens
         row.tokens += tokens
         row.confidences += confidences
         row.checked = len(row.tokens)
@@ -334,8 +364,8 @@ class Loop(Generic[H]):
         raise EngineError(text, tuple(row.request.key for row in lost), finished) from error
 
 
-def _not_finite(row: ActiveRow) -> str:
+def _not_finite(tokens: int) -> str:
     return (
-        f"the model's logits were not finite after {len(row.tokens)} tokens: "
+        f"the model's logits were not finite after {tokens} tokens: "
         "the kernels or the checkpoint are wrong, or the prompt breaks them"
     )

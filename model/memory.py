@@ -1,7 +1,8 @@
 """The memory plan: how many rows, and how many tokens of their contexts, fit beside the weights. Made once at start.
 
 A device holds, beside its weights: the Mamba states of every slot, the pages of keys and values, what one forward needs
-while it runs, and the slice of logits that is being reduced. The tightest device decides for all.
+while it runs, what CUDA graphs keep, and logits that are being reduced. The tightest device decides for all.
+`python -m model.fit` makes the plan of GPUs that are not here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +12,13 @@ import torch
 
 from model.config import TwoTowerConfig
 from model.errors import RequestError
+from model.kernels import HEAD_WORKSPACE
+from model.kernels.plain_head import LIMITED_BYTES
 from model.params import EngineLimits
-from model.sampling import HEAD_WORKSPACE, LIMITED_BYTES
 from model.slots import PAGE_SIZE, PREFIX_SLOTS, pages_for
 from model.two_tower import Stage, TwoTower
 from model.weights import free_memory
-from model.workspace import Forward, causal_queries, forward_bytes
+from model.workspace import Forward, causal_queries, cuda_forward_bytes, graph_bytes, plain_forward_bytes
 
 KEPT_BACK: Mapping[str, float] = {"cuda": 0.05, "cpu": 0.5}
 """Share of the free memory that stays free. On a GPU: fragments of the allocator and workspaces of cuBLAS, which no
@@ -47,10 +49,17 @@ class DevicePlan:
     logits: int
     workspace: int
     """Largest temporaries of a forward."""
+    graphs: int
+    """What CUDA graphs keep."""
 
     def fixed(self, rows: int) -> int:
         """Bytes for so many rows before any context; prefixes have slots beside the rows'."""
-        return self.states_per_row * (rows + PREFIX_SLOTS) + self.workspace + self.logits
+        return self.states_per_row * (rows + PREFIX_SLOTS) + self.working
+
+    @property
+    def working(self) -> int:
+        """Bytes for forwards under way."""
+        return self.workspace + self.graphs + self.logits
 
     def kv_room(self, rows: int) -> int | None:
         """Tokens of context, in whole pages, that fit beside so many rows; below 0 where the rows themselves do not
@@ -75,22 +84,14 @@ class MemoryPlan:
 
     def lines(self) -> list[str]:
         """A table to read: a line a device, and the rows and tokens that come out."""
-        heads = (
-            "device",
-            "weights",
-            "free now",
-            "states/row",
-            "KV/token",
-            "all KV",
-            "logits",
-            "workspace",
-            "left then",
-        )
+        heads: tuple[str, ...] = ("device", "weights", "free now", "states/row", "KV/token", "all states", "all KV")
+        heads += ("logits", "workspace", "graphs", "left then")
         table: list[tuple[str, ...]] = [heads]
         for plan in self.devices:
             all_kv = plan.kv_per_token * pages_for(self.kv_tokens) * PAGE_SIZE
-            sizes = (plan.weights, plan.free, plan.states_per_row, plan.kv_per_token, all_kv, plan.logits)
-            last = (plan.workspace, plan.left(self.max_rows, self.kv_tokens))
+            states = plan.states_per_row * (self.max_rows + PREFIX_SLOTS)
+            sizes = (plan.weights, plan.free, plan.states_per_row, plan.kv_per_token, states, all_kv)
+            last = (plan.logits, plan.workspace, plan.graphs, plan.left(self.max_rows, self.kv_tokens))
             table.append((plan.device, *(_size(count) for count in sizes + last)))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
@@ -162,7 +163,6 @@ class _Planner:
         config, size = self.config, self.dtype.itemsize
         kinds = [config.layer_kinds[i] for stage in stages for i in stage.context]
         ssm = config.mamba_inner * config.ssm_state_size * 4  # float32 whatever the dtype
-        head = self._lane_rows(rows) * BLOCK_TOKENS * config.vocab_size * LIMITED_BYTES
         return DevicePlan(
             device=name,
             free=self.free[name],
@@ -170,22 +170,43 @@ class _Planner:
             weights=self.weights.get(name, 0),
             states_per_row=kinds.count("mamba") * (config.conv_dim * config.conv_kernel * size + ssm),
             kv_per_token=kinds.count("attention") * 2 * config.kv_inner * size,
-            logits=min(HEAD_WORKSPACE, head) if self.stages[-1] in stages else 0,
+            logits=self._logits(torch.device(name).type, rows) if self.stages[-1] in stages else 0,
             # each stage runs one forward at a time, but stages that share a device may run at once
             workspace=sum(self._workspace(stage, rows) for stage in stages),
+            graphs=sum(self._graphs(stage, rows) for stage in stages),
         )
 
     def _lane_rows(self, rows: int) -> int:
         """Rows of a lane at most: a row goes to the lane that has the fewest."""
         return -(-rows // (self.limits.lanes or len(self.stages)))
 
+    def _logits(self, kind: str, rows: int) -> int:
+        """Bytes of a lane's logits and what is made of them: a GPU holds them as they are, a CPU sorts some of them."""
+        each = self.dtype.itemsize if kind == "cuda" else LIMITED_BYTES
+        return min(HEAD_WORKSPACE[kind], self._lane_rows(rows) * BLOCK_TOKENS * self.config.vocab_size * each)
+
     def _workspace(self, stage: Stage, rows: int) -> int:
         """Bytes of the largest forward: of the context tower, pieces of prompts and the finished blocks of a lane."""
-        prompts, blocks = self.limits.max_prefill_tokens, self._lane_rows(rows) * BLOCK_TOKENS
-        queries = max(BLOCK_TOKENS, min(causal_queries(stage.device.type), prompts))
-        forward = Forward(tokens=prompts + blocks, rows=min(rows, prompts), queries=queries)
+        config, size, blocks = self.config, self.dtype.itemsize, self._blocks(rows)
+        prompts, kind = self.limits.max_prefill_tokens, stage.device.type
+        queries = max(BLOCK_TOKENS, min(causal_queries(kind), prompts))
+        forward = Forward(tokens=prompts + blocks.tokens, rows=min(rows, prompts), queries=queries)
         layers = max(stage.context, stage.denoiser, key=len)
-        return forward_bytes(self.config, self.dtype.itemsize, layers, forward, self.context)
+        if kind == "cuda":
+            read = Forward(tokens=prompts, rows=min(rows, -(-prompts // BLOCK_TOKENS)), queries=queries)
+            return cuda_forward_bytes(config, size, layers, forward, read)
+        return plain_forward_bytes(config, size, layers, forward, self.context)
+
+    def _graphs(self, stage: Stage, rows: int) -> int:
+        if stage.device.type != "cuda":
+            return 0
+        layers = max(stage.context, stage.denoiser, key=len)
+        return graph_bytes(self.config, self.dtype.itemsize, layers, self._blocks(rows))
+
+    def _blocks(self, rows: int) -> Forward:
+        """A forward of a lane's blocks."""
+        count = self._lane_rows(rows)
+        return Forward(tokens=count * BLOCK_TOKENS, rows=count, queries=BLOCK_TOKENS)
 
     def _fits(self, rows: int, kv_tokens: int) -> bool:
         room = _room(self.devices(rows), rows)
@@ -216,7 +237,7 @@ class _Planner:
         fault = (
             f"{tight.device} has {_size(tight.free)} free beside its weights and keeps {_size(tight.kept_back)} of it "
             f"back; needed are {_size(tight.states_per_row * (rows + PREFIX_SLOTS))} for states, "
-            f"{_size(tight.workspace + tight.logits)} for a forward and {_size(tight.kv_per_token * context)} for "
+            f"{_size(tight.working)} for forwards and {_size(tight.kv_per_token * context)} for "
             f"{context:,} tokens of context"
         )
         most = _largest(rows - 1, lambda fewer: self._fits(fewer, context))

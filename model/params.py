@@ -155,7 +155,8 @@ class Completion:
     """What became of one request. Times are seconds of wall clock.
 
     prefill_s, denoise_s and commit_s add up what the row's forwards took, each from its start on the first stage to its
-    end on the last. With several stages forwards overlap, those of one long prompt too: the sum may exceed latency_s.
+    end on the last; on GPUs what the stages took together. With several stages forwards overlap, those of one long
+    prompt too: the sum may exceed latency_s.
     """
 
     key: str

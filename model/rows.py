@@ -4,7 +4,7 @@ Shapes in this package: R rows of the forward, N their tokens together, L the lo
 H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -54,7 +54,7 @@ class Rows:
     seeds: tuple[int, ...]
     lengths: tuple[int, ...]
     context: tuple[int, ...]
-    pages: tuple[tuple[int, ...], ...]
+    pages: tuple[Sequence[int], ...]
     _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -5,6 +5,7 @@ the same page numbers. A prefix that many rows begin with has a slot and pages o
 and share its pages, which nobody writes to any more. One owner of all of it, with an integrity check.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,8 @@ PREFIX_SLOTS = 2
 class _Held:
     """What one slot has."""
 
-    table: list[int]
-    """Its pages in the order of its tokens; the first `shared` of them belong to its prefix."""
+    table: "array[int]"
+    """Its pages in the order of its tokens, as C ints; the first `shared` of them belong to its prefix."""
     shared: int
     prefix: int
     """The slot of the prefix it began with, or -1."""
@@ -61,7 +62,7 @@ class Slots:
         if not self._free_slots or wanted > len(self._free_pages):
             return None
         slot = self._free_slots.pop()
-        table = self._held[prefix].table[:shared] if shared else []
+        table = self._held[prefix].table[:shared] if shared else array("i")
         self._held[slot] = _Held(table, shared, prefix, prefix, shared * PAGE_SIZE)
         if prefix >= 0:
             self._users[prefix] = self._users.get(prefix, 0) + 1
@@ -121,10 +122,10 @@ class Slots:
         """The slot's pages, in the order of its tokens."""
         return tuple(self._held[slot].table)
 
-    def view(self, slots: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    def view(self, slots: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple["array[int]", ...]]:
         """Of each slot, as it is now: its seed, its length, and its pages."""
         held = [self._held[slot] for slot in slots]
-        return tuple(h.seed for h in held), tuple(h.length for h in held), tuple(tuple(h.table) for h in held)
+        return tuple(h.seed for h in held), tuple(h.length for h in held), tuple(h.table[:] for h in held)
 
     def add_slots(self, count: int) -> None:
         """More slots, numbered on."""

@@ -14,6 +14,7 @@ from model.layers.linear import Linear
 from model.layers.mamba2 import Mamba2
 from model.layers.moe import MoE
 from model.layers.norm import RMSNorm
+from model.layers.time import Conditioning
 from model.rows import Rows
 from model.sampling import Head
 
@@ -73,21 +74,22 @@ class Tower(nn.Module):
         self.head.to_empty(device=devices[-1])
         self.requires_grad_(False)
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (N,) int64 -> hidden (N, H) before the first layer."""
+        return F.embedding(tokens, self.embeddings.weight)
+
     def run(
         self,
         x: Tensor,
         layers: range,
         states: Sequence[LayerState],
         rows: Rows,
-        conditioning: Tensor | None = None,
+        conditioning: Conditioning | None = None,
     ) -> Tensor:
-        """The embedding where `layers` begin with the first, then those layers, all on one device.
+        """Some layers, all on one device: hidden (N, H) -> (N, H), behind the last layer before the final norm.
 
-        x: tokens (N,) int64 before the first layer, otherwise hidden (N, H) -> hidden (N, H) before the final norm.
-        conditioning: (len(layers), R, 3, H). A causal tower stores the tokens in the context.
+        A causal tower stores the tokens in the context.
         """
-        if layers.start == 0:
-            x = F.embedding(x, self.embeddings.weight)
         for place, i in enumerate(layers):
             time = None if conditioning is None else conditioning[place]
             x = self.layers[i](x, states[i], rows, time, causal=self.causal, store=self.causal)
@@ -95,7 +97,7 @@ class Tower(nn.Module):
 
     def logits(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
         """hidden (M, H) before the final norm -> logits (M, V) float32, or of some columns of the vocabulary."""
-        return self.head_on(hidden)(slice(None), slice(None) if columns is None else columns).float()
+        return self.head_on(hidden).logits(slice(None), slice(None) if columns is None else columns).float()
 
     def head_on(self, hidden: Tensor) -> Head:
         """hidden (M, H) before the final norm -> a head for `model.sampling.choose`: hidden is normalised once.
@@ -103,7 +105,8 @@ class Tower(nn.Module):
         Its logits are a new tensor at every call, in the model's dtype.
         """
         normed: Tensor = self.norm_f(hidden)
-        return lambda rows, columns: self.head.kernels.linear(normed[rows], self.head.weight[columns])
+        kernels, weight = self.head.kernels, self.head.weight
+        return Head(lambda rows, columns: kernels.linear(normed[rows], weight[columns]), weight.dtype, kernels)
 
     def checkpoint_targets(self, tower: str, head: str) -> dict[str, Tensor]:
         """Checkpoint name -> the tensor, or the part of one, that takes it."""

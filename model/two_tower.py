@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,13 @@ from model.checkpoint import Checkpoint, open_checkpoint
 from model.config import Towers, TwoTowerConfig
 from model.errors import RequestError
 from model.kernels import kernels_for
-from model.layers.time import TimeConditioning
+from model.layers.time import Conditioning, TimeConditioning
 from model.partition import partition
 from model.rows import Rows
 from model.tokenizer import Tokenizer
 from model.tower import Tower
-from model.weights import check_memory, load_tensors
+from model.transfer import to_device
+from model.weights import Loaded, check_memory, load_towers
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TIME_NAMES = {"embed_in": "t_embedder.mlp.0", "embed_out": "t_embedder.mlp.2", "block": "t_block.1"}
@@ -38,11 +40,14 @@ def load_model(
         raise RequestError(f"towers is {towers!r}: it must be 'both' or 'context'")
     if isinstance(devices, str) or not isinstance(devices, Sequence) or not devices:
         raise RequestError(f"devices is {devices!r}: it must be a list such as ['cpu'] or ['cuda:0', 'cuda:1']")
+    places = [_device(name) for name in devices]
+    if len({place.type for place in places}) > 1:
+        raise RequestError(f"devices are {', '.join(devices)}: all must be 'cpu', or all 'cuda:N'")
     checkpoint = open_checkpoint(uri)
     checkpoint.validate(towers)
-    check_memory(checkpoint, towers, DTYPES[dtype], [_device(name) for name in devices])
-    pair = TwoTower(checkpoint.config, DTYPES[dtype], [_device(name) for name in devices], towers)
-    load_tensors(checkpoint, pair.checkpoint_targets())
+    check_memory(checkpoint, towers, DTYPES[dtype], places)
+    pair = TwoTower(checkpoint.config, DTYPES[dtype], places, towers)
+    pair.loaded = load_towers(checkpoint, pair.checkpoint_targets())
     pair.share_time()
     pair.tokenizer = _tokenizer(checkpoint)
     return pair
@@ -93,6 +98,8 @@ class TwoTower(nn.Module):
         self.stages = [Stage(device, *ranges) for device, ranges in zip(devices, parts, strict=True)]
         self.devices = [stage.device for stage in self.stages for _ in stage.context]
         self.tokenizer: Tokenizer | None = None
+        self.loaded: tuple[Loaded, ...] = ()
+        """How the weights were loaded, a tower at a time; empty where they were not."""
         self.context = Tower(config, self.devices, dtype, causal=True)
         self.denoiser: Tower | None = None
         if towers == "both":
@@ -152,40 +159,64 @@ class TwoTower(nn.Module):
     def denoise(self, cache: ContextCache, rows: Rows, tokens: Tensor, t: Tensor) -> Tensor:
         """One denoiser forward over the rows' blocks -> hidden (N, H); the cache is only read.
 
-        tokens (N,): committed ids and mask ids. t (R,) float32: each row's masked fraction; NaN for a row that runs
-        without time conditioning (mock-AR).
+        tokens (N,): committed ids and mask ids. t (R,) float32, on the host: each row's masked fraction; NaN for a row
+        that runs without time conditioning (mock-AR).
         """
         return _run(self.denoise_parts(cache, rows, t), tokens)
 
     def extend_parts(self, cache: ContextCache, rows: Rows) -> list[Part]:
         """`extend`, a part a stage. The caller notes the rows' growth when it has sent them on their way."""
 
-        def part(x: Tensor, stage: Stage) -> Tensor:
-            return self.context.run(x.to(stage.device), stage.context, cache.layers, rows)
-
-        return [partial(part, stage=stage) for stage in self.stages]
-
-    def denoise_parts(self, cache: ContextCache, rows: Rows, t: Tensor) -> list[Part]:
-        """`denoise`, a part a stage."""
-        denoiser = self.denoiser
-        assert denoiser is not None, "loaded without the denoiser tower"
-        conditioned = not bool(t.isnan().all())
-
         def part(x: Tensor, stage: int) -> Tensor:
-            device, layers = self.stages[stage].device, self.stages[stage].denoiser
-            conditioning = self._conditioning(t.to(device), stage) if conditioned else None
-            return denoiser.run(x.to(device), layers, cache.layers, rows, conditioning)
+            return self.extend_layers(cache, rows, self.enter("context", x, stage), stage)
 
         return [partial(part, stage=stage) for stage in range(len(self.stages))]
 
-    def _conditioning(self, t: Tensor, stage: int) -> Tensor:
-        """t (R,) -> (layers of the stage, R, 3, H). Rows at the same t, such as all new blocks, are computed once."""
-        values, which = t.unique(return_inverse=True)  # a NaN equals no other: it stays a value of its own
-        plain = values.isnan()[:, None, None]
-        shared = self.times[stage](values.nan_to_num())  # (U, 3, H)
-        # modulates nothing, gates nothing
-        neutral = torch.tensor([0.0, 0.0, 1.0], dtype=self.dtype, device=t.device)[:, None]
-        return torch.where(plain, neutral, shared + self.tables[stage][:, None]).index_select(1, which)
+    def denoise_parts(self, cache: ContextCache, rows: Rows, t: Tensor) -> list[Part]:
+        """`denoise`, a part a stage. t is on the host."""
+        conditioned = not bool(t.isnan().all())
+        # rows at the same t, such as all new blocks, are computed once; a NaN equals no other
+        values, which = t.unique(return_inverse=True)
+
+        def part(x: Tensor, stage: int) -> Tensor:
+            hidden, device = self.enter("denoiser", x, stage), self.stages[stage].device
+            times = (to_device(values, device), to_device(which, device)) if conditioned else None
+            return self.denoise_layers(cache, rows, hidden, times, stage)
+
+        return [partial(part, stage=stage) for stage in range(len(self.stages))]
+
+    def enter(self, tower: Literal["context", "denoiser"], x: Tensor, stage: int) -> Tensor:
+        """What comes into a stage -> hidden (N, H) on its device; tokens (N,), into the first one, are embedded."""
+        device = self.stages[stage].device
+        x = x.to(device, non_blocking=True) if x.is_cuda else to_device(x, device)
+        if stage:
+            return x
+        embedded: Tensor = self._tower(tower).embed(x)
+        return embedded
+
+    def extend_layers(self, cache: ContextCache, rows: Rows, hidden: Tensor, stage: int) -> Tensor:
+        """The context tower's layers of one stage, hidden (N, H) -> (N, H); the rows' tokens go into the context."""
+        return self.context.run(hidden, self.stages[stage].context, cache.layers, rows)
+
+    def denoise_layers(
+        self, cache: ContextCache, rows: Rows, hidden: Tensor, times: tuple[Tensor, Tensor | None] | None, stage: int
+    ) -> Tensor:
+        """The denoiser's layers of one stage, hidden (N, H) -> (N, H).
+
+        times: values of t (U,) and each row's among them (R,), None for one a row, all on the stage's device; None
+        where no row has a time.
+        """
+        conditioning = None
+        if times is not None:
+            values, which = times
+            shared = self.times[stage](values.nan_to_num())
+            conditioning = Conditioning(shared, values.isnan(), self.tables[stage], which)
+        return self._tower("denoiser").run(hidden, self.stages[stage].denoiser, cache.layers, rows, conditioning)
+
+    def _tower(self, name: Literal["context", "denoiser"]) -> Tower:
+        tower = self.context if name == "context" else self.denoiser
+        assert tower is not None, "loaded without the denoiser tower"
+        return tower
 
     @torch.inference_mode()
     def context_logits(self, prompt_ids: Sequence[int]) -> Tensor:

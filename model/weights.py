@@ -1,19 +1,24 @@
-"""From a checkpoint into tensors that already exist, without a second copy of the weights in memory.
+"""From a checkpoint into tensors that already exist, without a second copy of the weights on host or device.
 
 check_memory(checkpoint, "both", torch.bfloat16, ["cuda:0", "cuda:1"])     # before anything is allocated
 load_tensors(checkpoint, {"lm_head.weight": head, "…experts.3.up_proj.weight": stacked[3], …})
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from model.checkpoint import PIECE, Checkpoint, TensorInfo
 from model.config import Towers, expected_tensors
 from model.errors import CheckpointError
+from model.staging import Copies, copies_to
 
 STORED_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -21,8 +26,12 @@ STORED_DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_READERS = 8  # range reads under way at once
-_ALIGN = 64  # bytes; where tensors begin in the buffer
+BUFFER = 16 * 2**20
+"""Bytes of one. Larger ones were slower to fill from a page cache (they leave the CPU's), and no faster from S3."""
+BUFFERS = 8
+READERS = 8
+"""Range reads under way at once."""
+_ALIGN = 64  # bytes; where tensors begin in a buffer, so that any dtype may be read off there
 
 
 def weight_bytes(checkpoint: Checkpoint, towers: Towers, dtype: torch.dtype) -> int:
@@ -41,14 +50,14 @@ def check_memory(
     """Raises CheckpointError where the weights do not fit into the memory that is free now.
 
     `devices` holds one name a stage; a device named twice must hold both stages. `stage_bytes` are the bytes that each
-    stage takes; without them the weights are shared equally. The host must also hold the largest tensor on its way.
+    stage takes; without them the weights are shared equally. The host must also hold what is on its way.
     """
     if stage_bytes is None:
         stage_bytes = [-(-weight_bytes(checkpoint, towers, dtype) // len(devices))] * len(devices)
     if len(stage_bytes) != len(devices):
         raise ValueError(f"{len(stage_bytes)} stage_bytes for {len(devices)} devices")
-    largest = max(checkpoint.tensors[name].nbytes for name in expected_tensors(checkpoint.config, towers))
-    needs = {"cpu": largest}  # device name -> bytes of all its stages
+    on_its_way = sum(checkpoint.tensors[name].nbytes for name in expected_tensors(checkpoint.config, towers))
+    needs = {"cpu": min(BUFFERS * BUFFER, on_its_way)}  # device name -> bytes of all its stages
     for device, need in zip(devices, stage_bytes, strict=True):
         name = "cuda:0" if str(device) == "cuda" else str(device)
         needs[name] = needs.get(name, 0) + need
@@ -107,42 +116,140 @@ def _cgroup_free(root: Path) -> int | None:
     return None
 
 
-def load_tensors(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> None:
-    """Fills `targets`, checkpoint name -> destination: any device, any float dtype, contiguous or a view.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What was loaded, and how fast."""
 
-    Tensors pass through one buffer of the size of the largest: as many as fit are read at once, in pieces and by
-    several threads, in the order in which they lie in the shards. That buffer is all the memory taken beyond the
-    destinations (from remote storage, the pieces under way come on top: at most 64 MiB). Values are rounded to the
-    destination's dtype once.
+    what: str
+    bytes: int
+    """As stored."""
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = self.bytes / max(self.seconds, 1e-9)
+        return f"{self.what} {_decimal(self.bytes)} in {self.seconds:.1f} s ({_decimal(rate)}/s)"
+
+
+def load_towers(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> tuple[Loaded, ...]:
+    """As load_tensors, the context tower first, then the denoiser and its time conditioning -> how long each took."""
+    names = {"context tower": expected_tensors(checkpoint.config, "context").keys() & targets.keys()}
+    names["denoiser"] = targets.keys() - names["context tower"]
+    loaded = []
+    for what, of_tower in names.items():
+        if of_tower:
+            began = time.perf_counter()
+            count = load_tensors(checkpoint, {name: targets[name] for name in of_tower})
+            loaded.append(Loaded(what, count, time.perf_counter() - began))
+    return tuple(loaded)
+
+
+def load_tensors(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> int:
+    """Fills `targets`, checkpoint name -> contiguous destination, or part of one: any device, any float dtype.
+
+    What lies in the shards passes, in its order there, through BUFFERS buffers on the host: several threads read pieces
+    into some while others are copied to the device. They are all the memory taken beyond the destinations (from remote
+    storage, the pieces under way come on top; on a device, what of a buffer is being converted). Values are rounded to
+    the destination's dtype once, on its device. Returns the bytes read.
     Raises CheckpointError where a tensor is absent, has another shape or dtype, or its shard ends too early.
     """
     infos = {name: _info(checkpoint, name, target) for name, target in targets.items()}
     wanted = sorted(
         ((name, info) for name, info in infos.items() if info.nbytes), key=lambda item: (item[1].shard, item[1].start)
     )
-    # One buffer for all: buffers that come and go in many threads leave several times their size to the allocator.
-    buffer = bytearray(max((info.nbytes for _, info in wanted), default=0))
-    with ThreadPoolExecutor(_READERS) as threads, torch.no_grad():
-        for group in _groups(wanted, len(buffer)):
-            reads = [_submit(threads, checkpoint, info, memoryview(buffer)[at:]) for _, info, at in group]
-            for (name, info, at), pieces in zip(group, reads, strict=True):
-                try:
-                    _ = [piece.result() for piece in pieces]
-                except CheckpointError as error:
-                    threads.shutdown(wait=False, cancel_futures=True)
-                    raise CheckpointError(f"tensor {name} cannot be loaded: {error}") from error
-                stored = STORED_DTYPES[info.dtype]
-                count = info.nbytes // stored.itemsize
-                targets[name].copy_(torch.frombuffer(buffer, dtype=stored, count=count, offset=at).view(info.shape))
+    count = sum(info.nbytes for _, info in wanted)
+    # no larger than a small checkpoint needs, were each tensor to begin a new _ALIGN bytes
+    size = min(BUFFER, _aligned(count) + _ALIGN * len(wanted))
+    with ThreadPoolExecutor(READERS) as threads, torch.no_grad():
+        try:
+            _load(checkpoint, targets, list(_fills(wanted, size)), size, threads)
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+    return count
 
 
-def _submit(
-    threads: ThreadPoolExecutor, checkpoint: Checkpoint, info: TensorInfo, buffer: memoryview
+class _Chunk(NamedTuple):
+    """Bytes [start, start + length) of a tensor, and where in a buffer they go."""
+
+    name: str
+    info: TensorInfo
+    start: int
+    length: int
+    at: int
+
+
+class _Filling(NamedTuple):
+    """A buffer into which chunks are being read, and the reads of each."""
+
+    buffer: torch.Tensor
+    chunks: "list[tuple[_Chunk, list[Future[None]]]]"
+
+
+def _load(
+    checkpoint: Checkpoint,
+    targets: Mapping[str, torch.Tensor],
+    fills: Sequence[Sequence[_Chunk]],
+    size: int,
+    threads: ThreadPoolExecutor,
+) -> None:
+    copies = copies_to(target.device for target in targets.values())
+    # a buffer, and what waits until the copies out of it are done
+    free: deque[tuple[torch.Tensor, Callable[[], object]]] = deque()
+    free.extend((copies.buffer(size), copies.mark()) for _ in range(min(BUFFERS, len(fills))))
+    filling: deque[_Filling] = deque()
+    for chunks in fills:
+        if len(filling) == BUFFERS - 1:  # the copies out of the last one go on while the others are filled
+            free.append((_empty(filling.popleft(), targets, copies), copies.mark()))
+        buffer, wait = free.popleft()
+        wait()
+        filling.append(_Filling(buffer, [(chunk, _read(threads, checkpoint, chunk, buffer)) for chunk in chunks]))
+    while filling:
+        _empty(filling.popleft(), targets, copies)
+    copies.mark()()
+
+
+def _read(
+    threads: ThreadPoolExecutor, checkpoint: Checkpoint, chunk: _Chunk, buffer: torch.Tensor
 ) -> "list[Future[None]]":
+    memory = memoryview(buffer.numpy())[chunk.at : chunk.at + chunk.length]  # type: ignore[arg-type]  # it is one
     return [
-        threads.submit(checkpoint.read_into, info, start, buffer[start : min(start + PIECE, info.nbytes)])
-        for start in range(0, info.nbytes, PIECE)
+        threads.submit(checkpoint.read_into, chunk.info, chunk.start + at, memory[at : at + PIECE])
+        for at in range(0, chunk.length, PIECE)
     ]
+
+
+def _empty(filling: _Filling, targets: Mapping[str, torch.Tensor], copies: Copies) -> torch.Tensor:
+    """Begins the copies out of a buffer, each as soon as it is read -> the buffer."""
+    for chunk, reads in filling.chunks:
+        try:
+            _ = [read.result() for read in reads]
+        except CheckpointError as error:
+            raise CheckpointError(f"tensor {chunk.name} cannot be loaded: {error}") from error
+        stored = STORED_DTYPES[chunk.info.dtype]
+        source = filling.buffer[chunk.at : chunk.at + chunk.length].view(stored)
+        first = chunk.start // stored.itemsize
+        copies.copy(targets[chunk.name].view(-1)[first : first + len(source)], source)
+    return filling.buffer
+
+
+def _fills(wanted: Sequence[tuple[str, TensorInfo]], size: int) -> Iterator[list[_Chunk]]:
+    """What goes into one buffer of `size` bytes after the other; a tensor may begin in one and end in a later one."""
+    chunks, used = list[_Chunk](), 0
+    for name, info in wanted:
+        start = 0
+        while start < info.nbytes:
+            if (at := _aligned(used)) >= size:
+                yield chunks
+                chunks, at = [], 0
+            length = min(info.nbytes - start, size - at)
+            chunks.append(_Chunk(name, info, start, length, at))
+            start, used = start + length, at + length
+    if chunks:
+        yield chunks
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGN) * _ALIGN
 
 
 def _info(checkpoint: Checkpoint, name: str, target: torch.Tensor) -> TensorInfo:
@@ -156,21 +263,13 @@ def _info(checkpoint: Checkpoint, name: str, target: torch.Tensor) -> TensorInfo
             f"checkpoint {checkpoint.uri}: tensor {name} is {list(info.shape)} in {info.shard}, "
             f"{list(target.shape)} is due"
         )
+    if not target.is_contiguous():
+        raise ValueError(f"the destination of {name} is not contiguous")
     return info
 
 
-def _groups(wanted: Sequence[tuple[str, TensorInfo]], size: int) -> Iterator[list[tuple[str, TensorInfo, int]]]:
-    """Cuts `wanted` into runs that fit into `size` bytes together; adds where in the buffer each tensor goes."""
-    group, used = list[tuple[str, TensorInfo, int]](), 0
-    for name, info in wanted:
-        at = -(-used // _ALIGN) * _ALIGN
-        if group and at + info.nbytes > size:
-            yield group
-            group, at = [], 0
-        group.append((name, info, at))
-        used = at + info.nbytes
-    if group:
-        yield group
+def _decimal(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _gib(count: int) -> str:

@@ -1,12 +1,14 @@
 """How many bytes one forward needs beside weights and context cache: its largest temporaries, layer kind by layer kind.
 
-Estimates from above of what `model.kernels.plain` and `model.layers` hold at once; kernels that fuse more hold less.
-Measured peaks lie below (tests/model/test_memory.py).
+Estimates from above of what `model.layers` hold at once, with `model.kernels.plain` and with those of a GPU. Measured
+peaks of both lie below (tests/model/test_memory.py; the GPU's kernels under Triton's interpreter).
 """
 
 from dataclasses import dataclass
 
 from model.config import TwoTowerConfig
+from model.kernels.paged import MIN_QUERIES, PROGRAMS, power_of_two
+from model.kernels.paged import QUERIES as TILE_QUERIES
 from model.kernels.pieces import MAX_GATHERED, QUERIES
 from model.kernels.plain import MIN_GEMM_ROWS, SCAN_CHUNK, SCAN_ELEMENTS
 from model.slots import PAGE_SIZE, pages_for
@@ -28,8 +30,8 @@ def causal_queries(device_type: str) -> int:
     return PAGE_SIZE if device_type == "cpu" else max(PAGE_SIZE, QUERIES)
 
 
-def forward_bytes(config: TwoTowerConfig, itemsize: int, layers: range, forward: Forward, context: int) -> int:
-    """Bytes at most that a forward of one stage's `layers`, of either tower, needs while it runs.
+def plain_forward_bytes(config: TwoTowerConfig, itemsize: int, layers: range, forward: Forward, context: int) -> int:
+    """Bytes at most that a forward of one stage's `layers`, of either tower, needs while it runs on a CPU.
 
     itemsize: bytes of a number in the model's dtype. context: tokens of the longest row.
     """
@@ -85,3 +87,50 @@ def _moe(config: TwoTowerConfig, itemsize: int, tokens: int) -> int:
     routed = max(2 * outputs + one, 3 * outputs) + 6 * 8 * pairs
     shared = tokens * itemsize * (hidden + 3 * config.moe_shared_expert_intermediate_size)
     return max(router, routed, shared)
+
+
+def cuda_forward_bytes(
+    config: TwoTowerConfig, itemsize: int, layers: range, forward: Forward, prompts: Forward | None = None
+) -> int:
+    """The same on a GPU, for a forward that reads `prompts` beside its blocks; the context's length changes nothing.
+
+    Mamba layers scan prompts with mamba-ssm, padded to their longest, as the plain kernels do.
+    """
+    kinds = {config.layer_kinds[i] for i in layers}
+    tokens, largest = forward.tokens, 0
+    if "mamba" in kinds:
+        # in_proj's output; in float32 what the convolution gives, and the scan; gated and normalised
+        largest = tokens * (itemsize * (config.in_proj_size + config.mamba_inner))
+        largest += tokens * 4 * (config.conv_dim + config.mamba_inner)
+        largest += _mamba(config, itemsize, prompts) if prompts else 0
+    if "attention" in kinds:
+        largest = max(largest, _cuda_attention(config, itemsize, tokens))
+    if "moe" in kinds:
+        largest = max(largest, _cuda_moe(config, itemsize, tokens))
+    # residual, normed input, mixer output, their gated sum; shift, scale and gate of a layer, and what they are made of
+    residuals = 4 * tokens * config.hidden_size * itemsize
+    return residuals + 4 * forward.rows * 3 * config.hidden_size * itemsize + largest
+
+
+def _cuda_attention(config: TwoTowerConfig, itemsize: int, tokens: int) -> int:
+    # q, k, v and the output
+    projected = tokens * itemsize * 2 * (config.attention_inner + config.kv_inner)
+    # of contexts that are split (kernels.paged.Room.of): a sum in float32, the best score and the weights' sum
+    partial = 2 * PROGRAMS * TILE_QUERIES * 4 * (max(MIN_QUERIES, power_of_two(config.head_dim)) + 2)
+    return projected + partial
+
+
+def _cuda_moe(config: TwoTowerConfig, itemsize: int, tokens: int) -> int:
+    hidden, experts, chosen = config.hidden_size, config.n_routed_experts, config.num_experts_per_tok
+    router = 8 * tokens * (hidden + experts)  # float64
+    # inputs and hidden values of each token's experts, or these and outputs; then which, where and by what weight
+    routed = tokens * chosen * (itemsize * (hidden + config.moe_intermediate_size) + 32)
+    shared = tokens * itemsize * config.moe_shared_expert_intermediate_size
+    return max(router, routed + tokens * hidden * itemsize, shared + 2 * tokens * hidden * itemsize)
+
+
+def graph_bytes(config: TwoTowerConfig, itemsize: int, layers: range, forward: Forward) -> int:
+    """What the CUDA graphs of a stage keep for its largest forward of blocks: their pool, and hidden states in and out
+    for blocks of each power of two (model.graphs)."""
+    buffers = 2 * forward.tokens * config.hidden_size * itemsize
+    return buffers + cuda_forward_bytes(config, itemsize, layers, forward)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -13,9 +14,11 @@ from pipeline.commit import UnitOutput
 from pipeline.dataset import UnitData, UnitReader
 from pipeline.errors import JobError
 from pipeline.job import Job
+from pipeline.logs import is_json, use_json
 from pipeline.parts import build_part
 from pipeline.segments import SegmentRows
 from pipeline.types import UnitResult, WorkUnit
+from workers.row_counts import engine_room
 from workers.self_check import self_check
 from workers.unit_runner import UnitRunner
 
@@ -33,6 +36,8 @@ class ReplicaSpec:
     """The plan's digest."""
     schema: pa.Schema
     """Of every part."""
+    json_logs: bool = False
+    """Whether replicas log JSON (pipeline.logs)."""
 
 
 class PartStore:
@@ -77,6 +82,8 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
 
     Raises CheckpointError, RequestError, JobError and what the self-check raises.
     """
+    if spec.json_logs and not is_json():  # with --local the driver has set it up
+        use_json()
     job = spec.job
     pair, tokenizer = load_pair(job)
     checked = self_check(pair, tokenizer, job.model.checkpoint)
@@ -89,7 +96,8 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
         replica=replica,
         checkpoint=job.checkpoint,
         retry_degenerate=job.generation.on_degenerate == "retry",
-        notes=[checked, *engine.memory.lines()],
+        notes=[f"model loaded: {', '.join(map(str, pair.loaded))}", checked, *engine.memory.lines()],
+        room=partial(engine_room, engine),
     )
 
 

@@ -6,9 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from model.errors import TwoTowerError
 from model.faults import first_line
@@ -17,11 +20,16 @@ from pipeline.doctor.machine import NEW_TOKEN, ROOT, answer, token_source
 from pipeline.job import Job
 from pipeline.paths import safe_url
 
+if TYPE_CHECKING:
+    from model import TwoTower
+
 GIB = 1 << 30
 JOIN_S = 60.0
 """Seconds for joining a Ray cluster."""
 BUSY = 0.1
 """Share of a GPU's memory that is in use when the operator is told."""
+RELEASED_LAYERS = 4 * GIB
+"""Free memory of a GPU below which layers of the released size cannot be checked: weights, and what checking takes."""
 OLDEST = (8, 0)
 """Compute capability of the first GPUs that compute in bfloat16."""
 NO_GPU = "set workers.gpus: 0 to run on the CPU; else see whether `nvidia-smi` works and torch is built for CUDA"
@@ -35,7 +43,7 @@ def device_checks(job: Job | None) -> list[Check]:
         Check("torch", check_torch, seconds=120),
         Check("memory", check_memory),
         Check("gpus", functools.partial(check_gpus, job), seconds=120),
-        Check("kernels", check_kernels, seconds=300),
+        Check("kernels", check_kernels, seconds=600),  # a GPU's are compiled first
     ]
     return checks + ([Check("plan", functools.partial(check_plan, job), seconds=120)] if job else [])
 
@@ -91,7 +99,8 @@ def check_gpus(job: Job | None) -> Iterator[Finding]:
 
 
 def check_kernels() -> Iterator[Finding]:
-    """On each device: which kernels it would use, and whether they compute what they must on builtin:noise."""
+    """On each device: which kernels it would use, and whether they compute what they must: on builtin:noise, and on a
+    GPU at the released model's sizes as well."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -109,26 +118,54 @@ def check_kernels() -> Iterator[Finding]:
 
 
 def _check_kernels_on(device: str) -> Finding:
-    import time
-
     import torch
 
     from model import load_model
     from model.kernels import kernels_for
     from model.kernels.check import check_kernels as compare
 
-    name = type(kernels_for(torch.device(device))).__name__
+    name, took = type(kernels_for(torch.device(device))).__name__, dict[str, float]()
     dtype = "float32" if device == "cpu" else "bfloat16"
     try:
         pair = load_model("builtin:noise", dtype, [device])
-        started = time.monotonic()
-        compare(pair)
+        took["small"] = _seconds(lambda: compare(pair))
+        if device != "cpu":
+            released = _released_layers(device)
+            took["released"] = _seconds(lambda: compare(released))
     except TwoTowerError as error:  # it says what to do
         return fail(f"{device}: {error}")
     except Exception as error:  # a compiler or a device may raise anything
         text = f"{device}: {name} failed: {type(error).__name__}: {first_line(error)}"
         return fail(text, "compare driver, torch and Triton with a machine where they run, or set workers.gpus: 0")
-    return ok(f"{device}: {name}, right in {dtype}, compared in {time.monotonic() - started:.1f} s")
+    compared = ", ".join(f"{seconds:.1f} s for {size} sizes" for size, seconds in took.items())
+    return ok(f"{device}: {name}, right in {dtype}, compiled and compared in {compared}")
+
+
+def _released_layers(device: str) -> "TwoTower":
+    """A layer of each kind of the released model's context tower, 2.6 GiB of random weights, with a small vocabulary.
+
+    Raises RequestError where the device has no room for them.
+    """
+    import torch
+
+    from model.errors import RequestError
+    from model.random_weights import random_pair
+    from model.released import RELEASED_CONFIG
+    from model.weights import free_memory
+
+    if (free := free_memory(device)) < RELEASED_LAYERS:
+        raise RequestError(
+            f"{free / GIB:.1f} GiB are free, too few for a layer of each kind at the released sizes "
+            f"({RELEASED_LAYERS / GIB:.0f} GiB): stop what else runs there"
+        )
+    config = replace(RELEASED_CONFIG, layer_kinds=("mamba", "attention", "moe"), vocab_size=512)
+    return random_pair(config, torch.bfloat16, [torch.device(device)], "context")
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.monotonic()
+    call()
+    return time.monotonic() - started
 
 
 def check_plan(job: Job) -> Iterator[Finding]:
@@ -136,10 +173,10 @@ def check_plan(job: Job) -> Iterator[Finding]:
     import torch
 
     from model.checkpoint import open_checkpoint
+    from model.fit import stage_weights
     from model.memory import make_plan
-    from model.partition import partition
-    from model.two_tower import DTYPES, Stage
-    from model.weights import check_memory, free_memory, weight_bytes
+    from model.two_tower import DTYPES
+    from model.weights import check_memory, free_memory
 
     gpus, found = job.workers.gpus, torch.cuda.device_count()
     if gpus > found:
@@ -153,16 +190,15 @@ def check_plan(job: Job) -> Iterator[Finding]:
         return
     names = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
     checkpoint, towers, dtype = open_checkpoint(job.model.checkpoint), job.generation.towers, DTYPES[job.model.dtype]
-    check_memory(checkpoint, towers, dtype, names)
-    share = -(-weight_bytes(checkpoint, towers, dtype) // len(names))  # as check_memory reckons
-    ranges = partition(checkpoint.config, len(names), towers)
-    stages = [Stage(torch.device(name), *pair) for name, pair in zip(names, ranges, strict=True)]
-    free = {name: free_memory(name) - share for name in names}
-    plan = make_plan(checkpoint.config, dtype, stages, dict.fromkeys(names, share), free, job.engine.limits())
+    weights, stages = stage_weights(checkpoint.config, dtype, names, towers)
+    check_memory(checkpoint, towers, dtype, names, weights)
+    free = {name: free_memory(name) - need for name, need in zip(names, weights, strict=True)}
+    held = dict(zip(names, weights, strict=True))
+    plan = make_plan(checkpoint.config, dtype, stages, held, free, job.engine.limits())
     left = min(device.left(plan.max_rows, plan.kv_tokens) for device in plan.devices)
     yield ok(
-        f"about {share / GIB:.2f} GiB of weights on each of {', '.join(names)}; max_rows {plan.max_rows}, kv_tokens "
-        f"{plan.kv_tokens:,}; {left / GIB:.1f} GiB left then"
+        f"{max(weights) / GIB:.2f} GiB of weights at most on each of {', '.join(names)}; max_rows {plan.max_rows}, "
+        f"kv_tokens {plan.kv_tokens:,}; {left / GIB:.1f} GiB left then"
     )
 
 

@@ -1,12 +1,18 @@
 """The seam behind which the heavy operations stand: one protocol, implementations chosen once at start."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from model.errors import RequestError
+from model.kernels.logits import Choice, Draws, Logits
 from model.rows import Rows
+
+HEAD_WORKSPACE: Mapping[str, int] = {"cuda": 2**30, "cpu": 256 * 2**20}
+"""Bytes that the logits of a forward, and what is made of them, may take. On a GPU they are held as they are: 4,096
+positions of the released vocabulary in bfloat16, 256 rows with a whole block each."""
 
 
 class Kernels(Protocol):
@@ -91,6 +97,32 @@ class Kernels(Protocol):
         """Sum of each token's chosen experts, down(relu(up(x))^2), by weight.
 
         x (N, H), choice (N, K) int64, weight (N, K) float32, up (E, F, H), down (E, H, F) -> (N, H).
+        """
+        ...
+
+    def squared_relu(self, x: Tensor) -> Tensor:
+        """relu(x)^2, as x, which may be overwritten."""
+        ...
+
+    @property
+    def head_workspace(self) -> int: ...  # bytes, for `Logits.workspace`
+    @property
+    def vocab_slice(self) -> int: ...  # columns, for `Logits.width`
+
+    def uniforms(self, counter: Tensor, key: Tensor) -> Tensor:
+        """counter (M, 3): block, step, position; key (M, 2) -> (M,) float64 in [0, 1), 53 random bits.
+
+        int64, of which the low 32 bits count: the same numbers on every device.
+        """
+        ...
+
+    def choose_tokens(self, logits: Logits, draws: Draws | None, uniform: Tensor | None) -> Choice:
+        """The likeliest token of each position, or the one that `uniform` (M,) draws; draws None: all greedy.
+
+        Of equal logits the first is the likeliest. A drawn token inverts, in vocabulary order, the CDF of
+        softmax(logits / temperature) within the k likeliest, and then within the fewest of those that reach top_p; an
+        id without probability is never drawn. A NaN is the largest logit; a row that has one, inf, or nothing above
+        -inf gets an id, and a probability of NaN.
         """
         ...
 

@@ -7,7 +7,15 @@ number of tokens, and attention splits long contexts by what else there is to do
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels import ScanWeights, triton_attention, triton_experts, triton_norm, triton_scan
+from model.kernels import (
+    HEAD_WORKSPACE,
+    ScanWeights,
+    triton_attention,
+    triton_experts,
+    triton_head,
+    triton_norm,
+    triton_scan,
+)
 from model.kernels.plain import PlainKernels
 from model.kernels.prefill_scan import prefill_scan_of_mamba_ssm, scan_prompts
 from model.rows import Rows
@@ -27,6 +35,11 @@ class CudaKernels(PlainKernels):
     attend = staticmethod(triton_attention.attend)
     choose_experts = staticmethod(triton_experts.choose_experts)
     experts = staticmethod(triton_experts.grouped_experts)
+    squared_relu = staticmethod(triton_experts.squared_relu_)
+    head_workspace = HEAD_WORKSPACE["cuda"]
+    vocab_slice = triton_head.SLICE
+    uniforms = staticmethod(triton_head.uniforms)
+    choose_tokens = staticmethod(triton_head.choose_tokens)
 
     def __init__(self) -> None:
         self._prefill_scan = prefill_scan_of_mamba_ssm()

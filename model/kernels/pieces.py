@@ -9,10 +9,13 @@ whole pages; and pieces of the same shapes are computed together.
 from collections import defaultdict
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from model.kernels.paged import PageTables, expand, power_of_two
 from model.rows import Rows
+from model.transfer import Array, to_device
 
 MIN_QUERIES = 4  # with fewer, the order in which torch sums depends on the number of threads
 MAX_GATHERED = 2**15  # keys copied at once: bounds the memory of a forward
@@ -33,25 +36,13 @@ class Pieces:
     target: Tensor  # (Y,) into the N tokens: the queries that are real
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Queries [first, last) of the forward's tokens, of a row whose tokens start at `start`."""
-
-    row: int
-    start: int
-    first: int
-    last: int
-    context: int
-    keys: int  # the last query sees so many
-
-
 def place_tokens(rows: Rows, page_size: int) -> Tensor:
-    """(N,) where each token's key lies among pages * page_size places."""
-    places = []
-    for length, context, table in zip(rows.lengths, rows.context, rows.pages, strict=True):
-        position = torch.arange(context, context + length)
-        places.append(torch.tensor(table)[position // page_size] * page_size + position % page_size)
-    return torch.cat(places)
+    """(N,) on the host: where each token's key lies among pages * page_size places."""
+    pages = PageTables(rows.pages)
+    row, ordinal = expand(np.array(rows.lengths, dtype=np.int64))
+    page, place = np.divmod(np.array(rows.context, dtype=np.int64)[row] + ordinal, page_size)
+    assert (page < pages.sizes[row]).all(), "a row has fewer pages than its tokens need"
+    return torch.from_numpy(pages.flat[pages.begin[row] + page].astype(np.int64) * page_size + place)
 
 
 def plan_pieces(rows: Rows, page_size: int, device: torch.device, *, causal: bool, stored: bool) -> list[Pieces]:
@@ -60,45 +51,52 @@ def plan_pieces(rows: Rows, page_size: int, device: torch.device, *, causal: boo
     causal: a query sees no later token. stored: the rows' own tokens stand in their pages already.
     """
     size = page_size if device.type == "cpu" else max(page_size, QUERIES)
-    alike = defaultdict(list)
-    for row, (start, length, context) in enumerate(zip(rows.starts, rows.lengths, rows.context, strict=True)):
-        step = size if causal else length
-        for first in range(start, start + length, step):
-            last = min(first + step, start + length)
-            piece = _Piece(row, start, first, last, context, context + last - start)
-            width = 1 << max(MIN_QUERIES - 1, last - first - 1).bit_length()
-            alike[width, -(-piece.keys // page_size)].append(piece)
+    lengths, context = (np.array(column, dtype=np.int64) for column in (rows.lengths, rows.context))
+    step = np.full_like(lengths, size) if causal else lengths
+    row, ordinal = expand(-(-lengths // step))  # for every piece
+    start = (lengths.cumsum() - lengths)[row]
+    first = start + ordinal * step[row]
+    last = np.minimum(first + step[row], start + lengths[row])  # one behind it
+    keys = context[row] + last - start  # the last query sees so many
+    alike = defaultdict[tuple[int, int], list[int]](list)
+    for piece, (queries, seen) in enumerate(zip((last - first).tolist(), keys.tolist(), strict=True)):
+        alike[power_of_two(max(MIN_QUERIES, queries)), -(-seen // page_size)].append(piece)
+    columns, tables = np.stack([start, first, last, context[row], keys]), PageTables(rows.pages)
     plans = []
     for (width, pages), pieces in alike.items():
         most = max(1, MAX_GATHERED // (pages * page_size))
         for begin in range(0, len(pieces), most):
             some = pieces[begin : begin + most]
-            tables = [(*rows.pages[piece.row][:pages], *[0] * (pages - len(rows.pages[piece.row]))) for piece in some]
-            plans.append(_plan(some, width, page_size, torch.tensor(tables), device, causal=causal, stored=stored))
+            table = tables.first(row[some], pages)
+            plans.append(_plan(columns[:, some, None], width, page_size, table, device, causal=causal, stored=stored))
     return plans
 
 
 def _plan(
-    pieces: list[_Piece], width: int, page_size: int, table: Tensor, device: torch.device, *, causal: bool, stored: bool
+    columns: Array, width: int, page_size: int, table: Array, device: torch.device, *, causal: bool, stored: bool
 ) -> Pieces:
-    start, first, last, context, keys = torch.tensor(
-        [(piece.start, piece.first, piece.last, piece.context, piece.keys) for piece in pieces]
-    ).T[..., None]  # (B, 1) each
+    """columns (5, B, 1): start of the row, first and last query, context, keys. table (B, T / page_size)."""
+    start, first, last, context, keys = columns
     total = table.shape[1] * page_size
     begin = keys if stored else context
-    own = int(begin.min()) + torch.arange(total - int(begin.min()))  # candidates
+    own = np.arange(begin.min(), total)  # candidates
     inside = own >= begin  # (B, …)
-    offset = torch.arange(width)
-    query = torch.minimum(first + offset, last - 1)
+    offset = np.arange(width)
+    query = np.minimum(first + offset, last - 1)
     real = first + offset < last
     visible = query - start + context + 1 if causal else keys
+    own_of, token_of = own + np.arange(len(table))[:, None] * total, start + np.minimum(own, keys - 1) - context
+
+    def sent(x: Array) -> Tensor:
+        return to_device(x, device)
+
     return Pieces(
-        table=table.flatten().to(device),
-        own=(own + torch.arange(len(pieces))[:, None] * total)[inside].to(device),
-        token=(start + torch.minimum(own, keys - 1) - context)[inside].to(device),
-        query=query.flatten().to(device),
-        visible=visible.to(device),
+        table=sent(table.ravel()),
+        own=sent(own_of[inside]),
+        token=sent(token_of[inside]),
+        query=sent(query.ravel()),
+        visible=sent(visible),
         seen=int(visible.min()),
-        real=None if real.all() else real.flatten().nonzero()[:, 0].to(device),
-        target=query[real].to(device),
+        real=None if real.all() else sent(np.flatnonzero(real)),
+        target=sent(query[real]),
     )

@@ -13,21 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels import ScanWeights
+from model.kernels import HEAD_WORKSPACE, ScanWeights, plain_head
 from model.kernels.pieces import Pieces, place_tokens, plan_pieces
 from model.layers.activations import sigmoid, softplus
 from model.layers.norm import gated_group_norm, rms_norm
 from model.layers.time import modulate
 from model.rows import Rows
+from model.transfer import to_device
 
 MIN_GEMM_ROWS = 16
 MIN_GEMM_OUTPUTS = 12
 SCAN_CHUNK = 16  # tokens: the block size of the released model, so that a block is one chunk
 SCAN_ELEMENTS = 2**22  # of states between chunks that lie in memory at once
+VOCAB_SLICE = 8192  # columns; below 32,768, from which on torch splits the sum of a lone row among its threads
 
 
 class PlainKernels:
     """See `model.kernels.Kernels`."""
+
+    head_workspace = HEAD_WORKSPACE["cpu"]
+    vocab_slice = VOCAB_SLICE
+    uniforms = staticmethod(plain_head.uniforms)
+    choose_tokens = staticmethod(plain_head.choose_tokens)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         (rows, size_in), size_out = x.shape, weight.shape[0]
@@ -141,7 +148,7 @@ class PlainKernels:
         page_size = pages.shape[2]
         kv = torch.stack([k, v])
         if store:
-            index = rows.once((q.device, page_size), lambda: place_tokens(rows, page_size).to(q.device))
+            index = rows.once((q.device, page_size), lambda: to_device(place_tokens(rows, page_size), q.device))
             pages.flatten(1, 2).index_copy_(1, index, kv)
         plan = rows.once(
             (q.device, page_size, causal, store),
@@ -184,6 +191,9 @@ class PlainKernels:
         out = torch.cat(outputs).index_select(0, back).unflatten(0, (-1, per_token))
         summed: Tensor = (out * weight[..., None].to(x.dtype)).sum(dim=1)
         return summed
+
+    def squared_relu(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
 
 
 def _causal_conv(line: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -32,8 +32,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, rows: Rows, *, causal
 
 def heads_of(q: Tensor, k: Tensor, pages: Tensor) -> Heads:
     """What a plan for such tensors needs."""
-    queries = QUERIES if q.dtype.itemsize == 2 else FLOAT32_TILE // power_of_two(q.shape[2])
-    return Heads(k.shape[1], q.shape[1] // k.shape[1], pages.shape[2], queries)
+    assert k.shape[1:] == pages.shape[3:], f"keys {tuple(k.shape)} do not fit into pages {tuple(pages.shape)}"
+    return heads_over(q.shape[1], pages)
+
+
+def heads_over(query_heads: int, pages: Tensor) -> Heads:
+    """What a plan needs for so many query heads over such pages, in whose dtype they are."""
+    page_size, kv_heads, head_dim = pages.shape[2:]
+    queries = QUERIES if pages.dtype.itemsize == 2 else FLOAT32_TILE // power_of_two(head_dim)
+    return Heads(kv_heads, query_heads // kv_heads, page_size, queries)
 
 
 def attend_paged(
@@ -64,7 +71,7 @@ def attend_paged(
         if room.items:
             _attend[(room.items * kv_heads,)](
                 *(out, q, k, v, pages[0], pages[1], plan.table, plan.items, best, total, mixed),
-                *(q.stride(0), k.stride(0), room.pages, math.log2(math.e) / math.sqrt(head_dim)),
+                *(q.stride(0), k.stride(0), math.log2(math.e) / math.sqrt(head_dim)),
                 **sizes,
                 PAGE=page_size,
                 OWN=min(page_size, max(MIN_QUERIES, power_of_two(room.longest))),
@@ -82,7 +89,7 @@ def attend_paged(
     return out
 
 
-@triton.jit(do_not_specialize=["table_width"])
+@triton.jit
 def _attend(
     out: tl.tensor,
     q: tl.tensor,
@@ -97,7 +104,6 @@ def _attend(
     all_mixed: tl.tensor,
     q_stride: int,
     kv_stride: int,
-    table_width: int,
     scale: float,
     HEADS: tl.constexpr,  # key/value heads
     SHARED: tl.constexpr,  # query heads of each; and as a power of two
@@ -115,7 +121,7 @@ def _attend(
     """One item and key/value head: its pages of context, then, in a tile's last item, the row's own tokens."""
     head, item = tl.program_id(0) % HEADS, items + tl.program_id(0) // HEADS * 8
     start, length, context = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
-    table += tl.load(item + 3).to(tl.int64) * table_width
+    table += tl.load(item + 3)
     first, page_from, page_to = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
     if length == 0:
         return

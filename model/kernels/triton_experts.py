@@ -102,7 +102,9 @@ def _by_expert_kernel(
 def squared_relu_(x: Tensor) -> Tensor:
     """relu(x)^2 in place, in one pass; x contiguous."""
     assert x.is_contiguous()
-    _squared_relu_kernel[(triton.cdiv(x.numel(), SUM_BLOCK),)](x, x.numel(), BLOCK=SUM_BLOCK)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _squared_relu_kernel[(triton.cdiv(x.numel(), SUM_BLOCK),)](x, x.numel(), BLOCK=SUM_BLOCK)
     return x
 
 

@@ -1,7 +1,6 @@
 """Mixture of experts: sigmoid router, squared-ReLU experts without a gate matrix, one shared expert."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import TwoTowerConfig
@@ -46,9 +45,10 @@ class SharedExpert(nn.Module):
         super().__init__()
         self.up_proj = Linear(hidden, width, dtype, kernels)
         self.down_proj = Linear(width, hidden, dtype, kernels)
+        self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.relu(self.up_proj(x)).square())
+        out: Tensor = self.down_proj(self.kernels.squared_relu(self.up_proj(x)))
         return out
 
 

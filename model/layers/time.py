@@ -53,6 +53,27 @@ class TimeConditioning(nn.Module):
         return out
 
 
+class Conditioning:
+    """Shift, scale and gate of each row at the layers of a stage, made as each layer asks for them.
+
+    Those of all layers at once would be 320 MB for 384 rows of the released model.
+    """
+
+    def __init__(self, shared: Tensor, plain: Tensor, tables: Tensor, which: Tensor | None = None) -> None:
+        """shared (U, 3, H) and plain (U,) of U times: those that are plain modulate and gate nothing, whatever the
+        layer. tables (layers, 3, H). which (R,): the time of each row; None: row r has time r."""
+        plain = plain[:, None, None]
+        neutral = (torch.arange(3, device=shared.device) == 2)[:, None].to(shared.dtype)  # a gate of 1 alone
+        self.shared = torch.where(plain, neutral, shared)
+        self.takes_table = (~plain).to(shared.dtype)
+        self.tables, self.which = tables, which
+
+    def __getitem__(self, layer: int) -> Tensor:
+        """(R, 3, H) of a layer of the stage."""
+        made = torch.addcmul(self.shared, self.takes_table, self.tables[layer])
+        return made if self.which is None else made.index_select(0, self.which)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x * (1 + scale) + shift."""
     return x * (1 + scale) + shift

@@ -167,8 +167,9 @@ class CostModel:
         self._context[slots] = [self.slots.length(row.slot) for row in rows]
         self._ready[slots] = 0.0
 
-    def begin(self, rows: Sequence[ActiveRow]) -> None:
+    def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
         """See Backend."""
+        del ar_tokens
         slots = _slots(rows)
         self._needed[slots] = self.steps.draw(len(rows))
         self._taken[slots] = 0

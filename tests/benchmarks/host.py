@@ -1,79 +1,304 @@
-"""What the host does in a turn of the real engine: the loop, the tables of blocks and pages, but no forward."""
+"""What the host does in a turn: `python -m tests.benchmarks.host` -> a table and tests/benchmarks/out/host.json.
 
+All is real but the device's work: the loop, the scheduler, the tables of blocks and pages, and what a GPU's forwards
+are given, packed rows and attention plans. Parts compute nothing, and predictions are drawn so that a fifth of the
+rows fill a block each turn. Times are this process's, on one thread, in milliseconds of processor time a turn:
+
+    critical   from the moment at which a forward's predictions are there to the launch of the next forward
+    turn       all of a turn, of which:
+    collect    what the device committed goes into the table of blocks
+    loop       rows that ended or filled a block, admission, which rows come next
+    begin      new blocks, and the settings of new rows
+    extend, denoise    what a forward is made from, to its launch
+    plans      packed rows and attention plans, in the parts
+    device     torch on this CPU in place of launches: the choice of tokens, the commit (no part of `turn`)
+
+Beside each row stands what the last run has written. `--profile` shows the functions that take the time instead.
+"""
+
+import cProfile
+import json
+import pstats
+import random
+import statistics
+import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
+from model import load_model
+from model.backend import Batch, Seen
 from model.cache import ContextCache
-from model.forwards import Forwards
+from model.engine import AR_TOKENS, OVERLAP_ROWS
+from model.forwards import Forwards, Handle
+from model.kernels.paged import Heads, Room, plan_attention
+from model.lanes import ActiveRow
 from model.loop import Loop
-from model.params import Request
+from model.params import EngineLimits, GenerationParams, Mode, Request
 from model.rows import Rows
-from model.sampling import Draws
 from model.scheduler import Scheduler
-from model.slots import PREFIX_SLOTS
-from model.stages import Part
-from model.tower import Tower
+from model.slots import PAGE_SIZE, PREFIX_SLOTS
+from model.stages import Flight, Part, Stages
 from model.two_tower import TwoTower
-from tests.benchmarks.workload import requests
 
-PROMPT, COMPLETION = 64, 128
+OUT = Path(__file__).parent / "out" / "host.json"
+HEADS = Heads(2, 16, PAGE_SIZE)  # the released model's
+PROMPT, COMPLETIONS = 896, (128, 384)  # tokens: 1,024 of context on average
+LONGEST = PROMPT + COMPLETIONS[1] + 64
+GRAPH_TOKENS = 32
+"""Tokens of the longest row up to which a forward is planned in fixed room, as for a CUDA graph."""
+PREFILL_TOKENS, EXTEND_EVERY = EngineLimits().max_prefill_tokens, EngineLimits().extend_every
+THRESHOLD = 0.5
+"""Of confidences drawn from [0, 1): the last of 16 positions is committed after 5 steps on average."""
+TOKEN = 5
+WARM_UP = 150  # turns, once all prompts are read
+WINDOWS = 5  # others use this machine too
+CASES: Sequence[tuple[Mode, int]] = (("diffusion", 16), ("diffusion", 128), ("diffusion", 384), ("ar", 16), ("ar", 128))
+PARTS = ("collect", "loop", "begin", "extend", "denoise", "plans", "device")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Milliseconds of a turn on the host."""
+
+    critical: float
+    total: float
+    parts: dict[str, float]
+    tokens: float
+    """That all rows together have got in it."""
+
+
+class Clock:
+    """Where processor time goes: to each part its own, without that of the parts inside it."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+        self.critical: list[float] = []
+        self._inside: list[str] = []
+        self._since = self._seen = 0.0  # `_seen`: when the first predictions of a turn were there, 0 after the launch
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts what happens inside for `name`."""
+        self._charge()
+        self._inside.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._inside.pop()
+
+    def _charge(self) -> None:
+        now = time.process_time()
+        if self._inside:
+            self.spent[self._inside[-1]] += now - self._since
+        self._since = now
+
+    def seen(self) -> None:
+        """Predictions are there."""
+        self._seen = self._seen or time.process_time()
+
+    def launched(self) -> None:
+        """A forward is on its way."""
+        if self._seen:
+            self.critical.append(time.process_time() - self._seen)
+            self._seen = 0.0
+
+
+class NoTower:
+    """Its forwards return what they are given."""
+
+    def __init__(self, pair: TwoTower, *, causal: bool) -> None:
+        self.causal, self.devices = causal, pair.context.devices
+
+    def head_on(self, hidden: Tensor) -> Tensor:
+        """See Tower; the choice that goes with it is `drawn`."""
+        return hidden
 
 
 class NoModel:
-    """Stands for the pair: its forwards return their input."""
+    """Stands for the pair: plans its forwards as for a GPU with graphs, and computes nothing."""
 
-    def __init__(self, pair: TwoTower) -> None:
+    def __init__(self, pair: TwoTower, clock: Clock) -> None:
         self.config, self.stages, self.devices = pair.config, pair.stages[:1], pair.devices
-        self.context = self.denoiser = object()
+        self.context, self.denoiser = NoTower(pair, causal=True), NoTower(pair, causal=False)
+        self._clock = clock
+        self._static: dict[Room, Any] = {}
 
-    def extend_parts(self, cache: ContextCache, rows: Rows) -> list[Any]:
+    def extend_parts(self, cache: ContextCache, rows: Rows) -> list[Part]:
         """See TwoTower."""
-        del cache, rows
-        return [_same]
+        del cache
 
-    def denoise_parts(self, cache: ContextCache, rows: Rows, t: Tensor) -> list[Any]:
+        def part(x: Tensor) -> Tensor:
+            with self._clock.part("plans"):
+                self._plan(rows)
+            self._clock.launched()
+            return x
+
+        return [part]
+
+    def denoise_parts(self, cache: ContextCache, rows: Rows, t: Tensor) -> list[Part]:
         """See TwoTower."""
-        del cache, rows, t
-        return [_same]
+        del t
+        return self.extend_parts(cache, rows)
+
+    def _plan(self, rows: Rows) -> None:
+        longest, count = max(rows.lengths), len(rows.lengths)
+        if longest > GRAPH_TOKENS:
+            rows.packed()
+            plan_attention(rows, HEADS)
+            return
+        rows.packed(count, count * longest)
+        room = Room.of(HEADS, count, longest, -(-LONGEST // PAGE_SIZE))
+        plan = plan_attention(rows, HEADS, room)
+        self._static.setdefault(room, plan).fill(plan)
 
 
-class HostOnly(Forwards):
-    """Predicts token 5 with a random confidence, so that blocks take various numbers of steps."""
+class TimedStages:
+    """The stages' own, with the time in the parts as `device`."""
 
-    def __init__(self, pair: TwoTower, cache: ContextCache) -> None:
-        stand_in: Any = NoModel(pair)
+    def __init__(self, stages: Stages, clock: Clock) -> None:
+        self._stages, self._clock = stages, clock
+
+    def launch(self, parts: Sequence[Part], start: Any) -> Flight:
+        """See Stages."""
+        with self._clock.part("device"):
+            return self._stages.launch(parts, start)
+
+
+class TimedForwards(Forwards):
+    """Forwards over no model, timed."""
+
+    def __init__(self, pair: TwoTower, cache: ContextCache, clock: Clock) -> None:
+        stand_in: Any = NoModel(pair, clock)
         super().__init__(stand_in, cache)
-        self._random = torch.Generator().manual_seed(0)
+        timed: Any = TimedStages(self.stages, clock)
+        self.stages = timed
+        self._clock = clock
 
-    def _predict(
-        self, part: Part, tower: Tower, picked: Tensor, suppress: Tensor, draws: Draws | None, x: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        del part, tower, picked, draws, x
-        return torch.full((len(suppress),), 5), torch.rand(len(suppress), generator=self._random)
+    def enter(self, rows: Sequence[ActiveRow]) -> None:
+        with self._clock.part("begin"):
+            super().enter(rows)
 
+    def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
+        with self._clock.part("begin"):
+            super().begin(rows, ar_tokens)
 
-def _same(x: Tensor) -> Tensor:
-    return x
+    def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Handle:
+        with self._clock.part("extend"):
+            return super().extend(batch, fill)
+
+    def denoise(self, rows: Sequence[ActiveRow]) -> Handle:
+        with self._clock.part("denoise"):
+            return super().denoise(rows)
+
+    def collect(self, handle: Handle) -> list[Seen]:
+        self._clock.seen()
+        with self._clock.part("collect"):
+            return super().collect(handle)
 
 
 @torch.inference_mode()
+def measure(pair: TwoTower, mode: Mode, rows: int, *, turns: int, profile: cProfile.Profile | None = None) -> Turn:
+    """A turn of `rows` rows, once all of them are at work: the mean of the best of WINDOWS parts, by token."""
+    clock, generator = Clock(), torch.Generator().manual_seed(0)
+
+    def drawn(head: Any, count: int, *_: Any) -> tuple[Tensor, Tensor]:
+        del head
+        return torch.full((count,), TOKEN), torch.rand(count, generator=generator)
+
+    cache = pair.new_cache(slots=rows + PREFIX_SLOTS, kv_tokens=rows * LONGEST)
+    loop = Loop(
+        TimedForwards(pair, cache, clock),
+        Scheduler(cache.slots, rows, PREFILL_TOKENS),
+        extend_every=EXTEND_EVERY,
+        ar_tokens=AR_TOKENS,
+        overlap_rows=OVERLAP_ROWS,
+    )
+    coming = _requests(mode)
+
+    def run(turns: int) -> int:
+        """-> the tokens that all rows together have got."""
+        tokens = -_held(loop)
+        for _ in range(turns):
+            while loop.waiting < rows:
+                loop.submit(next(coming))
+            with clock.part("loop"):
+                ended = loop.step()
+            tokens += sum(len(completion.token_ids) for completion in ended)
+        return tokens + _held(loop)
+
+    best = None
+    with patch("model.forwards.choose", drawn):
+        run(EXTEND_EVERY * rows * PROMPT // PREFILL_TOKENS + WARM_UP)
+        window = max(1, turns // WINDOWS)
+        for _ in range(WINDOWS):
+            clock.spent.clear()
+            clock.critical.clear()
+            with profile or nullcontext():
+                tokens = run(window)
+            spent = {part: 1e3 * clock.spent[part] / window for part in PARTS}
+            total = sum(spent.values()) - spent["device"]
+            turn = Turn(1e3 * statistics.median(clock.critical), total, spent, tokens / window)
+            if best is None or turn.total * best.tokens < best.total * turn.tokens:
+                best = turn
+    assert best is not None
+    return best
+
+
 def host_ms(pair: TwoTower, rows: int, *, turns: int) -> float:
     """Milliseconds of processor time of one turn with `rows` rows of diffusion in one lane."""
-    cache = pair.new_cache(slots=rows + PREFIX_SLOTS, kv_tokens=rows * (PROMPT + COMPLETION + 64))
-    loop = Loop(HostOnly(pair, cache), Scheduler(cache.slots, rows, 4096, 1))
-    coming = iter(_work(pair, rows * (2 + turns // 8)))
-    spent = 0.0
-    for turn in range(-turns // 10, turns):
-        while loop.waiting < rows:
-            loop.submit(next(coming))
-        began = time.process_time()
-        loop.step()
-        spent += (time.process_time() - began) * (turn >= 0)
-    return 1e3 * spent / turns
+    return measure(pair, "diffusion", rows, turns=turns).total
 
 
-def _work(pair: TwoTower, count: int) -> list[Request]:
-    return requests(count, prompt_tokens=PROMPT, max_new_tokens=COMPLETION, vocabulary=pair.config.vocab_size)
+def _held(loop: Loop[Handle]) -> int:
+    """Finished tokens of the rows at work."""
+    return sum(len(row.tokens) for row in loop.scheduler.running.values())
+
+
+def _requests(mode: Mode) -> Iterator[Request]:
+    draw = random.Random(0)
+    for number in count():
+        prompt = [draw.randrange(TOKEN, 64) for _ in range(PROMPT)]
+        params = GenerationParams(mode=mode, max_new_tokens=draw.randint(*COMPLETIONS), confidence_threshold=THRESHOLD)
+        yield Request(str(number), prompt, params)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    quick, profiled = "--quick" in sys.argv[1:], "--profile" in sys.argv[1:]
+    console, pair = Console(width=None if sys.stdout.isatty() else 120), load_model("builtin:noise")
+    before = json.loads(OUT.read_text()) if OUT.exists() else {}
+    table = Table("mode, rows", "critical", "turn", *PARTS, "tokens", title="host, ms a turn", title_justify="left")
+    found = {}
+    for mode, rows in CASES:
+        profile = cProfile.Profile() if profiled else None
+        turn = measure(pair, mode, rows, turns=20 if quick else 200, profile=profile)
+        if profile:
+            console.rule(f"{mode}, {rows} rows")
+            pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+        name = f"{mode} {rows}"
+        found[name] = asdict(turn)
+        for label, one in ((name, found[name]), ("  before", before.get(name))):
+            if one:
+                figures = (one["critical"], one["total"], *(one["parts"][part] for part in PARTS))
+                table.add_row(label, *(f"{figure:.2f}" for figure in figures), f"{one['tokens']:.0f}")
+    console.print(table)
+    if not quick and not profiled:
+        OUT.parent.mkdir(exist_ok=True)
+        OUT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

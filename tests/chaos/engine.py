@@ -90,8 +90,9 @@ class Backend:
         for row in rows:
             self._stories[row.request.key] = Story.of(row.request)
 
-    def begin(self, rows: Sequence[ActiveRow]) -> None:
+    def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
         """See model.backend.Backend."""
+        del ar_tokens
         for row in rows:
             self._taken[row] = 0
 

@@ -27,9 +27,8 @@ from triton.runtime.jit import JITFunction
 
 import model.tower
 import model.two_tower
-from model.kernels import triton_head
 from model.kernels.cuda import CudaKernels
-from model.sampling import Parts
+from model.sampling import Draws, Head, choose
 from model.two_tower import TwoTower
 from tests.released import RELEASED_CONFIG
 
@@ -95,7 +94,7 @@ def launch_all(dtype: torch.dtype) -> None:
     # kernels do not run: what later operations take from them for an index must be one
     with patch.object(torch, "empty", torch.zeros):
         _forwards(pair)
-        _survey(dtype)
+        _choose(dtype)
 
 
 def _forwards(pair: TwoTower) -> None:
@@ -109,12 +108,15 @@ def _forwards(pair: TwoTower) -> None:
         pair.extend(cache, rows, tokens)
 
 
-def _survey(dtype: torch.dtype) -> None:
-    logits, heat = torch.zeros(4, 16384, dtype=dtype), torch.ones(4)
-    table = torch.zeros(4, 8)
-    parts = Parts(table[:, 0], table.long()[:, 0], table[:, 1], table.double()[:, 0])
-    for temperature in (None, heat):
-        triton_head.survey_slice(logits, 0, torch.ones(4, dtype=torch.bool), 3, temperature, parts)
+def _choose(dtype: torch.dtype) -> None:
+    """All greedy, and with rows that are sampled, freely and within limits."""
+    rows, vocab = 4, RELEASED_CONFIG.vocab_size
+    head = Head(lambda rows, columns: torch.zeros(4, vocab, dtype=dtype)[rows, columns], dtype, CudaKernels())
+    places = torch.arange(rows)
+    whole, floats = torch.zeros(rows, 3, dtype=torch.int64), torch.ones(rows)
+    draws = Draws(floats, places, floats.double(), whole[:, :2], whole, places, places)
+    for given in (None, draws):
+        choose(head, rows, vocab, torch.ones(rows, dtype=torch.bool), 3, given)
 
 
 def resources(kernel: Any) -> Compiled:

@@ -17,7 +17,7 @@ from tests.model.memory_meter import MemoryMeter
 from tests.model.test_engine import drain, outcome, prompt, random_requests
 
 NOISE = "builtin:noise"
-MIXES = {NOISE: 50, str(CHECKPOINT): 260}
+MIXES = {NOISE: 50, str(CHECKPOINT): 120}
 
 
 @cache
@@ -53,7 +53,7 @@ def alone(uri: str) -> dict[str, tuple[object, ...]]:
 @pytest.mark.parametrize("uri", [NOISE, str(CHECKPOINT)], ids=["noise", "golden"])
 def test_a_row_gives_the_same_in_any_mix(uri: str) -> None:
     """Random company, arrival, limits, lanes and stages; rows come while others run; pages run out now and then."""
-    rng = random.Random(11)
+    rng = random.Random(12)
     preemptions = shared = 0
     sampled = {request.params.temperature > 0 for request in pool(uri)}
     assert sampled == {True, False}
@@ -68,7 +68,9 @@ def test_a_row_gives_the_same_in_any_mix(uri: str) -> None:
             lanes=rng.randint(1, min(rows, 3)),
             extend_every=rng.choice([1, 1, 2, 4]),
         )
-        engine = Engine(model(uri, stages), limits)
+        # as on a GPU: several tokens a turn in AR mode, extensions launched before denoiser forwards are collected
+        ar_tokens, overlap = rng.choice([1, 4]) if stages == 1 else 1, rng.choice([None, 1, 2])
+        engine = Engine(model(uri, stages), limits, ar_tokens=ar_tokens, overlap_rows=overlap)
         done = {}
         for request in requests:
             engine.submit(request)

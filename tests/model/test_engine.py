@@ -15,8 +15,9 @@ from model.cache import ContextCache
 from model.params import Mode
 from model.reference import Reference
 from model.rows import Rows
-from model.sampling import Draws, choose_from
+from model.sampling import choose_from
 from model.two_tower import TwoTower
+from tests.model.drawing import make_draws
 from tests.model.golden_cases import relative_error
 
 NOISE = "builtin:noise"  # attention heads x head_dim is twice the hidden size here, as nothing may assume it is not
@@ -43,7 +44,7 @@ def reference_ids(request: Request) -> list[int]:
     blocks = params.mode == "diffusion"
 
     def sampler(logits: torch.Tensor, block: int, step: int, position: int) -> int:
-        draws = Draws(
+        draws = make_draws(
             temperature=torch.tensor([params.temperature]),
             top_k=torch.tensor([params.top_k or 0]),
             top_p=torch.tensor([params.top_p or 1.0], dtype=torch.float64),

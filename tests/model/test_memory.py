@@ -1,27 +1,35 @@
 """The memory plan holds: the plan bounds what is used, what is refused would not fit, auto takes what there is."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import EngineLimits, RequestError, TwoTower, load_model
+import model.tower
+import model.two_tower
+from model import EngineLimits, RequestError, TwoTower, fit, load_model, workspace
 from model.cache import ContextCache
-from model.config import expected_tensors
+from model.config import Towers, TwoTowerConfig, expected_tensors
+from model.fit import plan_for, stage_weights
 from model.layers.attention import AttentionState
 from model.layers.mamba2 import MambaState
 from model.memory import AUTO_CONTEXT_TOKENS, AUTO_MAX_ROWS, BLOCK_TOKENS, KEPT_BACK, MemoryPlan, make_plan, plan_memory
+from model.noise.make import CONFIG
 from model.partition import partition
-from model.sampling import Draws, choose_from
+from model.released import RELEASED_CONFIG
+from model.sampling import choose_from
 from model.slots import PAGE_SIZE, PREFIX_SLOTS, pages_for
 from model.two_tower import Stage
+from tests.model.drawing import make_draws
 from tests.model.memory_meter import MemoryMeter
-from tests.released import RELEASED_CONFIG
 
 GOLDEN = str(Path(__file__).parent / "golden" / "checkpoint")
 GIB = 2**30
+H200, TWO_H100 = [139 * GIB], [80 * GIB, 80 * GIB]
 WEIGHTS = (
     sum(torch.Size(shape).numel() for shape in expected_tensors(RELEASED_CONFIG).values()) * 2
 )  # bytes in bfloat16
@@ -43,6 +51,7 @@ def needed(plan: MemoryPlan, rows: int, kv_tokens: int) -> list[int]:
         device.states_per_row * (rows + PREFIX_SLOTS)
         + device.kv_per_token * pages_for(kv_tokens) * PAGE_SIZE
         + device.workspace
+        + device.graphs
         + device.logits
         for device in plan.devices
     ]
@@ -56,7 +65,7 @@ def fits(plan: MemoryPlan) -> bool:
 def test_the_released_model_on_one_large_gpu_and_on_two() -> None:
     """Figures that follow from the config alone, and how many rows come of them."""
     limits = EngineLimits(max_rows="auto", max_context_tokens=32768)
-    one, two = released(139 * GIB, 1, limits), released(80 * GIB, 2, limits)
+    one, two = (plan_for(RELEASED_CONFIG, torch.bfloat16, gpus, limits) for gpus in (H200, TWO_H100))
     assert one.devices[0].states_per_row == 23 * (6144 * 4 * 2 + 64 * 64 * 128 * 4)
     assert one.devices[0].kv_per_token == 6 * 2 * 2 * 128 * 2
     assert [sum(d.kv_per_token for d in plan.devices) for plan in (one, two)] == [6144, 6144]
@@ -64,8 +73,56 @@ def test_the_released_model_on_one_large_gpu_and_on_two() -> None:
     assert [d.logits > 0 for d in two.devices] == [False, True]  # the head is on the last stage
     assert fits(one)
     assert fits(two)
-    assert 128 <= one.max_rows <= two.max_rows == AUTO_MAX_ROWS["cuda"]
+    assert 192 <= one.max_rows <= two.max_rows == AUTO_MAX_ROWS["cuda"]
     assert min(one.kv_tokens // one.max_rows, two.kv_tokens // two.max_rows) >= AUTO_CONTEXT_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("gpus", "rows", "context", "fit"),
+    [
+        (H200, "auto", 1024, 256),
+        (TWO_H100, "auto", 4096, 256),
+        (TWO_H100, 384, 1024, 384),
+        (H200, 384, 1024, None),  # 17.7 GiB of states and 2.3 of keys and values beside 117.8 of weights
+    ],
+)
+def test_rows_of_the_released_model_by_context(gpus: list[int], rows: Any, context: int, fit: int | None) -> None:
+    limits = EngineLimits(max_rows=rows, max_context_tokens=context)
+    if fit is None:
+        with pytest.raises(RequestError, match=r"lower it to 3\d\d at most"):
+            plan_for(RELEASED_CONFIG, torch.bfloat16, gpus, limits)
+        return
+    plan = plan_for(RELEASED_CONFIG, torch.bfloat16, gpus, limits)
+    assert (plan.max_rows, plan.kv_tokens) == (fit, fit * context)
+    assert fits(plan)
+
+
+@pytest.mark.parametrize(("rows", "held"), [(16, 16 * 32 * 131_072 * 2), (256, GIB)])
+def test_a_gpu_holds_all_logits_of_a_lane_up_to_a_gibibyte(rows: int, held: int) -> None:
+    """In bfloat16, a block of 32 tokens a row."""
+    limits = EngineLimits(max_rows=rows, max_context_tokens=1024)
+    assert plan_for(RELEASED_CONFIG, torch.bfloat16, H200, limits).devices[0].logits == held
+
+
+@pytest.mark.parametrize("towers", ["both", "context"])
+def test_weights_that_are_not_there_are_weighed_as_if_they_were(towers: Towers) -> None:
+    """Byte for byte, also the router's in float64; what every stage holds counts on each."""
+    pair = load_model("builtin:noise", "bfloat16", devices=["cpu"] * 3, towers=towers)
+    names = ["cuda:0", "cuda:1", "cuda:2"]
+    weights, stages = stage_weights(pair.config, torch.bfloat16, names, towers)
+    assert sum(weights) == sum(tensor.nbytes for tensor in (*pair.parameters(), *pair.buffers()))
+    assert [str(stage.device) for stage in stages] == names
+    assert [(stage.context, stage.denoiser) for stage in stages] == [(s.context, s.denoiser) for s in pair.stages]
+    assert max(weights) < 2 * min(weights)
+
+
+def test_the_command_prints_the_plan_or_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    fit.main(["--devices", "80,80", "--max-rows", "64", "--context", "4096"])
+    assert capsys.readouterr().out.splitlines()[-1] == "max_rows 64, kv_tokens 262,144"
+    with pytest.raises(SystemExit, match=r"error: cuda:0 has 48\.0 GiB, its share of the weights takes 117\.8 GiB"):
+        fit.main(["--devices", "48"])
+    with pytest.raises(SystemExit, match="error: max_rows is 0: it must be"):
+        fit.main(["--devices", "139", "--max-rows", "0"])
 
 
 @settings(max_examples=150, deadline=None)
@@ -234,6 +291,45 @@ def test_forwards_stay_within_the_planned_workspace(
     assert plan.devices[0].workspace / 4 < max(peaks) < plan.devices[0].workspace, peaks
 
 
+def test_forwards_with_the_kernels_of_a_gpu_stay_within_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated around them: prompts beside blocks, and blocks denoised, which graphs would keep.
+
+    The kernels themselves, which allocate nothing, are not run: their outputs are what memory held, or zeros.
+    """
+    if not pytest.importorskip("triton").knobs.runtime.interpret:
+        pytest.skip("measures on a CPU, where kernels are interpreted")
+    from triton.runtime.interpreter import GridExecutor
+
+    from model.kernels import cuda, paged
+
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: None)
+
+    kernels = cuda.CudaKernels()
+    kernels._prefill_scan = None  # needs a GPU
+    for module in (model.tower, model.two_tower):
+        monkeypatch.setattr(module, "kernels_for", lambda _: kernels)
+    for module in (paged, workspace):
+        monkeypatch.setattr(module, "PROGRAMS", 4)
+    config = replace(TwoTowerConfig.from_dict(dict(CONFIG)), layer_kinds=("mamba", "attention", "moe"))
+    pair = TwoTower(config, torch.bfloat16, [torch.device("cpu")])
+    for weight in pair.parameters():
+        weight.zero_()
+    monkeypatch.setattr(torch, "empty", torch.zeros)  # indices that a later operation takes must be some
+    rows, limits = 4, EngineLimits(max_rows=4, max_prefill_tokens=64, max_context_tokens=256)
+    stage = Stage(torch.device("cuda:0"), range(3), range(3))
+    device = make_plan(config, torch.bfloat16, [stage], {}, {"cuda:0": GIB}, limits).devices[0]
+    cache = pair.new_cache(slots=rows + 1, kv_tokens=128 * rows + 64)
+    slots = [cache.slots.acquire(128) or 0 for _ in range(rows)]
+    with torch.inference_mode():
+        _extend(pair, cache, slots, [33] * rows)
+        extended = _extend(pair, cache, [*slots, cache.slots.acquire(64) or 0], [BLOCK_TOKENS] * rows + [64])
+        batch = cache.rows(slots, [BLOCK_TOKENS] * rows)
+        with MemoryMeter() as meter:
+            pair.denoise(cache, batch, torch.full((rows * BLOCK_TOKENS,), 3), torch.full((rows,), 0.5))
+    assert device.workspace / 8 < extended < device.workspace
+    assert device.graphs / 4 < meter.peak < device.graphs
+
+
 def _extend(pair: TwoTower, cache: ContextCache, slots: list[int], lengths: list[int]) -> int:
     """The peak of an extend forward."""
     batch = cache.rows(slots, lengths)
@@ -246,7 +342,7 @@ def test_choosing_tokens_stays_within_the_planned_logits(pair: TwoTower) -> None
     """The same for what the head and the choice need, sampled within limits: the most that there is."""
     plan = plan_memory(pair, EngineLimits(max_rows=4), free={"cpu": GIB})
     count = 4 * BLOCK_TOKENS
-    draws = Draws(
+    draws = make_draws(
         temperature=torch.ones(count),
         top_k=torch.full((count,), 5),
         top_p=torch.full((count,), 0.9, dtype=torch.float64),

@@ -18,7 +18,6 @@ HAS_GPU = torch.cuda.is_available()
 
 @pytest.fixture
 def scan(monkeypatch: pytest.MonkeyPatch) -> prefill_scan.Scan:
-    monkeypatch.setenv("MAMBA_DETERMINISTIC", "1")  # no timing of variants
     if not HAS_GPU:
         monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
     found = prefill_scan.prefill_scan_of_mamba_ssm()
@@ -27,7 +26,6 @@ def scan(monkeypatch: pytest.MonkeyPatch) -> prefill_scan.Scan:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:Deterministic mode")
 def test_seeded_rows_of_unlike_lengths_give_the_plain_scan(scan: prefill_scan.Scan) -> None:
     """A chunk and a bit, and a row that is padded; large seeds, as in model.kernels.check."""
     device = "cuda" if HAS_GPU else "cpu"

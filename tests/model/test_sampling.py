@@ -1,7 +1,7 @@
 """Sampling: the generator, the limits, and that a token depends on nothing but its own row."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,8 +9,12 @@ from torch import Tensor
 
 from model import GenerationParams, Request
 from model.checkpoint import open_checkpoint
-from model.sampling import HEAD_WORKSPACE, VOCAB_SLICE, Draws, _invert, choose, choose_from, philox, uniforms
+from model.kernels import kernels_for
+from model.kernels.plain import VOCAB_SLICE, PlainKernels
+from model.kernels.plain_head import invert, philox, uniforms
+from model.sampling import Draws, Head, choose, choose_from
 from model.tower import Tower
+from tests.model.drawing import grouped, make_draws
 from tests.model.memory_meter import MemoryMeter
 
 V = 50
@@ -22,7 +26,7 @@ def draws(
     count: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, key: tuple[int, int] = (1, 2)
 ) -> Draws:
     """`count` positions of one block, all with the same settings."""
-    return Draws(
+    return make_draws(
         temperature=torch.full((count,), temperature),
         top_k=torch.full((count,), top_k),
         top_p=torch.full((count,), top_p, dtype=torch.float64),
@@ -39,19 +43,20 @@ def mixed_draws(count: int) -> Draws:
     mixed.temperature[::5] = 0
     mixed.top_k[at % 4 == 1] = 5
     mixed.top_p[at % 7 > 4] = 0.6
-    return mixed
+    return grouped(mixed)
 
 
 def row_of(all_draws: Draws, i: int) -> Draws:
-    return Draws(*(getattr(all_draws, name)[i : i + 1] for name in Draws.__slots__))
+    return grouped(Draws(*(getattr(all_draws, name)[i : i + 1] for name in Draws.__slots__)))
 
 
-def head_of(logits: Tensor) -> Callable[[slice | Tensor, slice], Tensor]:
-    return lambda positions, columns: logits[positions, columns].clone()
+def head_of(logits: Tensor) -> Head:
+    kernels = kernels_for(logits.device)
+    return Head(lambda positions, columns: logits[positions, columns].clone(), logits.dtype, kernels)
 
 
 def sliced(
-    logits: Tensor, suppress: Tensor, given: Draws | None, width: int = SLICE, workspace: int = HEAD_WORKSPACE
+    logits: Tensor, suppress: Tensor, given: Draws | None, width: int = SLICE, workspace: int | None = None
 ) -> tuple[Tensor, Tensor]:
     return choose(head_of(logits), *logits.shape, suppress, MASK, given, workspace, width)
 
@@ -194,7 +199,8 @@ def test_an_id_without_probability_is_never_drawn(uniform: float, top_k: int, mo
     logits = torch.full((1, V), -torch.inf)
     possible = [SLICE + 2, SLICE + 5, 2 * SLICE + 1]
     logits[0, possible] = torch.tensor([1.0, 2.0, 3.0])
-    monkeypatch.setattr("model.sampling.uniforms", lambda *_: torch.tensor([uniform], dtype=torch.float64))
+    least_or_greatest = staticmethod(lambda *_: torch.tensor([uniform], dtype=torch.float64))
+    monkeypatch.setattr(PlainKernels, "uniforms", least_or_greatest)
     token, confidence = sliced(logits, torch.tensor([True]), draws(1, top_k=top_k))
     assert token.item() == possible[0 if uniform == 0 else -1]
     assert confidence[0] == pytest.approx(float(logits[0].softmax(-1)[token]), rel=1e-6)
@@ -204,7 +210,7 @@ def test_an_id_without_probability_is_never_drawn(uniform: float, top_k: int, mo
 def test_rounding_never_leads_to_a_place_without_mass(share: float, place: int) -> None:
     """The first and the last of four places add nothing; a share of the sum just outside [0, 1) takes none of them."""
     cdf = torch.tensor([[0.0, 0.7, 1.4, 1.4]], dtype=torch.float64)
-    got, target = _invert(cdf, torch.tensor([share], dtype=torch.float64))
+    got, target = invert(cdf, torch.tensor([share], dtype=torch.float64))
     assert got.item() == place
     assert 0 <= target.item() < 1.4
 
@@ -293,7 +299,8 @@ def test_memory_stays_within_the_workspace(kind: str, workspace: int) -> None:
     weight[VOCAB_SLICE : 2 * VOCAB_SLICE] += 4
     given = {"greedy": None, "free": draws(rows), "limited": draws(rows, top_k=9, top_p=0.9)}[kind]
     with MemoryMeter() as meter:
-        choose(lambda p, c: hidden[p] @ weight[c].T, rows, vocab, free(rows), MASK, given, workspace)
+        head = Head(lambda p, c: hidden[p] @ weight[c].T, torch.float32, PlainKernels())
+        choose(head, rows, vocab, free(rows), MASK, given, workspace)
     assert rows * vocab * 4 > 1.3 * workspace  # bytes
     assert meter.peak <= workspace + 100 * len(range(0, vocab, VOCAB_SLICE)) * rows
 
@@ -326,7 +333,7 @@ def test_the_head_of_a_tower_gives_its_logits_slice_by_slice() -> None:
     logits = tower.logits(hidden)
     assert logits.shape == (40, 3 * SLICE + 1)
     assert torch.allclose(logits, tower.norm_f(hidden) @ tower.head.weight.T, atol=1e-4)
-    head = tower.head_on(hidden)
+    head = tower.head_on(hidden).logits
     for columns in (slice(0, SLICE), slice(3 * SLICE, 3 * SLICE + 1)):
         together = head(slice(0, 40), columns)
         assert torch.allclose(together, logits[:, columns], atol=1e-4)

@@ -1,6 +1,7 @@
 """The Triton attention against float64, against the plain kernels, and its plans: in the interpreter, or on a GPU."""
 
 import random
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 
@@ -161,46 +162,94 @@ def test_plans_cover_every_page_once_and_fit_their_room() -> None:
     """Random forwards: each tile's items cover its context without a gap, joins name their slots, nothing outgrows."""
     draw = random.Random(0)
     for _ in range(60):
-        heads = Heads(draw.choice([1, 2, 8]), draw.choice([1, 3, 16]), PAGE_SIZE, draw.choice([64, 256]))
-        count, longest = draw.randint(1, 40), draw.choice([1, 3, 16, 32, 100])
-        lengths = [draw.randint(1, longest) for _ in range(count)]
-        context = [int(draw.choice([0, 1, 64, 130, 3_000, 130_000]) * draw.random()) for _ in range(count)]
-        needed = [pages_for(one + before) for one, before in zip(lengths, context, strict=True)]
-        tables = tuple(tuple(range(row, row + wanted + 2)) for row, wanted in enumerate(needed))  # two in reserve
-        rows = Rows(tuple(range(count)), (-1,) * count, tuple(lengths), tuple(context), tables)
-        room = Room.of(heads, draw.randint(count, 50), draw.choice([longest, 128]), max(needed) + draw.randint(0, 9))
-        plan, exact = plan_attention(rows, heads, room), plan_attention(rows, heads)
+        heads, rows, most = _drawn(draw)
+        plan, exact = plan_attention(rows, heads, _room(draw, heads, rows, most)), plan_attention(rows, heads)
         assert exact.room.items - len(_tiles_of(exact)) <= PROGRAMS // heads.kv
         for each in (plan, exact):
-            assert each.table.shape == (each.room.rows, each.room.pages)
-            for row, table in enumerate(tables):
-                assert each.table[row, : needed[row]].tolist() == list(table[: needed[row]])
             covered = _tiles_of(each)
-            assert sum(min(each.room.tile, lengths[row] - first) for row, first in covered) == sum(lengths)
+            tokens_of = dict(zip(rows.starts, rows.lengths, strict=True))
+            pages_of = {start: pages_for(one) for start, one in zip(rows.starts, rows.context, strict=True)}
+            assert sum(min(each.room.tile, tokens_of[row] - first) for row, first in covered) == sum(rows.lengths)
             joined = {start: (tokens, slot, slots) for start, tokens, slot, slots in each.joins.tolist() if slots}
             for (row, first), parts in covered.items():
-                start = rows.starts[row] + first
                 assert [begin for begin, _, _ in parts] == [0, *(end for _, end, _ in parts[:-1])]
-                assert parts[-1][1] == pages_for(context[row])
+                assert parts[-1][1] == pages_of[row]
                 slots = [slot for _, _, slot in parts]
                 if len(parts) == 1:
                     assert slots == [-1]
-                    assert start not in joined
+                    assert row + first not in joined
                 else:
-                    tokens, slot, number = joined[start]
+                    tokens, slot, number = joined[row + first]
                     assert slots == list(range(slot, slot + number))
-                    assert tokens == min(each.room.tile, lengths[row] - first)
+                    assert tokens == min(each.room.tile, tokens_of[row] - first)
             used = Counter(slot for parts in covered.values() for _, _, slot in parts if slot >= 0)
             assert not used or (max(used.values()) == 1 and max(used) < each.room.slots)
 
 
 def _tiles_of(plan: Paged) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
-    """(row, first token) -> its items' pages from and to, and slots, in order."""
+    """(start of the row, first token) -> its items' pages from and to, and slots, in order."""
     tiles: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    for _, length, _, row, first, begin, end, slot in plan.items.tolist():
+    for start, length, _, _, first, begin, end, slot in plan.items.tolist():
         if length:
-            tiles.setdefault((row, first), []).append((begin, end, slot))
+            tiles.setdefault((start, first), []).append((begin, end, slot))
     return {tile: sorted(parts) for tile, parts in tiles.items()}
+
+
+def test_plans_are_those_of_plain_loops() -> None:
+    """Random forwards, in exact and in fixed room, and filled in over what stood there: number by number."""
+    draw = random.Random(1)
+    for _ in range(100):
+        heads, rows, most = _drawn(draw)
+        room = _room(draw, heads, rows, most)
+        filled = Paged(torch.full((8 * room.items + 4 * room.joins + room.pages,), -7, dtype=torch.int32), room, 0)
+        filled.fill(plan_attention(rows, heads, room))
+        for plan in (plan_attention(rows, heads), plan_attention(rows, heads, room), filled):
+            items, joins, table = _looped(rows, heads, plan.room.tile)
+            assert plan.items.tolist() == items + [[0] * 8] * (plan.room.items - len(items))
+            assert plan.joins.tolist() == joins + [[0] * 4] * (plan.room.joins - len(joins))
+            assert plan.table[: len(table)].tolist() == table
+
+
+def _looped(rows: Rows, heads: Heads, tile: int) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """What `plan_attention` makes, one by one: items, joins, table."""
+    tiles, table, start = [], [], 0
+    for row, (length, context) in enumerate(zip(rows.lengths, rows.context, strict=True)):
+        fixed = start, length, context, len(table)
+        tiles += [(fixed, first, pages_for(context)) for first in range(0, length, tile)]
+        table += rows.pages[row][: pages_for(length + context)]
+        start += length
+    share = max(paged.MIN_PAGES, -(-sum(pages for _, _, pages in tiles) * heads.kv // PROGRAMS))
+    items, joins, slots = [], [], 0
+    for (start, length, context, place), first, pages in tiles:
+        parts = max(1, (2 * pages + share) // (2 * share))
+        cuts = [pages * part // parts for part in range(parts + 1)]
+        for part in range(parts):
+            own = first // heads.page_size if part == parts - 1 else 0
+            slot = slots + part if parts > 1 else -1
+            item = [start, length, context, place, first, cuts[part], cuts[part + 1], slot]
+            items.append((cuts[part + 1] - cuts[part] + own, item))
+        if parts > 1:
+            joins.append([start + first, min(tile, length - first), slots, parts])
+            slots += parts
+    return [item for _, item in sorted(items, key=lambda item: -item[0])], joins, table
+
+
+def _drawn(draw: random.Random) -> tuple[Heads, Rows, int]:
+    """Random sizes, rows of random lengths over contexts of all sizes, and the most pages that one of them has."""
+    heads = Heads(draw.choice([1, 2, 8]), draw.choice([1, 3, 16]), PAGE_SIZE, draw.choice([64, 256]))
+    count, longest = draw.randint(1, 40), draw.choice([1, 3, 16, 32, 100])
+    lengths = [draw.randint(1, longest) for _ in range(count)]
+    context = [int(draw.choice([0, 1, 64, 130, 3_000, 130_000]) * draw.random()) for _ in range(count)]
+    needed = [pages_for(one + before) for one, before in zip(lengths, context, strict=True)]
+    held = [draw.choice([pages_for(before), pages + 2]) for before, pages in zip(context, needed, strict=True)]
+    tables = [range(row, row + pages) for row, pages in enumerate(held)]  # some without any for their own tokens
+    shown = tuple(tuple(table) if row % 2 else array("i", table) for row, table in enumerate(tables))
+    return heads, Rows(tuple(range(count)), (-1,) * count, tuple(lengths), tuple(context), shown), max(needed)
+
+
+def _room(draw: random.Random, heads: Heads, rows: Rows, most: int) -> Room:
+    longest = max(draw.choice([1, 16, 128]), *rows.lengths)
+    return Room.of(heads, len(rows.lengths) + draw.randint(0, 9), longest, most + draw.randint(0, 9))
 
 
 @pytest.mark.parametrize("contexts", [[4_096], [131_072 - 64]])

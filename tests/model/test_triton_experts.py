@@ -13,6 +13,7 @@ from model.kernels.plain import PlainKernels
 
 pytest.importorskip("triton")
 from model.kernels import triton_experts
+from model.kernels.cuda import CudaKernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [  # tokens, experts, choices, hidden, width
@@ -93,6 +94,18 @@ def test_a_token_that_is_not_finite_leaves_the_others_alone() -> None:
     others = torch.arange(12, device=DEVICE) != 5
     assert got[5].isnan().all()
     assert torch.equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 33])
+def test_the_square_behind_the_seam_is_the_plain_one(tokens: int, dtype: torch.dtype) -> None:
+    """Also of more than one program; a NaN stays one. In bfloat16 to the last bit, which the interpreter cuts off."""
+    x = torch.randn(tokens, 40, generator=torch.Generator().manual_seed(tokens)).to(DEVICE, dtype)
+    x[:, 3] = torch.nan
+    right = PlainKernels().squared_relu(x)
+    got = CudaKernels().squared_relu(x)
+    assert got.dtype == dtype
+    assert torch.allclose(got, right, rtol=0 if dtype == torch.float32 else 2**-7, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("tokens", "experts", "per_token"), [(12, 8, 2), (4, 128, 6), (3, 5, 5), (0, 8, 2)])

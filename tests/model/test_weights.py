@@ -5,18 +5,22 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from model import weights
+from model import load_model, weights
 from model.checkpoint import BUILTIN, Checkpoint, TensorInfo, open_checkpoint
 from model.config import TwoTowerConfig, expected_tensors
 from model.errors import CheckpointError
 from model.noise.make import CONFIG
-from model.weights import check_memory, free_memory, load_tensors, weight_bytes
+from model.staging import HostCopies
+from model.weights import Loaded, check_memory, free_memory, load_tensors, load_towers, weight_bytes
 from tests.model.golden_cases import CHECKPOINT
 
 GIB = 2**30
@@ -38,16 +42,18 @@ def test_every_tensor_arrives_in_the_wanted_dtype(dtype: torch.dtype) -> None:
     assert all(targets[name].equal(tensor.to(dtype)) for name, tensor in stored.items())
 
 
-def test_targets_may_be_views_into_stacked_experts() -> None:
+def test_targets_may_be_parts_of_stacked_experts() -> None:
     checkpoint = open_checkpoint("builtin:noise")
     config = checkpoint.config
-    stacked = torch.full((config.n_routed_experts, config.hidden_size, config.moe_intermediate_size), math.nan)
+    stacked = torch.full((config.n_routed_experts, config.moe_intermediate_size, config.hidden_size), math.nan)
     name = "context_tower.layers.1.mixer.experts.{}.up_proj.weight".format
-    load_tensors(checkpoint, {name(i): stacked[i].T for i in range(config.n_routed_experts)})
+    load_tensors(checkpoint, {name(i): stacked[i] for i in range(config.n_routed_experts)})
     single = torch.empty(config.moe_intermediate_size, config.hidden_size)
     load_tensors(checkpoint, {name(5): single})
     assert stacked.isfinite().all()
-    assert stacked[5].equal(single.T)
+    assert stacked[5].equal(single)
+    with pytest.raises(ValueError, match="not contiguous"):
+        load_tensors(checkpoint, {name(5): torch.empty(single.T.shape).T})
 
 
 def test_nothing_asked_nothing_read() -> None:
@@ -73,27 +79,112 @@ def test_a_shard_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
         load_tensors(checkpoint, {last: torch.empty(info.shape)})
 
 
-@pytest.mark.parametrize("piece", [7, 64, 10_000_000])
-def test_tensors_of_many_sizes_share_the_buffer(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(weights, "PIECE", piece)
-    sizes = [1, 3, 40, 0, 64, 65, 200, 7, 1, 0, 190, 199]
-    stored = {f"t{i}": bytes((i + j) % 251 for j in range(2 * size)) for i, size in enumerate(sizes)}
-    infos: dict[str, TensorInfo] = {}
-    for i, (name, content) in enumerate(stored.items()):
-        infos[name] = TensorInfo("shard", "BF16", (sizes[i],), 1000 * i, 1000 * i + len(content))
+class Shard:
+    """Stands in for a Checkpoint: BF16 tensors t0, t1, … of these sizes, some bytes apart in one shard."""
 
-    class Shard:
-        """Stands in for a Checkpoint that holds these tensors."""
+    uri = "shard"
 
-        uri, tensors = "shard", infos
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.stored = [bytes((i + j) % 251 for j in range(2 * size)) for i, size in enumerate(sizes)]
+        self.tensors = {
+            f"t{i}": TensorInfo("shard", "BF16", (size,), 1000 * i, 1000 * i + 2 * size) for i, size in enumerate(sizes)
+        }
+
+    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self.stored[info.start // 1000][offset : offset + len(buffer)]
+
+    def load(self) -> list[bytes]:
+        """Through load_tensors, asked for from last to first."""
+        targets = {n: torch.ones(info.shape, dtype=torch.bfloat16) for n, info in reversed(self.tensors.items())}
+        assert load_tensors(self, targets) == sum(map(len, self.stored))  # type: ignore[arg-type]
+        return [bytes(targets[name].view(torch.uint8).tolist()) for name in self.tensors]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 3, 7, 32, 40, 64, 65, 200, 450]), max_size=14),
+    piece=st.sampled_from([7, 64, 10_000_000]),
+    size=st.sampled_from([64, 192, 4096]),
+    count=st.integers(2, 4),
+)
+def test_tensors_of_any_size_pass_through_buffers_of_any_size(
+    sizes: list[int], piece: int, size: int, count: int
+) -> None:
+    """Whole, also where a tensor lies across buffers, with copies that begin as late as they may."""
+    copies = LateCopies()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "PIECE", piece)
+        patch.setattr(weights, "BUFFER", size)
+        patch.setattr(weights, "BUFFERS", count)
+        patch.setattr(weights, "copies_to", lambda _devices: copies)
+        shard = Shard(sizes)
+        assert shard.load() == shard.stored
+    assert copies.taken <= count * size
+
+
+class LateCopies(HostCopies):
+    """Stands in for a stream: copies happen only once they are waited for, when a buffer may have been filled anew."""
+
+    def __init__(self) -> None:
+        self.taken = self._done = 0
+        self._begun: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def buffer(self, size: int) -> torch.Tensor:
+        self.taken += size
+        return super().buffer(size)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self._begun.append((target, source))
+
+    def mark(self) -> Callable[[], object]:
+        begun = len(self._begun)
+
+        def wait() -> None:
+            for target, source in self._begun[self._done : begun]:
+                target.copy_(source)
+            self._done = max(self._done, begun)
+
+        return wait
+
+
+def test_the_towers_are_loaded_in_turn_and_each_is_timed() -> None:
+    """Of a model with stages on any devices: every weight once, the context tower's before the denoiser's."""
+    pair = load_model("builtin:noise", devices=["cpu", "cpu"])
+    checkpoint = open_checkpoint("builtin:noise")
+    read: list[str] = []
+
+    class Reading:
+        uri, config, tensors = checkpoint.uri, checkpoint.config, checkpoint.tensors
 
         def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-            buffer[:] = stored[f"t{info.start // 1000}"][offset : offset + len(buffer)]
+            read.extend(name for name, other in self.tensors.items() if other is info)
+            checkpoint.read_into(info, offset, buffer)
 
-    targets = {name: torch.ones(info.shape, dtype=torch.bfloat16) for name, info in reversed(infos.items())}
-    load_tensors(Shard(), targets)  # type: ignore[arg-type]
-    for name, content in stored.items():
-        assert bytes(targets[name].view(torch.uint8).tolist()) == content
+    context, denoiser = load_towers(Reading(), pair.checkpoint_targets())  # type: ignore[arg-type]
+    of_context = expected_tensors(checkpoint.config, "context").keys()
+    assert sorted(read) == sorted(checkpoint.tensors)
+    assert [name in of_context for name in read] == sorted((name in of_context for name in read), reverse=True)
+    assert context.bytes + denoiser.bytes == sum(info.nbytes for info in checkpoint.tensors.values())
+    assert str(Loaded("context tower", 63_160_000_000, 15.84)) == "context tower 63.2 GB in 15.8 s (4.0 GB/s)"
+    assert str(Loaded("denoiser", 53_400_000, 0.5)) == "denoiser 53.4 MB in 0.5 s (106.8 MB/s)"
+    (alone,) = load_towers(checkpoint, load_model("builtin:noise", towers="context").checkpoint_targets())
+    assert (alone.what, alone.bytes) == ("context tower", context.bytes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_reach_a_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Through small pinned buffers, used again and again while copies out of them are under way."""
+    monkeypatch.setattr(weights, "BUFFER", 4096)
+    checkpoint = open_checkpoint("builtin:noise")
+    on = {
+        device: {n: torch.empty(info.shape, dtype=dtype, device=device) for n, info in checkpoint.tensors.items()}
+        for device in ("cpu", "cuda")
+    }
+    for targets in on.values():
+        load_tensors(checkpoint, targets)
+    assert all(on["cuda"][name].cpu().equal(right) for name, right in on["cpu"].items())
 
 
 # Memory
@@ -129,7 +220,7 @@ def released() -> Checkpoint:
 
 def test_not_enough_memory_is_said_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "free_memory", lambda _: int(21.3 * GIB))
-    message = r"s3://models/two-tower needs 118\.\d GiB in bfloat16 on cpu, 21\.3 GiB are free: "
+    message = r"s3://models/two-tower needs 117\.\d GiB in bfloat16 on cpu, 21\.3 GiB are free: "
     with pytest.raises(CheckpointError, match=message):
         check_memory(released(), "both", torch.bfloat16, ["cpu"])
     assert weight_bytes(released(), "context", torch.bfloat16) / GIB == pytest.approx(58.8, abs=0.1)
@@ -144,8 +235,8 @@ def test_stages_are_counted_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
         check_memory(released(), "both", torch.bfloat16, ["cuda:0", "cuda:0"])
     with pytest.raises(CheckpointError, match=r"61\.0 GiB in bfloat16 on cuda:1, 60\.0 GiB"):
         check_memory(released(), "both", torch.bfloat16, ["cuda:0", "cuda:1"], [57 * GIB, 61 * GIB])
-    free["cpu"] = GIB // 2
-    with pytest.raises(CheckpointError, match=r"0\.7 GiB in bfloat16 on cpu, 0\.5 GiB are free"):
+    free["cpu"] = 10 * 2**20
+    with pytest.raises(CheckpointError, match=r"0\.1 GiB in bfloat16 on cpu, 0\.0 GiB are free"):
         check_memory(released(), "both", torch.bfloat16, ["cuda:0", "cuda:1"])
     with pytest.raises(ValueError, match="1 stage_bytes for 2 devices"):
         check_memory(released(), "both", torch.bfloat16, ["cpu", "cpu"], [1])
@@ -186,7 +277,7 @@ import sys
 import torch
 from model.checkpoint import open_checkpoint
 from model.config import expected_tensors
-from model.weights import load_tensors
+from model import weights
 
 def resident(field):
     lines = open("/proc/self/status").read().splitlines()
@@ -196,11 +287,14 @@ torch.set_num_threads(1)
 checkpoint = open_checkpoint(sys.argv[1])
 checkpoint.validate()
 shapes = expected_tensors(checkpoint.config)
-targets = {name: torch.empty(shape, dtype=getattr(torch, sys.argv[2])) for name, shape in shapes.items()}
+dtypes = torch.bfloat16, torch.float32
+both = [{name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()} for dtype in dtypes]
+weights.BUFFER = 2 * 2**20
 before = resident("VmRSS")
-load_tensors(checkpoint, targets)
+for targets in both:
+    weights.load_tensors(checkpoint, targets)
 # Not getrusage: its ru_maxrss outlives exec(), so it would tell the size of the process that started this one.
-print(resident("VmHWM") - before, sum(t.nbytes for t in targets.values()))
+print(resident("VmHWM") - before, sum(t.nbytes for targets in both for t in targets.values()))
 """
 
 
@@ -228,14 +322,12 @@ def write_large_checkpoint(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_loading_takes_the_weights_and_about_one_tensor_more(tmp_path: Path, dtype: str) -> None:
+def test_loading_takes_the_weights_and_its_buffers_alone(tmp_path: Path) -> None:
+    """16 MiB of buffers, less than the largest tensor; as stored, and converted."""
     write_large_checkpoint(tmp_path)
-    largest = max(info.nbytes for info in open_checkpoint(str(tmp_path)).tensors.values())
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path), dtype], cwd=ROOT, check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     grown, total = (int(word) for word in done.stdout.split())
-    print(f"grew by {grown / 2**20:.1f} MiB; {total / 2**20:.1f} MiB of weights, largest {largest / 2**20:.1f} MiB")
-    assert total > 200 * 2**20
-    assert grown <= total + 1.5 * largest, f"{(grown - total) / largest:.2f} largest tensors beyond the weights"
+    assert total > 600 * 2**20
+    more = (grown - total) / 2**20
+    assert more <= 20, f"{more:.1f} MiB beyond the weights"

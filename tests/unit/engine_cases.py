@@ -19,6 +19,8 @@ from tests.unit.engine_scripts import MASK, Script, confidence, size_of
 @dataclass(slots=True)
 class _Block:
     number: int
+    """Of the row's blocks; in AR mode, of its tokens."""
+    size: int
     needed: int
     room: int
     steps: int = 0
@@ -71,7 +73,7 @@ class ScriptedBackend:
         self.entered.extend(rows)
         self._entered.update(rows)
 
-    def begin(self, rows: Sequence[ActiveRow]) -> None:
+    def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
         """See Backend."""
         self._call("begin")
         assert rows, "no rows begin"
@@ -79,11 +81,13 @@ class ScriptedBackend:
             assert not row.ended
             assert row in self._entered, f"{row.request.key!r} begins a block in a slot that was not set up for it"
             block = self._blocks.get(row)
-            number = block.number + 1 if block else 0
+            step = block.size if block and row.mode == "ar" else 1
+            number = block.number + step if block else 0
+            size = min(ar_tokens, row.room) if row.mode == "ar" else size_of(row.request.params)
             assert row.tokens == self.scripts[row.request.key].block(0, len(row.tokens))
             assert block is None or block.full, "a block begins before the last one is full"
             needed = self.scripts[row.request.key].needed(row.request.params, number)
-            self._blocks[row] = _Block(number, needed, row.room)
+            self._blocks[row] = _Block(number, size, needed, row.room)
 
     def _call(self, name: str) -> None:
         number = self._calls[name]
@@ -110,6 +114,9 @@ class ScriptedBackend:
             assert end % PAGE_SIZE == 0 or count == len(item.pending), f"cut at token {end}"
             if isinstance(item, ActiveRow) and not self._is_read(item) and (item.mode != "ar" or not end % 16):
                 self._check_pages(item)
+        for row in fill:  # all but the last of the tokens that it makes now
+            if more := self.scripts[row.request.key].block(len(row.tokens), self._blocks[row].size)[:-1]:
+                self._store(ticket, row, more)
         return ticket
 
     def _check_alive(self, rows: Sequence[ActiveRow | Prefix]) -> None:
@@ -190,7 +197,7 @@ class ScriptedBackend:
             self._poison.discard(slot)
             state = [*self._states[seed], *tokens] if seed >= 0 else list(tokens)
             assert len(state) == end, f"{end} tokens stored in {table}, but the states have seen {len(state)}"
-            assert state == self._sequence(item)[:end], "other tokens than its own"
+            assert state == self._sequence(item, end)[:end], "other tokens than its own"
             self._states[slot] = state
         at = length
         while at < end:
@@ -209,10 +216,13 @@ class ScriptedBackend:
         held = [token for page in pages for token in self._pages[page]]
         assert held[:length] == self._sequence(row)[:length], f"{row.request.key!r}: its pages hold other tokens"
 
-    def _sequence(self, item: ActiveRow | Prefix) -> list[int]:
+    def _sequence(self, item: ActiveRow | Prefix, end: int = 0) -> list[int]:
+        """Its tokens, up to `end` at least where a row in AR mode is ahead of what it has been told."""
         if isinstance(item, Prefix):
             return list(item.tokens)
-        return [*item.request.prompt_ids, *self.scripts[item.request.key].block(0, len(item.tokens))]
+        prompt = item.request.prompt_ids
+        count = max(len(item.tokens), end - len(prompt)) if item.mode == "ar" else len(item.tokens)
+        return [*prompt, *self.scripts[item.request.key].block(0, count)]
 
     # -- what comes back ---------------------------------------------------------------------------------------------
 
@@ -226,14 +236,17 @@ class ScriptedBackend:
         return [seen for row in handle.fills if not row.ended and (seen := self._fill(row))]
 
     def _fill(self, row: ActiveRow) -> Seen | None:
-        script, block, size = self.scripts[row.request.key], self._blocks[row], size_of(row.request.params)
+        script, block = self.scripts[row.request.key], self._blocks[row]
+        size, numbers = block.size, range(block.number, block.number + (block.size if row.mode == "ar" else 1))
         block.steps += 1
-        broken = block.number == script.broken_block
-        ready = 0 if broken else size * block.steps // block.needed
+        broken = script.broken_block in numbers
+        ready = size * block.steps // block.needed
+        if broken and script.broken_block is not None:
+            ready = script.broken_block - block.number
         block.full = ready == size
         tokens = script.block(len(row.tokens), size)[:ready] + [MASK] * (size - ready)
         may_end = ready >= block.room or bool(set(tokens) & set(row.request.params.eos_ids))
-        may_end = may_end or (bool(row.request.params.stop) and not broken)
+        may_end = may_end or (bool(row.request.params.stop) and bool(ready))
         if not (broken or block.full or may_end):
             return None
         steps = block.steps if row.mode != "ar" else 0
@@ -263,12 +276,21 @@ def make_loop(
     budget: int = 4096,
     lanes: int = 1,
     extend_every: int = 1,
+    ar_tokens: int = 1,
+    overlap_rows: int | None = None,
     faults: dict[int, Fault] | None = None,
     failing_calls: dict[str, set[int]] | None = None,
 ) -> tuple[Loop[Ticket], ScriptedBackend]:
     """A loop over a scripted backend; text is its tokens' letters."""
     scheduler = Scheduler(Slots(rows + PREFIX_SLOTS, pages), rows, budget, lanes)
     backend = ScriptedBackend(scheduler, scripts, faults=faults, failing_calls=failing_calls)
-    return Loop(
-        backend, scheduler, lambda ids: "".join(map(chr, ids)), extend_every=extend_every, clock=Clock()
-    ), backend
+    loop = Loop(
+        backend,
+        scheduler,
+        lambda ids: "".join(map(chr, ids)),
+        extend_every=extend_every,
+        ar_tokens=ar_tokens,
+        overlap_rows=overlap_rows,
+        clock=Clock(),
+    )
+    return loop, backend

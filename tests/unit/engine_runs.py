@@ -56,6 +56,8 @@ class Case:
     budget_pages: int = 8
     lanes: int = 1
     extend_every: int = 1
+    ar_tokens: int = 1
+    overlap_rows: int | None = None
     changes: Sequence[tuple[int, str, int]] = ()
     faults: dict[int, Fault] = field(default_factory=dict)
     failing_calls: dict[str, set[int]] = field(default_factory=dict)
@@ -115,6 +117,8 @@ def cases(*, calm: bool, growing: bool = False) -> st.SearchStrategy[Case]:
             budget_pages=st.integers(1, 12),
             lanes=st.just(lanes),
             extend_every=st.integers(1, 4),
+            ar_tokens=st.sampled_from([1, 1, 2, 8]),
+            overlap_rows=st.sampled_from([None, None, 1, 2, 4]),
             **({} if calm else wild),
         )
 
@@ -136,6 +140,8 @@ class Run:
             budget=case.budget_pages * PAGE_SIZE,
             lanes=case.lanes,
             extend_every=case.extend_every,
+            ar_tokens=case.ar_tokens,
+            overlap_rows=case.overlap_rows,
             faults=case.faults,
             failing_calls=case.failing_calls,
         )
@@ -153,7 +159,8 @@ class Run:
         """More steps than any run may take.
 
         The oldest request in the engine ends within its own work (a step each for its forwards and, where it waits for
-        the turn of the context forwards, extend_every of them for each piece and each block), once the younger ones
+        the turn of the context forwards, extend_every of them for each piece and each block, and one more where a lane
+        overlaps), once the younger ones
         that hold what it needs have ended theirs, or been put back; in such a turn only one prompt may get on. So the
         oldest ends within all the pieces and twice the most work of one; then the next is the oldest. A fault can throw
         all of them back once, and gives them smaller pieces.
@@ -162,7 +169,11 @@ class Run:
         for key, each in self.requests.items():
             told, params = expected(each.params, self.scripts[key]), each.params
             blocks = len(told.token_ids) // size_of(params) + 1
-            work = max(work, blocks * (1 + self.case.extend_every) + max(told.forwards, len(told.token_ids)))
+            work = max(
+                work,
+                blocks * (1 + self.case.extend_every + bool(self.case.overlap_rows))
+                + max(told.forwards, len(told.token_ids)),
+            )
             pieces += 2 * (pages_for(len(each.prompt_ids)) + 1)  # once as a prefix, once as a row
         faults = len(self.case.faults) + sum(map(len, self.case.failing_calls.values()))
         return 90 + 2 * (len(self.requests) + faults + 1) * (self.case.extend_every * pieces + work)
@@ -255,7 +266,8 @@ class Run:
         assert not self.backend.ended_rows, "a forward with rows that have ended"
         numbers = [row.number for row in self.loop.scheduler.waiting]
         assert numbers == sorted(set(numbers)), "the queue is out of order"
-        if self.case.lanes == 1 and not (self.case.faults or self.case.failing_calls):
+        calm = not (self.case.faults or self.case.failing_calls or self.case.overlap_rows)
+        if self.case.lanes == 1 and calm:
             (lane,) = self.loop.scheduler.lanes
             waiting = [row for row in lane.extending if row.mode != "ar" or row.tokens]  # an AR row may have come now
             assert lane.filling or not waiting, "rows wait for an extension in an idle lane"

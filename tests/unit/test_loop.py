@@ -257,3 +257,35 @@ def test_generate_gives_completions_in_the_order_of_the_requests() -> None:
     loop.submit(rows[0])
     with pytest.raises(RequestError, match="idle engine"):
         loop.generate(rows[1:])
+
+
+def test_rows_in_ar_mode_make_several_tokens_a_turn_where_nobody_waits() -> None:
+    """Eight a turn, and no more than a row may take; one beside a row that fills blocks; the same tokens."""
+    scripts = {"a": Script(), "b": Script(eos_at=10), "d": Script((2,))}
+    rows = [request(key, 20, mode="ar", max_new_tokens=20) for key in "ab"]
+    loop, backend = make_loop(scripts, ar_tokens=8)
+    done = drive(loop, rows)
+    assert (len(done["a"].token_ids), len(done["b"].token_ids)) == (20, 11)
+    assert [len(launch.blocks) for launch in backend.launches if launch.blocks] == [2, 2, 1]
+    loop, backend = make_loop(scripts, ar_tokens=8)
+    beside = drive(loop, [rows[0], request("d", 20, max_new_tokens=200)])
+    assert beside["a"].token_ids == done["a"].token_ids
+    assert len([launch for launch in backend.launches if launch.blocks and launch.kind == "context"]) >= 20
+
+
+def test_an_overlapping_lane_launches_the_extension_before_it_collects() -> None:
+    """From so many rows on, each extension finds the lane's last denoiser forward under way; with fewer, none does."""
+    keys = {f"r{i}": Script((1 + i % 4, 3)) for i in range(6)}
+    for rows, under_way in ((6, True), (2, False)):
+        loop, backend = make_loop(keys, rows=rows, overlap_rows=3)
+        found, extend = [], backend.extend
+
+        def watched(batch, fill, backend=backend, found=found, extend=extend):  # type: ignore[no-untyped-def]
+            found.append(any(ticket.kind == "denoise" and not ticket.collected for ticket in backend.tickets))
+            return extend(batch, fill)
+
+        backend.extend = watched  # type: ignore[method-assign]
+        done = drive(loop, [request(key, 20, max_new_tokens=64) for key in keys])
+        assert {len(completion.token_ids) for completion in done.values()} == {64}
+        assert any(found) is under_way
+        assert sum(found) > 0.5 * len(found) or not under_way

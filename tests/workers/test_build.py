@@ -1,5 +1,6 @@
 """What a replica makes of a job's engine section."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,14 @@ def test_gpus_that_are_not_there_are_named_by_the_setting(tmp_path: Path, monkey
 
 
 def test_a_replica_says_where_its_memory_goes(tmp_path: Path) -> None:
-    """The plan is the first that the operator is told, and the engine runs as many rows as the plan came to."""
+    """And how fast its weights were loaded, a tower at a time; the engine runs as many rows as the plan came to."""
     engine = {"max_rows": "auto", "max_context_tokens": 256}
     small = open_job(tmp_path, prompts_of(1), engine=engine, workers={"gpus": 0})
     runner = build.make_runner(small.spec, "r0")
     runner.close()
     lines = runner.notes()
+    of_a_tower = r"{} \d+\.\d MB in \d+\.\d s \(\d+\.\d [MG]B/s\)".format
+    assert re.fullmatch(f"model loaded: {of_a_tower('context tower')}, {of_a_tower('denoiser')}", lines[0]), lines[0]
     rows = AUTO_MAX_ROWS["cpu"]
     assert lines[-1] == f"max_rows {rows}, kv_tokens {rows * 256:,}"
     assert runner._engine.max_rows == rows

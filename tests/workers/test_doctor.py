@@ -17,9 +17,14 @@ import torch
 from typer.testing import CliRunner
 
 import model.kernels.check
+import model.released
+import model.weights
 import workers.cluster
 import workers.doctor
+from model.config import TwoTowerConfig
+from model.errors import RequestError
 from model.kernels.check import KernelError
+from model.noise.make import CONFIG
 from pipeline.cli import app
 from pipeline.doctor.findings import Finding
 from pipeline.errors import ClusterError
@@ -78,6 +83,26 @@ def test_a_wrong_kernel_fails_with_its_name(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(model.kernels.check, "check_kernels", wrong)
     first, *_ = check_kernels()
     assert first == Finding("FAIL", "cpu: kernel attend of PlainKernels is wrong on cpu")
+
+
+def test_layers_of_the_released_sizes_are_checked_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By declaration: small layers in their place, on the CPU. Random weights pass the kernels' check."""
+    monkeypatch.setattr(model.released, "RELEASED_CONFIG", TwoTowerConfig.from_dict(dict(CONFIG)))
+    pair = workers.doctor._released_layers("cpu")
+    assert [layer.kind for layer in pair.context.layers] == ["mamba", "attention", "moe"]
+    assert pair.denoiser is None
+    model.kernels.check.check_kernels(pair)
+    monkeypatch.setattr(model.weights, "free_memory", lambda _device: 1 << 30)
+    with pytest.raises(RequestError, match=r"1\.0 GiB are free, too few for a layer of each kind .* \(4 GiB\): stop"):
+        workers.doctor._released_layers("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernels_of_this_gpu_are_right_at_the_released_sizes() -> None:
+    [line] = [line for line in check_kernels() if line.found.startswith("cuda:0: ")]
+    assert line.level == "ok", line
+    assert "s for released sizes" in line.found
 
 
 @pytest.mark.parametrize(

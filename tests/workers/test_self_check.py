@@ -177,7 +177,7 @@ def test_a_replica_says_what_it_checked_and_generates_as_without(checkpoint: Pat
     """The canary's rows leave nothing behind: neither in the engine's counts nor in what it generates."""
     runner = make_runner(job_of(tmp_path / "a", checkpoint).spec, "r0")
     engine: Any = runner._engine
-    assert runner.notes()[0].startswith("self-check passed in ")
+    assert runner.notes()[1].startswith("self-check passed in ")
     runner.close()
     engine.check()
     assert (engine.stats.prefill_tokens, engine.active, engine.waiting) == (0, 0, 0)

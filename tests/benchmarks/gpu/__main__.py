@@ -1,94 +1,138 @@
-"""`make bench-gpu`: forwards over their floors and tokens a second on one device, as tests/benchmarks/out/gpu.json.
+"""`make bench-gpu`: forwards over their floors, tokens a second, loading and stages on one device.
 
 Random weights of the released shape (`--size released`), of about a billion (`mid`) or of builtin:noise (`noise`, which
-a CPU can run). Figures that were taken on a GPU stand in tests/benchmarks/gpu/RESULTS.md.
+a CPU can run). Writes gpu.json, gpu.md (tables for RESULTS.md) and gpu.svg beside each other; `--only` leaves the rest
+out, where time on a GPU is short. Figures that were taken on a GPU stand in tests/benchmarks/gpu/RESULTS.md.
 """
 
 import argparse
+import gc
 import json
 import platform
-from dataclasses import asdict
+import sys
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from model.errors import RequestError
+from model.noise.make import CONFIG as NOISE
+from model.random_weights import random_pair
+from model.released import RELEASED
 from tests.benchmarks.gpu.ceilings import ceilings
-from tests.benchmarks.gpu.forwards import KINDS, Bench, Timing
-from tests.benchmarks.gpu.random_model import SIZES, random_pair
-from tests.benchmarks.gpu.throughput import Rate, lockstep_rate, rate
+from tests.benchmarks.gpu.forwards import KINDS, Bench
+from tests.benchmarks.gpu.loading import load_rates
+from tests.benchmarks.gpu.random_model import SIZES
+from tests.benchmarks.gpu.report import draw, markdown
+from tests.benchmarks.gpu.throughput import Rate, lockstep_rate, rate, two_stages
 
 OUT = Path(__file__).parents[1] / "out" / "gpu.json"
+WHAT = ("forwards", "throughput", "load", "stages")
+# a layer of each kind in both towers, 7.0 GB
+LOADED = {**RELEASED, "hybrid_override_pattern": "M*E", "num_hidden_layers": 3, "vocab_size": 32768}
+SMALL_HEAD = 32768
+"""Of the model on two stages, whose weights are made three times over."""
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="released")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", type=_numbers, default=[1, 4, 16, 64, 128], metavar="N,N")
-    parser.add_argument("--contexts", type=_numbers, default=[512, 4096], metavar="N,N")
-    parser.add_argument("--throughput-rows", type=_numbers, default=[1, 16, 128, 384], metavar="N,N")
-    parser.add_argument("--steps", type=_numbers, default=[5, 9], metavar="N,N")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
+    options = _options()
     device = torch.device(options.device)
     if device.type == "cpu" and options.size != "noise":
         raise SystemExit("error: on a CPU run --size noise; the others need a GPU")
     torch.set_num_threads(1)  # of no use to a GPU, and a CPU runs this only to see that it runs
-    console = Console(width=110)
-    hardware = ceilings(device)
-    pair = random_pair(SIZES[options.size], torch.bfloat16, device)
-    found: dict[str, Any] = {"machine": _machine(device), "size": options.size}
-    found["ceilings"] = {"copy_bytes_per_s": hardware.bandwidth, "bf16_flops": hardware.flops}
-    timings = [
-        Bench(pair, hardware, rows, context).time(kind)
-        for context in options.contexts
-        for rows in options.rows
-        for kind in KINDS
-    ]
-    found["forwards"] = [asdict(timing) | {"over_floor": timing.over_floor} for timing in timings]
-    console.print(_forwards_table(timings))
-    length = {"prompt": options.prompt, "new": options.new}
-    rates: list[Rate] = []
-    for rows in options.throughput_rows:
-        rates.append(rate(pair, rows, "ar", 0, **length))
-        rates += [rate(pair, rows, "diffusion", steps, **length) for steps in options.steps]
-        rates += [lockstep_rate(pair, rows, steps, **length) for steps in options.steps]
-    found["throughput"] = [asdict(one) for one in rates]
-    console.print(_rates_table(rates))
+    found: dict[str, Any] = {"command": f"python -m tests.benchmarks.gpu {' '.join(sys.argv[1:])}".strip()}
+    found |= {"machine": _machine(device), "size": options.size, "left_out": []}
+    if {"forwards", "throughput"} & set(options.only):
+        _with_one_model(options, device, found)
+    _free(device)
+    if "load" in options.only:
+        raw = NOISE if options.size == "noise" else LOADED
+        found["load"] = load_rates(raw, device, options.folder)
+        if found["load"] is None:
+            found["left_out"].append("load: the disk has too little room; --folder names another")
+    if "stages" in options.only:
+        config = SIZES[options.size]
+        config = replace(config, vocab_size=min(SMALL_HEAD, config.vocab_size))
+        found["stages"] = two_stages(config, device, options.stage_rows, prompt=options.prompt, new=options.new)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
-    console.print(f"{options.out}: {hardware.bandwidth / 1e12:.2f} TB/s copied, {hardware.flops / 1e12:.0f} TFLOP/s")
+    options.out.with_suffix(".md").write_text(markdown(found))
+    if found.get("throughput"):
+        draw(found["throughput"], options.out.with_suffix(".svg"))
+    Console(width=120).print(markdown(found), markup=False, highlight=False)
+
+
+def _with_one_model(options: argparse.Namespace, device: torch.device, found: dict[str, Any]) -> None:
+    """Single forwards, and the engine over them."""
+    pair = random_pair(SIZES[options.size], torch.bfloat16, [device])
+    if "forwards" in options.only:
+        hardware = ceilings(device)
+        found["ceilings"] = {"copy_bytes_per_s": hardware.bandwidth, "bf16_flops": hardware.flops}
+        found["forwards"] = [
+            asdict(timing) | {"over_floor": timing.over_floor}
+            for context in options.contexts
+            for rows in options.rows
+            for timing in map(Bench(pair, hardware, rows, context).time, KINDS)
+        ]
+    if "throughput" in options.only:
+        length = {"prompt": options.prompt, "new": options.new}
+        rates: list[Rate] = []
+        for rows in options.throughput_rows:
+            try:
+                rates.append(rate(pair, rows, "ar", 0, **length))
+                rates += [rate(pair, rows, "diffusion", steps, **length) for steps in options.steps]
+                rates += [lockstep_rate(pair, rows, steps, **length) for steps in options.steps]
+            except RequestError as error:  # more rows than the memory holds
+                found["left_out"].append(f"throughput at {rows} rows: {error}")
+            _free(device)
+        found["throughput"] = [asdict(one) for one in rates]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="released")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", type=_some, default=list(WHAT), metavar="WHAT,WHAT", help=f"of {', '.join(WHAT)}")
+    parser.add_argument("--rows", type=_numbers, default=[1, 4, 16, 64, 128], metavar="N,N")
+    parser.add_argument("--contexts", type=_numbers, default=[512, 4096], metavar="N,N")
+    parser.add_argument("--throughput-rows", type=_numbers, default=[1, 4, 16, 64, 128, 256, 384], metavar="N,N")
+    parser.add_argument("--steps", type=_numbers, default=[5, 9], metavar="N,N")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--stage-rows", type=int, default=64, help="rows of the engine on two stages")
+    parser.add_argument("--folder", type=Path, help="where to write the checkpoint that is loaded: a local disk")
+    parser.add_argument("--out", type=Path, default=OUT)
+    return parser.parse_args()
 
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def _some(text: str) -> list[str]:
+    if unknown := set(text.split(",")) - set(WHAT):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: there is {', '.join(WHAT)}")
+    return text.split(",")
+
+
 def _machine(device: torch.device) -> dict[str, str]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+    cuda = device.type == "cuda"
+    found = {"device": torch.cuda.get_device_name(device) if cuda else platform.machine(), "torch": torch.__version__}
+    if cuda:
+        import triton
+
+        found |= {"CUDA": str(torch.version.cuda), "Triton": triton.__version__}
+    return found | {"Python": platform.python_version(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
 
 
-def _forwards_table(timings: list[Timing]) -> Table:
-    table = Table("forward", "context", "rows", "ms", "floor ms", "over floor")
-    for t in timings:
-        cells = (f"{t.context:,}", str(t.rows), f"{t.ms:.2f}", f"{t.floor_ms:.2f}", f"{t.over_floor:.2f}")
-        table.add_row(t.kind, *cells)
-    return table
-
-
-def _rates_table(rates: list[Rate]) -> Table:
-    table = Table("mode", "rows", "tokens/s", "device idle")
-    for r in rates:
-        idle = "-" if r.host_share is None else f"{r.host_share:.1%}"
-        table.add_row(r.what, str(r.rows), f"{r.tokens_per_s:,.0f}", idle)
-    return table
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

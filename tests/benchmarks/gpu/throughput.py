@@ -1,12 +1,18 @@
-"""Tokens a second of the whole engine: AR, diffusion at a fixed number of steps a block, and lockstep."""
+"""Tokens a second of the whole engine: AR, diffusion at a fixed number of steps a block, lockstep, two stages."""
 
+import gc
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from model import Engine, EngineLimits, Request
+from model import Completion, Engine, EngineLimits, Request
+from model.config import TwoTowerConfig
 from model.params import Mode
+from model.random_weights import random_pair
 from model.stages import Flight
 from model.two_tower import TwoTower
 from tests.benchmarks import lockstep
@@ -20,35 +26,85 @@ class Rate:
     what: str
     rows: int
     tokens_per_s: float
-    host_share: float | None
+    host_share: float | None = None
     """Share of the time in which the device had nothing to do; None on a CPU and in lockstep."""
+    host_ms: float | None = None
+    """A turn of the loop, waiting for the device left out: on a CPU the forwards are in it."""
+    planned: int | None = None
+    """Bytes that the memory plan reckons with: weights, states, keys and values, forwards."""
+    peak: int | None = None
+    """Bytes that torch had allocated at most; None on a CPU."""
 
 
 def rate(pair: TwoTower, rows: int, mode: Mode, steps: int, *, prompt: int, new: int, batches: int = 2) -> Rate:
     """The engine over `batches * rows` requests; steps: of every block, whatever the logits (diffusion)."""
-    work = _work(pair, rows * batches, mode, steps, prompt, new)
-    engine = Engine(pair, EngineLimits(max_rows=rows, max_context_tokens=prompt + new, lanes=1))
-    engine.generate(work[:rows])  # compiles what is compiled at first use
-    busy = _Busy(engine, pair.devices[-1])
-    began = time.perf_counter()
-    engine.generate(work)
-    busy.wait()
-    took = time.perf_counter() - began
     name = mode if mode != "diffusion" else f"diffusion, {steps} steps"
-    return Rate(name, rows, len(work) * new / took, busy.idle_share(took))
+    return run(pair, name, work_for(pair, rows * batches, mode, steps, prompt, new), rows, prompt + new, lanes=1)[0]
+
+
+def run(
+    pair: TwoTower, name: str, work: Sequence[Request], rows: int, context: int, lanes: int
+) -> tuple[Rate, list[Completion]]:
+    """The requests through an engine of so many rows, a first batch of them unmeasured."""
+    cuda = {device for device in pair.devices if device.type == "cuda"}
+    for device in cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    engine = Engine(pair, EngineLimits(max_rows=rows, max_context_tokens=context, lanes=lanes))
+    engine.generate(work[:rows])  # compiles what is compiled at first use
+    with _Watch(engine) as watch:
+        began = time.perf_counter()
+        completions = engine.generate(work)
+        for device in cuda:
+            torch.cuda.synchronize(device)
+        took = time.perf_counter() - began
+    plan = engine.memory
+    planned = sum(one.weights + one.free - one.left(plan.max_rows, plan.kv_tokens) for one in plan.devices)
+    tokens = sum(len(completion.token_ids) for completion in completions)
+    return Rate(
+        name,
+        rows,
+        tokens / took,
+        host_share=watch.idle_share(took) if cuda else None,
+        host_ms=watch.host_ms,
+        planned=planned,
+        peak=sum(torch.cuda.max_memory_allocated(device) for device in cuda) or None,
+    ), completions
 
 
 def lockstep_rate(pair: TwoTower, rows: int, steps: int, *, prompt: int, new: int, batches: int = 2) -> Rate:
     """Static batches on the same forwards."""
-    work = _work(pair, rows * batches, "diffusion", steps, prompt, new)
+    work = work_for(pair, rows * batches, "diffusion", steps, prompt, new)
     lockstep.serve(pair, work[:rows], rows)
     began = time.perf_counter()
     lockstep.serve(pair, work, rows)
     took = time.perf_counter() - began
-    return Rate(f"lockstep, {steps} steps", rows, len(work) * new / took, None)
+    return Rate(f"lockstep, {steps} steps", rows, len(work) * new / took)
 
 
-def _work(pair: TwoTower, count: int, mode: Mode, steps: int, prompt: int, new: int) -> list[Request]:
+def two_stages(config: TwoTowerConfig, device: torch.device, rows: int, **length: int) -> dict[str, Any]:
+    """The same weights as one stage and as two on one device, on the same requests -> rates, and how many rows differ.
+
+    With one lane both compute the same forwards, so no row may differ; with two lanes, which is how stages overlap,
+    rows have other company, and what is rounded otherwise may fall the other way.
+    """
+    found: dict[str, Any] = {"rows": rows}
+    right: list[Completion] = []
+    for stages, lanes in ((1, 1), (2, 1), (2, 2)):
+        pair = random_pair(config, torch.bfloat16, [device] * stages)
+        work = work_for(pair, 2 * rows, "diffusion", 5, length["prompt"], length["new"])
+        what = f"{stages} stage(s), {lanes} lane(s)"
+        measured, completions = run(pair, what, work, rows, length["prompt"] + length["new"], lanes)
+        right = right or completions
+        differ = sum(a.token_ids != b.token_ids for a, b in zip(completions, right, strict=True))
+        found[what] = {"tokens_per_s": measured.tokens_per_s, "rows_that_differ": differ, "of": len(work)}
+        del pair
+        gc.collect()  # before the next one is made
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+def work_for(pair: TwoTower, count: int, mode: Mode, steps: int, prompt: int, new: int) -> list[Request]:
     made = requests(count, prompt_tokens=prompt, max_new_tokens=new, vocabulary=pair.config.vocab_size, mode=mode)
     if mode != "diffusion":
         return made
@@ -59,31 +115,53 @@ def _work(pair: TwoTower, count: int, mode: Mode, steps: int, prompt: int, new: 
     ]
 
 
-class _Busy:
-    """Times each forward of an engine on the device's clock."""
+class _Watch:
+    """What the device and the host do while an engine runs: seconds of forwards, of turns, and of waiting in them."""
 
-    def __init__(self, engine: Engine, device: torch.device) -> None:
-        self._device = device
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        if device.type != "cuda":
-            return
-        stages, launch = engine.backend.stages, engine.backend.stages.launch
+    def __init__(self, engine: Engine) -> None:
+        self.flights: list[Flight] = []
+        self.turns = 0
+        self.turning = self.waiting = 0.0
+        launch, step, result = engine.backend.stages.launch, engine.step, Flight.result
 
-        def timed(*args: object) -> Flight:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            flight = launch(*args)  # type: ignore[arg-type]
-            end.record()
-            self._events.append((begin, end))
-            return flight
+        def launched(*args: Any) -> Flight:
+            self.flights.append(launch(*args))
+            return self.flights[-1]
 
-        stages.launch = timed  # type: ignore[method-assign, assignment]
+        def stepped() -> list[Completion]:
+            began = time.perf_counter()
+            completions = step()
+            self.turning += time.perf_counter() - began
+            self.turns += 1
+            return completions
 
-    def wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        def waited(flight: Flight) -> Any:
+            began = time.perf_counter()
+            try:
+                return result(flight)
+            finally:
+                self.waiting += time.perf_counter() - began
 
-    def idle_share(self, seconds: float) -> float | None:
-        if not self._events:
-            return None
-        return 1 - sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3 / seconds
+        self._patches = [
+            patch.object(engine.backend.stages, "launch", launched),
+            patch.object(engine, "step", stepped),
+            patch.object(Flight, "result", waited),
+        ]
+
+    def __enter__(self) -> "_Watch":
+        for one in self._patches:
+            one.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self._patches:
+            one.stop()
+
+    def idle_share(self, seconds: float) -> float:
+        """Of the device, in so many seconds."""
+        return 1 - sum(flight.seconds for flight in self.flights) / seconds
+
+    @property
+    def host_ms(self) -> float:
+        """Of a turn, the waiting left out."""
+        return (self.turning - self.waiting) / self.turns * 1e3

@@ -1,0 +1,20 @@
+"""The benchmark of the host's work runs over this engine, and its rows are at work as it says."""
+
+import pytest
+
+from model import load_model
+from model.params import Mode
+from tests.benchmarks import host
+
+
+@pytest.mark.parametrize(("mode", "most"), [("diffusion", 16 / 5), ("ar", host.AR_TOKENS)])
+def test_a_turn_is_measured_part_by_part(monkeypatch: pytest.MonkeyPatch, mode: Mode, most: float) -> None:
+    """A block of 16 tokens takes 5 steps and its extension, so 4 rows get no more tokens a turn than that."""
+    monkeypatch.setattr(host, "WARM_UP", 20)
+    turn = host.measure(load_model("builtin:noise"), mode, 4, turns=100)
+    assert set(turn.parts) == set(host.PARTS)
+    launches = {"extend", "denoise"} if mode == "diffusion" else {"extend"}
+    assert all(turn.parts[part] > 0 for part in {"collect", "loop", "begin", "plans", "device", *launches})
+    assert turn.critical > 0
+    assert turn.total == pytest.approx(sum(turn.parts.values()) - turn.parts["device"])
+    assert 4 * most / 3 < turn.tokens < 4 * most * 1.2
