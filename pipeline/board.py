@@ -1,7 +1,8 @@
 """Who holds what and what is left: the state of the driver's loop. It does no I/O, so its rules are tested alone.
 
-A unit goes out whole. Once it has cost too many replicas it goes out as ranges of its rows, smaller with every loss,
-whose rows end in segments; when all ranges are done it goes out whole again, to be published from the segments.
+Units go out by expected work, the longest first, equal ones as planned, so that no long one is begun last. A unit goes
+out whole. Once it has cost too many replicas it goes out as ranges of its rows, smaller with every loss, whose rows end
+in segments; when all ranges are done it goes out whole again, to be published from the segments.
 """
 
 from collections import deque
@@ -34,12 +35,14 @@ class Board:
         self.results: dict[str, UnitResult] = dict(finished)
         self._policy = policy
         self._total = len(units)
-        self._waiting = deque(Assignment(unit) for unit in units if unit.id not in finished)
+        left = (unit for unit in units if unit.id not in finished)
+        self._waiting = deque(Assignment(unit) for unit in sorted(left, key=lambda unit: -unit.expected_work))
         self._suspects: deque[Assignment] = deque()
         self._held: dict[str, dict[WorkKey, Assignment]] = {}  # ready replica -> what it holds
         self._begun: dict[str, WorkKey] = {}  # replica -> the lone row that it has read
         self._splits: dict[str, _Split] = {}  # by unit id
-        self._live_errors: dict[WorkKey, int] = {}  # error rows so far, of what is held and of ranges that are done
+        # error rows so far, where there are any, of what is held and of ranges that are done
+        self._live_errors: dict[WorkKey, int] = {}
         self._rows = sum(result.totals.rows for result in finished.values())
         self._errors = sum(result.totals.errors for result in finished.values())
         self._started = False  # whether any replica ever became ready
@@ -88,7 +91,9 @@ class Board:
                     self._condemned_in_a_row = 0
                 if self._held[replica][key].lone:
                     self._begun[replica] = key
-                self._live_errors[key] = errors
+                self._live_errors.pop(key, None)
+                if errors:
+                    self._live_errors[key] = errors
                 self._check_errors()
             case UnitDone(result):
                 self._done(result)
@@ -184,6 +189,9 @@ class Board:
         self._live_errors = {key: errors for key, errors in self._live_errors.items() if key[0] != unit_id}
 
     def _check_errors(self) -> None:
+        errors = self._errors + sum(self._live_errors.values())
+        if errors <= self._policy.max_error_rate * self._rows:  # fine without the rows that are counted below
+            return
         begun = {work.unit.id: work.unit.row_count for held in self._held.values() for work in held.values()}
         begun |= {unit_id: split.unit.row_count for unit_id, split in self._splits.items()}
-        self._policy.check_errors(self._errors + sum(self._live_errors.values()), self._rows + sum(begun.values()))
+        self._policy.check_errors(errors, self._rows + sum(begun.values()))

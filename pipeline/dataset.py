@@ -54,7 +54,9 @@ class UnitReader:
             rows.append(Row(f"{unit.name}#{source_row}", index, source_row, prompt, error, settings))
             characters += len(prompt or "")
             if characters > bounds.UNIT_BYTES:
-                raise InputError(f"{_rows_of(unit)}: their prompts are too long together: lower output.rows_per_file")
+                raise InputError(
+                    f"{_rows_of(unit)}: their prompts are too long together: lower output.rows_per_file (or target_mb)"
+                )
         return UnitData(unit, rows, columns)
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.job import Job
+from pipeline.part_size import ESTIMATE
 from pipeline.schema import RESULT_COLUMNS, SCHEMA_VERSION, plain_type
 
 NAMED_AT_MOST = 3
@@ -45,6 +46,7 @@ def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str) -> F
                 "input.carry": job.input.carry,
                 "input.row_settings": job.input.row_settings.columns,
                 "output.rows_per_file": job.output.rows_per_file,
+                **_part_size(job),
                 "output columns": column_types(schema),
                 "model.checkpoint": checkpoint_identity,
                 "model.dtype": job.model.dtype,
@@ -54,6 +56,13 @@ def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str) -> F
         )
     )
     return Fingerprint(fields, digest_of(fields))
+
+
+def _part_size(job: Job) -> dict[str, Any]:
+    """Nothing where units are cut by rows: jobs from before there was a choice have the fingerprint that they had."""
+    if job.output.target_mb is None:
+        return {}
+    return {"output.target_mb": job.output.target_mb, "estimate of part sizes": ESTIMATE}
 
 
 def column_types(schema: pa.Schema) -> dict[str, str]:

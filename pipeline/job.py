@@ -106,8 +106,32 @@ class OutputSection(Section):
 
     path: Text
     """A folder of this job's own; local or any fsspec URL. Submitting the job again resumes what is there."""
-    rows_per_file: int = Field(default=10_000, ge=1)
-    """Rows in one output file at most: the unit of work, of retry and of resume."""
+    rows_per_file: int | None = Field(default=None, ge=1)
+    """Rows in one output file at most: the unit of work, of retry and of resume. 10,000 where target_mb is not given
+    either."""
+    target_mb: float | None = Field(default=None, gt=0, le=2000)
+    """Instead of rows_per_file: about how large an output file is to be, in millions of bytes. The rows that make one
+    are estimated before anything is generated, from the input's footers and max_new_tokens (pipeline.part_size): files
+    are smaller where completions end early. None holds rows of two input files. At most 2000: a part is built in
+    memory."""
+
+    @property
+    def part_limit(self) -> str:
+        """How large a part may be, in words."""
+        return f"at most {self.rows_per_file:,} rows" if self.rows_per_file else f"about {self.target_mb:,g} MB"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_rows(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("rows_per_file") is None and data.get("target_mb") is None:
+            return {**data, "rows_per_file": 10_000}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.rows_per_file is not None and self.target_mb is not None:
+            raise ValueError("rows_per_file and target_mb are both given: keep one of them, the other is null")
+        return self
 
 
 class ModelSection(Section):

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from model.params import Completion
 from model.repetition import DEGENERATE
 from pipeline.dataset import UnitData
+from pipeline.part_file import encode_part
 from pipeline.schema import RESULT_COLUMNS, RESULT_SCHEMA
 from pipeline.types import RowResult, Totals, WorkUnit
 
@@ -63,11 +64,11 @@ def build_part(
     columns |= {name: results[name] for name in RESULT_COLUMNS}
     metadata = {**header, TOTALS_KEY: json.dumps(asdict(totals))}
     table = pa.table([columns[field.name] for field in schema], schema=schema)
-    return to_parquet(table.replace_schema_metadata(metadata)), totals
+    return encode_part(table.replace_schema_metadata(metadata)), totals
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """The table as one Parquet file whose pages carry checksums: damage of a page is found when it is read."""
+    """The table as one Parquet file of the job's own. Pages carry checksums: damage of one is found when it is read."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()

@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 
 from pipeline.bounds import check_footer
 from pipeline.errors import InputError, StorageError
+from pipeline.expected_work import ExpectedWork, prompt_bytes, prompt_columns
 from pipeline.fingerprint import Fingerprint, Listing, make_fingerprint
 from pipeline.job import InputSection, Job
 from pipeline.listing import list_input, would_read
+from pipeline.part_size import carried_bytes, measured_columns, rows_per_unit
 from pipeline.paths import safe_url
 from pipeline.row_settings import misfit
 from pipeline.schema import RESULT_COLUMNS, is_id, is_text, merge_types, output_schema, plain_type
@@ -65,6 +67,10 @@ class _Footer:
     groups: tuple[int, ...]
     """Rows of each row group."""
     schema: pa.Schema
+    carried_bytes: float
+    """Of the columns that go to the output, where that is asked for; else 0."""
+    prompt_bytes: tuple[int, ...]
+    """Of each row group."""
 
 
 def make_plan(job: Job, *, checkpoint_identity: str, allow_unreadable: bool = False) -> Plan:
@@ -80,7 +86,7 @@ def make_plan(job: Job, *, checkpoint_identity: str, allow_unreadable: bool = Fa
             f"output {safe_url(job.output.path)} lies inside input {shown}: its parts would become input; "
             "give the output a folder of its own"
         )
-    footers, unreadable = _read_footers(root, listing)
+    footers, unreadable = _read_footers(root, listing, measured_columns(job), prompt_columns(job.input))
     if unreadable and (not allow_unreadable or not footers):
         raise InputError(_name_unreadable(shown, len(listing), unreadable))
     schema = _check_columns(job.input, footers)
@@ -88,10 +94,12 @@ def make_plan(job: Job, *, checkpoint_identity: str, allow_unreadable: bool = Fa
     units: list[WorkUnit] = []
     for info, footer in footers:
         files.append(InputFile(info.name, info.path, info.size, info.stamp, sum(footer.groups)))
-        for unit in _units_of(info, footer.groups, job.output.rows_per_file):
+        work = ExpectedWork(footer.groups, footer.prompt_bytes, job.generation.max_new_tokens)
+        for unit in _units_of(info, footer.groups, rows_per_unit(job, sum(footer.groups), footer.carried_bytes), work):
             units.append(unit)
             if len(units) > MAX_UNITS:
-                raise InputError(f"input {shown} makes more than {MAX_UNITS} units: raise output.rows_per_file")
+                setting = "rows_per_file" if job.output.target_mb is None else "target_mb"
+                raise InputError(f"input {shown} makes more than {MAX_UNITS} units: raise output.{setting}")
     rows = sum(file.rows for file in files)
     if rows == 0:
         raise InputError(f"input {shown} has no rows: {len(files)} file(s), all empty")
@@ -126,12 +134,15 @@ def unit_id(name: str, first_row: int) -> str:
     return f"{hashlib.sha256(name.encode()).hexdigest()[:12]}-{first_row:010d}"
 
 
-def _units_of(info: FileInfo, groups: Sequence[int], rows_per_unit: int) -> Iterator[WorkUnit]:
+def _units_of(info: FileInfo, groups: Sequence[int], rows_per_unit: int, work: ExpectedWork) -> Iterator[WorkUnit]:
     for first, count in cut(groups, rows_per_unit):
-        yield WorkUnit(unit_id(info.name, first), info.path, info.name, first, count, info.size, info.stamp)
+        whole = info.path, info.name, first, count, info.size, info.stamp
+        yield WorkUnit(unit_id(info.name, first), *whole, work.of(first, count))
 
 
-def _read_footers(root: str, listing: list[FileInfo]) -> tuple[list[tuple[FileInfo, _Footer]], list[tuple[str, str]]]:
+def _read_footers(
+    root: str, listing: list[FileInfo], measured: Sequence[str], prompts: Sequence[str]
+) -> tuple[list[tuple[FileInfo, _Footer]], list[tuple[str, str]]]:
     storage = Storage(root)
 
     def read(info: FileInfo) -> _Footer | str:
@@ -139,7 +150,9 @@ def _read_footers(root: str, listing: list[FileInfo]) -> tuple[list[tuple[FileIn
             with storage.open(info.name, info.size) as source:
                 parquet = pq.ParquetFile(source)
                 parquet.schema_arrow.to_string(show_field_metadata=False, show_schema_metadata=False)  # can be shown
-                return _Footer(check_footer(parquet.metadata, info.size), parquet.schema_arrow)
+                groups = check_footer(parquet.metadata, info.size)
+                carried = carried_bytes(parquet.metadata, measured, info.size)
+                return _Footer(groups, parquet.schema_arrow, carried, prompt_bytes(parquet.metadata, prompts))
         except StorageError as error:
             return str(error)
         except UnicodeDecodeError:

@@ -74,7 +74,7 @@ class RowStream:
             if size > bounds.UNIT_BYTES:
                 raise InputError(
                     f"input {safe_url(self.path)}, rows {first_row} to {end - 1}: the first {first + rows.num_rows} "
-                    f"take more than {bounds.UNIT_BYTES >> 20} MiB: lower output.rows_per_file"
+                    f"take more than {bounds.UNIT_BYTES >> 20} MiB: lower output.rows_per_file (or target_mb)"
                 )
             taken.append(rows)
         self._check_unchanged()  # a file that is rewritten while it is open gives rows of both

@@ -21,6 +21,8 @@ class WorkUnit:
     """Bytes of the file when the plan was made; -1: unknown, so that no change of it is noticed."""
     stamp: str = ""
     """Its FileInfo.stamp then."""
+    expected_work: float = 0.0
+    """Compared with other units (pipeline.expected_work); 0: unknown."""
 
 
 @dataclass(frozen=True, slots=True)

