@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export TWOTOWER_OUT ?= $(CURDIR)/out
 
-.PHONY: demo test lint types unit bench bench-gpu kernels bench-scale chaos fuzz quality tiny noise clean
+.PHONY: demo test lint types unit bench bench-gpu kernels bench-scale bench-pipeline chaos fuzz quality tiny noise clean
 
 demo: $(VENV)/.runtime ## run jobs/demo.yaml; completions land in out/demo
 	$(BIN)/python -m pipeline run jobs/demo.yaml
@@ -20,9 +20,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# two processes, a file in one of them: 8 minutes on two cores
+# three processes, a file in one of them: tests wait for clusters and servers, so two cores are busy with three
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 bench: $(VENV)/.dev ## the engine against lockstep, layouts on simulated GPUs: tests/benchmarks/out/engine.json
 	$(BIN)/python -m tests.benchmarks.engine
@@ -35,6 +35,9 @@ kernels: $(VENV)/.dev ## compile every Triton kernel for an H100, on any machine
 
 bench-scale: $(VENV)/.dev ## 2,000,000 rows through two replicas whose engine computes nothing
 	$(BIN)/python -m tests.benchmarks.scale
+
+bench-pipeline: $(VENV)/.dev ## what the driver costs, 256 simulated replicas, Ray Data beside it: tests/benchmarks/out/pipeline.json
+	$(BIN)/python -m tests.benchmarks.pipeline
 
 chaos: $(VENV)/.dev ## 100,000 rows a seed while everything is killed and storage fails: tests/chaos/out/chaos.json
 	$(BIN)/python -m tests.chaos.run

@@ -1,4 +1,4 @@
-"""The command line: run, plan, calibrate, status, verify, retry-errors, clean, canary, doctor. The
+"""The command line: run, plan, calibrate, status, report, verify, retry-errors, clean, canary, doctor. The
 composition root: it alone brings pipeline and workers together.
 
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM.
@@ -8,7 +8,7 @@ import contextlib
 import functools
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -43,6 +43,11 @@ LogEvery = Annotated[
     float, typer.Option("--log-every", min=0.1, metavar="SECONDS", help="Time between progress lines in a log.")
 ]
 
+LogFormat = Annotated[
+    Literal["text", "json"],
+    typer.Option("--log-format", envvar="TWOTOWER_LOG", help="json: records, of the driver and of the replicas."),
+]
+
 
 def _given(path: str) -> str:
     if not path.strip():  # an unset shell variable would mean the current directory
@@ -55,33 +60,52 @@ OutputPath = Annotated[str, typer.Argument(metavar="OUTPUT", help="The output fo
 
 @app.command()
 def run(
-    job: JobFile, overrides: Overrides = None, local: Local = False, log_every: LogEvery = 5.0, debug: Debug = False
+    job: JobFile,
+    overrides: Overrides = None,
+    local: Local = False,
+    log_every: LogEvery = 5.0,
+    log_format: LogFormat = "text",
+    debug: Debug = False,
 ) -> None:
     """Run a job, or what is left of it. To resume after any stop, run it again."""
     with one_line_errors(debug):
         from pipeline.jobfile import load_job
+        from pipeline.paths import safe_url
         from pipeline.progress import open_progress
         from pipeline.run import run_job
+        from workers.metrics import RayMetrics
 
         settings = load_job(job, overrides or ())
+        typer.echo(f"job {settings.name}: {safe_url(settings.input.path)} -> {safe_url(settings.output.path)}")
         with StopSignals() as signals:
-            make_pool = functools.partial(_make_pool, settings, local, signals.install)
+            as_json = log_format == "json"
+            make_pool = functools.partial(_make_pool, settings, local, signals.install, json_logs=as_json)
+            make_progress = functools.partial(open_progress, interval_s=log_every, as_json=as_json)
+            sinks = [] if local else [RayMetrics(settings.name or "")]
             with signals.one_line("what was not written down is generated again at the next run"):
-                outcome = run_job(
-                    settings, make_pool, signals.stop, functools.partial(open_progress, interval_s=log_every)
-                )
+                outcome = run_job(settings, make_pool, signals.stop, make_progress, sinks)
         for line in _summary(settings, outcome):
             typer.echo(line)
 
 
 @app.command()
-def plan(job: JobFile, overrides: Overrides = None, debug: Debug = False) -> None:
+def plan(
+    job: JobFile,
+    overrides: Overrides = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration", metavar="FOLDER", help="Hours and cost by this one; <output>-calibration if not given."
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
     """Show what a job would do, and write nothing. Exit code 1 where input files cannot be read."""
     with one_line_errors(debug):
         from pipeline.jobfile import load_job
         from pipeline.preview import preview
 
-        shown = preview(load_job(job, overrides or ()))
+        shown = preview(load_job(job, overrides or ()), calibration)
         for line in shown.lines():
             typer.echo(line)
         for name, reason in shown.unreadable:
@@ -185,33 +209,48 @@ def _make_bench(local: bool, catch_signals: Callable[[], None], job: "Job") -> "
 
 
 @app.command()
-def status(output: OutputPath, debug: Debug = False) -> None:
-    """Show how far a job is and which driver has it."""
+def status(
+    output: OutputPath,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again until the job ends; exit code 1 if it did not complete.")
+    ] = False,
+    every: Annotated[float, typer.Option("--every", min=0.1, metavar="SECONDS", help="With --watch.")] = 5.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look instead of lines.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show how far a job is, whether it runs, what its replicas do and what failed. Reads the folder alone."""
     with one_line_errors(debug):
-        from pipeline.ledger import read_status
+        from pipeline.status_show import show
 
-        state = read_status(output)
-        totals = state.totals
-        typer.echo(f"rows     {state.rows_done:,} of {state.rows_total:,} ({totals.ok:,} ok, {totals.errors:,} errors)")
-        if state.rows_saved and not state.complete:
-            typer.echo(f"saved    {state.rows_saved:,} rows of units under way, not to be generated again")
-        typer.echo(f"units    {state.units_done:,} of {state.units_total:,}")
-        typer.echo(f"tokens   {totals.prompt_tokens:,} prompt, {totals.completion_tokens:,} completion")
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.finish_reasons.items()))
-        typer.echo(f"ended by {reasons or '-'}")
-        typer.echo(f"begun    {state.created}")
-        for warning in state.warnings:
-            typer.echo(f"warning  {warning}")
-        if state.driver:
-            typer.echo(f"driver   {state.driver}" + (", the last one" if state.complete else ""))
-        if state.complete:
-            typer.echo(f"complete {state.finished or 'without a manifest: submit the same job again to write it'}")
-        elif state.rows_done == state.rows_total:
-            typer.echo(
-                "not complete, though all rows are there: submit the same job again to end it or to learn why not"
-            )
-        else:
-            typer.echo("not complete: if it is not running, submit the same job again to resume")
+        try:
+            well = show(output, watch=watch, every_s=every, as_json=as_json)
+        except KeyboardInterrupt:  # the usual way to leave --watch
+            raise typer.Exit(130) from None
+        if not well:
+            raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    output: OutputPath,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Show it here and write nothing.")] = False,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="FILE", help="Instead of _job/report.html in the output folder.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Report on a job, finished or not: totals, throughput, distributions, errors, slowest units, as one HTML file."""
+    with one_line_errors(debug):
+        if terminal:
+            from pipeline.report.summary import read_report
+            from pipeline.report.terminal import lines
+
+            for line in lines(read_report(output)):
+                typer.echo(line)
+            return
+        from pipeline.report.write import write_report
+
+        typer.echo(write_report(output, to))
 
 
 @app.command()
@@ -333,12 +372,19 @@ def _parts_bar() -> "Iterator[Callable[[int, int], None]]":
 
 
 def _make_pool(
-    job: "Job", local: bool, catch_signals: Callable[[], None], plan: "Plan", units: int, tell: Callable[[str], None]
+    job: "Job",
+    local: bool,
+    catch_signals: Callable[[], None],
+    plan: "Plan",
+    units: int,
+    tell: Callable[[str], None],
+    *,
+    json_logs: bool,
 ) -> "Pool":
     catch_signals()
     from workers.build import ReplicaSpec, make_runner
 
-    maker = functools.partial(make_runner, ReplicaSpec(job, plan.fingerprint.digest, plan.schema))
+    maker = functools.partial(make_runner, ReplicaSpec(job, plan.fingerprint.digest, plan.schema, json_logs))
     pool: Pool
     if local:
         from workers.local_pool import LocalPool
@@ -373,4 +419,6 @@ def _summary(job: "Job", outcome: "Outcome") -> list[str]:
         lines = [f"job {job.name} is complete, its manifest was missing: {rows}"]
     lines += [f"warning  {warning}" for warning in outcome.warnings]
     query = f"SELECT finish_reason, count(*) FROM '{output}/part-*.parquet' GROUP BY 1"
-    return [*lines, f"output   {output}", f"manifest {output}/{MANIFEST}", f'query    duckdb -c "{query}"']
+    files = [f"output   {output}", f"manifest {output}/{MANIFEST}"]
+    files += [f"report   {outcome.report}"] if outcome.report else []
+    return [*lines, *files, f'query    duckdb -c "{query}"']

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.errors import OutputError, StorageError
 from pipeline.layout import part_name, record_name
-from pipeline.manifest import RECORD_KEY, NotOursError, PartRecord, commit_record, read_part, to_json
+from pipeline.manifest import RECORD_KEY, NotOursError, PartRecord, commit_record, now, read_part, to_json
 from pipeline.paths import safe_url
 from pipeline.segments import SegmentRows, Segments
 from pipeline.storage import Storage
@@ -49,6 +49,7 @@ class UnitOutput:
             seconds=seconds,
             size=unit.size,
             stamp=unit.stamp,
+            published=now("milliseconds"),
         )
         return {RECORD_KEY: json.dumps(asdict(record))}
 

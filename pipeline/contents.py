@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from pipeline.layout import DRIVERS, MANIFEST, PLAN, PROBE, RECORDS, SEGMENTS, SUCCESS
+from pipeline.layout import DRIVERS, OWN, PROBE, RECORDS, SEGMENTS
 from pipeline.storage import FileInfo, Storage
 
 UNIT = r"(?P<unit>[0-9a-f]{12}-[0-9]{10,})"
@@ -14,7 +14,7 @@ class Contents:
     """Files of an output folder; each is in one of these."""
 
     own: list[FileInfo] = field(default_factory=list)
-    """plan.json, manifest.json and _SUCCESS."""
+    """Those of layout.OWN."""
     parts: list[FileInfo] = field(default_factory=list)
     """Whatever a reader's `part-*.parquet` finds."""
     records: dict[str, FileInfo] = field(default_factory=dict)
@@ -46,7 +46,7 @@ def list_contents(storage: Storage) -> Contents:
     contents = Contents()
     for file in storage.find():
         name = file.name
-        if name in (PLAN, MANIFEST, SUCCESS):
+        if name in OWN:
             contents.own.append(file)
         elif "/" not in name and name.startswith("part-") and name.endswith(".parquet"):
             contents.parts.append(file)
@@ -67,4 +67,4 @@ def _is_own(temporary: "re.Match[str]") -> bool:
     """Whether the name that a temporary file was to get is one of ours."""
     name = f"{temporary['folder'] or ''}{temporary['name']}"
     patterns = (_PART, _RECORD, _SEGMENT, _DRIVER)
-    return name in (PLAN, MANIFEST, SUCCESS, PROBE) or any(pattern.fullmatch(name) for pattern in patterns)
+    return name in (*OWN, PROBE) or any(pattern.fullmatch(name) for pattern in patterns)

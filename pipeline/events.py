@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from pipeline.error_kinds import ErrorCount
 from pipeline.types import Assignment, UnitResult, WorkKey
 
 WARNING = "warning: "
@@ -61,6 +62,60 @@ class UnitFailed:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRoom:
+    """How much of an engine is in use, and what it has done since its start."""
+
+    slots_used: int = 0
+    slots: int = 0
+    """Those for common prefixes included; 0: not known."""
+    pages_used: int = 0
+    pages: int = 0
+    """Of the context cache."""
+    prefill_tokens: int = 0
+    padded_tokens: int = 0
+    """The prefill tokens with every row of a forward as long as the longest."""
+    preemptions: int = 0
+    """Rows put back to the queue because pages ran out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStats:
+    """What a replica has done since its start, and what it holds now. Counts, never a prompt or a completion.
+
+    Rows count when they end, those that segments held already never, so the counts of a replica only grow.
+    """
+
+    rows: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    """Of completions."""
+    forwards: int = 0
+    """Of the denoiser, added up over the rows that took part in them."""
+    batched: int = 0
+    """Rows that the engine computed, which a bad row is not."""
+    batch_rows: float = 0.0
+    """Added up over these: the mean number of rows computed together."""
+    error_kinds: tuple[ErrorCount, ...] = ()
+    forward_retries: int = 0
+    """Rows submitted again after a forward that failed."""
+    loop_retries: int = 0
+    """Rows generated again because their completion was a loop."""
+    storage_retries: int = 0
+    """Readings, flushes and publications that failed and were tried again."""
+    queue: int = 0
+    """Rows that are read and in no slot of the engine yet."""
+    active: int = 0
+    """Rows in slots."""
+    max_rows: int = 0
+    unsaved_rows: int = 0
+    """Finished, and in no segment yet."""
+    unsaved_s: float = 0.0
+    """How long the oldest of them may have been finished: since the last flush of its unit."""
+    room: EngineRoom = EngineRoom()
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaActive:
     """Sent with every report of a replica."""
@@ -70,6 +125,7 @@ class ReplicaActive:
     """Changes whenever the replica got further: engine steps, rows and units finished."""
     doing: str
     """In a few words, for the operator of a job that stands still."""
+    stats: ReplicaStats | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,11 @@
 """Where things stand in an output folder; names are relative to it, and those of the job's own records begin with _."""
 
 PLAN, MANIFEST, SUCCESS = "_job/plan.json", "_job/manifest.json", "_SUCCESS"
+REPORT = "_job/report.html"
+LIVE = "_job/live.json"
+"""What the driver did last, and that it is alive."""
+OWN = (PLAN, MANIFEST, SUCCESS, REPORT, LIVE)
+"""The job's own files that stand alone."""
 RECORDS = "_job/units"
 """Commit records, one a unit."""
 SEGMENTS = "_job/segments"

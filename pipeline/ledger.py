@@ -5,7 +5,7 @@ the manifest and, last, `_SUCCESS`.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -176,12 +176,19 @@ class Ledger:
             raise OutputError(f"output {self._shown} {there}")
         return self._parse_plan(data)
 
-    def read_status(self) -> Status:
-        """How far the job in this folder is; needs no plan. Raises OutputError where the folder is no job's output."""
+    def read_parts(self) -> dict[FileInfo, Totals]:
+        """The parts of the job in this folder; needs no plan. Raises OutputError as read_status."""
+        return self._read_totals(self.read_plan().fingerprint.digest)
+
+    def read_status(self, parts: Mapping[FileInfo, Totals] | None = None) -> Status:
+        """How far the job in this folder is; needs no plan. Raises OutputError where the folder is no job's output.
+
+        `parts`: from read_parts, where the caller has them.
+        """
         plan = self.read_plan()
         digest = plan.fingerprint.digest
-        parts = self._read_totals(digest)
-        totals = sum(parts, Totals())
+        parts = self._read_totals(digest) if parts is None else parts
+        totals = sum(parts.values(), Totals())
         complete = (totals.rows, len(parts)) == (plan.rows, plan.units) and self.is_complete()
         finished = self.finished_at() if complete else None
         return Status(
@@ -290,7 +297,7 @@ class Ledger:
                 "or use another output.path"
             )
 
-    def _read_totals(self, digest: str) -> list[Totals]:
+    def _read_totals(self, digest: str) -> dict[FileInfo, Totals]:
         """Of each part of the job with this fingerprint; one that cannot be read or is not its own counts as not done.
 
         Without a plan the units are not known, but a part of the same fingerprint under its own name is one of them.
@@ -303,8 +310,10 @@ class Ledger:
                     return totals
             return None
 
+        parts = self._parts()
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            return [totals for totals in pool.map(read, self._parts()) if totals is not None]
+            found = zip(parts, pool.map(read, parts), strict=True)
+            return {part: totals for part, totals in found if totals is not None}
 
 
 def _same(old: PlanRecord, plan: Plan) -> bool:

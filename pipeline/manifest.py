@@ -19,8 +19,8 @@ from pipeline.types import Totals, UnitResult
 
 T = TypeVar("T")
 RECORD_KEY = "twotower.unit"
-ADDED_LATER = {"degenerate": 0}
-"""Counts that records of earlier versions lack, and what that means."""
+ADDED_LATER: Mapping[str, int | str] = {"degenerate": 0, "published": ""}
+"""What records of earlier versions lack, and what that means."""
 
 
 class NotOursError(ValueError):
@@ -45,6 +45,9 @@ class PartRecord:
     """Bytes of the input file that the rows were read from; with `stamp`: which version of it that was."""
     stamp: str
     schema_version: int = SCHEMA_VERSION
+    published: str = ""
+    """When that was, ISO 8601 in UTC by the replica's clock: right before the attempt to; "" in a part of an earlier
+    version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +89,9 @@ class Status:
     """Those of the manifest, where the job is complete."""
 
 
-def now() -> str:
-    """This moment, ISO 8601 in UTC, whole seconds."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def now(timespec: str = "seconds") -> str:
+    """This moment, ISO 8601 in UTC, in whole seconds or in `milliseconds`."""
+    return datetime.now(UTC).isoformat(timespec=timespec)
 
 
 def to_json(value: Any) -> bytes:
@@ -122,7 +125,7 @@ def totals_from(fields: Mapping[str, Any]) -> Totals:
 
 def _count(fields: Mapping[str, Any], name: str) -> int:
     value = _typed(fields, name, int)
-    if value < 0:
+    if not 0 <= value < 2**63:
         raise NotOursError(f"{name} is {value}")
     return value
 
@@ -170,6 +173,7 @@ def _part_record(fields: Mapping[str, Any]) -> PartRecord:
         size=_typed(fields, "size", int),
         stamp=_typed(fields, "stamp", str),
         schema_version=_count(fields, "schema_version"),
+        published=_typed({**ADDED_LATER, **fields}, "published", str),
     )
 
 

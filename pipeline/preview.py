@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from model.tokenizer import Tokenizer
+from pipeline.calibration.estimate import Estimate, estimate
 from pipeline.dataset import UnitReader
 from pipeline.fingerprint import NAMED_AT_MOST, listing_change
 from pipeline.job import Job
@@ -39,6 +40,8 @@ class Preview:
     """Finished, of units that are not."""
     added: tuple[str, ...] = ()
     """Input files that an output which is there already would be extended by."""
+    estimate: Estimate | str | None = None
+    """Hours and cost of the rows left, by a calibration; or why there are none; None where there is no calibration."""
 
     @property
     def unreadable(self) -> tuple[tuple[str, str], ...]:
@@ -51,7 +54,7 @@ class Preview:
         generation, workers = job.generation, job.workers
         yield f"job        {job.name}"
         yield f"input      {safe_url(job.input.path)}: {_count(len(plan.files), 'file')}, {_count(plan.rows, 'row')}"
-        yield f"units      {len(plan.units):,} of at most {job.output.rows_per_file:,} rows"
+        yield f"units      {len(plan.units):,} of {job.output.part_limit}"
         if self.added:
             rows = sum(file.rows for file in plan.files if file.name in set(self.added))
             named = ", ".join(self.added[:NAMED_AT_MOST]) + (" …" if len(self.added) > NAMED_AT_MOST else "")
@@ -73,6 +76,10 @@ class Preview:
         yield f"completion at most {self._completion_tokens(left)}, mode {generation.mode}{again}"
         yield f"checkpoint {safe_url(job.model.checkpoint)}, {job.model.dtype}"
         yield f"replicas   {workers.replicas}, each with {workers.gpus} GPU and {workers.cpus} CPU"
+        if isinstance(self.estimate, Estimate):
+            yield from self.estimate.lines()
+        elif self.estimate is not None:
+            yield f"hours      unknown: {self.estimate}"
         yield f"output     {safe_url(job.output.path)}"
         if self.unreadable:
             yield f"unreadable {_count(len(self.unreadable), 'file')}: `run` would refuse"
@@ -87,17 +94,21 @@ class Preview:
         return f"about {tokens:,} tokens left (by column {column}, estimate from the same sample)"
 
 
-def preview(job: Job) -> Preview:
-    """Plans the job and samples its prompts.
+def preview(job: Job, calibration: str | None = None) -> Preview:
+    """Plans the job, samples its prompts, and looks up what was measured: in the folder `calibration`, or by default
+    where `calibrate` writes.
 
     Raises CheckpointError, InputError, StorageError, and OutputError where `run` would refuse the output.
     """
     checkpoint = check_checkpoint(job)
-    plan = make_plan(job, checkpoint_identity=checkpoint.identity(), allow_unreadable=True)
+    identity = checkpoint.identity()
+    plan = make_plan(job, checkpoint_identity=identity, allow_unreadable=True)
     done_units, done_rows, saved, added = _done(job, plan)
     room = job.engine.limits().row_tokens(checkpoint.config.max_position_embeddings)
     rows, tokens, bad, limits = _sample(job, plan.units, load_tokenizer(checkpoint), room)
-    return Preview(job, plan, done_units, done_rows, rows, tokens, bad, limits, saved, added)
+    usable = round((plan.rows - done_rows - saved) * (1 - bad / max(rows, 1)))
+    found = estimate(job, plan, identity, calibration, usable)
+    return Preview(job, plan, done_units, done_rows, rows, tokens, bad, limits, saved, added, found)
 
 
 def _done(job: Job, plan: Plan) -> tuple[int, int, int, tuple[str, ...]]:

@@ -1,14 +1,15 @@
 """What a run shows while it goes: rows, tokens a second, errors, time left. Counts only, never a prompt.
 
 `Meter` adds up the dispatch loop's events; `LogProgress` prints a plain line every few seconds, `BarProgress` keeps a
-live bar on a terminal. Both are called with every event, and with None once a turn of the loop.
+live bar on a terminal, `JsonProgress` logs records. All are called with every event, and with None once a turn.
 """
 
+import logging
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TextIO
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from pipeline.events import (
     UnitFailed,
     UnitProgress,
 )
+from pipeline.logs import event_record, log, use_json
 from pipeline.types import UnitResult, WorkKey
 
 RATE_WINDOW_S = 60.0
@@ -42,6 +44,7 @@ class Snapshot:
     eta_s: float | None
     """None before there is a rate."""
     replicas: int
+    rows_per_s: float
 
 
 class Meter:
@@ -99,6 +102,7 @@ class Meter:
             tokens_per_s=(self._computed_tokens - start_tokens) / elapsed if elapsed > 0 else 0.0,
             eta_s=(self._total_rows - rows) / rows_per_s if rows_per_s > 0 else None,
             replicas=len(self._replicas),
+            rows_per_s=rows_per_s,
         )
 
     def _advance(self, now: UnitProgress) -> None:
@@ -221,6 +225,39 @@ class BarProgress:
         self._bar.update(self._task, description=line(now), completed=now.rows, total=max(now.total_rows, 1))
 
 
+class JsonProgress:
+    """JSON records: of what happens, and of how far the job is every `interval_s`."""
+
+    def __init__(
+        self, meter: Meter, out: TextIO, interval_s: float = 5.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._meter, self._interval_s, self._clock = meter, interval_s, clock
+        self._logged_at = clock()
+        use_json(out)
+
+    def __call__(self, event: Event | None) -> None:
+        self._meter.take(event)
+        log(event_record(event), source="driver")
+        if self._clock() - self._logged_at >= self._interval_s:
+            self._log()
+
+    def tell(self, text: str) -> None:
+        """A message beside the progress."""
+        log((logging.INFO, "note", {"text": text}), source="driver")
+
+    def close(self) -> None:
+        """Log where things stand at the end."""
+        self._log()
+
+    def _log(self) -> None:
+        self._logged_at = self._clock()
+        counts = {name: round(value, 1) for name, value in asdict(self._meter.snapshot()).items() if value is not None}
+        log((logging.INFO, "progress", counts), source="driver")
+
+
+ShownProgress = LogProgress | BarProgress | JsonProgress
+
+
 def tell_news(event: Event | None, tell: Callable[[str], None]) -> None:
     """Say what went wrong on the way and is being repeated, and what replicas want the operator to know."""
     match event:
@@ -232,9 +269,13 @@ def tell_news(event: Event | None, tell: Callable[[str], None]) -> None:
             tell(f"unit {work.unit.id} failed on replica {replica}: {reason}")
 
 
-def open_progress(meter: Meter, out: TextIO | None = None, interval_s: float = 5.0) -> LogProgress | BarProgress:
-    """The bar where `out` (default: stderr) is a terminal, else lines every `interval_s` seconds."""
+def open_progress(
+    meter: Meter, out: TextIO | None = None, interval_s: float = 5.0, *, as_json: bool = False
+) -> ShownProgress:
+    """The bar where `out` (default: stderr) is a terminal, else lines every `interval_s` seconds; JSON if asked for."""
     out = out or sys.stderr
+    if as_json:
+        return JsonProgress(meter, out, interval_s)
     if out.isatty():
         return BarProgress(meter, Console(file=out))
     return LogProgress(meter, out, interval_s)

@@ -3,30 +3,34 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from model.checkpoint import Checkpoint, open_checkpoint
+from model.errors import TwoTowerError
 from model.tokenizer import Tokenizer
 from pipeline.board import Board
 from pipeline.claim import Claim
 from pipeline.dispatch import Pool, dispatch
-from pipeline.errors import CheckpointError, JobError, RequestError
+from pipeline.errors import CheckpointError, JobError, JobFailed, RequestError
 from pipeline.events import Event, ReplicaNote
 from pipeline.forwards_watch import slow_replicas
 from pipeline.job import Job
 from pipeline.ledger import Ledger
+from pipeline.live import COMPLETE, LiveFile
 from pipeline.paths import safe_url
 from pipeline.plan import Plan, make_plan
-from pipeline.progress import BarProgress, LogProgress, Meter, open_progress
+from pipeline.progress import Meter, ShownProgress, open_progress
+from pipeline.report.write import report_line
 from pipeline.retry import RetryPolicy
 from pipeline.stall import StallWatch
 from pipeline.types import Totals, UnitResult
+from pipeline.watch import Sink, Watch
 
 PoolMaker = Callable[[Plan, int, Callable[[str], None]], Pool]
 """Makes the pool for a plan with so many units left; the last argument shows a message to the operator."""
-ProgressMaker = Callable[[Meter], LogProgress | BarProgress]
+ProgressMaker = Callable[[Meter], ShownProgress]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,8 @@ class Outcome:
     """None where the job was complete before."""
     warnings: tuple[str, ...] = ()
     """Those of the manifest."""
+    report: str = ""
+    """Where report.html is, or why it was not written; "" where the job was complete before."""
 
 
 def check_checkpoint(job: Job) -> Checkpoint:
@@ -81,9 +87,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def run_job(
-    job: Job, make_pool: PoolMaker, stop: threading.Event, make_progress: ProgressMaker = open_progress
+    job: Job,
+    make_pool: PoolMaker,
+    stop: threading.Event,
+    make_progress: ProgressMaker = open_progress,
+    sinks: Sequence[Sink] = (),
 ) -> Outcome:
-    """Runs what is left of a job and completes it. Setting `stop` ends it soon, with JobFailed.
+    """Runs what is left of a job and completes it. Setting `stop` ends it soon, with JobFailed. `sinks` get a picture
+    of the run every few seconds.
 
     Raises JobError, RequestError, CheckpointError, InputError, OutputError and StorageError before anything is
     written; then JobFailed and ClusterError, with the finished parts in place.
@@ -103,21 +114,57 @@ def run_job(
     meter = Meter(plan.rows, results.values())
     policy = RetryPolicy(job.retry.attempts, job.retry.max_error_rate)
     told: dict[str, str] = {}
-    if ran_units:
-        ledger.reopen()
-        with claim:
-            run = _Run(plan, policy, StallWatch(60 * job.retry.stall_minutes), claim, stop, told)
-            results = run.generate(results, make_pool, make_progress(meter))
-    else:  # the manifest alone is missing
-        Board(plan.units, results, policy).check_end()
-    totals = sum((result.totals for result in results.values()), Totals())
-    claim.check_now()
-    # What replicas told a driver that died is not known here, but their parts are.
-    warnings = [f"replica {replica}: {text}" for replica, text in told.items()]
-    warnings += slow_replicas(job, results.values(), but=told)
-    manifest = ledger.complete(plan, job, totals, seconds=time.monotonic() - started, warnings=warnings)
-    seconds = time.monotonic() - started
-    return Outcome(totals, len(plan.units), ran_units, meter.tokens, seconds, manifest, tuple(warnings))
+    with contextlib.ExitStack() as closing:
+        if ran_units:
+            ledger.reopen()
+            progress = make_progress(meter)
+            watch = _watch(job, plan, meter, len(results), sinks, progress.tell)
+            closing.enter_context(_ending(watch, claim))
+            run = _Run(plan, policy, StallWatch(60 * job.retry.stall_minutes), claim, stop, told, watch)
+            with claim:
+                results = run.generate(results, make_pool, progress)
+        else:  # the manifest alone is missing
+            Board(plan.units, results, policy).check_end()
+        totals = sum((result.totals for result in results.values()), Totals())
+        claim.check_now()
+        # What replicas told a driver that died is not known here, but their parts are.
+        warnings = [f"replica {replica}: {text}" for replica, text in told.items()]
+        warnings += slow_replicas(job, results.values(), but=told)
+        manifest = ledger.complete(plan, job, totals, seconds=time.monotonic() - started, warnings=warnings)
+    seconds, report = time.monotonic() - started, report_line(job.output.path)
+    return Outcome(totals, len(plan.units), ran_units, meter.tokens, seconds, manifest, tuple(warnings), report)
+
+
+def _watch(
+    job: Job, plan: Plan, meter: Meter, finished: int, sinks: Sequence[Sink], tell: Callable[[str], None]
+) -> Watch:
+    return Watch(
+        meter,
+        LiveFile(job.output.path),
+        fingerprint=plan.fingerprint.digest,
+        units=finished,
+        total_units=len(plan.units),
+        sinks=sinks,
+        tell=tell,
+    )
+
+
+@contextlib.contextmanager
+def _ending(watch: Watch, claim: Claim) -> Iterator[None]:
+    """Tells the watch how the run ended."""
+    try:
+        yield
+    except BaseException as error:
+        said = " ".join(str(error).split())
+        ended = said if isinstance(error, TwoTowerError) else f"{type(error).__name__}: {said}"
+        try:
+            claim.check()
+        except JobFailed:  # live.json is the newer driver's
+            watch.close(None)
+        else:
+            watch.close(ended)
+        raise
+    watch.close(COMPLETE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +178,16 @@ class _Run:
     stop: threading.Event
     told: dict[str, str]
     """What replicas warn of, by their names; it is added to."""
+    watch: Watch
 
     def generate(
-        self, finished: dict[str, UnitResult], make_pool: PoolMaker, progress: LogProgress | BarProgress
+        self, finished: dict[str, UnitResult], make_pool: PoolMaker, progress: ShownProgress
     ) -> dict[str, UnitResult]:
         """Runs the units that are not finished; whatever happens, the pool and the progress line are closed."""
 
         def hear(event: Event | None) -> None:
             progress(event)
+            self.watch(event)
             if isinstance(event, ReplicaNote) and event.warning is not None:
                 self.told[event.replica] = event.warning
             self.claim.check()

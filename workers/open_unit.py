@@ -14,6 +14,7 @@ from pipeline.dataset import UnitData
 from pipeline.events import UnitProgress
 from pipeline.parts import row_key, tally
 from pipeline.types import Assignment, RowResult, RowSetting, UnitResult
+from workers.row_counts import RowCounts
 from workers.row_tries import Try, best, judge
 
 PAUSES_S = (1.0, 5.0, 15.0, 60.0, 120.0)
@@ -105,6 +106,8 @@ class OpenUnit:
         totals = tally(kept)
         self.errors = totals.errors
         self.tokens = self.kept_tokens = totals.completion_tokens
+        self.counts = RowCounts()
+        """Of the rows that ended here."""
         self.flush: Future[pa.Table] | None = None
         self.flushing: list[RowResult] = []
         """The rows of the flush under way."""
@@ -127,6 +130,7 @@ class OpenUnit:
         completion, attempt = kept.completion, self.work.attempt + len(tries) - 1
         result = RowResult(index, completion, kept.params.mode, attempt, self._replica, kept.repetition)
         self.finished.append(result)
+        self.counts.add(completion)
         self.rows += 1
         self.errors += completion.finish_reason == "error"
         self.tokens += len(completion.token_ids)

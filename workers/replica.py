@@ -2,6 +2,7 @@
 (workers.local_pool). It knows no Ray. Whatever is raised inside ends here, as a report.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -13,7 +14,9 @@ from types import FrameType
 
 from model.errors import TwoTowerError
 from model.faults import device_lost, first_line
+from pipeline.error_kinds import without_quotations
 from pipeline.events import Event, ReplicaActive, ReplicaNote
+from pipeline.logs import event_record, is_json, log, work_record
 from pipeline.types import Assignment
 from workers.unit_runner import UnitRunner
 
@@ -23,6 +26,8 @@ LEAVE_S = 5.0
 """Seconds in which the driver hears why a replica is dead, before its process leaves."""
 DEAD_EXIT, STOPPED_EXIT = 1, 128 + signal.SIGTERM
 """Exit codes of a replica's process that leaves by itself: its engine is dead; it was told to."""
+SOURCE = "replica"
+"""Tells its log records from the driver's."""
 
 MakeRunner = Callable[[str], UnitRunner]
 """Loads the model and makes the runner of the replica with this name; picklable, as it travels to the actor."""
@@ -61,7 +66,8 @@ class Replica:
         except Exception as error:  # the worker's boundary: the reason goes to the driver, the process is thrown away
             return self._die(error, refused=isinstance(error, TwoTowerError))
         for text in self._runner.notes():  # its memory plan: that of every replica would be too much for the operator
-            print(f"{self._name}: {text}", flush=True)
+            self._say(text)
+        log((logging.INFO, "replica started", {}), source=SOURCE, replica=self._name)
         return Report()
 
     def assign(self, work: Assignment) -> None:
@@ -69,6 +75,7 @@ class Replica:
         if self._runner is not None:
             try:
                 self._runner.add(work)
+                log(work_record("unit begun", self._name, work), source=SOURCE)
             except Exception as error:  # the worker's boundary: nobody waits for this call's result
                 self._die(error)
 
@@ -79,6 +86,8 @@ class Replica:
             return Report(fatal=self._fatal, device_lost=self._device_lost)
         try:
             outcomes = runner.work(seconds)
+            for outcome in outcomes:
+                log(event_record(outcome), source=SOURCE)
             return Report((*runner.progress(), *outcomes, *self.look(), *self._notes(runner)))
         except Exception as error:  # the worker's boundary, as above
             return self._die(error)
@@ -86,7 +95,7 @@ class Replica:
     def look(self) -> tuple[ReplicaActive, ...]:
         """What it is doing; answers at once, also while a step of the engine hangs."""
         runner = self._runner
-        return () if runner is None else (ReplicaActive(self._name, runner.beats, runner.doing()),)
+        return () if runner is None else (ReplicaActive(self._name, runner.beats, runner.doing(), runner.stats()),)
 
     def stop(self, seconds: float) -> int:
         """Write down all finished rows, within `seconds`, and do no more; returns how many those were."""
@@ -104,6 +113,13 @@ class Replica:
             self._runner.close()
             self._runner = None
 
+    def _say(self, text: str) -> None:
+        """To this process's own log."""
+        if is_json():
+            log((logging.INFO, "note", {"text": text}), source=SOURCE, replica=self._name)
+        else:
+            print(f"{self._name}: {text}", flush=True)
+
     def _notes(self, runner: UnitRunner) -> tuple[ReplicaNote, ...]:
         return tuple(ReplicaNote(self._name, text) for text in runner.notes())
 
@@ -111,6 +127,11 @@ class Replica:
         self._device_lost = device_lost(error)
         text = first_line(error) if self._device_lost else " ".join(str(error).split())
         self._fatal = text if isinstance(error, TwoTowerError) else f"{type(error).__name__}: {text}"
+        log(
+            (logging.ERROR, "replica died", {"reason": without_quotations(self._fatal)}),
+            source=SOURCE,
+            replica=self._name,
+        )
         # To the actor's own log: the report is one line, which says it all where it is one of ours.
         if self._device_lost:
             self._fatal = f"a GPU failed, and this process cannot use it any more: {self._fatal}"

@@ -42,6 +42,8 @@ class Saver:
         self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self.ended = 0
         """Flushes and publications, well or badly."""
+        self.failures = 0
+        """Those of them that failed at the storage."""
 
     def settle(self, opened: OpenUnit) -> Outcome | None:
         """Hears what has ended, begins what is due; what became of the assignment, once that is known.
@@ -91,6 +93,7 @@ class Saver:
             opened.save(flush.result())
         except StorageError as error:
             opened.finished[:0] = rows
+            self.failures += 1
             if not opened.flush_tries.failures:
                 self._tell(f"{name_of(opened.work)}: {len(rows)} finished rows stay in memory for now: {error}")
             opened.flush_tries.failed(self._clock(), error)
@@ -150,6 +153,7 @@ class Saver:
         try:
             result = publishing.result()
         except StorageError as error:
+            self.failures += 1
             tries.failed(self._clock(), error)
             if tries.exhausted:
                 return UnitFailed(self._replica, work, f"{error} ({tries.failures} times)")

@@ -21,7 +21,7 @@ from model.errors import EngineError, RequestError, TwoTowerError
 from model.faults import device_lost
 from model.params import Completion, GenerationParams, Request
 from pipeline.errors import StorageError
-from pipeline.events import RangeDone, UnitDone, UnitFailed, UnitProgress
+from pipeline.events import EngineRoom, RangeDone, ReplicaStats, UnitDone, UnitFailed, UnitProgress
 from pipeline.forwards_watch import ForwardsWatch
 from pipeline.job import CheckpointSection
 from pipeline.parts import row_key
@@ -29,6 +29,7 @@ from pipeline.paths import is_transient
 from pipeline.types import Assignment, UnitResult
 from workers.intake import Intake
 from workers.open_unit import OpenUnit, QueuedRow, Tries, name_of
+from workers.row_counts import RowCounts
 from workers.row_tries import judge, next_params
 from workers.saver import Outcome, Saver
 from workers.seams import EngineLike, TokenizerLike, UnitStore
@@ -59,12 +60,15 @@ class UnitRunner:
         checkpoint: CheckpointSection,
         retry_degenerate: bool = False,
         notes: Sequence[str] = (),
+        room: Callable[[], EngineRoom] = EngineRoom,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """retry_degenerate: rows whose completion is a loop are generated again (workers.row_tries). notes: what there
-        is to tell already."""
+        is to tell already. room: how much of the engine is in use; asked from any thread."""
         self._engine, self._store, self._replica, self._clock = engine, store, replica, clock
-        self._retry_degenerate = retry_degenerate
+        self._retry_degenerate, self._room = retry_degenerate, room
+        self._counts = RowCounts()  # of the units that have ended
+        self._read_failures = 0
         self._watch = ForwardsWatch()
         self._max_rows = engine.max_rows  # as last told to the operator
         # fixed: where the engine lowers its row limit because memory runs out, rows wait there instead of here
@@ -133,6 +137,24 @@ class UnitRunner:
         """How far each unit is that has been read."""
         with self._lock:
             return [opened.progress() for opened in self._open.values()]
+
+    def stats(self) -> ReplicaStats:
+        """What it has done so far, and what it holds."""
+        with self._lock:
+            counts = RowCounts()
+            for each in (self._counts, *(opened.counts for opened in self._open.values())):
+                counts.merge(each)
+            unsaved = [opened for opened in self._open.values() if opened.finished]
+            waiting = min(self._engine.waiting, len(self._in_engine))
+            return counts.stats(
+                storage_retries=self._read_failures + self._saver.failures,
+                queue=waiting + sum(len(opened.queue) for opened in self._open.values()),
+                active=len(self._in_engine) - waiting,
+                max_rows=self._engine.max_rows,
+                unsaved_rows=sum(len(opened.finished) for opened in unsaved),
+                unsaved_s=max((self._clock() - opened.flushed_at for opened in unsaved), default=0.0),
+                room=self._room(),
+            )
 
     def doing(self) -> str:
         """What the runner is at, in a few words."""
@@ -247,6 +269,7 @@ class UnitRunner:
         tries.failed(self._clock(), error)
         if not isinstance(error, StorageError) or error.__cause__ is None or not is_transient(error.__cause__):
             return False
+        self._read_failures += 1
         if tries.failures == 1:
             self._notes.append(f"unit {unit_id}: reading it is tried again: {error}")
         return not tries.exhausted
@@ -266,7 +289,8 @@ class UnitRunner:
         """Lets go of the unit."""
         del self._units[unit_id]
         self._to_read.pop(unit_id, None)
-        self._open.pop(unit_id, None)
+        if opened := self._open.pop(unit_id, None):
+            self._counts.merge(opened.counts)
         return outcome
 
     def _top_up(self) -> None:
@@ -309,6 +333,7 @@ class UnitRunner:
         if params is None:
             opened.add(row.index, tries)
         else:
+            self._counts.loop_retries += 1
             self._submit(opened, replace(row, params=params, tries=tries, failures=0))
 
     def _put_back(self, error: EngineError) -> None:
@@ -319,4 +344,5 @@ class UnitRunner:
             raise error
         for opened, row in reversed(lost):
             opened.queue.appendleft(replace(row, failures=1))
+        self._counts.forward_retries += len(lost)
         self._notes.append(f"{error}; trying its {len(lost)} rows once more")

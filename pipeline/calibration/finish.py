@@ -11,8 +11,8 @@ from pipeline.calibration.folder import JOB_FILE, MEASUREMENTS, REPORT
 from pipeline.calibration.points import AR
 from pipeline.calibration.report import amount, make_report, remarks
 from pipeline.calibration.run import Outcome
-from pipeline.calibration.texts import shown
 from pipeline.calibration.verdict import notes, rate, verdict
+from pipeline.page import shown
 from pipeline.paths import is_local
 from pipeline.progress import duration
 

@@ -38,11 +38,10 @@ def folder_for(job: Job, to: str | None) -> str:
     """Where a calibration goes: as given, or beside the job's output. Raises JobError and InputError where its files
     would be taken for the job's input or output, or would be lost."""
     if to is None:
-        output = job.output.path.rstrip("/")
-        root = output.strip("/") if is_local(output) else output.partition("://")[2].partition("/")[2]
-        if not root:  # a whole disk or bucket
+        beside = default_folder(job)
+        if beside is None:
             raise JobError(f"output {safe_url(job.output.path)} has nothing beside it: name a folder with --to")
-        folder = f"{output}-calibration"
+        folder = beside
     elif not to.strip():  # an unset shell variable would mean the current directory
         raise JobError("--to is empty: name a folder")
     elif not is_local(to):
@@ -65,6 +64,13 @@ def folder_for(job: Job, to: str | None) -> str:
             "elsewhere with --to"
         )
     return folder
+
+
+def default_folder(job: Job) -> str | None:
+    """The folder beside the job's output; None where that is a whole disk or bucket."""
+    output = job.output.path.rstrip("/")
+    root = output.strip("/") if is_local(output) else output.partition("://")[2].partition("/")[2]
+    return f"{output}-calibration" if root else None
 
 
 class Folder:

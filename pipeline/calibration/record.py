@@ -20,14 +20,21 @@ _VARIED = {"mode", "confidence_threshold", "steps_per_block", "on_degenerate"}
 
 def identity(measured: Job, plan: Plan, sample: Sample, checkpoint_identity: str) -> dict[str, Any]:
     """Named values that decide over the measures, but for the replica's own; JSON."""
+    return {
+        "input files": digest_of(plan.listing),
+        "sample rows": len(sample.rows),
+        "sample": digest_of([[row.key, *row.prompt_ids] for row in sample.rows]),
+        **of_settings(measured, checkpoint_identity),
+    }
+
+
+def of_settings(measured: Job, checkpoint_identity: str) -> dict[str, Any]:
+    """The part of the identity that holds for any input."""
     generation = measured.generation.model_dump(mode="json", exclude=_VARIED)
     engine = measured.engine.model_dump(mode="json", exclude={"max_rows"})
     return {
         "checkpoint": checkpoint_identity,
         "dtype": measured.model.dtype,
-        "input files": digest_of(plan.listing),
-        "sample rows": len(sample.rows),
-        "sample": digest_of([[row.key, *row.prompt_ids] for row in sample.rows]),
         **{f"generation.{key}": value for key, value in generation.items()},
         **{f"engine.{key}": value for key, value in engine.items()},
         "input.row_settings": measured.input.row_settings.columns,

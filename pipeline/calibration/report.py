@@ -11,6 +11,7 @@ from pipeline.calibration.points import AR, Setting
 from pipeline.calibration.run import Outcome
 from pipeline.calibration.verdict import notes, rate, verdict
 from pipeline.manifest import now
+from pipeline.page import shown
 from pipeline.paths import safe_url
 
 _METHOD = (
@@ -36,7 +37,7 @@ def make_report(outcome: Outcome) -> bytes:
     rows, sample = setup.sample.rows, setup.sample
     pairs = texts.pairs(rows, outcome.answers[AR].greedy, outcome.answers[other].greedy) if other else []
     context = {
-        "name": texts.shown(setup.job.name or "job", 200),
+        "name": shown(setup.job.name or "job", 200),
         "verdict": verdict(choice),
         "tiles": _tiles(outcome),
         "notes": [*notes(choice), *remarks(outcome)],
@@ -223,7 +224,7 @@ def _about_sample(outcome: Outcome) -> list[str]:
         lines.append(
             f"In {sample.shifted} places the row groups are so large that rows nearer to their beginning were taken."
         )
-    return [texts.shown(line, 1000) for line in lines]
+    return [shown(line, 1000) for line in lines]
 
 
 def _own_method(outcome: Outcome) -> list[str]:
@@ -251,4 +252,4 @@ def _settings(outcome: Outcome) -> Mapping[str, Any]:
         "device of the replica": replica.device,
         **dict(replica.versions),
     }
-    return {key: texts.shown(str(value), 500) for key, value in settings.items()}
+    return {key: shown(str(value), 500) for key, value in settings.items()}

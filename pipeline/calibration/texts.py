@@ -1,17 +1,16 @@
 """Prompts and completions made fit to be shown beside each other. They are anybody's: nothing in them may act."""
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.calibration.agreement import equal_start, percent
 from pipeline.calibration.quality import Answer, agreement_of
 from pipeline.calibration.sample import SampleRow
+from pipeline.page import shown
 
 PAIRS = 4
 ID_CHARS, PROMPT_CHARS, TEXT_CHARS, ALIKE_CHARS = 200, 800, 1500, 400
 """Shown at most: of an id, a prompt, the part in which two texts differ, those in which they are alike."""
-_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +64,3 @@ def _end_of(text: str) -> str:
 
 def _text(answer: Answer) -> str:
     return f"(failed: {answer.error})" if answer.error is not None else answer.text or ""
-
-
-def shown(text: str, at_most: int) -> str:
-    """The text with control characters and marks of direction made visible, cut to so many characters."""
-    cut = text if len(text) <= at_most else text[:at_most]
-    visible = "".join(map(_visible, cut))
-    return visible if cut is text else f"{visible}… ({len(text) - at_most:,} more characters)"
-
-
-def _visible(character: str) -> str:
-    if character in "\n\t":
-        return character
-    if character < " ":
-        return chr(0x2400 + ord(character))
-    if character in _BIDI or unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn"):
-        return f"⟨U+{ord(character):04X}⟩"
-    return character

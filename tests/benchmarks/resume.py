@@ -1,4 +1,4 @@
-"""What planning, resuming and verifying cost at scale: `python -m tests.benchmarks.resume [FOLDER or URL]`.
+"""What planning, resuming, reporting and verifying cost at scale: `python -m tests.benchmarks.resume [FOLDER or URL]`.
 
 Makes 10,000,000 prompts in 2,000 files and the output of a job over them (2,000 parts; first half of them, then all),
 and measures each step in a process of its own: seconds, peak resident MiB. Without an argument in a temporary folder on
@@ -24,10 +24,12 @@ import pyarrow as pa
 from pipeline.errors import OutputError
 from pipeline.fingerprint import listing_change
 from pipeline.job import Job
+from pipeline.layout import REPORT
 from pipeline.ledger import Ledger
 from pipeline.manifest import RECORD_KEY, PartRecord, commit_record, to_json
 from pipeline.parts import TOTALS_KEY, to_parquet
 from pipeline.plan import Plan, make_plan
+from pipeline.report.write import write_report
 from pipeline.schema import RESULT_SCHEMA
 from pipeline.storage import Storage
 from pipeline.types import Totals, UnitResult, WorkUnit
@@ -35,6 +37,7 @@ from pipeline.verify import verify
 
 FILES, ROWS_A_FILE = 2_000, 5_000
 WRITERS = 16
+REPLICAS = 8
 CHARS = 200
 NOISE = random.Random(0).randbytes(4 << 20).hex()
 """Completions are cut from it, so that parts do not shrink to nothing."""
@@ -57,7 +60,7 @@ def plan_in(folder: str) -> Plan:
 
 def make_part(unit: WorkUnit, plan: Plan) -> tuple[bytes, PartRecord, Totals]:
     """A part as a replica would publish it, made without going through rows."""
-    rows = unit.row_count
+    rows, number = unit.row_count, plan.units.index(unit)
     numbers = np.arange(unit.first_row, unit.first_row + rows)
     values: dict[str, Any] = {
         "completion": [NOISE[start : start + CHARS] for start in numbers * 997 % (len(NOISE) - CHARS)],
@@ -68,6 +71,7 @@ def make_part(unit: WorkUnit, plan: Plan) -> tuple[bytes, PartRecord, Totals]:
         "source_row": numbers,
         "error": pa.nulls(rows),
         "repetition": np.zeros(rows),
+        "latency_s": np.random.default_rng(number).gamma(4, 2, rows),
         "steps_per_block": [[3, 5, 2, 7]] * rows,
     }
     columns = {f.name: values.get(f.name, np.ones(rows)) for f in RESULT_SCHEMA}
@@ -80,11 +84,12 @@ def make_part(unit: WorkUnit, plan: Plan) -> tuple[bytes, PartRecord, Totals]:
         rows=rows,
         fingerprint=plan.fingerprint.digest,
         writer="w",
-        replica="r0",
+        replica=f"r{number % REPLICAS}",
         attempt=1,
-        seconds=1.0,
+        seconds=float(REPLICAS),
         size=unit.size,
         stamp=unit.stamp,
+        published=f"2026-01-01T00:{number // 60:02}:{number % 60:02}+00:00",
     )
     header = {RECORD_KEY: json.dumps(asdict(record)), TOTALS_KEY: json.dumps(asdict(totals))}
     return to_parquet(table.replace_schema_metadata(header)), record, totals
@@ -104,7 +109,7 @@ def write_parts(folder: str, which: slice) -> str:
 
     def publish(unit: WorkUnit) -> int:
         data, record, totals = make_part(unit, plan)
-        result = UnitResult(unit.id, totals, 1.0, sha256(data).hexdigest(), "r0", 1)
+        result = UnitResult(unit.id, totals, record.seconds, sha256(data).hexdigest(), record.replica, 1)
         storage.write(f"part-{unit.id}.parquet", data)
         storage.write(f"_job/units/{unit.id}.json", to_json(commit_record(record, result, len(data))))
         return len(data)
@@ -170,6 +175,10 @@ def measure_complete(folder: str) -> str:
     return "the manifest, with planning"
 
 
+def measure_report(folder: str) -> str:
+    return f"{write_report(f'{folder}/out')}, {len(Storage(f'{folder}/out').read(REPORT)):,} bytes"
+
+
 def measure_verify(folder: str) -> str:
     found = verify(f"{folder}/out")
     assert not found.problems, found.problems[:3]
@@ -185,6 +194,7 @@ STEPS: dict[str, Step] = {
     "resume, all done": measure_resume,
     "input changed": measure_listing,
     "complete": measure_complete,
+    "report": measure_report,
     "verify": measure_verify,
 }
 

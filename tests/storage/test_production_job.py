@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from pipeline.layout import REPORT
 from pipeline.ledger import read_status
 from pipeline.storage import Storage
 
@@ -43,6 +44,7 @@ def test_the_production_job_runs_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
     assert status.complete
     assert (status.totals.rows, status.totals.errors) == (2 * ROWS, 0)
     output = Storage(f"{s3}/completions")
+    assert b"Complete, finished " in output.read(REPORT)
     parts = [output.open(part.name, part.size) for part in output.list_files("", "part-*.parquet")]
     sources = [tuple(row.values()) for part in parts for row in pq.read_table(part, columns=SOURCE).to_pylist()]
     assert sorted(sources) == [(f, r) for f in ("more/two.parquet", "one.parquet") for r in range(ROWS)]

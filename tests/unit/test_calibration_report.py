@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.calibration import texts
+from pipeline import page
 from pipeline.calibration.finish import finish
 from pipeline.calibration.run import measure
 from pipeline.calibration.show import LogShow
@@ -131,4 +131,4 @@ def test_where_ar_is_faster_it_says_so_at_the_top(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_seen_is_made_visible(text: str, seen: str) -> None:
-    assert texts.shown(text, 10) == seen
+    assert page.shown(text, 10) == seen

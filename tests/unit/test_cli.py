@@ -44,8 +44,10 @@ class TerminatedPool(LocalPool):
         return events
 
 
-def fake_pool(pool_class: type[LocalPool], job: Any, _local: bool, started: Any, plan: Plan, *_: Any) -> LocalPool:
-    pool = pool_class(FakeMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema)))
+def fake_pool(
+    pool_class: type[LocalPool], job: Any, _local: bool, started: Any, plan: Plan, *_: Any, json_logs: bool
+) -> LocalPool:
+    pool = pool_class(FakeMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema, json_logs)))
     started()
     return pool
 
@@ -77,6 +79,8 @@ def test_run_ends_with_a_summary_and_a_second_run_does_nothing(job: Path) -> Non
     assert "job small is complete: 35 rows: 34 ok, 1 errors" in first.stdout
     assert f"output   {out}" in first.stdout
     assert f"manifest {out}/_job/manifest.json" in first.stdout
+    assert f"report   {out}/_job/report.html" in first.stdout
+    assert "35 rows, 34 ok, 1 errors" in (out / "_job/report.html").read_text()
     assert f"FROM '{out}/part-*.parquet' GROUP BY 1" in first.stdout
     assert "35/35 rows (100.0%)" in first.stderr
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -107,11 +111,12 @@ def test_success_is_gone_while_a_lost_part_is_made_again(job: Path, monkeypatch:
     next(out.glob("part-*.parquet")).unlink()
     assert "not complete" in call("status", out).stdout
 
-    def unavailable(*_: Any) -> LocalPool:
+    def unavailable(*_: Any, **_named: Any) -> LocalPool:
         raise ClusterError("no cluster")
 
     monkeypatch.setattr(pipeline.cli, "_make_pool", unavailable)
-    assert call("run", job).exit_code == 1
+    failed = call("run", job)
+    assert (failed.exit_code, failed.stderr.splitlines()[-1]) == (1, "error: no cluster")
     assert not (out / "_SUCCESS").exists()
 
 
@@ -197,7 +202,7 @@ def test_wrong_usage_exits_with_2(job: Path) -> None:
     assert call("run", job, "--fast").exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["status", "verify", "clean"])
+@pytest.mark.parametrize("command", ["status", "report", "verify", "clean"])
 def test_an_empty_output_is_not_the_current_directory(job: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """An unset shell variable, called in an output folder."""
     assert call("run", job).exit_code == 0

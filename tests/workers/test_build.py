@@ -47,3 +47,9 @@ def test_a_replica_tries_again_where_the_job_says_so(
     runner.add(Assignment(small.plan.units[0], 1))
     work_all(runner)
     assert [(row["attempt"], row["mode"], row["repetition"]) for row in small.rows()] == [(tries, "diffusion", 1.0)] * 2
+    stats = runner.stats()
+    assert (stats.rows, stats.batched, stats.loop_retries) == (2, 2, 2 * (tries - 1))
+    assert stats.batch_rows >= stats.batched
+    assert 0 < stats.room.prefill_tokens <= stats.room.padded_tokens
+    assert 0 == stats.room.slots_used < stats.room.slots
+    assert 0 == stats.room.pages_used < stats.room.pages

@@ -158,7 +158,7 @@ class MortalBench(FakeBench):
 @pytest.fixture
 def _cluster() -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-    ray.init(num_cpus=2, object_store_memory=100 << 20, **quiet)
+    ray.init(address="local", num_cpus=2, object_store_memory=100 << 20, **quiet)
     yield
     ray.shutdown()
 

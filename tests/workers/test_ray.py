@@ -1,15 +1,19 @@
 """The Ray pool on a real local cluster (4 CPUs and 4 GPUs by declaration only), with a fake engine."""
 
+import io
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 from ray.cluster_utils import Cluster
 
 import workers.pool
@@ -17,12 +21,18 @@ from model.errors import CheckpointError
 from pipeline.dispatch import dispatch
 from pipeline.errors import ClusterError, JobFailed
 from pipeline.events import Event, ReplicaLost, ReplicaReady, UnitProgress
+from pipeline.live import Live
+from pipeline.progress import LogProgress
 from pipeline.retry import RetryPolicy
+from pipeline.run import run_job
 from pipeline.stall import StallWatch
+from pipeline.status import read_job
 from pipeline.types import Assignment, UnitResult
 from tests.workers.engines import BREAK, HANG, KILL, LOSE_GPU, MarkedMaker, finished_rows, segment_rows
 from tests.workers.fakes import FakeMaker
 from tests.workers.jobs import SmallJob, open_job, prompts_of
+from workers.build import ReplicaSpec
+from workers.metrics import COUNTERS, GAUGES, RayMetrics
 from workers.pool import RayPool
 from workers.replica import LEAVE_S, ReplicaProcess
 from workers.unit_runner import UnitRunner
@@ -32,7 +42,13 @@ from workers.unit_runner import UnitRunner
 def cluster() -> Iterator[Cluster]:
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 4, "num_gpus": 4, "include_dashboard": False, "object_store_memory": 100 << 20},
+        head_node_args={
+            "num_cpus": 4,
+            "num_gpus": 4,
+            "include_dashboard": False,
+            "object_store_memory": 100 << 20,
+            "_system_config": {"metrics_report_interval_ms": 200},
+        },
     )
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
@@ -346,3 +362,54 @@ def test_a_closed_pool_leaves_nothing_behind(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert ray.is_initialized()  # a cluster that was there before stays
+
+
+@pytest.mark.usefixtures("cluster")
+def test_metrics_are_scraped_from_the_nodes_port_and_the_folder_says_who_ran(tmp_path: Path) -> None:
+    """A whole job through run_job: every metric that it sets is at the endpoint, with its labels and its value."""
+    small = open_job(
+        tmp_path, [*prompts_of(60), None], workers={"gpus": 0, "cpus": 2, "replicas": 2}, retry={"max_error_rate": 1}
+    )
+    seen: list[Live] = []
+    outcome = run_job(
+        small.job,
+        lambda plan, units, tell: RayPool(
+            FakeMaker(ReplicaSpec(small.job, plan.fingerprint.digest, plan.schema)), small.job.workers, units, tell
+        ),
+        threading.Event(),
+        lambda meter: LogProgress(meter, io.StringIO()),
+        [RayMetrics("small"), seen.append],
+    )
+    assert outcome.totals.rows == 61
+    status = read_job(small.job.output.path)
+    assert (status.state, status.live) == ("complete", replace(seen[-1], time=status.live.time if status.live else 0))
+    samples = scrape(lambda found: sum(found.get("ray_twotower_rows_total", {}).values()) >= 61)
+    assert sum(samples["ray_twotower_rows_total"].values()) == 61
+    assert set(samples["ray_twotower_rows_total"]) <= {"r0", "r1"}
+    assert samples["ray_twotower_error_rows_total"] == {"prompt is null": 1}
+    assert samples["ray_twotower_job_rows_done"] == {"-": 61}
+    always = {name for name in (*COUNTERS, *GAUGES) if not name.endswith(NOT_IN_A_GOOD_RUN)}
+    assert {f"ray_{name}" for name in always} <= samples.keys()
+
+
+NOT_IN_A_GOOD_RUN = ("retries_total", "lost_total", "preemptions_total", "_batch_rows_total", "batched_rows_total")
+NOT_IN_A_GOOD_RUN += ("prefill_tokens_total", "padded_tokens_total")  # the fake engine says nothing of its room
+
+
+def scrape(enough: Callable[[dict[str, dict[str, float]]], bool]) -> dict[str, dict[str, float]]:
+    """What the node's endpoint says of the job "small": value by metric and replica or kind, - where it has neither."""
+    deadline = time.monotonic() + 60
+    while True:
+        url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            text = answer.read().decode()
+        found: dict[str, dict[str, float]] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith("ray_twotower_") and sample.labels["job_name"] == "small":
+                    label = sample.labels.get("replica") or sample.labels.get("kind") or "-"
+                    found.setdefault(sample.name, {})[label] = sample.value
+        if enough(found):
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)

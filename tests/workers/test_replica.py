@@ -7,7 +7,7 @@ import pytest
 
 from model.errors import CheckpointError
 from pipeline.errors import JobFailed
-from pipeline.events import ReplicaActive, ReplicaLost, ReplicaNote, ReplicaReady, UnitDone
+from pipeline.events import ReplicaActive, ReplicaLost, ReplicaNote, ReplicaReady, ReplicaStats, UnitDone
 from pipeline.types import Assignment
 from tests.workers.engines import BREAK, MarkedMaker, finished_rows, segment_rows
 from tests.workers.fakes import FakeEngine, FakeMaker, make_runner, run_locally
@@ -125,11 +125,16 @@ def test_a_report_says_how_far_and_what_for_the_operator(tmp_path: Path) -> None
     small = open_job(tmp_path, prompts_of(10))
     replica = Replica("r0", lambda _name: make_runner(small, FakeEngine(fail_at={2})))
     replica.start()
-    assert replica.work(0).events == (ReplicaActive("r0", 0, "idle"),)
+    [active] = replica.work(0).events
+    assert active == ReplicaActive("r0", 0, "idle", ReplicaStats(max_rows=4))
     replica.assign(Assignment(small.plan.units[0]))
     events = replica.work(10).events
     assert [type(event) for event in events] == [UnitDone, ReplicaActive, ReplicaNote]
     assert events[1].beats > 0
+    stats = events[1].stats
+    assert (stats.rows, stats.errors, stats.forwards, stats.queue, stats.active) == (10, 0, 30, 0, 0)
+    assert stats.tokens == sum(map(len, prompts_of(10)))
+    assert 1 <= stats.forward_retries <= 4
     assert "the forward failed; trying its" in events[2].text
 
 

@@ -52,7 +52,8 @@ def test_ctrl_c_stops_the_job_and_its_cluster(job: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the job
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130, output
-    *progress, last = output.splitlines()
+    first, *progress, last = output.splitlines()
+    assert first == f"job job: {job.parent}/in -> {job.parent}/out"
     assert last.endswith(" of 40 units are done; submit the same job again to resume")
     assert last.startswith("stopped; ")
     assert all("/200 rows" in line for line in progress), output  # Ray's own logs stay out of the way

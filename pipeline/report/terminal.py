@@ -1,0 +1,86 @@
+"""The report as lines of text, for a terminal or a log."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from pipeline.page import shown
+from pipeline.report import summary
+from pipeline.report.measures import Histogram, histogram, histogram_of_counts
+from pipeline.report.rows import MEASURES, Sample
+from pipeline.report.summary import LABELS, Report
+from pipeline.report.timeline import Array
+from pipeline.report.units import number
+
+BARS = " ▁▂▃▄▅▆▇█"
+REPLICAS, UNITS, KINDS = 8, 5, 5
+
+
+def lines(report: Report) -> Iterator[str]:
+    """The report, a line at a time."""
+    facts, time = report.facts, report.timeline
+    yield f"{shown(facts.name, summary.NAME_CHARS)}: {summary.verdict(facts)}"
+    yield from (f"- {_one_line(note)}" for note in summary.notes(report))
+    yield from _aligned([(value, label) for label, value in summary.tiles(report)], left=())
+    yield from _aligned([(text, name) for name, _, text in summary.reasons(facts)], left=())
+    if time.seconds > 0:
+        yield ""
+        yield f"tokens/s, {number(float(time.rates.max()))} at most, over {summary.took(time.seconds)} at work"
+        yield f"  {sparkline(time.rates)}"
+        yield ""
+        slow = sorted(time.places, key=lambda place: (place.tokens_per_s, place.name))
+        yield from _aligned([summary.PLACE_HEADS, *map(summary.place_cells, slow[:REPLICAS])])
+        if len(slow) > REPLICAS:
+            yield f"  the {REPLICAS} slowest of {len(slow):,}"
+    if report.sample.rows:
+        yield ""
+        yield summary.about_sample(facts, report.sample)
+        yield from _aligned([(*summary.MEASURE_HEADS, ""), *_measures(report.sample)], left=(0, -1))
+    yield ""
+    yield summary.about_errors(facts, report.errors)
+    kinds = report.errors.kinds[:KINDS]
+    yield from _aligned([(f"{kind.rows:,}", kind.example) for kind in kinds], left=(1,))
+    if facts.units:
+        yield ""
+        yield f"Slowest units. {summary.about_slowest(facts)}"
+        yield from _aligned([summary.UNIT_HEADS, *summary.slowest(facts)[:UNITS]])
+    if told := summary.last_run(facts):
+        yield ""
+        yield "The last run, as its driver saw it"
+        yield from _aligned(told, left=(0, 1))
+
+
+def sparkline(values: Array) -> str:
+    """A character a value, its height the value's share of the largest; what is above 0 is seen."""
+    most = float(values.max()) if len(values) else 0.0
+    if most <= 0:
+        return " " * len(values)
+    return "".join(BARS[int(np.ceil(value / most * (len(BARS) - 1) - 1e-9))] for value in values)
+
+
+def _measures(sample: Sample) -> Iterator[list[str]]:
+    """Cells under MEASURE_HEADS, and the distribution."""
+    found: dict[str, Histogram | None] = {LABELS[name]: histogram(sample.values[name]) for name in MEASURES}
+    found[LABELS["steps_per_block"]] = histogram_of_counts(sample.steps)
+    for label, numbers in summary.summaries(sample):
+        one = found[label]
+        yield [*summary.measure_cells(label, numbers), "" if one is None else sparkline(one.counts.astype(float))]
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Iterable[str]:
+    """Rows as columns of equal width; `left`: the columns that begin at the left, the last one is never filled up."""
+    if not rows:
+        return
+    cells = [[_one_line(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    begin = {index % len(widths) for index in left} or {len(widths) - 1}
+    for row in cells:
+        placed = (
+            cell.ljust(width) if index in begin else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield f"  {'  '.join(placed)}".rstrip()
+
+
+def _one_line(text: str) -> str:
+    return shown(" ".join(text.split()), summary.TEXT_CHARS)

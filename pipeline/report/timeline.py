@@ -1,0 +1,133 @@
+"""Throughput over time, out of when units began and ended.
+
+A unit's tokens are spread evenly over its seconds. Times at which nothing was at work, a stopped job or a queue, are
+cut out of the axis: a job that was resumed after a week is read like one that ran through.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.report.facts import Unit
+
+BINS = 60
+GAP_S, GAP_SHARE = 60.0, 0.05
+"""Idle time is cut out where it is longer than both: the second is a share of the time at work."""
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What one replica did, with those that took its place when it was lost."""
+
+    name: str
+    units: int
+    rows: int
+    tokens: int
+    processes: int
+    """Replicas that published from this place."""
+    work_s: float
+    """During which it had a unit under way."""
+    rates: Array
+    """Completion tokens/s, (bins,)."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """While it was at work."""
+        return self.tokens / self.work_s if self.work_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """The job's time at work, in equal bins."""
+
+    seconds: float
+    """Idle time cut out."""
+    gaps: tuple[tuple[float, float], ...]
+    """(where on the axis, how long) of the idle times that were cut out."""
+    places: tuple[Place, ...]
+    """The one with most tokens first."""
+    undated: int
+    """Units of earlier versions, which say no time: they are in no bin and no place."""
+    working: Array
+    """Places that made tokens, (bins,)."""
+
+    @property
+    def rates(self) -> Array:
+        """Completion tokens/s of all, (bins,)."""
+        total: Array = np.sum([place.rates for place in self.places], axis=0) if self.places else np.zeros(BINS)
+        return total
+
+
+def timeline_of(units: Sequence[Unit]) -> Timeline:
+    """The timeline of a job's units."""
+    dated = [(unit.ended - max(unit.seconds, 1e-3), unit.ended, unit) for unit in units if unit.ended is not None]
+    if not dated:
+        return Timeline(0.0, (), (), len(units), np.zeros(BINS))
+    sessions = _sessions(_union(dated))
+    starts = np.array([start for start, _ in sessions])
+    lengths = np.array([end - start for start, end in sessions])
+    offsets = np.concatenate([[0.0], np.cumsum(lengths)])
+    edges = np.linspace(0.0, float(offsets[-1]), BINS + 1)
+
+    def on_axis(times: Array) -> Array:
+        index = np.clip(np.searchsorted(starts, times, side="right") - 1, 0, None)
+        found: Array = offsets[index] + np.clip(times - starts[index], 0.0, lengths[index])
+        return found
+
+    by_place: dict[str, list[tuple[float, float, Unit]]] = {}
+    for start, end, unit in dated:
+        by_place.setdefault(unit.place, []).append((start, end, unit))
+    places, working = [], np.zeros(BINS)
+    for name, done in by_place.items():
+        place = _place(name, done, on_axis(np.array([span[:2] for span in done])), edges)
+        places.append(place)
+        working += place.rates > 0
+    gaps = tuple(
+        (float(offset), later[0] - earlier[1])
+        for offset, earlier, later in zip(offsets[1:-1], sessions, sessions[1:], strict=False)
+    )
+    places.sort(key=lambda place: (-place.tokens, place.name))
+    return Timeline(float(offsets[-1]), gaps, tuple(places), len(units) - len(dated), working)
+
+
+def _place(name: str, done: Sequence[tuple[float, float, Unit]], spans: Array, edges: Array) -> Place:
+    """spans: (units, 2) on the axis; edges: (bins + 1,)."""
+    tokens = np.array([unit.totals.completion_tokens for *_, unit in done], np.float64)
+    began, lengths = spans[:, 0], np.maximum(spans[:, 1] - spans[:, 0], 1e-9)
+    made = [float(tokens @ np.clip((edge - began) / lengths, 0.0, 1.0)) for edge in edges]
+    width = max(float(edges[1] - edges[0]), 1e-9)
+    return Place(
+        name,
+        units=len(done),
+        rows=sum(unit.totals.rows for *_, unit in done),
+        tokens=int(tokens.sum()),
+        processes=len({unit.replica for *_, unit in done}),
+        work_s=sum(end - start for start, end in _union(done)),
+        rates=np.diff(np.array(made)) / width,
+    )
+
+
+def _union(spans: Sequence[tuple[float, float, Unit]]) -> list[tuple[float, float]]:
+    """The times covered by any of them, in order, without overlap."""
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(span[:2] for span in spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _sessions(busy: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same with short idle times filled in."""
+    longest = max(GAP_S, GAP_SHARE * sum(end - start for start, end in busy))
+    sessions = [busy[0]]
+    for start, end in busy[1:]:
+        if start - sessions[-1][1] <= longest:
+            sessions[-1] = sessions[-1][0], end
+        else:
+            sessions.append((start, end))
+    return sessions
