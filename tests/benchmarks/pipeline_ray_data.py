@@ -9,10 +9,8 @@ statistics. Both start their two actors within the time that is measured.
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,60 +20,20 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from model.params import Completion, GenerationParams, Request
 from pipeline.job import Job
 from pipeline.plan import Plan
 from pipeline.run import run_job
+from tests.benchmarks.pipeline_noop import TEXT, TOKENS, NoOpMaker
 from tests.benchmarks.pipeline_results import Compared
-from tests.workers.fakes import FakeTokenizer
-from workers.build import PartStore, ReplicaSpec
+from workers.build import ReplicaSpec
 from workers.pool import RayPool
-from workers.unit_runner import UnitRunner
 
 ROWS, FILES = 200_000, 20
-REPLICAS, MAX_ROWS = 2, 256
+REPLICAS = 2
 CHECKPOINT_S = 1.0
 """By default 30: no unit of this job takes so long."""
-TEXT, TOKENS = "a completion", (5, 6, 7)
 CPUS = 4
 """Of the cluster, by name: Ray Data's tasks for reading and writing need some beside its actors."""
-
-
-class NoOpEngine:
-    """Ends MAX_ROWS rows a step; every completion is the same."""
-
-    max_rows = MAX_ROWS
-
-    def __init__(self) -> None:
-        self._queue: deque[Request] = deque()
-
-    @property
-    def waiting(self) -> int:
-        """See EngineLike."""
-        return len(self._queue)
-
-    def submit(self, request: Request) -> None:
-        """See EngineLike."""
-        self._queue.append(request)
-
-    def step(self) -> list[Completion]:
-        """See EngineLike."""
-        ended = [self._queue.popleft() for _ in range(min(MAX_ROWS, len(self._queue)))]
-        return [_completion(request) for request in ended]
-
-
-@dataclass(frozen=True, slots=True)
-class NoOpMaker:
-    """Makes the pipeline's replicas."""
-
-    spec: ReplicaSpec
-
-    def __call__(self, replica: str) -> UnitRunner:
-        """See workers.replica.MakeRunner."""
-        store, checkpoint = PartStore(self.spec, replica), self.spec.job.checkpoint
-        return UnitRunner(
-            NoOpEngine(), FakeTokenizer(), store, GenerationParams(), replica=replica, checkpoint=checkpoint
-        )
 
 
 class NoOp:
@@ -162,17 +120,6 @@ def _cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _completion(request: Request) -> Completion:
-    return Completion(
-        key=request.key,
-        token_ids=TOKENS,
-        text=TEXT,
-        finish_reason="stop",
-        prompt_tokens=len(request.prompt_ids),
-        latency_s=0.0,
-    )
 
 
 def _rows_in(folder: Path) -> int:

@@ -17,7 +17,7 @@ from tests.model.memory_meter import MemoryMeter
 from tests.model.test_engine import drain, outcome, prompt, random_requests
 
 NOISE = "builtin:noise"
-MIXES = {NOISE: 50, str(CHECKPOINT): 80}
+MIXES = {NOISE: 40, str(CHECKPOINT): 60}
 
 
 @cache

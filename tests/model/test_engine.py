@@ -133,7 +133,7 @@ def outcome(completion: Completion) -> tuple[object, ...]:
 
 def test_a_row_generates_the_same_in_any_company(pair: TwoTower) -> None:
     """float32: alone, 3 or 16 rows together, in another order, on 1 or 2 stages: bit-equal, confidences included."""
-    requests = random_requests(40, seed=1)
+    requests = random_requests(24, seed=1)
     engine = Engine(pair, EngineLimits(max_rows=1))
     alone = {c.key: outcome(c) for c in engine.generate(requests)}
     assert len({a[2] for a in alone.values()}) == 2  # some stop, some reach their length

@@ -14,7 +14,7 @@ from tests.unit.engine_runs import Case, Run, cases
 from tests.unit.engine_scripts import Script, request
 
 
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(cases(calm=True))
 def test_every_request_ends_once_and_as_scripted(case: Case) -> None:
     """Any mix of modes, lengths, prefixes and arrivals, through few slots and pages: see Run; and the tokens add up."""

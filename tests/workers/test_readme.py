@@ -28,7 +28,7 @@ def python(*arguments: str, folder: Path = ROOT) -> str:
 
 
 def test_ones_own_file(tmp_path: Path) -> None:
-    """The job file, the three commands and the query of "Your own file", with /data put elsewhere."""
+    """The job file, the commands and the query of "Your own file", those of "Watch it", with /data put elsewhere."""
     texts = [f"A text of one's own, number {i}." for i in range(30)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "prompts.parquet")
     (tmp_path / "mine.yaml").write_text(block("yaml", "prompt_column: text").replace("/data", str(tmp_path)))
@@ -42,6 +42,10 @@ def test_ones_own_file(tmp_path: Path) -> None:
     assert "is complete: 30 rows: 30 ok, 0 errors" in printed["run"]
     assert "30 of 30" in printed["status"]
     assert printed["verify"].startswith("verified: 30 rows")
+    for verb, rest in re.findall(r"^twotower (\w+) (.+?) #", block("sh", "--watch"), re.MULTILINE):
+        printed[verb] = python("-m", "pipeline", verb, *rest.replace("/data", str(tmp_path)).split())
+    assert "30 of 30" in printed["status"]
+    assert (tmp_path / "completions/_job/report.html").stat().st_size > 10_000
     with duckdb.connect() as connection:
         rows = connection.sql(block("sql", "finish_reason").replace("/data", str(tmp_path))).fetchall()
     assert sum(count for _, count, _ in rows) == 30

@@ -1,8 +1,9 @@
 """`make bench-gpu`: forwards over their floors, tokens a second, loading and stages on one device.
 
-Random weights of the released shape (`--size released`), of about a billion (`mid`) or of builtin:noise (`noise`, which
-a CPU can run). Writes gpu.json, gpu.md (tables for RESULTS.md) and gpu.svg beside each other; `--only` leaves the rest
-out, where time on a GPU is short. Figures that were taken on a GPU stand in tests/benchmarks/gpu/RESULTS.md.
+Random weights of the released shape (`--size released`), of about a billion (`mid`), of builtin:tiny's (`tiny`) or of
+builtin:noise's (`noise`, which a CPU can run). Writes gpu.json, gpu.md (tables for RESULTS.md) and gpu.svg beside each
+other; `--only` leaves the rest out, where time on a GPU is short. Figures that were taken on a GPU stand in
+tests/benchmarks/gpu/RESULTS.md.
 """
 
 import argparse

@@ -5,6 +5,7 @@ from dataclasses import replace
 from model.config import TwoTowerConfig
 from model.noise.make import CONFIG as NOISE
 from model.released import RELEASED_CONFIG
+from model.tiny.recipe import CONFIG as TINY
 
 MID = replace(
     RELEASED_CONFIG,
@@ -19,6 +20,7 @@ MID = replace(
 )
 SIZES: dict[str, TwoTowerConfig] = {
     "noise": TwoTowerConfig.from_dict(dict(NOISE)),
+    "tiny": TwoTowerConfig.from_dict(dict(TINY)),
     "mid": MID,
     "released": RELEASED_CONFIG,
 }

@@ -1,0 +1,60 @@
+"""Replicas whose engine computes nothing, in a module of their own: their processes import this, and not Ray Data."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from model.params import Completion, GenerationParams, Request
+from tests.workers.fakes import FakeTokenizer
+from workers.build import PartStore, ReplicaSpec
+from workers.unit_runner import UnitRunner
+
+MAX_ROWS = 256
+TEXT, TOKENS = "a completion", (5, 6, 7)
+
+
+class NoOpEngine:
+    """Ends MAX_ROWS rows a step; every completion is the same."""
+
+    max_rows = MAX_ROWS
+
+    def __init__(self) -> None:
+        self._queue: deque[Request] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """See EngineLike."""
+        return len(self._queue)
+
+    def submit(self, request: Request) -> None:
+        """See EngineLike."""
+        self._queue.append(request)
+
+    def step(self) -> list[Completion]:
+        """See EngineLike."""
+        ended = [self._queue.popleft() for _ in range(min(MAX_ROWS, len(self._queue)))]
+        return [_completion(request) for request in ended]
+
+
+@dataclass(frozen=True, slots=True)
+class NoOpMaker:
+    """Makes the pipeline's replicas."""
+
+    spec: ReplicaSpec
+
+    def __call__(self, replica: str) -> UnitRunner:
+        """See workers.replica.MakeRunner."""
+        store, checkpoint = PartStore(self.spec, replica), self.spec.job.checkpoint
+        return UnitRunner(
+            NoOpEngine(), FakeTokenizer(), store, GenerationParams(), replica=replica, checkpoint=checkpoint
+        )
+
+
+def _completion(request: Request) -> Completion:
+    return Completion(
+        key=request.key,
+        token_ids=TOKENS,
+        text=TEXT,
+        finish_reason="stop",
+        prompt_tokens=len(request.prompt_ids),
+        latency_s=0.0,
+    )
