@@ -323,11 +323,15 @@ def write_large_checkpoint(folder: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_the_weights_and_its_buffers_alone(tmp_path: Path) -> None:
-    """16 MiB of buffers, less than the largest tensor; as stored, and converted."""
+    """16 MiB of buffers, less than the largest tensor of 24; as stored, and converted.
+
+    Beside them the readers' stacks and what the allocator keeps for eight threads, 3 to 5 MiB; a second copy of the
+    largest tensor would be more than is allowed.
+    """
     write_large_checkpoint(tmp_path)
     command = [sys.executable, "-c", MEASURE, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     grown, total = (int(word) for word in done.stdout.split())
     assert total > 600 * 2**20
     more = (grown - total) / 2**20
-    assert more <= 20, f"{more:.1f} MiB beyond the weights"
+    assert more <= 28, f"{more:.1f} MiB beyond the weights"
