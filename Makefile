@@ -49,10 +49,10 @@ quality: $(VENV)/.dev ## what builtin:tiny writes, against the right answers: te
 	$(BIN)/python -m tests.benchmarks.quality
 
 tiny: $(VENV)/.runtime ## train builtin:tiny again, from the seed; stopped, it goes on where it was
-	$(BIN)/python -m model.tiny.train
+	$(BIN)/python -m model.builtin.train
 
 noise: $(VENV)/.runtime ## make builtin:noise again, bit for bit
-	$(BIN)/python -m model.noise.make
+	$(BIN)/python -m model.builtin.noise
 
 clean: ## remove the environment and the demo's output
 	rm -rf $(VENV) out

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from model.checkpoint import BUILTIN
-from model.tiny.corpus import held_out_examples
+from model.builtin.corpus import held_out_examples
+from model.checkpoint.reader import BUILTIN
 
 ROWS = 600
 ROWS_PER_GROUP = 100

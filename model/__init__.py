@@ -6,30 +6,30 @@ Names are loaded on first use, so that importing this package, or one of its tor
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from model.engine import Engine as Engine
+    from model.engine.engine import Engine as Engine
     from model.errors import CheckpointError as CheckpointError
-    from model.errors import EngineError as EngineError
     from model.errors import RequestError as RequestError
     from model.errors import TwoTowerError as TwoTowerError
-    from model.params import Completion as Completion
-    from model.params import EngineLimits as EngineLimits
-    from model.params import GenerationParams as GenerationParams
-    from model.params import Request as Request
-    from model.two_tower import TwoTower as TwoTower
-    from model.two_tower import load_model as load_model
+    from model.network.two_tower import TwoTower as TwoTower
+    from model.network.two_tower import load_model as load_model
+    from model.requests import Completion as Completion
+    from model.requests import EngineError as EngineError
+    from model.requests import EngineLimits as EngineLimits
+    from model.requests import GenerationParams as GenerationParams
+    from model.requests import Request as Request
 
 _HOME = {
-    "Engine": "model.engine",
+    "Engine": "model.engine.engine",
     "CheckpointError": "model.errors",
-    "EngineError": "model.errors",
+    "EngineError": "model.requests",
     "RequestError": "model.errors",
     "TwoTowerError": "model.errors",
-    "Completion": "model.params",
-    "EngineLimits": "model.params",
-    "GenerationParams": "model.params",
-    "Request": "model.params",
-    "TwoTower": "model.two_tower",
-    "load_model": "model.two_tower",
+    "Completion": "model.requests",
+    "EngineLimits": "model.requests",
+    "GenerationParams": "model.requests",
+    "Request": "model.requests",
+    "TwoTower": "model.network.two_tower",
+    "load_model": "model.network.two_tower",
 }
 
 

@@ -3,7 +3,7 @@
 import os
 import threading
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 
 LEAVE_S = 5.0
 """Seconds for a tidy exit. Python waits for all threads at its end, and one may be trying storage that hangs."""

@@ -4,22 +4,21 @@ On a CPU in float32 a row's result is the same bit for bit in whatever company i
 is put into the context at once or in parts cut at whole pages. As measured with torch 2.13 and MKL, a matrix product
 sums in another order for 1 to 3 rows, by a row's position where it has fewer than 12 outputs and inputs that are no
 multiple of 4, and in float64 for the rows behind the last multiple of 4: `linear` pads them away. A batched product
-computes each of its matrices by itself. Attention runs in pieces of equal shapes, see model.kernels.pieces; the scan in
-chunks from the forward's first token. The rest works element by element, with operations that treat every element alike
-(model.layers.activations).
+computes each of its matrices by itself. Attention runs in pieces of equal shapes, see model.kernels.plain_attention;
+the scan in chunks from the forward's first token. The rest works element by element, with operations that treat every
+element alike (model.kernels.formulas).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels import HEAD_WORKSPACE, ScanWeights, plain_head
-from model.kernels.pieces import Pieces, place_tokens, plan_pieces
-from model.layers.activations import sigmoid, softplus
-from model.layers.norm import gated_group_norm, rms_norm
-from model.layers.time import modulate
-from model.rows import Rows
-from model.transfer import to_device
+from model.kernels import plain_sampling
+from model.kernels.formulas import gated_group_norm, modulate, rms_norm, sigmoid, softplus
+from model.kernels.plain_attention import Pieces, place_tokens, plan_pieces
+from model.kernels.protocol import HEAD_WORKSPACE, ScanWeights
+from model.runtime.ragged_batch import RaggedBatch
+from model.runtime.transfer import to_device
 
 MIN_GEMM_ROWS = 16
 MIN_GEMM_OUTPUTS = 12
@@ -29,12 +28,12 @@ VOCAB_SLICE = 8192  # columns; below 32,768, from which on torch splits the sum 
 
 
 class PlainKernels:
-    """See `model.kernels.Kernels`."""
+    """See `model.kernels.protocol.Kernels`."""
 
     head_workspace = HEAD_WORKSPACE["cpu"]
     vocab_slice = VOCAB_SLICE
-    uniforms = staticmethod(plain_head.uniforms)
-    choose_tokens = staticmethod(plain_head.choose_tokens)
+    uniforms = staticmethod(plain_sampling.uniforms)
+    choose_tokens = staticmethod(plain_sampling.choose_tokens)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         (rows, size_in), size_out = x.shape, weight.shape[0]
@@ -78,7 +77,7 @@ class PlainKernels:
         weights: ScanWeights,
         conv_states: Tensor,
         ssm_states: Tensor,
-        rows: Rows,
+        rows: RaggedBatch,
         *,
         store: bool,
     ) -> Tensor:
@@ -99,7 +98,7 @@ class PlainKernels:
         weights: ScanWeights,
         conv_states: Tensor,
         ssm_states: Tensor,
-        rows: Rows,
+        rows: RaggedBatch,
         *,
         store: bool,
     ) -> Tensor:
@@ -143,7 +142,7 @@ class PlainKernels:
         return selective_scan(x, dt, decay, B, C, states)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, pages: Tensor, rows: Rows, *, causal: bool, store: bool
+        self, q: Tensor, k: Tensor, v: Tensor, pages: Tensor, rows: RaggedBatch, *, causal: bool, store: bool
     ) -> Tensor:
         page_size = pages.shape[2]
         kv = torch.stack([k, v])
@@ -204,7 +203,7 @@ def _causal_conv(line: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     out = bias.float()
     for tap in range(width):  # the last tap multiplies the current token
         out = torch.addcmul(out, wide[:, tap + 1 : tap + 1 + length], taps[tap])
-    silu: Tensor = out.div_(torch.exp(-out).add_(1))  # as in model.layers.activations
+    silu: Tensor = out.div_(torch.exp(-out).add_(1))  # as in model.kernels.formulas
     return silu
 
 

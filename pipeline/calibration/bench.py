@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from model.params import Completion
+from model.requests import Completion
 from pipeline.calibration.points import Point
 from pipeline.calibration.sample import SampleRow
 

@@ -3,18 +3,21 @@
 import shlex
 from collections.abc import Sequence
 
-from pipeline.calibration import record
-from pipeline.calibration.agreement import percent
+from pipeline.calibration.bench import RowLimit
 from pipeline.calibration.choice import Cost, Result, cost_of
-from pipeline.calibration.chosen import chosen_job, row_limit_to_say
-from pipeline.calibration.folder import JOB_FILE, MEASUREMENTS, REPORT
-from pipeline.calibration.points import AR
-from pipeline.calibration.report import amount, make_report, remarks
+from pipeline.calibration.page.content import amount, make_report, remarks
+from pipeline.calibration.page.verdict import notes, rate, verdict
+from pipeline.calibration.points import AR, Point
+from pipeline.calibration.quality import percent
+from pipeline.calibration.results import record
+from pipeline.calibration.results.folder import JOB_FILE, MEASUREMENTS, REPORT
 from pipeline.calibration.run import Outcome
-from pipeline.calibration.verdict import notes, rate, verdict
-from pipeline.page import shown
-from pipeline.paths import is_local
-from pipeline.progress import duration
+from pipeline.config.job import Job
+from pipeline.config.loader import load_job, read_settings
+from pipeline.config.writer import to_yaml
+from pipeline.core.text import duration
+from pipeline.report.page import shown
+from pipeline.storage.urls import is_local
 
 ROWS_SHOWN = 12
 
@@ -104,3 +107,27 @@ def _worth_a_look(outcome: Outcome) -> list[Result]:
             front.append(result)
     spare = [result for result in front if result.point not in must][: max(0, ROWS_SHOWN - len(must))]
     return [result for result in front if result.point in must or result in spare]
+
+
+def chosen_job(file: str, overrides: Sequence[str], best: Point, max_rows: RowLimit, comments: Sequence[str]) -> bytes:
+    """The job file with its overrides and the best point in place; keys keep their order, comments are lost.
+
+    Variables stay variables, so no secret is written that the file itself does not hold. max_rows: the point's, as the
+    job is to say it. Raises JobError where the result is no job.
+    """
+    sets = [*overrides, f"generation.mode={best.setting.mode}", f"engine.max_rows={max_rows}"]
+    if best.setting.threshold is not None:
+        sets += [
+            f"generation.confidence_threshold={best.setting.threshold!r}",
+            f"generation.steps_per_block={best.setting.steps}",
+        ]
+    job = load_job(file, sets)
+    settings = read_settings(file, sets)
+    if settings.get("name") is None:  # it was the name of the file
+        settings = {"name": job.name, **{key: value for key, value in settings.items() if key != "name"}}
+    return to_yaml(settings, comments)
+
+
+def row_limit_to_say(job: Job, best: Point, auto_rows: int | None) -> RowLimit:
+    """The row limit in the job's own manner: `auto` where it says so and the best point has as many rows."""
+    return "auto" if job.engine.max_rows == "auto" and best.max_rows == auto_rows else best.max_rows

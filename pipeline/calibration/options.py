@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pipeline.calibration.bench import RowLimit
 from pipeline.calibration.choice import MIN_AGREEMENT
-from pipeline.errors import JobError
+from pipeline.core.errors import JobError
 
 T = TypeVar("T")
 GPU_PRICE = 2.5

@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.calibration import record
 from pipeline.calibration.bench import Bench, Replica, RowLimit, Run, Speed, Task
 from pipeline.calibration.choice import Choice, Result, choose
 from pipeline.calibration.points import AR, Point, Setting, order_points
 from pipeline.calibration.quality import Answers, Quality, judge, to_answer
+from pipeline.calibration.results import record
 from pipeline.calibration.setup import Setup
-from pipeline.calibration.show import Show
-from pipeline.errors import JobError, JobFailed, TwoTowerError
-from pipeline.job import Job
-from pipeline.manifest import now
-from pipeline.paths import safe_url
+from pipeline.config.job import Job
+from pipeline.core.errors import JobError, JobFailed, TwoTowerError
+from pipeline.monitoring.progress import Show
+from pipeline.output.records import now
+from pipeline.storage.urls import safe_url
 
 WINDOW_S = 3.0
 """Seconds of full speed to watch at least, for each point."""

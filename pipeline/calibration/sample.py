@@ -16,15 +16,15 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model.params import GenerationParams
-from pipeline.dataset import UnitData, UnitReader
-from pipeline.errors import InputError, RequestError
-from pipeline.job import Job
-from pipeline.paths import safe_url
-from pipeline.plan import Plan
-from pipeline.row_settings import with_settings
-from pipeline.storage import split_url
-from pipeline.types import WorkUnit
+from model.requests import GenerationParams
+from pipeline.config.job import Job
+from pipeline.core.errors import InputError, RequestError
+from pipeline.core.types import WorkUnit
+from pipeline.input.row_settings import with_settings
+from pipeline.input.unit_reader import UnitData, UnitReader
+from pipeline.planning.plan import Plan
+from pipeline.storage.storage import split_url
+from pipeline.storage.urls import safe_url
 
 STRATA = 8
 PLACES = 32

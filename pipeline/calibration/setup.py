@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.calibration import record
 from pipeline.calibration.choice import Workload
-from pipeline.calibration.folder import Folder, folder_for
 from pipeline.calibration.options import GPU_PRICE, Options
+from pipeline.calibration.results import record
+from pipeline.calibration.results.folder import Folder, folder_for
 from pipeline.calibration.sample import Sample, draw_sample
-from pipeline.errors import CheckpointError
-from pipeline.job import Job
-from pipeline.plan import Plan, make_plan
-from pipeline.run import check_checkpoint, load_tokenizer
+from pipeline.config.job import Job
+from pipeline.core.errors import CheckpointError
+from pipeline.planning.checkpoint import check_checkpoint, load_tokenizer
+from pipeline.planning.plan import Plan, make_plan
 
 SEED = 0
 """Of the sample: the same rows every time, so that what was measured is of use."""

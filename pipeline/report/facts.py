@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pipeline.layout import PARTS, part_name
-from pipeline.ledger import Ledger
-from pipeline.live import Live, read_live
-from pipeline.manifest import NotOursError, PartRecord, PlanRecord, read_part
-from pipeline.storage import FileInfo, Storage
-from pipeline.types import Totals
+from pipeline.core.types import Totals
+from pipeline.monitoring.live import Live, read_live
+from pipeline.output.layout import PARTS, part_name
+from pipeline.output.ledger import Ledger
+from pipeline.output.records import NotOursError, PartRecord, PlanRecord, read_part
+from pipeline.storage.storage import FileInfo, Storage
 
 THREADS = 16
 

@@ -2,15 +2,98 @@
 
 from typing import Any
 
-from pipeline.manifest import now
-from pipeline.page import shown
-from pipeline.report import page, summary, svg
+from pipeline.core.text import when
+from pipeline.output.records import now
+from pipeline.report import charts, page, summary
 from pipeline.report.measures import histogram, histogram_of_counts
+from pipeline.report.page import shown
 from pipeline.report.rows import Errors, Sample
 from pipeline.report.summary import LABELS, NAME_CHARS, TEXT_CHARS, Report
 from pipeline.report.timeline import Array, Timeline
-from pipeline.report.units import when
 
+_STYLE = """
+.open { border-left-color: var(--series-1); }
+svg text { fill: var(--soft); font-size: 12px; }
+svg .grid { stroke: var(--line); stroke-width: 1; }
+svg .gap { stroke: var(--text); stroke-width: 1.2; stroke-dasharray: 4 3; }
+svg .mid { stroke: var(--text); stroke-width: 1.2; }
+.f0, .k0 { fill: var(--series-0); background: var(--series-0); }
+.f1, .k1 { fill: var(--series-1); background: var(--series-1); }
+.f2, .k2 { fill: var(--series-2); background: var(--series-2); }
+.f3, .k3 { fill: var(--series-3); background: var(--series-3); }
+.f4, .k4 { fill: var(--series-4); background: var(--series-4); }
+.f5, .k5 { fill: var(--series-5); background: var(--series-5); }
+.band { fill: var(--series-0); fill-opacity: 0.25; }
+.line0 { fill: none; stroke: var(--series-0); stroke-width: 1.8; }
+figure.large svg { max-width: 760px; }
+th.text { text-align: left; }
+td.text { min-width: 200px; }
+.thirds { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 4px 20px; }
+.thirds figure { margin: 8px 0; }
+.key { display: inline-block; margin-right: 10px; }
+.key i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; }
+.stack { display: flex; height: 22px; border-radius: 4px; overflow: hidden; max-width: 760px; margin: 6px 0; }
+.settings td { white-space: normal; overflow-wrap: anywhere; min-width: 0; }
+@media (max-width: 600px) { figure.large svg text { font-size: 16px; } }
+"""
+
+_BODY = """<h1>{{ name }}</h1>
+<p class="verdict{{ '' if complete else ' open' }}">{{ verdict }}</p>
+<div class="tiles">
+{% for label, value in tiles %}<div class="tile"><b>{{ value }}</b><span>{{ label }}</span></div>
+{% endfor %}</div>
+{% if notes %}<ul>
+{% for note in notes %}<li>{{ note }}</li>
+{% endfor %}</ul>
+{% endif %}
+{% macro key(number, label) %}<span class="key"><i class="k{{ number }}"></i>{{ label }}</span>{% endmacro %}
+{% macro stack(parts) %}<div class="stack">
+{%- for _, share, _ in parts %}<span class="k{{ loop.index0 }}" style="flex-grow: {{ share }}"></span>{% endfor %}</div>
+<p class="soft">{% for label, _, shown in parts %}{{ key(loop.index0, label ~ " " ~ shown) }}
+{% endfor %}</p>{% endmacro %}
+{% macro table(heads, rows, texts=(), css="") %}<div class="wide"><table class="{{ css }}">
+<tr>{% for head in heads %}<th{% if loop.index0 in texts %} class="text"{% endif %}>{{ head }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td{% if loop.index0 in texts %} class="text"{% endif %}>{{ cell }}</td>
+{%- endfor %}</tr>
+{% endfor %}</table></div>{% endmacro %}
+{% if throughput %}<h2>Throughput</h2>
+<div class="pair">
+<figure class="large">{{ throughput | safe }}<figcaption>Completion tokens/s:
+{% for name in legend %}{{ key(loop.index0, name) }}
+{% endfor %}</figcaption></figure>
+{% if spread %}<figure class="large">{{ spread | safe }}<figcaption>Completion tokens/s of one replica at work: the
+median, and from the 10th to the 90th percentile.</figcaption></figure>{% endif %}
+</div>
+{% for line in about_time %}<p class="soft">{{ line }}</p>
+{% endfor %}
+{{ table(replica_heads, replicas) }}
+{% if more_replicas %}<p class="soft">{{ more_replicas }}</p>{% endif %}
+{% endif %}
+{% if reasons %}<h2>How rows ended</h2>
+{{ stack(reasons) }}{% endif %}
+{% if charts %}<h2>Distributions</h2>
+<p class="soft">{{ about_sample }}</p>
+<div class="thirds">
+{% for chart, caption in charts %}<figure>{{ chart | safe }}<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}</div>
+{% if spent %}<h3>Where a row's time went</h3>
+{{ stack(spent) }}
+<p class="soft">Shares of the sum of all latencies, from submission to end; seconds in forwards that a row took part in
+are counted whole, the other rows of the forward notwithstanding.</p>{% endif %}
+{{ table(measure_heads, measures) }}
+{% endif %}
+<h2>Errors</h2>
+<p>{{ about_errors }}</p>
+{% if errors %}{{ table(["rows", "error", "such as"], errors, (1, 2)) }}{% endif %}
+{% if slowest %}<h2>Slowest units</h2>
+<p class="soft">{{ about_slowest }}</p>
+{{ table(slowest_heads, slowest, (8,)) }}{% endif %}
+{% if last_run %}<h2>The last run</h2>
+<p class="soft">As its driver saw it, with the replicas that it had at its end.</p>
+{{ table(["what", "how much"], last_run, (1,), "settings") }}{% endif %}
+<h2>The job</h2>
+{{ table(["setting", "value"], settings, (1,), "settings") }}
+"""
 REPLICAS_SHOWN = 16
 _CHARTS = {
     "tokens_per_forward": "Of a row. A forward commits at least one token of the block.",
@@ -37,9 +120,9 @@ def make_html(report: Report) -> bytes:
         "verdict": summary.verdict(facts),
         "tiles": summary.tiles(report),
         "notes": summary.notes(report),
-        "throughput": svg.throughput_chart(time, legend) if dated else None,
+        "throughput": charts.throughput_chart(time, legend) if dated else None,
         "legend": [label for label, _ in legend],
-        "spread": svg.spread_chart(time) if len(time.places) > svg.SERIES else None,
+        "spread": charts.spread_chart(time) if len(time.places) > charts.SERIES else None,
         "about_time": summary.about_time(time),
         "replica_heads": summary.PLACE_HEADS,
         **_replicas(time),
@@ -57,12 +140,12 @@ def make_html(report: Report) -> bytes:
         "last_run": summary.last_run(facts),
         "settings": [*summary.settings(report), ("report written", when(now()))],
     }
-    return page.render(context, f"Report of {name}")
+    return page.render(_BODY, context, title=f"Report of {name}", style=_STYLE)
 
 
 def _legend(time: Timeline) -> list[tuple[str, Array]]:
     """(name, tokens/s by bin) of what is drawn: each place, or all as one where the page has no colours for them."""
-    if len(time.places) > svg.SERIES:
+    if len(time.places) > charts.SERIES:
         return [(f"all {len(time.places):,} replicas", time.rates)]
     return [(shown(place.name, NAME_CHARS), place.rates) for place in time.places]
 
@@ -83,7 +166,7 @@ def _charts(sample: Sample) -> list[tuple[str, str]]:
         one = histogram_of_counts(sample.steps) if counted else histogram(sample.values[name])
         if one is not None:
             rest = " The last bar is of all that is above it, too." if one.cut else ""
-            found.append((svg.histogram_chart(one, LABELS[name]), (caption + rest).strip()))
+            found.append((charts.histogram_chart(one, LABELS[name]), (caption + rest).strip()))
     return found
 
 

@@ -1,95 +1,80 @@
-"""The report as a page. The template escapes whatever is put into it."""
+"""What the HTML reports have in common: a page that is one file, runs nothing and fetches nothing."""
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline import page
-
-_STYLE = """
-.open { border-left-color: var(--series-1); }
-svg text { fill: var(--soft); font-size: 12px; }
-svg .grid { stroke: var(--line); stroke-width: 1; }
-svg .gap { stroke: var(--text); stroke-width: 1.2; stroke-dasharray: 4 3; }
-svg .mid { stroke: var(--text); stroke-width: 1.2; }
-.f0, .k0 { fill: var(--series-0); background: var(--series-0); }
-.f1, .k1 { fill: var(--series-1); background: var(--series-1); }
-.f2, .k2 { fill: var(--series-2); background: var(--series-2); }
-.f3, .k3 { fill: var(--series-3); background: var(--series-3); }
-.f4, .k4 { fill: var(--series-4); background: var(--series-4); }
-.f5, .k5 { fill: var(--series-5); background: var(--series-5); }
-.band { fill: var(--series-0); fill-opacity: 0.25; }
-.line0 { fill: none; stroke: var(--series-0); stroke-width: 1.8; }
-figure.large svg { max-width: 760px; }
-th.text { text-align: left; }
-td.text { min-width: 200px; }
-.thirds { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 4px 20px; }
-.thirds figure { margin: 8px 0; }
-.key { display: inline-block; margin-right: 10px; }
-.key i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; }
-.stack { display: flex; height: 22px; border-radius: 4px; overflow: hidden; max-width: 760px; margin: 6px 0; }
-.settings td { white-space: normal; overflow-wrap: anywhere; min-width: 0; }
-@media (max-width: 600px) { figure.large svg text { font-size: 16px; } }
+STYLE = """
+:root { color-scheme: light dark; --page: #ffffff; --text: #1c2127; --soft: #5b6570; --line: #d5dae0; --box: #f4f6f8;
+  --mark: #ffe9a8; --pick: #e3f1e7; --series-0: #1f6fd0; --series-1: #c2540a; --series-2: #1c8a5a;
+  --series-3: #8a4fc4; --series-4: #b3307a; --series-5: #6b7280; }
+@media (prefers-color-scheme: dark) { :root { --page: #14181d; --text: #e4e8ec; --soft: #a0abb6; --line: #39424c;
+  --box: #1d232a; --mark: #5c4a12; --pick: #1d3a2a; --series-0: #6aa9f7; --series-1: #f0935a; --series-2: #5cc596;
+  --series-3: #bb92ee; --series-4: #ee82bb; --series-5: #9ca3af; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1180px; padding: 24px 16px 64px; background: var(--page); color: var(--text);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 26px; line-height: 1.2; margin: 0 0 12px; overflow-wrap: anywhere; }
+h2 { font-size: 19px; margin: 40px 0 8px; }
+p, li { max-width: 72ch; overflow-wrap: anywhere; }
+.verdict { max-width: none; font-size: 18px; padding: 14px 16px; border-left: 4px solid var(--series-0);
+  background: var(--box); }
+.soft { color: var(--soft); font-size: 14px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 10px; margin: 16px 0; }
+.tile { background: var(--box); border-radius: 6px; padding: 10px 12px; }
+.tile b { display: block; font-size: 17px; line-height: 1.3; }
+.tile span { color: var(--soft); font-size: 13px; }
+figure { margin: 12px 0; }
+figure svg { display: block; width: 100%; height: auto; max-width: 620px; }
+figure svg text { font-family: inherit !important; }
+figcaption { color: var(--soft); font-size: 14px; max-width: 72ch; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px), 1fr)); gap: 20px; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 9px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { vertical-align: bottom; font-weight: 600; white-space: normal; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
+td small { color: var(--soft); font-weight: normal; }
+td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 """
-
-_BODY = """<h1>{{ name }}</h1>
-<p class="verdict{{ '' if complete else ' open' }}">{{ verdict }}</p>
-<div class="tiles">
-{% for label, value in tiles %}<div class="tile"><b>{{ value }}</b><span>{{ label }}</span></div>
-{% endfor %}</div>
-{% if notes %}<ul>
-{% for note in notes %}<li>{{ note }}</li>
-{% endfor %}</ul>
-{% endif %}
-{% macro key(number, label) %}<span class="key"><i class="k{{ number }}"></i>{{ label }}</span>{% endmacro %}
-{% macro stack(parts) %}<div class="stack">
-{%- for _, share, _ in parts %}<span class="k{{ loop.index0 }}" style="flex-grow: {{ share }}"></span>{% endfor %}</div>
-<p class="soft">{% for label, _, shown in parts %}{{ key(loop.index0, label ~ " " ~ shown) }}
-{% endfor %}</p>{% endmacro %}
-{% macro table(heads, rows, texts=(), css="") %}<div class="wide"><table class="{{ css }}">
-<tr>{% for head in heads %}<th{% if loop.index0 in texts %} class="text"{% endif %}>{{ head }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td{% if loop.index0 in texts %} class="text"{% endif %}>{{ cell }}</td>
-{%- endfor %}</tr>
-{% endfor %}</table></div>{% endmacro %}
-{% if throughput %}<h2>Throughput</h2>
-<div class="pair">
-<figure class="large">{{ throughput | safe }}<figcaption>Completion tokens/s:
-{% for name in legend %}{{ key(loop.index0, name) }}
-{% endfor %}</figcaption></figure>
-{% if spread %}<figure class="large">{{ spread | safe }}<figcaption>Completion tokens/s of one replica at work: the
-median, and from the 10th to the 90th percentile.</figcaption></figure>{% endif %}
-</div>
-{% for line in about_time %}<p class="soft">{{ line }}</p>
-{% endfor %}
-{{ table(replica_heads, replicas) }}
-{% if more_replicas %}<p class="soft">{{ more_replicas }}</p>{% endif %}
-{% endif %}
-{% if reasons %}<h2>How rows ended</h2>
-{{ stack(reasons) }}{% endif %}
-{% if charts %}<h2>Distributions</h2>
-<p class="soft">{{ about_sample }}</p>
-<div class="thirds">
-{% for chart, caption in charts %}<figure>{{ chart | safe }}<figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}</div>
-{% if spent %}<h3>Where a row's time went</h3>
-{{ stack(spent) }}
-<p class="soft">Shares of the sum of all latencies, from submission to end; seconds in forwards that a row took part in
-are counted whole, the other rows of the forward notwithstanding.</p>{% endif %}
-{{ table(measure_heads, measures) }}
-{% endif %}
-<h2>Errors</h2>
-<p>{{ about_errors }}</p>
-{% if errors %}{{ table(["rows", "error", "such as"], errors, (1, 2)) }}{% endif %}
-{% if slowest %}<h2>Slowest units</h2>
-<p class="soft">{{ about_slowest }}</p>
-{{ table(slowest_heads, slowest, (8,)) }}{% endif %}
-{% if last_run %}<h2>The last run</h2>
-<p class="soft">As its driver saw it, with the replicas that it had at its end.</p>
-{{ table(["what", "how much"], last_run, (1,), "settings") }}{% endif %}
-<h2>The job</h2>
-{{ table(["setting", "value"], settings, (1,), "settings") }}
+"""Light and dark, from a phone's width up."""
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{{ title }}</title>
+<style>{{ style | safe }}</style>
+</head>
+<body>
+BODY</body>
+</html>
 """
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-def render(context: Mapping[str, Any], title: str) -> bytes:
-    """The page. All texts of the context are escaped; `throughput`, `spread` and those of `charts` are SVG."""
-    return page.render(_BODY, context, title=title, style=_STYLE)
+def render(body: str, context: Mapping[str, Any], *, title: str, style: str = "") -> bytes:
+    """A page. `body`: a jinja2 template; all texts of the context are escaped but where it says `safe`. `style`: beside
+    STYLE."""
+    from jinja2 import Environment, StrictUndefined
+
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_PAGE.replace("BODY", body))
+    return template.render(title=title, style=STYLE + style, **context).encode("utf-8", "replace")
+
+
+def shown(text: str, at_most: int) -> str:
+    """The text with control characters and marks of direction made visible, cut to so many characters."""
+    cut = text if len(text) <= at_most else text[:at_most]
+    visible = "".join(map(_visible, cut))
+    return visible if cut is text else f"{visible}… ({len(text) - at_most:,} more characters)"
+
+
+def _visible(character: str) -> str:
+    if character in "\n\t":
+        return character
+    if character < " ":
+        return chr(0x2400 + ord(character))
+    if character in _BIDI or unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn"):
+        return f"⟨U+{ord(character):04X}⟩"
+    return character

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.error_kinds import ErrorCount, ErrorKinds
-from pipeline.part_file import GROUP_ROWS
+from pipeline.core.error_kinds import ErrorCount, ErrorKinds
+from pipeline.output.part import GROUP_ROWS
 from pipeline.report.facts import Unit
-from pipeline.storage import Storage
+from pipeline.storage.storage import Storage
 
 PARTS_READ, ROWS_READ = 200, 1_000_000
 """At most: whichever comes first bounds the time and the memory of a report."""

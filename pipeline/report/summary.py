@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.page import shown
-from pipeline.paths import safe_url
-from pipeline.progress import duration
+from pipeline.core.text import duration, number, share, when
 from pipeline.report.facts import Facts, Unit, read_facts
 from pipeline.report.measures import QUANTILES, Summary, summary, summary_of_counts
+from pipeline.report.page import shown
 from pipeline.report.rows import MEASURES, Errors, Sample, read_errors, read_sample
 from pipeline.report.timeline import Place, Timeline, timeline_of
-from pipeline.report.units import number, share, when
-from pipeline.storage import Storage
+from pipeline.storage.storage import Storage
+from pipeline.storage.urls import safe_url
 
 SLOWEST = 10
 LABELS = {

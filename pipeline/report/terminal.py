@@ -4,13 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from pipeline.page import shown
+from pipeline.core.text import number
 from pipeline.report import summary
 from pipeline.report.measures import Histogram, histogram, histogram_of_counts
+from pipeline.report.page import shown
 from pipeline.report.rows import MEASURES, Sample
 from pipeline.report.summary import LABELS, Report
 from pipeline.report.timeline import Array
-from pipeline.report.units import number
 
 BARS = " ▁▂▃▄▅▆▇█"
 REPLICAS, UNITS, KINDS = 8, 5, 5

@@ -3,12 +3,12 @@
 import os
 import posixpath
 
-from pipeline.errors import OutputError, TwoTowerError
-from pipeline.layout import REPORT
-from pipeline.paths import is_local, safe_url
+from pipeline.core.errors import OutputError, TwoTowerError
+from pipeline.output.layout import REPORT
 from pipeline.report.html import make_html
 from pipeline.report.summary import read_report
-from pipeline.storage import Storage, split_url
+from pipeline.storage.storage import Storage, split_url
+from pipeline.storage.urls import is_local, safe_url
 
 
 def write_report(output_path: str, to: str | None = None) -> str:

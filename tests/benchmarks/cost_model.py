@@ -1,7 +1,8 @@
 """A backend of the engine's loop that computes nothing: it says when forwards would end, on simulated devices.
 
-The scheduling is the engine's own (model.loop, model.scheduler); how long a forward takes comes from a layout, how many
-steps a row's block takes is drawn from a measured distribution. Free of torch; the clock is the simulation's.
+The scheduling is the engine's own (model.engine.loop, model.engine.scheduler); how long a forward takes comes from a
+layout, how many steps a row's block takes is drawn from a measured distribution. Free of torch; the clock is the
+simulation's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,10 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from model.backend import Batch, Seen
-from model.lanes import ActiveRow, Prefix
-from model.partition import partition
-from model.slots import Slots
+from model.engine.backend import Batch, BlockReport
+from model.engine.sequence import ActiveRow, Prefix
+from model.network.partition import partition
+from model.runtime.page_allocator import PageAllocator
 from tests.benchmarks.roofline import Roofline, Work
 
 Ints = NDArray[np.int64]
@@ -59,7 +60,7 @@ class Layers:
     devices = 2
 
     def __init__(self, roofline: Roofline) -> None:
-        """The layers lie where the engine puts them (model.partition)."""
+        """The layers lie where the engine puts them (model.network.partition)."""
         self.roofline = roofline
         self._context, self._denoiser = zip(*partition(roofline.config, self.devices), strict=True)
 
@@ -133,14 +134,14 @@ class Ticket:
 
     @property
     def seconds(self) -> float:
-        """See model.loop.Timed."""
+        """See model.engine.loop.Timed."""
         return self.ended - self.began
 
 
 class CostModel:
-    """Backend of model.loop.Loop; diffusion rows alone. `host_s`: what preparing a forward takes the host."""
+    """Backend of model.engine.loop.Loop; diffusion rows alone. `host_s`: what preparing a forward takes the host."""
 
-    def __init__(self, slots: Slots, layout: Layout, steps: Steps, *, host_s: float = 0.0) -> None:
+    def __init__(self, slots: PageAllocator, layout: Layout, steps: Steps, *, host_s: float = 0.0) -> None:
         self.slots, self.layout, self.steps, self.host_s = slots, layout, steps, host_s
         self.now = 0.0
         self.devices = [Device() for _ in range(layout.devices)]
@@ -219,11 +220,11 @@ class CostModel:
             device.busy += seconds
         return Ticket(at if began is None else began, at)
 
-    def collect(self, handle: Ticket) -> Sequence[Seen]:
+    def collect(self, handle: Ticket) -> Sequence[BlockReport]:
         """See Backend."""
         self.now = max(self.now, handle.ended)
         return [
-            Seen(row, BLOCK, True, row.room <= BLOCK, False, steps, *self._full_block)
+            BlockReport(row, BLOCK, True, row.room <= BLOCK, False, steps, *self._full_block)
             for row, steps in zip(handle.rows, handle.steps, strict=True)
         ]
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model import load_model
-from model.two_tower import TwoTower
+from model.network.two_tower import TwoTower
 from tests.benchmarks.cost_model import Layers, Steps, Towers
 from tests.benchmarks.host import host_ms
 from tests.benchmarks.measure import Comparison, bfloat16_differences, mode_rates, prefix_speedup, vs_lockstep

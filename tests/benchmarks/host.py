@@ -38,19 +38,19 @@ from rich.table import Table
 from torch import Tensor
 
 from model import load_model
-from model.backend import Batch, Seen
-from model.cache import ContextCache
-from model.engine import AR_TOKENS, OVERLAP_ROWS
-from model.forwards import Forwards, Handle
-from model.kernels.paged import Heads, Room, plan_attention
-from model.lanes import ActiveRow
-from model.loop import Loop
-from model.params import EngineLimits, GenerationParams, Mode, Request
-from model.rows import Rows
-from model.scheduler import Scheduler
-from model.slots import PAGE_SIZE, PREFIX_SLOTS
-from model.stages import Flight, Part, Stages
-from model.two_tower import TwoTower
+from model.engine.backend import Batch, BlockReport
+from model.engine.engine import AR_TOKENS, OVERLAP_ROWS
+from model.engine.loop import Loop
+from model.engine.model_runner import Handle, ModelRunner
+from model.engine.scheduler import Scheduler
+from model.engine.sequence import ActiveRow
+from model.kernels.triton.attention_plan import Heads, Room, plan_attention
+from model.network.context_cache import ContextCache
+from model.network.two_tower import TwoTower
+from model.requests import EngineLimits, GenerationParams, Mode, Request
+from model.runtime.page_allocator import PAGE_SIZE, PREFIX_SLOTS
+from model.runtime.ragged_batch import RaggedBatch
+from model.runtime.stages import Flight, Part, Stages
 
 OUT = Path(__file__).parent / "out" / "host.json"
 HEADS = Heads(2, 16, PAGE_SIZE)  # the released model's
@@ -136,7 +136,7 @@ class NoModel:
         self._clock = clock
         self._static: dict[Room, Any] = {}
 
-    def extend_parts(self, cache: ContextCache, rows: Rows) -> list[Part]:
+    def extend_parts(self, cache: ContextCache, rows: RaggedBatch) -> list[Part]:
         """See TwoTower."""
         del cache
 
@@ -148,12 +148,12 @@ class NoModel:
 
         return [part]
 
-    def denoise_parts(self, cache: ContextCache, rows: Rows, t: Tensor) -> list[Part]:
+    def denoise_parts(self, cache: ContextCache, rows: RaggedBatch, t: Tensor) -> list[Part]:
         """See TwoTower."""
         del t
         return self.extend_parts(cache, rows)
 
-    def _plan(self, rows: Rows) -> None:
+    def _plan(self, rows: RaggedBatch) -> None:
         longest, count = max(rows.lengths), len(rows.lengths)
         if longest > GRAPH_TOKENS:
             rows.packed()
@@ -177,7 +177,7 @@ class TimedStages:
             return self._stages.launch(parts, start)
 
 
-class TimedForwards(Forwards):
+class TimedModelRunner(ModelRunner):
     """Forwards over no model, timed."""
 
     def __init__(self, pair: TwoTower, cache: ContextCache, clock: Clock) -> None:
@@ -203,7 +203,7 @@ class TimedForwards(Forwards):
         with self._clock.part("denoise"):
             return super().denoise(rows)
 
-    def collect(self, handle: Handle) -> list[Seen]:
+    def collect(self, handle: Handle) -> list[BlockReport]:
         self._clock.seen()
         with self._clock.part("collect"):
             return super().collect(handle)
@@ -220,8 +220,8 @@ def measure(pair: TwoTower, mode: Mode, rows: int, *, turns: int, profile: cProf
 
     cache = pair.new_cache(slots=rows + PREFIX_SLOTS, kv_tokens=rows * LONGEST)
     loop = Loop(
-        TimedForwards(pair, cache, clock),
-        Scheduler(cache.slots, rows, PREFILL_TOKENS),
+        TimedModelRunner(pair, cache, clock),
+        Scheduler(cache.allocator, rows, PREFILL_TOKENS),
         extend_every=EXTEND_EVERY,
         ar_tokens=AR_TOKENS,
         overlap_rows=OVERLAP_ROWS,
@@ -240,7 +240,7 @@ def measure(pair: TwoTower, mode: Mode, rows: int, *, turns: int, profile: cProf
         return tokens + _held(loop)
 
     best = None
-    with patch("model.forwards.choose", drawn):
+    with patch("model.engine.model_runner.choose", drawn):
         run(EXTEND_EVERY * rows * PROMPT // PREFILL_TOKENS + WARM_UP)
         window = max(1, turns // WINDOWS)
         for _ in range(WINDOWS):

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from model.cache import ContextCache
-from model.params import GenerationParams, Request
-from model.slots import PAGE_SIZE, pages_for
-from model.two_tower import TwoTower
-from model.unmasking import positions_to_commit
+from model.engine.unmasking import positions_to_commit
+from model.network.context_cache import ContextCache
+from model.network.two_tower import TwoTower
+from model.requests import GenerationParams, Request
+from model.runtime.page_allocator import PAGE_SIZE, pages_for
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ def _shared_settings(params: Sequence[GenerationParams]) -> tuple[int, int, int]
 def _cache(pair: TwoTower, tokens: Sequence[int]) -> tuple[ContextCache, list[int]]:
     """A cache with a slot, and pages for `tokens[r]` tokens, for each row."""
     cache = pair.new_cache(slots=len(tokens), kv_tokens=PAGE_SIZE * sum(map(pages_for, tokens)))
-    slots = [slot for count in tokens if (slot := cache.slots.acquire(count)) is not None]
+    slots = [slot for count in tokens if (slot := cache.allocator.acquire(count)) is not None]
     assert len(slots) == len(tokens)
     return cache, slots
 

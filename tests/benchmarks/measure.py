@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from model import Engine, EngineLimits, Request, load_model
-from model.params import Completion, Mode
-from model.two_tower import TwoTower
+from model.network.two_tower import TwoTower
+from model.requests import Completion, Mode
 from tests.benchmarks import lockstep
 from tests.benchmarks.workload import THRESHOLDS, requests
 

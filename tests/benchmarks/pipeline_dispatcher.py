@@ -2,8 +2,8 @@
 
 The replicas live on a virtual clock. It jumps to the next thing that happens, and while the driver computes it goes on
 by the processor time that the driver takes: what waits for the driver waits as long as it would in a real job, and what
-else runs on the machine does not count. Replicas report as those of workers.pool do, when a unit ends and every two
-seconds. Ray itself is not in it.
+else runs on the machine does not count. Replicas report as those of workers.cluster.pool do, when a unit ends and every
+two seconds. Ray itself is not in it.
 """
 
 import heapq
@@ -16,19 +16,20 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.dispatch import dispatch
-from pipeline.events import Event, ReplicaActive, ReplicaReady, UnitDone, UnitProgress
-from pipeline.progress import LogProgress, Meter
-from pipeline.retry import RetryPolicy
-from pipeline.stall import StallWatch
-from pipeline.types import Assignment, Totals, UnitResult, WorkUnit
+from pipeline.core.events import Event, ReplicaActive, ReplicaReady, UnitDone, UnitProgress
+from pipeline.core.types import Assignment, Totals, UnitResult, WorkUnit
+from pipeline.driver.dispatcher import dispatch
+from pipeline.driver.retry import RetryPolicy
+from pipeline.driver.stall import StallWatch
+from pipeline.monitoring.meter import Meter
+from pipeline.monitoring.progress import LogProgress
 from tests.benchmarks.pipeline_results import Dispatched
 
 REPLICAS, UNITS = 256, 50_000
 UNITS_PER_S = 100
 ROWS, TOKENS = 100, 12_800  # of a unit
 REPORT_S = 2.0
-"""workers.pool.WORK_S, which is not imported: Ray would count in the driver's memory."""
+"""workers.cluster.pool.WORK_S, which is not imported: Ray would count in the driver's memory."""
 SPREAD, SURPRISE = 0.4, 0.1
 """Standard deviations, in natural logarithms: of the units' expected work, and of their seconds around it."""
 
@@ -44,7 +45,7 @@ class _Replica:
 
 
 class VirtualPool:
-    """Implements pipeline.dispatch.Pool. `seconds`: what each unit takes, by its id."""
+    """Implements pipeline.driver.dispatcher.Pool. `seconds`: what each unit takes, by its id."""
 
     def __init__(self, replicas: int, seconds: dict[str, float]) -> None:
         self.now = self.driver_s = 0.0
@@ -142,7 +143,7 @@ def make_work(units: int, replicas: int, *, seed: int = 0) -> tuple[list[WorkUni
 
 
 def run_simulated(units: int, replicas: int, *, longest_first: bool, seed: int = 0) -> Dispatched:
-    """A job through pipeline.dispatch; not longest_first: nothing is known of the units' work."""
+    """A job through pipeline.driver.dispatcher; not longest_first: nothing is known of the units' work."""
     work, seconds = make_work(units, replicas, seed=seed)
     if not longest_first:
         work = [replace(unit, expected_work=0.0) for unit in work]

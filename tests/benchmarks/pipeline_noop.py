@@ -3,10 +3,10 @@
 from collections import deque
 from dataclasses import dataclass
 
-from model.params import Completion, GenerationParams, Request
+from model.requests import Completion, GenerationParams, Request
 from tests.workers.fakes import FakeTokenizer
-from workers.build import PartStore, ReplicaSpec
-from workers.unit_runner import UnitRunner
+from workers.replica.build import PartStore, ReplicaSpec
+from workers.units.runner import UnitRunner
 
 MAX_ROWS = 256
 TEXT, TOKENS = "a completion", (5, 6, 7)
@@ -42,7 +42,7 @@ class NoOpMaker:
     spec: ReplicaSpec
 
     def __call__(self, replica: str) -> UnitRunner:
-        """See workers.replica.MakeRunner."""
+        """See workers.replica.replica.MakeRunner."""
         store, checkpoint = PartStore(self.spec, replica), self.spec.job.checkpoint
         return UnitRunner(
             NoOpEngine(), FakeTokenizer(), store, GenerationParams(), replica=replica, checkpoint=checkpoint

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from model.params import Completion, Request
-from pipeline.jobfile import load_job
-from pipeline.plan import Plan
-from pipeline.run import run_job
+from model.requests import Completion, Request
+from pipeline.config.loader import load_job
+from pipeline.driver.run import run_job
+from pipeline.planning.plan import Plan
 from tests.benchmarks.pipeline_results import Overhead
-from workers.build import ReplicaSpec, make_runner
-from workers.local_pool import LocalPool
-from workers.seams import EngineLike
-from workers.unit_runner import UnitRunner
+from workers.replica.build import ReplicaSpec, make_runner
+from workers.replica.local_pool import LocalPool
+from workers.units.protocols import EngineLike
+from workers.units.runner import UnitRunner
 
 
 class TimedEngine:

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from pipeline.job import Job
-from pipeline.plan import Plan
-from pipeline.run import run_job
+from pipeline.config.job import Job
+from pipeline.driver.run import run_job
+from pipeline.planning.plan import Plan
 from tests.benchmarks.pipeline_noop import TEXT, TOKENS, NoOpMaker
 from tests.benchmarks.pipeline_results import Compared
-from workers.build import ReplicaSpec
-from workers.pool import RayPool
+from workers.cluster.pool import RayPool
+from workers.replica.build import ReplicaSpec
 
 ROWS, FILES = 200_000, 20
 REPLICAS = 2

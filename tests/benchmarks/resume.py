@@ -21,19 +21,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import OutputError
-from pipeline.fingerprint import listing_change
-from pipeline.job import Job
-from pipeline.layout import REPORT
-from pipeline.ledger import Ledger
-from pipeline.manifest import RECORD_KEY, PartRecord, commit_record, to_json
-from pipeline.parts import TOTALS_KEY, to_parquet
-from pipeline.plan import Plan, make_plan
+from pipeline.config.job import Job
+from pipeline.core.errors import OutputError
+from pipeline.core.schema import RESULT_SCHEMA
+from pipeline.core.types import Totals, UnitResult, WorkUnit
+from pipeline.maintenance.verify import verify
+from pipeline.output.layout import REPORT
+from pipeline.output.ledger import Ledger
+from pipeline.output.part import TOTALS_KEY, to_parquet
+from pipeline.output.records import RECORD_KEY, PartRecord, commit_record, to_json
+from pipeline.planning.fingerprint import listing_change
+from pipeline.planning.plan import Plan, make_plan
 from pipeline.report.write import write_report
-from pipeline.schema import RESULT_SCHEMA
-from pipeline.storage import Storage
-from pipeline.types import Totals, UnitResult, WorkUnit
-from pipeline.verify import verify
+from pipeline.storage.storage import Storage
 
 FILES, ROWS_A_FILE = 2_000, 5_000
 WRITERS = 16

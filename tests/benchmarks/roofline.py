@@ -9,8 +9,8 @@ conditioning (58 MB of weights a forward), norms.
 from dataclasses import dataclass
 from math import prod
 
-from model.config import LayerKind, TwoTowerConfig, mixer_tensors
-from tests.released import RELEASED_CONFIG
+from model.checkpoint.config import LayerKind, TwoTowerConfig, mixer_tensors
+from model.checkpoint.released import RELEASED_CONFIG
 
 WEIGHT_BYTES = 2  # bfloat16
 STATE_BYTES = 4  # Mamba states are float32

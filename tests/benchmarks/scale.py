@@ -16,15 +16,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dispatch import dispatch
-from pipeline.events import Event, UnitDone
-from pipeline.job import Job
-from pipeline.ledger import Ledger
-from pipeline.plan import make_plan
-from pipeline.retry import RetryPolicy
+from pipeline.config.job import Job
+from pipeline.core.events import Event, UnitDone
+from pipeline.driver.dispatcher import dispatch
+from pipeline.driver.retry import RetryPolicy
+from pipeline.output.ledger import Ledger
+from pipeline.planning.plan import make_plan
 from tests.workers.fakes import FakeMaker
-from workers.build import ReplicaSpec
-from workers.pool import RayPool
+from workers.cluster.pool import RayPool
+from workers.replica.build import ReplicaSpec
 
 ROWS = 2_000_000
 ROWS_PER_FILE = 10_000

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from model.loop import Loop
-from model.params import EngineLimits, GenerationParams, Request
-from model.scheduler import Scheduler, Stats
-from model.slots import PREFIX_SLOTS, Slots
+from model.engine.loop import Loop
+from model.engine.scheduler import Scheduler, Stats
+from model.requests import EngineLimits, GenerationParams, Request
+from model.runtime.page_allocator import PREFIX_SLOTS, PageAllocator
 from tests.benchmarks.cost_model import BLOCK, CostModel, Instant, Ints, Layout, Steps, Ticket
 from tests.benchmarks.roofline import Roofline, Work
 from tests.benchmarks.workload import log_normal
@@ -67,7 +67,7 @@ def make_loop(
     layout: Layout, steps: Steps, *, rows: int, lanes: int, host_s: float = 0.0, extend_every: int = EXTEND_EVERY
 ) -> tuple[Loop[Ticket], CostModel]:
     """The engine's loop over simulated devices."""
-    slots = Slots(rows + PREFIX_SLOTS, KV_TOKENS // 64)
+    slots = PageAllocator(rows + PREFIX_SLOTS, KV_TOKENS // 64)
     backend = CostModel(slots, layout, steps, host_s=host_s)
     scheduler = Scheduler(slots, rows, MAX_PREFILL_TOKENS, lanes)
     return Loop(backend, scheduler, extend_every=extend_every, clock=backend.clock), backend

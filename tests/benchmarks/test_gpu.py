@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.random_weights import random_pair
+from model.network.random_weights import random_pair
 from tests.benchmarks.gpu import __main__ as bench
 from tests.benchmarks.gpu.random_model import SIZES
 from tests.benchmarks.gpu.report import crossings

@@ -3,7 +3,7 @@
 import pytest
 
 from model import load_model
-from model.params import Mode
+from model.requests import Mode
 from tests.benchmarks import host
 
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from model.engine import Engine
-from model.params import EngineLimits, GenerationParams, Request
-from model.two_tower import TwoTower, load_model
+from model.engine.engine import Engine
+from model.network.two_tower import TwoTower, load_model
+from model.requests import EngineLimits, GenerationParams, Request
 from tests.benchmarks.lockstep import generate, serve
 from tests.benchmarks.workload import requests
 from tests.model.golden_cases import CHECKPOINT, cases, tensor

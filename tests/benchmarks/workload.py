@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from model.params import GenerationParams, Mode, Request
+from model.requests import GenerationParams, Mode, Request
 
 FIRST_TEXT_ID = 4
 """Ids below it are special in both small checkpoints."""

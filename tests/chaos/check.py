@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import pyarrow.parquet as pq
 
-from pipeline.storage import Storage
+from pipeline.storage.storage import Storage
 from tests.chaos.harness import ROOT, History
 from tests.chaos.logs import finished_since, read_lives, replaced, times_finished
 from tests.chaos.rows import COLUMNS
 
-Rows = Mapping[str, tuple[object, ...]]
+RaggedBatch = Mapping[str, tuple[object, ...]]
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class Verdict:
         return {kind: round(statistics.median(x), 2) if x else None for kind, x in self.recover_s.items()}
 
 
-def judge(history: History, expected: Rows) -> Verdict:
+def judge(history: History, expected: RaggedBatch) -> Verdict:
     """Reads everything that the job left."""
     found = Counter[str]()
     changed = []

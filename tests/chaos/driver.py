@@ -9,16 +9,16 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.dispatch import Pool
-from pipeline.errors import TwoTowerError
-from pipeline.job import Job
-from pipeline.plan import Plan
-from pipeline.progress import open_progress
-from pipeline.run import run_job
+from pipeline.config.job import Job
+from pipeline.core.errors import TwoTowerError
+from pipeline.driver.dispatcher import Pool
+from pipeline.driver.run import run_job
+from pipeline.monitoring.progress import open_progress
+from pipeline.planning.plan import Plan
 from tests.chaos.engine import Maker
-from workers.build import ReplicaSpec
-from workers.local_pool import LocalPool
-from workers.pool import RayPool
+from workers.cluster.pool import RayPool
+from workers.replica.build import ReplicaSpec
+from workers.replica.local_pool import LocalPool
 
 
 def main() -> int:

@@ -13,15 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.backend import Batch, Seen
+from model.engine.backend import Batch, BlockReport
+from model.engine.loop import Loop
+from model.engine.scheduler import Scheduler
+from model.engine.sequence import ActiveRow
 from model.errors import RequestError
-from model.lanes import ActiveRow
-from model.loop import Loop
-from model.params import Completion, GenerationParams, Request
-from model.scheduler import Scheduler
-from model.slots import PREFIX_SLOTS, Slots
-from workers.build import PartStore, ReplicaSpec
-from workers.unit_runner import UnitRunner
+from model.requests import Completion, GenerationParams, Request
+from model.runtime.page_allocator import PREFIX_SLOTS, PageAllocator
+from workers.replica.build import PartStore, ReplicaSpec
+from workers.units.runner import UnitRunner
 
 BLOCK, EOS, MAX_TOKENS = 16, 0, 48
 TOO_LONG = 400
@@ -71,9 +71,9 @@ class Forward:
 
 
 class Backend:
-    """Backend of model.loop.Loop; diffusion rows alone."""
+    """Backend of model.engine.loop.Loop; diffusion rows alone."""
 
-    def __init__(self, slots: Slots, crash: Callable[[str], None] | None) -> None:
+    def __init__(self, slots: PageAllocator, crash: Callable[[str], None] | None) -> None:
         """crash: called with the prompt of every block that is full; it may not return."""
         self.slots, self.crash = slots, crash
         self.forwards = 0
@@ -82,28 +82,28 @@ class Backend:
         self._taken: dict[ActiveRow, int] = {}  # forwards that the row's block has had
 
     def add_slots(self, count: int) -> None:
-        """See model.backend.Backend."""
+        """See model.engine.backend.Backend."""
         self.slots.add_slots(count)
 
     def enter(self, rows: Sequence[ActiveRow]) -> None:
-        """See model.backend.Backend."""
+        """See model.engine.backend.Backend."""
         for row in rows:
             self._stories[row.request.key] = Story.of(row.request)
 
     def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
-        """See model.backend.Backend."""
+        """See model.engine.backend.Backend."""
         del ar_tokens
         for row in rows:
             self._taken[row] = 0
 
     def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Forward:
-        """See model.backend.Backend."""
+        """See model.engine.backend.Backend."""
         assert not fill, "AR rows are not made up"
         self.slots.grow([item.slot for item, _ in batch], [count for _, count in batch])
         return Forward()
 
     def denoise(self, rows: Sequence[ActiveRow]) -> Forward:
-        """See model.backend.Backend."""
+        """See model.engine.backend.Backend."""
         self.forwards += len(rows)
         full = []
         for row in rows:
@@ -117,22 +117,22 @@ class Backend:
     def _needed(self, row: ActiveRow) -> int:
         return self._stories[row.request.key].steps[len(row.tokens) // BLOCK]
 
-    def collect(self, handle: Forward) -> list[Seen]:
-        """See model.backend.Backend."""
+    def collect(self, handle: Forward) -> list[BlockReport]:
+        """See model.engine.backend.Backend."""
         return [self._see(row) for row in handle.full]
 
-    def _see(self, row: ActiveRow) -> Seen:
+    def _see(self, row: ActiveRow) -> BlockReport:
         story, start, steps = self._stories[row.request.key], len(row.tokens), self._taken.pop(row)
         tokens, confidences = list(story.tokens[start : start + BLOCK]), list(story.confidences[start : start + BLOCK])
         may_end = EOS in tokens or row.room <= BLOCK
-        return Seen(row, BLOCK, True, may_end, False, steps, tokens, confidences)
+        return BlockReport(row, BLOCK, True, may_end, False, steps, tokens, confidences)
 
     def forget(self, key: str) -> None:
         """The row has ended."""
         del self._stories[key]
 
     def out_of_memory(self, error: BaseException) -> bool:
-        """See model.backend.Backend."""
+        """See model.engine.backend.Backend."""
         del error
         return False
 
@@ -164,7 +164,7 @@ class Engine(Loop[Forward]):
     """See the module. `turn_s`: seconds a turn takes, as if a device computed. Without a log nothing crashes."""
 
     def __init__(self, log: Log | None = None, turn_s: float = 0.0) -> None:
-        slots = Slots(MAX_ROWS + PREFIX_SLOTS, PAGES)
+        slots = PageAllocator(MAX_ROWS + PREFIX_SLOTS, PAGES)
         self.made_up = Backend(slots, log.crash_if_told if log else None)
         super().__init__(self.made_up, Scheduler(slots, MAX_ROWS, PREFILL_TOKENS), _text)
         self._log, self._turn_s = log, turn_s

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.job import Job
+from pipeline.config.job import Job
 from tests.chaos.logs import Life, heads, log_bytes
-from tests.storage.fault_proxy import FaultProxy, fault_proxy
-from tests.storage.server import BUCKET, aws_variables, s3_server
+from tests.end_to_end.s3.fault_proxy import FaultProxy, fault_proxy
+from tests.end_to_end.s3.server import BUCKET, aws_variables, s3_server
 
 ROOT = Path(__file__).parents[2]
 REPLICAS, NODES, CPUS_A_NODE = 4, 3, 2

@@ -8,8 +8,8 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model.params import GenerationParams, Request
-from pipeline.storage import Storage
+from model.requests import GenerationParams, Request
+from pipeline.storage.storage import Storage
 from tests.chaos.engine import EOS, KILLERS, MARK, MAX_TOKENS, TOO_LONG, Engine
 
 ROW_GROUP = 2_000

@@ -12,11 +12,11 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.storage import Storage
+from pipeline.storage.storage import Storage
 from tests.chaos.check import Verdict, judge
 from tests.chaos.harness import Schedule, Torment, world
 from tests.chaos.rows import expected, make_prompts, upload
-from tests.storage.server import BUCKET
+from tests.end_to_end.s3.server import BUCKET
 
 OUT = Path(__file__).parent / "out"
 MOST_REPEATED = 0.05

@@ -6,7 +6,7 @@ import pytest
 
 from tests.chaos.harness import Schedule
 from tests.chaos.run import as_json, run
-from tests.storage.server import weed_binary
+from tests.end_to_end.s3.server import weed_binary
 
 ROWS = 2_000
 SCHEDULE = Schedule(

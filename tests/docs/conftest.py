@@ -11,17 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model.params import Completion
-from pipeline.dispatch import Pool
-from pipeline.jobfile import load_job
-from pipeline.plan import Plan
-from pipeline.progress import LogProgress
-from pipeline.run import run_job
-from tests.storage.server import aws_variables, s3_server, weed_binary
+from model.requests import Completion
+from pipeline.config.loader import load_job
+from pipeline.driver.dispatcher import Pool
+from pipeline.driver.run import run_job
+from pipeline.monitoring.progress import LogProgress
+from pipeline.planning.plan import Plan
+from tests.end_to_end.s3.server import aws_variables, s3_server, weed_binary
 from tests.workers.fakes import FakeEngine, FakeTokenizer
-from workers.build import PartStore, ReplicaSpec
-from workers.local_pool import LocalPool
-from workers.unit_runner import UnitRunner
+from workers.replica.build import PartStore, ReplicaSpec
+from workers.replica.local_pool import LocalPool
+from workers.units.runner import UnitRunner
 
 ROOT = Path(__file__).parents[2]
 BAD_ROWS = 5

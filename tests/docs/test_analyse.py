@@ -15,7 +15,7 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 
-from model.repetition import DEGENERATE
+from pipeline.core.repetition import DEGENERATE
 from tests.docs.conftest import BAD_ROWS
 
 TEXT = (Path(__file__).parents[2] / "docs/analyse.md").read_text()

@@ -1,7 +1,7 @@
 """What reads bytes that others wrote, as functions of those bytes: they may raise the project's errors, nothing else.
 
-A target is run by the coverage-guided fuzzer (tests.fuzz.run) and by hypothesis (tests/unit/test_untrusted.py), both of
-which start from its seeds.
+A target is run by the coverage-guided fuzzer (tests.fuzz.run) and by hypothesis
+(tests/pipeline/input/test_untrusted.py), both of which start from its seeds.
 """
 
 import io
@@ -16,18 +16,18 @@ from unittest.mock import patch
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import bounds
-from pipeline.claim import read_driver
-from pipeline.dataset import UnitReader
-from pipeline.errors import InputError, JobError, TwoTowerError
-from pipeline.jobfile import load_job
-from pipeline.manifest import NotOursError, plan_fields, read_commit, read_part, read_plan, to_json
-from pipeline.parts import result_table
-from pipeline.prompts import PromptMaker
-from pipeline.segments import from_segment, segment_name, to_segment
-from pipeline.template import template_columns
-from pipeline.types import Row, WorkUnit
-from tests.unit.pipeline_cases import complete_row, make_job, part_of, plan_of, publish
+from pipeline.config.loader import load_job
+from pipeline.core.errors import InputError, JobError, TwoTowerError
+from pipeline.core.types import Row, WorkUnit
+from pipeline.input import limits
+from pipeline.input.unit_reader import UnitReader
+from pipeline.output.claim import read_driver
+from pipeline.output.part import result_table
+from pipeline.output.records import NotOursError, plan_fields, read_commit, read_part, read_plan, to_json
+from pipeline.output.segments import from_segment, segment_name, to_segment
+from pipeline.prompts.prompts import PromptMaker
+from pipeline.prompts.template import template_columns
+from tests.pipeline.cases import complete_row, make_job, part_of, plan_of, publish
 
 UNIT = WorkUnit("0123456789ab-0000000000", "/in/a.parquet", "a.parquet", 0, 4, 100, "mtime:1")
 DIGEST = "d" * 64
@@ -146,7 +146,7 @@ def run_input(data: bytes) -> None:
         file, folder() / "out", input={"id_column": "n", "carry": ["tags", "word"]}, output={"rows_per_file": 3}
     )
     reader = UnitReader(job.input)
-    closer_look = patch.object(bounds, "SURELY_BYTES", 0)  # small as it is
+    closer_look = patch.object(limits, "SURELY_BYTES", 0)  # small as it is
     try:
         closer_look.start()
         plan = plan_of(job)

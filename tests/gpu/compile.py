@@ -25,12 +25,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-import model.tower
-import model.two_tower
-from model.kernels.cuda import CudaKernels
-from model.sampling import Draws, Head, choose
-from model.two_tower import TwoTower
-from tests.released import RELEASED_CONFIG
+import model.network.tower
+import model.network.two_tower
+from model.checkpoint.released import RELEASED_CONFIG
+from model.kernels.triton.kernels import CudaKernels
+from model.network.sampling import Draws, Head, choose
+from model.network.two_tower import TwoTower
 
 SHAPE = replace(
     RELEASED_CONFIG,
@@ -87,8 +87,8 @@ def launch_all(dtype: torch.dtype) -> None:
     kernels = CudaKernels()
     kernels._prefill_scan = None  # not ours, and it would compile its many variants
     with (
-        patch.object(model.tower, "kernels_for", lambda _: kernels),
-        patch.object(model.two_tower, "kernels_for", lambda _: kernels),
+        patch.object(model.network.tower, "kernels_for", lambda _: kernels),
+        patch.object(model.network.two_tower, "kernels_for", lambda _: kernels),
     ):
         pair = TwoTower(SHAPE, dtype, [torch.device("cpu")])
     # kernels do not run: what later operations take from them for an index must be one
@@ -100,8 +100,8 @@ def launch_all(dtype: torch.dtype) -> None:
 def _forwards(pair: TwoTower) -> None:
     for context, lengths in ((0, (40, 16, 1)), (4096, (16, 7)), (200, (32, 32)), (200, (1, 1))):
         cache = pair.new_cache(slots=len(lengths), kv_tokens=len(lengths) * (context + 64))
-        slots = [slot for length in lengths if (slot := cache.slots.acquire(context + length)) is not None]
-        cache.slots.grow(slots, [context] * len(lengths))
+        slots = [slot for length in lengths if (slot := cache.allocator.acquire(context + length)) is not None]
+        cache.allocator.grow(slots, [context] * len(lengths))
         tokens = torch.zeros(sum(lengths), dtype=torch.int64)
         rows = cache.rows(slots, lengths)
         pair.denoise(cache, rows, tokens, torch.full((len(lengths),), 0.5))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.storage.fault_proxy import FaultProxy, Headers, _Handler
+from tests.end_to_end.s3.fault_proxy import FaultProxy, Headers, _Handler
 
 ACTIONS = {"GET": "s3:GetObject", "HEAD": "s3:GetObject", "PUT": "s3:PutObject", "DELETE": "s3:DeleteObject"}
 DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"

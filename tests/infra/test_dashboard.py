@@ -11,7 +11,7 @@ import pytest
 
 from tests.infra.files import INFRA, ROOT
 from tests.infra.test_readme import COMMANDS
-from workers.metrics import COUNTERS, GAUGES, JOB
+from workers.cluster.metrics import COUNTERS, GAUGES, JOB
 
 DASHBOARD = json.loads((INFRA / "grafana/twotower.json").read_text())
 TARGETS = [
@@ -20,7 +20,7 @@ TARGETS = [
     for target in panel["targets"]
 ]
 OF_RAY = {"SessionName"}
-"""Labels that Ray adds to every metric (tests/workers/test_ray.py scrapes them)."""
+"""Labels that Ray adds to every metric (tests/workers/cluster/test_pool.py scrapes them)."""
 
 
 def labels_of(name: str) -> set[str]:

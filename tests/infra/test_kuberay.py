@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pipeline.jobfile import load_job
+from pipeline.config.loader import load_job
 from tests.infra.files import (
     IMAGE,
     INFRA,
@@ -23,7 +23,7 @@ from tests.infra.files import (
     start_options,
     variables_of,
 )
-from workers.replica import FLUSH_S, LEAVE_S, ReplicaProcess
+from workers.replica.replica import FLUSH_S, LEAVE_S, ReplicaProcess
 
 BOTH = pytest.mark.parametrize("file", [RAY_JOB, RAY_CRON_JOB], ids=["RayJob", "RayCronJob"])
 SCHEMA = json.loads((Path(__file__).parent / "kuberay_schema.json").read_text())

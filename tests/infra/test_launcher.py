@@ -8,7 +8,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipeline.jobfile import load_job
+from pipeline.config.loader import load_job
 from tests.infra.files import IMAGE, INFRA, ROOT, start_options
 from tests.infra.test_image import workdir
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from tests.infra.files import IMAGE, INFRA, ROOT
 
 README = (INFRA / "README.md").read_text()
@@ -25,7 +25,7 @@ NOT_HERE = {
     "ray up": "starts machines on AWS; tests/infra/test_launcher.py has Ray check the file",
     "ray down": "as ray up",
     "ray dashboard": "as ray up",
-    "ray job": "tests/workers/test_job_submit.py submits jobs to a real head",
+    "ray job": "tests/end_to_end/test_job_submit.py submits jobs to a real head",
     "ray metrics": "downloads Prometheus",
     "export": "for the commands after it",
     "sudo systemctl": "needs a machine that systemd runs",

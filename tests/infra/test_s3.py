@@ -14,14 +14,15 @@ import pytest
 from s3fs import S3FileSystem
 from typer.testing import CliRunner
 
-import pipeline.cli
-from model.checkpoint import open_checkpoint
-from pipeline.canary_file import read_canary
-from pipeline.storage import Storage
+import pipeline.cli.app
+import pipeline.cli.compose
+from model.checkpoint.reader import open_checkpoint
+from pipeline.checks.canary_file import read_canary
+from pipeline.storage.storage import Storage
+from tests.end_to_end.s3.server import aws_variables, s3_server, weed_binary
 from tests.infra.guard import Access, Grant, Guard, grants_of, guard
-from tests.storage.server import aws_variables, s3_server, weed_binary
-from tests.unit.test_cli import fake_pool
-from workers.local_pool import LocalPool
+from tests.pipeline.cli.test_app import fake_pool
+from workers.replica.local_pool import LocalPool
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -42,7 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         client(endpoint).create_bucket(Bucket=BUCKET)
         pq.write_table(pa.table({"prompt": [*(f"prompt {i}" for i in range(11)), None]}), folder / "a.parquet")
         Storage(f"s3://{BUCKET}/prompts").write("a.parquet", (folder / "a.parquet").read_bytes())
-        for file in (ROOT / "model/noise/checkpoint").iterdir():
+        for file in (ROOT / "model/builtin/checkpoints/noise").iterdir():
             Storage(f"s3://{BUCKET}/checkpoints/twotower").write(file.name, file.read_bytes())
         yield endpoint
     S3FileSystem.clear_instance_cache()
@@ -64,7 +65,7 @@ def guarded(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guard]:
 
 
 def call(*arguments: str) -> str:
-    result = CliRunner().invoke(pipeline.cli.app, list(arguments))
+    result = CliRunner().invoke(pipeline.cli.app.app, list(arguments))
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -83,7 +84,7 @@ def test_the_policy_is_enough_for_a_job_and_its_upkeep_and_every_part_of_it_is_n
     guarded: Guard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """jobs/synth.yaml with its shipped paths and an engine that computes nothing; the checkpoint is read beside it."""
-    monkeypatch.setattr(pipeline.cli, "_make_pool", functools.partial(fake_pool, LocalPool))
+    monkeypatch.setattr(pipeline.cli.compose, "make_pool", functools.partial(fake_pool, LocalPool))
     monkeypatch.setenv("TWOTOWER_OUTPUT", OUTPUT)
     settings = ["workers.gpus=0", "output.rows_per_file=4", "checkpoint.rows=1", "retry.max_error_rate=0.2"]
     options = [word for setting in settings for word in ("--set", setting)]
@@ -129,7 +130,7 @@ def test_the_policy_allows_nothing_else(action: str, arn: str, prefix: str | Non
 def test_what_the_policy_does_not_allow_is_refused(guarded: Guard) -> None:
     """The guard is one: with a grant too few the same commands fail."""
     guarded.grants = [grant for grant in guarded.grants if grant.action != "s3:ListBucket"]
-    result = CliRunner().invoke(pipeline.cli.app, ["verify", f"s3://{BUCKET}/completions/nothing"])
+    result = CliRunner().invoke(pipeline.cli.app.app, ["verify", f"s3://{BUCKET}/completions/nothing"])
     assert result.exit_code == 1
     assert guarded.denied
 

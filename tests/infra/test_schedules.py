@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.infra.files import INFRA, ROOT, variables_of
-from workers.replica import FLUSH_S, LEAVE_S
+from workers.replica.replica import FLUSH_S, LEAVE_S
 
 SYSTEMD = INFRA / "systemd"
 CRON = INFRA / "cron/twotower"

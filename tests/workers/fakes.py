@@ -9,18 +9,19 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from zlib import crc32
 
-from model.errors import EngineError, RequestError
-from model.params import Completion, GenerationParams, Request
-from pipeline.dispatch import dispatch
-from pipeline.progress import LogProgress, Meter
-from pipeline.retry import RetryPolicy
-from pipeline.types import UnitResult
+from model.errors import RequestError
+from model.requests import Completion, EngineError, GenerationParams, Request
+from pipeline.core.types import UnitResult
+from pipeline.driver.dispatcher import dispatch
+from pipeline.driver.retry import RetryPolicy
+from pipeline.monitoring.meter import Meter
+from pipeline.monitoring.progress import LogProgress
 from tests.workers.jobs import SmallJob
-from workers.build import PartStore, ReplicaSpec
-from workers.local_pool import LocalPool
-from workers.saver import Outcome
-from workers.seams import EngineLike
-from workers.unit_runner import UnitRunner
+from workers.replica.build import PartStore, ReplicaSpec
+from workers.replica.local_pool import LocalPool
+from workers.units.protocols import EngineLike
+from workers.units.runner import UnitRunner
+from workers.units.saver import Outcome
 
 TOO_LONG = 200
 """Prompt tokens that the fake engine refuses."""

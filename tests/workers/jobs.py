@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.job import Job
-from pipeline.ledger import Ledger
-from pipeline.plan import Plan, make_plan
-from workers.build import ReplicaSpec
+from pipeline.config.job import Job
+from pipeline.output.ledger import Ledger
+from pipeline.planning.plan import Plan, make_plan
+from workers.replica.build import ReplicaSpec
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from model.builtin.noise import CONFIG as NOISE
+from model.checkpoint.released import RELEASED
 from model.errors import RequestError
-from model.noise.make import CONFIG as NOISE
-from model.random_weights import random_pair
-from model.released import RELEASED
+from model.network.random_weights import random_pair
 from tests.benchmarks.gpu.ceilings import ceilings
 from tests.benchmarks.gpu.forwards import KINDS, Bench
 from tests.benchmarks.gpu.loading import load_rates

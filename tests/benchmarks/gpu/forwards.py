@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from model.cache import ContextCache
-from model.layers.attention import AttentionState
-from model.layers.mamba2 import MambaState
-from model.rows import Rows
-from model.sampling import choose
-from model.slots import PAGE_SIZE, pages_for
-from model.tower import Tower
-from model.two_tower import TwoTower
+from model.network.context_cache import ContextCache
+from model.network.layers.attention import AttentionState
+from model.network.layers.mamba2 import MambaState
+from model.network.sampling import choose
+from model.network.tower import Tower
+from model.network.two_tower import TwoTower
+from model.runtime.page_allocator import PAGE_SIZE, pages_for
+from model.runtime.ragged_batch import RaggedBatch
 from tests.benchmarks.gpu.ceilings import seconds
 from tests.benchmarks.roofline import Hardware, Roofline, Work
 
@@ -43,8 +43,8 @@ class Bench:
         self.roofline = Roofline(pair.config, hardware)
         tokens = context + BLOCK
         self.cache = pair.new_cache(slots=rows, kv_tokens=rows * pages_for(tokens) * PAGE_SIZE)
-        self.slots = [slot for _ in range(rows) if (slot := self.cache.slots.acquire(tokens)) is not None]
-        self.cache.slots.grow(self.slots, [context] * rows)
+        self.slots = [slot for _ in range(rows) if (slot := self.cache.allocator.acquire(tokens)) is not None]
+        self.cache.allocator.grow(self.slots, [context] * rows)
         _fill(self.cache)
 
     @torch.inference_mode()
@@ -54,7 +54,7 @@ class Bench:
         took = seconds(call, self.device)
         return Timing(kind, self.rows, self.context, took * 1e3, self._floor(kind) * 1e3)
 
-    def _rows(self, tokens: int) -> tuple[Rows, torch.Tensor]:
+    def _rows(self, tokens: int) -> tuple[RaggedBatch, torch.Tensor]:
         ids = torch.arange(self.rows * tokens) % (self.pair.config.vocab_size - 4) + 4
         return self.cache.rows(self.slots, [tokens] * self.rows), ids
 

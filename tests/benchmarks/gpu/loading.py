@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import open_checkpoint
-from model.config import TwoTowerConfig, expected_tensors
-from model.two_tower import TwoTower
-from model.weights import load_towers
+from model.checkpoint.config import TwoTowerConfig, expected_tensors
+from model.checkpoint.loader import load_towers
+from model.checkpoint.reader import open_checkpoint
+from model.network.two_tower import TwoTower
 
 PIECE = 16 * 2**20  # bytes written at once
 

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from model.config import TwoTowerConfig
-from model.noise.make import CONFIG as NOISE
-from model.released import RELEASED_CONFIG
-from model.tiny.recipe import CONFIG as TINY
+from model.builtin.noise import CONFIG as NOISE
+from model.builtin.recipe import CONFIG as TINY
+from model.checkpoint.config import TwoTowerConfig
+from model.checkpoint.released import RELEASED_CONFIG
 
 MID = replace(
     RELEASED_CONFIG,

@@ -10,11 +10,11 @@ from unittest.mock import patch
 import torch
 
 from model import Completion, Engine, EngineLimits, Request
-from model.config import TwoTowerConfig
-from model.params import Mode
-from model.random_weights import random_pair
-from model.stages import Flight
-from model.two_tower import TwoTower
+from model.checkpoint.config import TwoTowerConfig
+from model.network.random_weights import random_pair
+from model.network.two_tower import TwoTower
+from model.requests import Mode
+from model.runtime.stages import Flight
 from tests.benchmarks import lockstep
 from tests.benchmarks.workload import requests
 

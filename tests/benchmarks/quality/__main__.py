@@ -16,8 +16,8 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from model import GenerationParams, load_model
-from model.checkpoint import open_checkpoint
-from model.tiny.corpus import held_out_examples
+from model.builtin.corpus import held_out_examples
+from model.checkpoint.reader import open_checkpoint
 from tests.benchmarks.quality.measure import MAX_NEW_TOKENS, Score, generate, score
 from tests.benchmarks.quality.plot import draw
 

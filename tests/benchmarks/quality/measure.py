@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model import Engine, EngineLimits, GenerationParams, Request
-from model.params import Completion
-from model.repetition import DEGENERATE, repetition
-from model.tiny.tasks import Example
-from model.two_tower import TwoTower
+from model.builtin.tasks import Example
+from model.network.two_tower import TwoTower
+from model.requests import Completion
+from pipeline.core.repetition import DEGENERATE, repetition
 
 MAX_NEW_TOKENS = 208
 """Above the longest answer."""

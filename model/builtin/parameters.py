@@ -1,0 +1,77 @@
+"""The weights that are trained: how they begin, and their names in the checkpoint."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from model.checkpoint.config import TwoTowerConfig, expected_tensors
+
+Weights = dict[str, Tensor]
+"""By the names that model.builtin.trainable uses, and `head`."""
+
+
+def fresh_weights(config: TwoTowerConfig, seed: int) -> Weights:
+    """A context tower to begin with. What leaves a layer's mixer begins at 0, so that each layer begins as identity."""
+    generator = torch.Generator().manual_seed(seed)
+    prefix, weights = "context_tower.", dict[str, Tensor]()
+    for name, shape in expected_tensors(config, "context").items():
+        short = "head" if name == "context_lm_head.weight" else name.removeprefix(prefix)
+        normal = torch.randn(shape, generator=generator)
+        uniform = torch.rand(shape, generator=generator)
+        last = short.removesuffix(".weight").rpartition(".")[2]
+        if last in ("out_proj", "o_proj", "down_proj", "bias", "e_score_correction_bias"):
+            value = torch.zeros(shape)
+        elif last in ("norm", "norm_f", "D"):
+            value = torch.ones(shape)
+        elif last == "dt_bias":  # steps of 0.001 to 0.1, as Mamba begins with
+            value = torch.exp(math.log(1e-3) + uniform * math.log(100)).expm1().log()
+        elif last == "A_log":
+            value = torch.log(1 + 15 * uniform)
+        elif last == "conv1d":
+            value = (2 * uniform - 1) * shape[-1] ** -0.5
+        else:
+            value = normal * (0.5 if last == "embeddings" else shape[-1] ** -0.5)
+        weights[short] = value
+    return stack_experts(config, weights)
+
+
+def with_time(config: TwoTowerConfig, weights: Weights, seed: int) -> Weights:
+    """A denoiser to begin with: the context tower, and time conditioning that changes nothing yet."""
+    generator = torch.Generator().manual_seed(seed)
+    denoiser = {name: value.clone() for name, value in weights.items()}
+    shapes = expected_tensors(config)
+    for name in (n for n in shapes if n.startswith(("t_embedder.", "t_block.", "scale_shift_tables."))):
+        zero = name.startswith("t_block") or name.endswith("bias")
+        denoiser[name] = torch.zeros(shapes[name])
+        if name.startswith("scale_shift_tables"):
+            denoiser[name][2] = 1.0  # the gate
+        elif not zero:
+            denoiser[name] = torch.randn(shapes[name], generator=generator) * shapes[name][-1] ** -0.5
+    return denoiser
+
+
+def stack_experts(config: TwoTowerConfig, weights: Weights) -> Weights:
+    """`mixer.experts.{e}.up_proj.weight` -> `mixer.experts.up`, likewise down."""
+    stacked = {name: value for name, value in weights.items() if ".experts." not in name}
+    for i in config.layers_of("moe"):
+        for kind in ("up", "down"):
+            each = [f"layers.{i}.mixer.experts.{e}.{kind}_proj.weight" for e in range(config.n_routed_experts)]
+            stacked[f"layers.{i}.mixer.experts.{kind}"] = torch.stack([weights[name] for name in each])
+    return stacked
+
+
+def checkpoint_names(weights: Weights, tower: str, head: str) -> Weights:
+    """The names of the checkpoint's tensors, experts one by one."""
+    named: Weights = {}
+    for name, value in weights.items():
+        if name.endswith((".experts.up", ".experts.down")):
+            stem, _, kind = name.rpartition(".")
+            named |= {f"{tower}.{stem}.{e}.{kind}_proj.weight": expert for e, expert in enumerate(value)}
+        elif name == "head":
+            named[f"{head}.weight"] = value
+        elif name.startswith(("layers.", "embeddings.", "norm_f.")):
+            named[f"{tower}.{name}"] = value
+        else:
+            named[name] = value
+    return named

@@ -1,0 +1,68 @@
+"""What builtin:tiny is and how it is trained: its config.json, and the numbers of both phases."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from model.builtin import noise as noise
+
+SEED = 20261122
+VOCAB_SIZE = 1056  # the tokenizer finds fewer tokens: a multiple of 32 suits the devices
+
+CONFIG: Mapping[str, object] = {
+    **noise.CONFIG,
+    "hidden_size": 128,
+    "vocab_size": VOCAB_SIZE,
+    "hybrid_override_pattern": "MEM*EM*EM*E",
+    "num_hidden_layers": 11,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 32,
+    "num_attention_heads": 6,
+    "moe_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 128,
+}
+"""That of builtin:noise, larger."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The numbers of one phase."""
+
+    steps: int
+    seed: int = SEED
+    rows: int = 16
+    """Of a step."""
+    muon_lr: float = 0.02
+    adam_lr: float = 3e-3
+    warmup: int = 50
+    decay_from: float
+    """Share of the steps after which learning rates fall to 0 in a straight line, and weights are averaged."""
+    averaging: float = 0.995
+    blocks: int = 12
+    """Blocks of a row that the denoiser sees in a step."""
+    all_masked: float = 0.25
+    """Share of blocks that are masked whole, as every block is at first."""
+    tail_masked: float = 0.0
+    """Share of blocks that are masked from some position on, as one is that is written link by link."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Of some tasks, instead of their usual ones."""
+
+
+PHASES: Mapping[str, Recipe] = {
+    "context": Recipe(steps=2000, decay_from=0.5),
+    # once more at the full rate, on the task that it is worst at: a name of a list far back is copied late
+    "context_polish": Recipe(steps=600, seed=SEED + 500, decay_from=0.2, shares={"letter": 0.6}),
+    "denoiser": Recipe(steps=3400, decay_from=0.33),
+    # this one too, at its worst tasks
+    "denoiser_polish": Recipe(
+        steps=1000,
+        seed=SEED + 1000,
+        muon_lr=0.006,
+        adam_lr=1e-3,
+        decay_from=0.0,
+        averaging=0.99,
+        all_masked=0.3,
+        tail_masked=0.4,
+        shares={"sort": 0.2, "count": 0.3, "sum": 0.2, "series": 0.3},
+    ),
+}

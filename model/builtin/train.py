@@ -1,0 +1,118 @@
+"""Trains builtin:tiny: `python -m model.builtin.train`; the same command goes on after a stop. See --help.
+
+First the tokenizer; then the context tower by next-token loss; then, with that frozen, the denoiser: a copy of it with
+time conditioning, trained to fill masked blocks (masked diffusion with a linear schedule, the loss on masked positions
+without the 1/t weight). What is random comes from SEED and the number of the step alone.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from model.builtin import trainable
+from model.builtin.bpe import MASK, train_tokenizer
+from model.builtin.corpus import Batch, Corpus
+from model.builtin.parameters import Weights, checkpoint_names, fresh_weights, with_time
+from model.builtin.phase import Loss, Phase, run_phase
+from model.builtin.recipe import CONFIG, PHASES, SEED, VOCAB_SIZE
+from model.builtin.tasks import examples
+from model.builtin.trainable import CHUNK, Blocks, Layout
+from model.checkpoint.config import TwoTowerConfig
+from model.checkpoint.reader import BUILTIN
+from model.checkpoint.writer import write_checkpoint
+
+TOKENIZER_EXAMPLES = 20_000
+AFTER_END_WEIGHT = 0.2
+"""Weight in the denoiser's loss of the positions behind the end of text, which nobody reads."""
+
+
+def context_loss(config: TwoTowerConfig, weights: Weights, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Next-token loss, prompts weighted down."""
+    loads: list[Tensor] = []
+    hidden, _ = trainable.context(config, weights, batch["ids"], Layout(batch["document"], batch["real"]), loads)
+    logits = F.linear(hidden[:, :-1], weights["head"]).flatten(0, 1).float()
+    target, weight = batch["ids"][:, 1:].flatten(), batch["weight"][:, :-1].flatten()
+    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+    answers = weight == 1
+    right = ((logits.argmax(-1) == target) & answers).sum() / answers.sum()
+    return loss, right, torch.stack(loads)
+
+
+def denoiser_loss(
+    config: TwoTowerConfig, frozen: Weights, weights: Weights, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss on masked positions."""
+    loads: list[Tensor] = []
+    layout = Layout(batch["document"], batch["real"])
+    with torch.no_grad():
+        _, seeds = trainable.context(config, frozen, batch["ids"], layout, [])
+    chunk, masked = batch["chunk"], batch["masked"]
+    rows = torch.arange(len(chunk), device=chunk.device)[:, None]
+    target = batch["ids"].unflatten(1, (-1, CHUNK))[rows, chunk]  # (B, K, Q)
+    live = batch["live"].unflatten(1, (-1, CHUNK))[rows, chunk]
+    blocks = Blocks(chunk, batch["t"])
+    hidden = trainable.denoiser(config, weights, target.masked_fill(masked, MASK), blocks, seeds, layout, loads)
+    logits = F.linear(hidden, weights["head"]).float()
+    weight = masked * torch.where(live, 1.0, AFTER_END_WEIGHT)
+    losses = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none")
+    loss = (losses * weight.flatten()).sum() / weight.sum()
+    asked = masked & live
+    right = ((logits.argmax(-1) == target) & asked).sum() / asked.sum()
+    return loss, right, torch.stack(loads)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m model.builtin.train", description=__doc__)
+    parser.add_argument("--out", type=Path, default=BUILTIN["tiny"], help="where the checkpoint goes")
+    parser.add_argument("--work", type=Path, default=Path("out/tiny"), help="where a run under way is kept")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="on a CPU, of one thread each; they share a step's rows"
+    )
+    options = parser.parse_args()
+    options.processes = 1 if torch.cuda.is_available() else options.processes
+    options.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as meeting:
+        spawn(_train, (options, f"file://{meeting}/point"), nprocs=options.processes)
+
+
+def _train(rank: int, options: argparse.Namespace, meeting: str) -> None:
+    """One of the processes."""
+    torch.set_flush_denormal(True)  # states that have decayed away are denormal numbers, and those are slow
+    torch.set_num_threads(1)  # the operations are too small to be split
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = TwoTowerConfig.from_dict(CONFIG)
+    texts = (e.prompt + e.answer for e in itertools.islice(examples(SEED, held_out=False), TOKENIZER_EXAMPLES))
+    tokenizer = train_tokenizer(texts, VOCAB_SIZE)
+
+    def run(name: str, start: Weights, loss: Loss) -> Weights:
+        recipe = PHASES[name]
+        phase = Phase(name, recipe, start, options.work, device)
+        run_phase(phase, Corpus(tokenizer, recipe.seed, recipe.shares), loss)
+        return phase.average
+
+    first = partial(context_loss, config)
+    context = run("context_polish", run("context", fresh_weights(config, SEED), first), first)
+    frozen = {name: value.to(torch.bfloat16).float() for name, value in context.items()}  # as it is exported
+    loss = partial(denoiser_loss, config, frozen)
+    denoiser = run("denoiser_polish", run("denoiser", with_time(config, frozen, SEED), loss), loss)
+
+    if rank:
+        return
+    tensors = checkpoint_names(frozen, "context_tower", "context_lm_head")
+    tensors |= checkpoint_names(denoiser, "denoiser_tower", "lm_head")
+    write_checkpoint(options.out, CONFIG, json.loads(tokenizer.to_str()), tensors)
+
+
+if __name__ == "__main__":
+    main()

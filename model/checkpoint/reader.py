@@ -1,0 +1,327 @@
+"""A checkpoint where it lies: its config, what its safetensors shards hold and where, its identity. Free of torch.
+
+    checkpoint = open_checkpoint("builtin:tiny" | "/a/folder" | "s3://bucket/folder" | "hf://org/name")
+    checkpoint.validate("both")            # complete, right shapes, nothing unknown, no shard cut short
+    checkpoint.identity()                  # the same for a copy elsewhere
+
+A shard is read by ranges: 8 bytes (little-endian length of the header), the header (JSON: name -> dtype, shape, byte
+range), then single tensors. Format: https://github.com/huggingface/safetensors. This module and
+model/checkpoint/loader.py (through it) are the only ones in `model` that open a checkpoint's paths. Every error is a
+CheckpointError of one line.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from model.checkpoint.config import Towers, TwoTowerConfig, expected_tensors
+from model.errors import CheckpointError
+
+BUILTIN = {name: Path(__file__).parents[1] / "builtin" / "checkpoints" / name for name in ("tiny", "noise")}
+DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Stored dtypes that load; quantised ones are refused."""
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+PIECE = 8 * 2**20  # bytes a range read at most, so that a large tensor never exists twice
+_WHOLE = 16 * 2**20  # shards below this size enter the identity whole
+_SAMPLE = 64 * 2**10  # bytes of each of the three samples of a larger one
+_OPEN_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: bytes [start, end) of the file `shard`, in `dtype` (safetensors name: F32, BF16, …)."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """What was found of one shard file; `problem` says why nothing can be read from it."""
+
+    name: str
+    size: int = 0
+    header: bytes = b""
+    tensors: Mapping[str, TensorInfo] | None = None
+    missing: bool = False
+    problem: str | None = None
+
+
+class Checkpoint:
+    """An opened checkpoint. Get one from open_checkpoint()."""
+
+    def __init__(self, uri: str, folder: "_Folder") -> None:
+        self.uri = uri
+        self._folder = folder
+        self._config_json = bytes(folder.read("config.json"))
+        try:
+            self.config = TwoTowerConfig.from_dict(_json_object(self._config_json, "config.json"))
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {uri}: {error}") from error
+        self._weight_map = _weight_map(folder)
+        with ThreadPoolExecutor(_OPEN_THREADS) as threads:
+            self._shards = tuple(threads.map(folder.open_shard, sorted(set(self._weight_map.values()))))
+        self.tensors: dict[str, TensorInfo] = {}
+        self._duplicates: list[str] = []
+        for shard in self._shards:
+            self._duplicates += [name for name in shard.tensors or () if name in self.tensors]
+            self.tensors |= shard.tensors or {}
+        self._identity: str | None = None
+
+    def validate(self, towers: Towers = "both") -> None:
+        """Raises CheckpointError unless all that `towers` needs is there, in the right shape, and nothing unknown.
+
+        "context" (AR mode) needs the context tower and its head alone; shards without any of those may be absent.
+        """
+        expected = expected_tensors(self.config, towers)
+        known = expected_tensors(self.config, "both")
+        needed = {shard for name, shard in self._weight_map.items() if name in expected or shard == _SINGLE}
+        shards = [shard for shard in self._shards if shard.name in needed]
+        self._refuse("shard", "missing", [shard.name for shard in shards if shard.missing])
+        self._refuse("shard", "corrupt", [f"{shard.name} ({shard.problem})" for shard in shards if shard.problem])
+        self._refuse("tensor", "missing", [name for name in expected if name not in self.tensors])
+        unknown = sorted({*self.tensors, *self._weight_map} - known.keys() - {""})
+        self._refuse("tensor", "unknown to this model", unknown)
+        self._refuse("tensor", "stored twice", self._duplicates)
+        found = {name: self.tensors[name] for name in expected}
+        dtypes = [f"{name} ({info.dtype})" for name, info in found.items() if info.dtype not in DTYPE_BYTES]
+        self._refuse("tensor", f"not stored as {', '.join(DTYPE_BYTES)}", dtypes)
+        shapes = [
+            f"{name} is {list(info.shape)}, config.json says {list(expected[name])}"
+            for name, info in found.items()
+            if info.shape != expected[name]
+        ]
+        self._refuse("tensor", "of the wrong shape", shapes)
+
+    def _refuse(self, noun: str, fault: str, items: list[str]) -> None:
+        if items:
+            verb = f"{noun} is" if len(items) == 1 else f"{noun}s are"
+            more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+            raise CheckpointError(f"checkpoint {self.uri}: {len(items)} {verb} {fault}: {', '.join(items[:3])}{more}")
+
+    def identity(self) -> str:
+        """64 hex digits that a copy elsewhere shares: the content, not path or time.
+
+        sha256 over config.json, tokenizer.json and, a shard in name order, its size, header and data: all of a shard
+        below 16 MiB, else three samples of 64 KiB, so that 118 GiB cost seconds. A change that keeps sizes, headers and
+        all samples goes unseen. Shards that are absent (AR mode) are left out.
+        """
+        if self._identity is None:
+            digest = hashlib.sha256()
+            parts: list[bytes] = [self._config_json, self.tokenizer_json() or b""]
+            with ThreadPoolExecutor(_OPEN_THREADS) as threads:
+                parts += threads.map(self._shard_digest, (s for s in self._shards if not s.missing))
+            for part in parts:
+                digest.update(len(part).to_bytes(8, "little") + part)
+            self._identity = digest.hexdigest()
+        return self._identity
+
+    def _shard_digest(self, shard: _Shard) -> bytes:
+        digest = hashlib.sha256(shard.size.to_bytes(8, "little") + shard.header)
+        data = min(8 + len(shard.header), shard.size)
+        ranges = [(data, shard.size)]
+        if shard.size >= _WHOLE:
+            starts = (data, (data + shard.size) // 2, shard.size - _SAMPLE)
+            ranges = [(start, start + _SAMPLE) for start in starts]
+        for start, end in ranges:
+            digest.update(self._folder.read(shard.name, start, end))
+        return digest.digest()
+
+    def read(self, info: TensorInfo) -> bytearray:
+        """The bytes of one tensor, little-endian, in C order. Raises CheckpointError where the shard ends too early."""
+        return self._folder.read(info.shard, info.start, info.end)
+
+    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` with the bytes of one tensor from `offset` on. Raises as read() does; threads may share it."""
+        self._folder.read_into(info.shard, info.start + offset, buffer)
+
+    def tokenizer_json(self) -> bytes | None:
+        """The content of tokenizer.json; None where the checkpoint has none."""
+        return bytes(self._folder.read("tokenizer.json")) if self._folder.size("tokenizer.json") is not None else None
+
+
+def open_checkpoint(uri: str) -> Checkpoint:
+    """Opens a checkpoint: reads its config, its index and the headers of its shards, no weights.
+
+    `uri` is "builtin:tiny", a local folder or any fsspec URL (s3://…; hf://org/name with huggingface_hub installed).
+    Raises CheckpointError where it cannot be read, config.json cannot be run or no shards are listed; what is wrong
+    with the shards themselves is told by Checkpoint.validate(), which knows the towers that are needed.
+    """
+    if uri.startswith("builtin:"):
+        name = uri.removeprefix("builtin:")
+        if name not in BUILTIN:
+            raise CheckpointError(f"no built-in checkpoint {name!r}: there is {', '.join(BUILTIN)}")
+        return Checkpoint(uri, _Folder(uri, str(BUILTIN[name])))
+    if not uri:
+        raise CheckpointError("the checkpoint is an empty string: give a folder, an s3:// or hf:// URL or builtin:tiny")
+    return Checkpoint(uri, _Folder(uri, uri))
+
+
+class _Folder:
+    """The files of one folder on any fsspec file system; turns every storage error into a CheckpointError."""
+
+    def __init__(self, uri: str, url: str) -> None:
+        self.uri = uri
+        with self._one_line(url):
+            self._fs, self._root = fsspec.core.url_to_fs(url)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    @contextmanager
+    def _one_line(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except ImportError as error:
+            raise CheckpointError(
+                f"checkpoint {self.uri}: a package is missing for this URL: {_text(error)}"
+            ) from error
+        except FileNotFoundError as error:
+            raise CheckpointError(f"checkpoint {self.uri}: {what} is missing") from error
+        except (
+            Exception
+        ) as error:  # a file system may raise what it likes: botocore, aiohttp and hub errors share no root
+            raise CheckpointError(f"checkpoint {self.uri}: cannot read {what}: {_text(error)}") from error
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is no such file."""
+        with self._one_line(name):
+            try:
+                info: Mapping[str, Any] = self._fs.info(self._path(name))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return int(info["size"]) if info["type"] == "file" else None
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
+        """Bytes [start, end) of a file; the whole file without `end`."""
+        if end is None:
+            end = self.size(name)
+            if end is None:
+                raise CheckpointError(f"checkpoint {self.uri}: {name} is missing")
+        content = bytearray(end - start)
+        self.read_into(name, start, memoryview(content))
+        return content
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fills `buffer` from byte `start` of a file, a piece at a time."""
+        for at in range(0, len(buffer), PIECE):
+            piece = buffer[at : at + PIECE]
+            with self._one_line(name):
+                got = self._read_piece(self._path(name), start + at, piece)
+            if got != len(piece):
+                raise CheckpointError(
+                    f"checkpoint {self.uri}: {name} ends early: of {len(piece)} bytes from {start + at} on {got} came"
+                )
+
+    def _read_piece(self, path: str, start: int, buffer: memoryview) -> int:
+        if isinstance(self._fs, LocalFileSystem):  # straight into the buffer: half the memory and a copy less
+            with open(path, "rb") as file:
+                file.seek(start)
+                return file.readinto(buffer)
+        got: bytes = self._fs.cat_file(path, start=start, end=start + len(buffer))
+        buffer[: len(got)] = got[: len(buffer)]
+        return len(got)
+
+    def open_shard(self, name: str) -> _Shard:
+        """The header of one shard. What is wrong with the file stands in the result; storage errors raise."""
+        size = self.size(name)
+        if size is None:
+            return _Shard(name, missing=True)
+        if size < 8:
+            return _Shard(name, size, problem=f"{size} bytes long")
+        length = int.from_bytes(self.read(name, 0, 8), "little")
+        if not 2 <= length <= min(size - 8, _MAX_HEADER):
+            return _Shard(name, size, problem=f"its header claims {length} bytes in a file of {size}")
+        header = bytes(self.read(name, 8, 8 + length))
+        try:
+            return _Shard(name, size, header, _parse_header(name, size, header))
+        except CheckpointError as error:
+            return _Shard(name, size, header, problem=str(error))
+
+
+def _parse_header(shard: str, size: int, header: bytes) -> dict[str, TensorInfo]:
+    """Tensors of a shard of `size` bytes; raises CheckpointError (a fragment) unless they fill it exactly."""
+    entries = _json_object(header, "its header")
+    entries.pop("__metadata__", None)
+    data = 8 + len(header)
+    tensors = {}
+    for name, entry in entries.items():
+        try:
+            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not isinstance(dtype, str) or any(type(i) is not int or i < 0 for i in (*shape, start, end)):
+                raise ValueError
+        except (TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"its header entry for {name} is malformed") from error
+        tensors[name] = TensorInfo(shard, dtype, shape, data + start, data + end)
+    last = data
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != last:
+            raise CheckpointError(f"{name} begins at byte {info.start} where {last} is due")
+        if info.nbytes < 0 or (
+            info.dtype in DTYPE_BYTES and info.nbytes != _count(info.shape) * DTYPE_BYTES[info.dtype]
+        ):
+            raise CheckpointError(f"{name} has {info.nbytes} bytes for shape {list(info.shape)} in {info.dtype}")
+        last = info.end
+    if last != size:
+        raise CheckpointError(f"its header describes {last} bytes, the file has {size}")
+    return tensors
+
+
+def _weight_map(folder: _Folder) -> dict[str, str]:
+    """Tensor name -> shard; of a checkpoint in one file, {"": that file}."""
+    if folder.size(_INDEX) is None:
+        if folder.size(_SINGLE) is None:
+            raise CheckpointError(f"checkpoint {folder.uri}: neither {_INDEX} nor {_SINGLE} is there")
+        return {"": _SINGLE}
+    try:
+        weight_map = _json_object(folder.read(_INDEX), _INDEX).get("weight_map")
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {folder.uri}: {error}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"checkpoint {folder.uri}: {_INDEX} has no weight_map of tensor names to shards")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or "/" in shard or "\\" in shard:
+            raise CheckpointError(
+                f"checkpoint {folder.uri}: {_INDEX} names {shard!r} as the shard of {name}: no file name"
+            )
+    return weight_map
+
+
+def _json_object(content: bytes | bytearray, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(bytes(content))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not JSON: {_text(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} holds a JSON {type(value).__name__} where an object is due")
+    return value
+
+
+def _count(shape: Iterable[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

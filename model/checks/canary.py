@@ -1,0 +1,228 @@
+"""Canaries: prompts whose completions are known, by which a replica tells that it computes the model it should.
+
+    cases = make_cases(pair, prompts, tokens)     # where the model is known to be well
+    check_cases(pair, cases, made_in="float32")   # where it has been loaded now: raises CheckpointError
+
+Compared are the tokens themselves, which the engine generates, where both sides compute in float32; and, in any dtype,
+a score of each expected token with all before it as expected. Completions drift apart for good once one near tie has
+fallen the other way, as it may in bfloat16; scores do not. See AGREE for how well they have to agree.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.engine.engine import Engine
+from model.errors import CheckpointError
+from model.network.two_tower import TwoTower
+from model.requests import Completion, EngineLimits, GenerationParams, Request
+
+CanaryMode = Literal["ar", "diffusion"]
+SETTINGS: Mapping[str, float] = {"block_size": 16, "steps_per_block": 16, "confidence_threshold": 0.9}
+"""How diffusion cases are generated: the defaults of the released code."""
+BLOCK = 16
+MAX_ROWS = 32
+
+AGREE: Mapping[str, tuple[float, float]] = {"float32": (0.9, 1e-3), "bfloat16": (0.25, 0.05)}
+"""dtype, the coarser of both sides' -> (least share of a mode's tokens, by how much the scores of those may differ).
+
+In float32 only the order of sums differs between machines, and scores by less than 1e-4. bfloat16 has to be measured
+on the hardest case, builtin:noise, whose random routers send a token to other experts at the slightest rounding: those
+tokens are lost, but the best quarter of them differs by 0.004 to 0.016 in bfloat16 from float32 (12 prompts, both
+modes, made in either). With one matrix shuffled in place it differs by 0.1 to 2.8, but for the attention's projections,
+which noise hardly uses: 0.012 to 0.064. In float32 every shuffled tensor shows, vectors too.
+"""
+ROUNDING_SHARE, ROUNDING_FACTOR = 0.75, 4.0
+"""Trained models are far less touchy than noise. So a canary made in float32 also notes what bfloat16 does to it (what
+this share of a mode's tokens stays below), and a replica in bfloat16 may differ by so many times that."""
+SHAKE, SHAKES = 1e-4, 3
+"""Relative noise on the embeddings, and how many draws of it `stable` tokens survive: 10 times and more what another
+order of sums changes, so that no near tie can fall the other way on another machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A prompt, generated greedily in one mode."""
+
+    mode: CanaryMode
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    fed: tuple[tuple[tuple[int, ...], ...], ...]
+    """The blocks fed to the denoiser, those of each block of the completion together; empty in AR mode."""
+    stable: int
+    """How many of the first tokens are the same on every machine in float32; 0 where it was not made in float32."""
+    scores: tuple[float, ...]
+    """Of each token when it was committed: its logit's standard score among all logits of its position. Unlike a
+    probability it does not saturate, and it does not depend on the vocabulary's size."""
+
+
+def make_cases(pair: TwoTower, prompts: Sequence[Sequence[int]], tokens: int) -> list[Case]:
+    """The cases of a model that is taken to be well: every prompt in AR mode, then every prompt in diffusion.
+
+    Raises RequestError where a prompt does not fit the model's context, CheckpointError where logits are not finite.
+    """
+    keys = [(mode, tuple(prompt)) for mode in modes(pair) for prompt in prompts]
+    requests = [_request(str(i), mode, prompt, tokens) for i, (mode, prompt) in enumerate(keys)]
+    completions = _generate(pair, requests)
+    float32 = pair.dtype == torch.float32
+    stable = [len(done.token_ids) if float32 else 0 for done in completions]
+    for draw in range(SHAKES if float32 else 0):
+        with _shaken(pair, seed=draw):
+            shaken = _generate(pair, requests)
+        agreed = [_agree(one.token_ids, other.token_ids) for one, other in zip(completions, shaken, strict=True)]
+        stable = [min(both) for both in zip(stable, agreed, strict=True)]
+    cases = []
+    for (mode, prompt), done, count in zip(keys, completions, stable, strict=True):
+        ends = accumulate(done.steps_per_block)
+        fed = tuple(done.trace[end - steps : end] for steps, end in zip(done.steps_per_block, ends, strict=True))
+        case = Case(mode=mode, prompt_ids=prompt, token_ids=done.token_ids, fed=fed, stable=count, scores=())
+        cases.append(replace(case, scores=tuple(round(score, 5) for score in _scores(pair, case).tolist())))
+    return cases
+
+
+def measure_rounding(pair: TwoTower, cases: Sequence[Case]) -> dict[str, float]:
+    """By mode, what cases made in float32 differ by in the same model in bfloat16: see ROUNDING_SHARE."""
+    found = {mode: [case for case in cases if case.mode == mode] for mode in modes(pair)}
+    return {mode: float(differences(pair, mine).quantile(ROUNDING_SHARE)) for mode, mine in found.items()}
+
+
+def check_cases(
+    pair: TwoTower, cases: Sequence[Case], made_in: str, rounding: Mapping[str, float] | None = None
+) -> None:
+    """Raises CheckpointError, saying in which mode and by how much, where the model is not that of the cases.
+
+    Cases of a mode whose towers are not loaded are left out. made_in: the dtype that the cases were made in. rounding:
+    what measure_rounding found then.
+    """
+    dtypes = {made_in, str(pair.dtype).removeprefix("torch.")}
+    limits = [AGREE["bfloat16" if "bfloat16" in dtypes else "float32"]]
+    cases = [case for case in cases if case.mode in modes(pair)]
+    for mode in dict.fromkeys(case.mode for case in cases):
+        off = differences(pair, [case for case in cases if case.mode == mode])
+        if not off.isfinite().all():
+            raise CheckpointError(f"in {mode} mode logits are not finite")
+        noted = [(ROUNDING_SHARE, ROUNDING_FACTOR * rounding[mode])] if rounding and len(dtypes) > 1 else []
+        for share, allowed in (*limits, *noted):
+            if (right := float((off <= allowed).float().mean())) < share:
+                raise CheckpointError(
+                    f"in {mode} mode {right:.0%} of the expected tokens' logits are what they must be, {share:.0%} is "
+                    f"the least; half are off by {off.median():.2g} standard deviations and more, "
+                    f"{allowed:.2g} is allowed"
+                )
+    if dtypes == {"float32"}:
+        _check_tokens(pair, cases)
+
+
+def _check_tokens(pair: TwoTower, cases: Sequence[Case]) -> None:
+    requests = [
+        _request(str(i), case.mode, case.prompt_ids, len(case.token_ids)) for i, case in enumerate(cases) if case.stable
+    ]
+    for done in _generate(pair, requests):
+        case = cases[int(done.key)]
+        if (same := _agree(done.token_ids, case.token_ids)) < case.stable:
+            raise CheckpointError(
+                f"in {case.mode} mode token {same} of a completion is {done.token_ids[same]}, "
+                f"{case.token_ids[same]} is expected"
+            )
+
+
+def check_finite(pair: TwoTower, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises CheckpointError where logits are not finite in the first forwards behind these prompts.
+
+    Two tokens in AR mode; in diffusion one block at once, and the first token of the next.
+    """
+    tokens = {"ar": 2, "diffusion": BLOCK + 1}
+    room = pair.config.max_position_embeddings - (BLOCK + 1)
+    keys = [(mode, prompt) for mode in modes(pair) for prompt in prompts if len(prompt) <= room]
+    _generate(pair, [_request(str(i), mode, prompt, tokens[mode], 0.0) for i, (mode, prompt) in enumerate(keys)])
+
+
+def modes(pair: TwoTower) -> tuple[CanaryMode, ...]:
+    """Those that the loaded towers can run."""
+    return ("ar",) if pair.denoiser is None else ("ar", "diffusion")
+
+
+def differences(pair: TwoTower, cases: Sequence[Case]) -> Tensor:
+    """(all their tokens,): by how much each score differs from the one expected."""
+    return torch.cat([(_scores(pair, case) - torch.tensor(case.scores)).abs() for case in cases])
+
+
+def _request(key: str, mode: CanaryMode, prompt: Sequence[int], tokens: int, threshold: float | None = None) -> Request:
+    settings = dict(SETTINGS) if threshold is None else {**SETTINGS, "confidence_threshold": threshold}
+    # no EOS: a completion that ends at once would say little
+    return Request(key, prompt, GenerationParams(mode=mode, max_new_tokens=tokens, **settings))  # type: ignore[arg-type]
+
+
+def _generate(pair: TwoTower, requests: Sequence[Request]) -> list[Completion]:
+    """By an engine of their own, so that nothing of them is left behind in the one that takes work."""
+    if not requests:
+        return []
+    needed = max(len(request.prompt_ids) + request.params.max_new_tokens for request in requests)
+    context = min(max(needed, 2 * BLOCK), pair.config.max_position_embeddings)
+    limits = EngineLimits(max_rows=min(len(requests), MAX_ROWS), max_context_tokens=context)
+    completions = Engine(pair, limits, trace=True).generate(requests)
+    for done in completions:
+        if done.error is not None:
+            raise CheckpointError(done.error)
+    return completions
+
+
+@torch.inference_mode()
+def _scores(pair: TwoTower, case: Case) -> Tensor:
+    """(len(token_ids),) float32 on the CPU: see Case.scores."""
+    prompt, ids = list(case.prompt_ids), list(case.token_ids)
+    cache = pair.new_cache(slots=1, kv_tokens=len(prompt) + len(ids))
+    slot = cache.allocator.acquire(len(prompt) + len(ids))
+    assert slot is not None
+
+    def extend(tokens: list[int]) -> Tensor:
+        return pair.extend(cache, cache.rows([slot], [len(tokens)]), torch.tensor(tokens))
+
+    if case.mode == "ar":
+        return _standard_scores(pair.context.logits(extend(prompt + ids[:-1])[-len(ids) :]), ids)
+    assert pair.denoiser is not None
+    extend(prompt)
+    found = []
+    for number, steps in enumerate(case.fed):
+        block = ids[number * BLOCK : (number + 1) * BLOCK]
+        fed = torch.tensor(steps)  # (steps, BLOCK): all in one forward, as rows with the same context
+        masked = fed == pair.config.mask_token_id
+        rows = cache.rows([slot] * len(steps), [BLOCK] * len(steps))
+        hidden = pair.denoise(cache, rows, fed.flatten(), masked.float().mean(1))
+        place = torch.arange(len(block))
+        committed = masked.long().cumsum(0).argmax(0)[place]  # in the last step that has it masked
+        hidden = hidden[(committed * BLOCK + place).to(hidden.device)]
+        found.append(_standard_scores(pair.denoiser.logits(hidden), block))
+        extend(block)
+    return torch.cat(found)
+
+
+def _standard_scores(logits: Tensor, ids: Sequence[int]) -> Tensor:
+    """(N, V) -> (N,): of the logit of one id a position."""
+    mine = logits[torch.arange(len(ids)), list(ids)]
+    return ((mine - logits.mean(-1)) / logits.std(-1)).cpu()
+
+
+def _agree(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens up to the first that differs."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+@contextmanager
+def _shaken(pair: TwoTower, seed: int) -> Iterator[None]:
+    """The model with a little noise on the columns of its embeddings, for as long as this lasts."""
+    weights = [tower.embeddings.weight.data for tower in (pair.context, pair.denoiser) if tower is not None]
+    before = [weight.clone() for weight in weights]
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        for weight in weights:
+            weight.mul_(1 + SHAKE * torch.randn(weight.shape[1], generator=generator).to(weight.device))
+        yield
+    finally:
+        for weight, old in zip(weights, before, strict=True):
+            weight.copy_(old)

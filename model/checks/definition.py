@@ -1,0 +1,80 @@
+"""What the kernels compute, by definition: float64 on the CPU, one row, a token at a time, nothing clever.
+
+Written after the formulas of model.kernels and TWOTOWER's description, not after any kernel, so that a mistake in one
+is not repeated here. Shapes: L tokens of the row, C conv channels, K conv taps, M Mamba heads of D channels, S states;
+Q query heads, J key/value heads, d head_dim; H hidden size, F expert width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.kernels.protocol import ScanWeights
+
+
+def mamba_scan(
+    xbc: Tensor, dt: Tensor, weights: ScanWeights, conv_state: Tensor, ssm_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """xbc (L, C) raw, dt (L, M) raw, conv_state (C, K), ssm_state (M, D, S) -> y (L, M D), the last ssm_state.
+
+    s <- exp(dt A) s + dt x (outer) B; y = s C + D x (Mamba-2, arXiv 2405.21060), after a causal convolution and SiLU.
+    """
+    xbc, dt, state = wide(xbc), wide(dt), wide(ssm_state)
+    kernel, bias, decay, skip = (wide(z) for z in (weights.conv_weight, weights.conv_bias, weights.decay, weights.D))
+    heads, head_dim, states = state.shape
+    group_of = torch.arange(heads) // (heads // weights.groups)
+    dt = (dt + wide(weights.dt_bias)).exp().log1p().clamp(*weights.dt_limit)
+    window = wide(conv_state)
+    out = []
+    for token in range(len(xbc)):
+        window = torch.cat([window[:, 1:], xbc[token, :, None]], dim=1)  # the last tap is the current token's
+        mixed = (window * kernel).sum(1) + bias
+        mixed = mixed * mixed.sigmoid()
+        x, b, c = mixed.split([heads * head_dim, weights.groups * states, weights.groups * states])
+        x, b, c = x.view(heads, head_dim), b.view(-1, states)[group_of], c.view(-1, states)[group_of]
+        state = (dt[token] * decay).exp()[:, None, None] * state + (dt[token][:, None] * x)[:, :, None] * b[:, None, :]
+        out.append((state @ c[:, :, None]).squeeze(-1) + skip[:, None] * x)
+    return torch.stack(out).flatten(1), state
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """q (L, Q, d) over k, v (P + L, J, d), the row's context before its own tokens -> (L, Q d)."""
+    q, k, v = wide(q), wide(k), wide(v)
+    length, total, shared = len(q), len(k), q.shape[1] // k.shape[1]
+    last_visible = torch.arange(total - length, total) if causal else torch.full((length,), total - 1)
+    out = torch.empty_like(q)
+    for head in range(q.shape[1]):
+        scores = q[:, head] @ k[:, head // shared].T / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(torch.arange(total) > last_visible[:, None], -torch.inf)
+        out[:, head] = scores.softmax(-1) @ v[:, head // shared]
+    return out.flatten(1)
+
+
+def experts(x: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """x (L, H), choice (L, K) of the experts up (E, F, H) and down (E, H, F), weight (L, K) -> (L, H)."""
+    x, weight, choice = wide(x), wide(weight), choice.cpu()
+    out = torch.zeros_like(x)
+    for expert in choice.unique().tolist():
+        token, rank = (choice == expert).nonzero(as_tuple=True)
+        hidden = (x[token] @ wide(up[expert]).T).relu().square()
+        out[token] += weight[token, rank, None] * (hidden @ wide(down[expert]).T)
+    return out
+
+
+def wide(x: Tensor) -> Tensor:
+    """As float64 on the CPU."""
+    return x.detach().to("cpu", torch.float64)
+
+
+def relative_error(got: Tensor, wanted: Tensor, rows: Sequence[int]) -> float:
+    """The largest over the rows of max|got - wanted| / max|wanted|; infinite where anything is not finite.
+
+    got, wanted (N, …): `rows` tokens each, one after another. A row is measured by itself, so that one with large
+    numbers hides no other.
+    """
+    errors = []
+    for mine, right in zip(wide(got).split(list(rows)), wide(wanted).split(list(rows)), strict=True):
+        error = float((mine - right).abs().max() / right.abs().max())
+        errors.append(error if error == error else float("inf"))
+    return max(errors)

@@ -1,0 +1,220 @@
+"""Checks the kernels that a loaded model computes with against their definitions in float64, on its own devices.
+
+A wrong kernel fails in silence: the text is wrong, or every block takes all its steps. So a replica runs this before it
+takes work, with the checkpoint's own sizes and the weights of its first layer of each kind, a device and tower. The
+cases are those in which kernels are known to go wrong: rows shorter than the convolution, seeded rows shorter than a
+chunk, seeds far larger than the inputs, rows of unlike lengths, slots and pages full of what other rows left.
+
+The work does not depend on the model's depth. The definitions run on the CPU, 245 tokens of a scan a tower and device:
+0.06 s of CPU for builtin:noise, 2.5 s for the sizes of the released model (measured with plain kernels on one core).
+
+Tolerances, as max|difference| / max|right| of a row, from the plain kernels and from faults put into them, at the sizes
+of both. The scan gives float32 whatever the model's dtype, from inputs that are the same in both. The plain one is off
+by 7e-7 at most (5 eps of float32); by 1.6e-3 at least with anything rounded to bfloat16 on the way (inputs, seed or
+outputs), by 2.7e-4 with TensorFloat-32 products. SCAN_TOLERANCE is 30 times the first and a 13th of the mildest fault.
+Attention, experts and products give the model's dtype: off by 1.1e-6 in float32; in bfloat16 by 0.5 eps, experts by 1.5
+(a rounding is squared in them). The mildest faults among wrong heads, masks, scales and experts: 0.16, 2.6 times what
+OUTPUT_TOLERANCE allows in bfloat16.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.checkpoint.config import TwoTowerConfig
+from model.checks import definition
+from model.checks.definition import relative_error
+from model.errors import TwoTowerError
+from model.kernels.protocol import Kernels
+from model.network.layers.attention import Attention
+from model.network.layers.mamba2 import Mamba2
+from model.network.layers.moe import MoE
+from model.network.two_tower import TwoTower
+from model.runtime.page_allocator import PAGE_SIZE
+from model.runtime.ragged_batch import RaggedBatch
+
+SCAN_TOLERANCE = 2e-5
+OUTPUT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8 * 2.0**-7}
+LARGE = 1000.0
+"""Size of seeded states against inputs of size 1."""
+SEED = 20260626
+
+
+class KernelError(TwoTowerError):
+    """A kernel does not compute what it must."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """What the cases of one layer share: where they run, and what an error names."""
+
+    kernels: Kernels
+    tower: str
+    device: torch.device
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    def normal(self, *shape: int, size: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Seeded random numbers, the same on every device."""
+        return (torch.randn(*shape, generator=self.generator) * size).to(self.device, dtype or self.dtype)
+
+    def close(self, kernel: str, what: str, error: float, allowed: float) -> None:
+        """Raises KernelError where an error is above what is allowed."""
+        if not error <= allowed:
+            off = f"off by {error:.2g} of the largest, {allowed:.2g} is allowed" if error < torch.inf else "not finite"
+            raise self._wrong(kernel, f"{what} are {off}")
+
+    def exact(self, kernel: str, what: str, right: bool) -> None:
+        """Raises KernelError where that is not so."""
+        if not right:
+            raise self._wrong(kernel, f"{what} are not what they must be, bit for bit")
+
+    def _wrong(self, kernel: str, fault: str) -> KernelError:
+        return KernelError(
+            f"kernel {kernel} of {type(self.kernels).__name__} is wrong on {self.device} in "
+            f"{str(self.dtype).removeprefix('torch.')} ({self.tower} tower): {fault}; nothing was generated: compare "
+            "the GPU, driver, torch and Triton of this node with one that starts, or set workers.gpus: 0"
+        )
+
+
+def check_kernels(pair: TwoTower) -> None:
+    """Raises KernelError naming the kernel, the case, the device, the dtype and by how much it is off."""
+    towers = {"context": pair.context} | ({"denoiser": pair.denoiser} if pair.denoiser is not None else {})
+    for name, tower in towers.items():
+        seen = set[tuple[torch.device, type]]()
+        for device, layer in zip(tower.devices, tower.layers, strict=True):
+            mixer = layer.mixer
+            if (device, type(mixer)) in seen:
+                continue
+            seen.add((device, type(mixer)))
+            assert isinstance(mixer, Mamba2 | Attention | MoE)
+            generator = torch.Generator().manual_seed(SEED)
+            where = _Where(mixer.kernels, name, device, pair.dtype, generator)
+            with torch.inference_mode():
+                if isinstance(mixer, Mamba2):
+                    check_scan(where, mixer, pair.config)
+                elif isinstance(mixer, Attention):
+                    check_attention(where, pair.config)
+                    check_linear(where, mixer.k_proj.weight)
+                else:
+                    check_experts(where, mixer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """A forward through mamba_scan: row r has slot r; a seed is a slot, or -1. Behind the rows' slots is a prefix's."""
+
+    name: str
+    lengths: tuple[int, ...]
+    seeds: tuple[int, ...]
+    store: bool
+
+
+def _scans(config: TwoTowerConfig) -> Iterator[_Scan]:
+    taps, chunk = config.conv_kernel, config.chunk_size
+    yield _Scan("rows that begin", (1, taps - 1, 16, 2 * taps + 17), (-1,) * 4, store=True)
+    yield _Scan(f"seeded blocks shorter than chunk_size {chunk}", (16,) * 3, (0, 3, 3), store=False)
+    yield _Scan("seeded rows of unlike lengths", (1, 2, chunk + 5, taps), (4, -1, 2, 3), store=True)
+
+
+def check_scan(where: _Where, weights: Mamba2, config: TwoTowerConfig) -> None:
+    """The scan: outputs, the states that are stored, and that all other states stay as they are."""
+    shape = config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size
+    for scan in _scans(config):
+        count, lengths = len(scan.lengths), list(scan.lengths)
+        conv = where.normal(count + 1, config.conv_dim, config.conv_kernel)
+        ssm = where.normal(count + 1, *shape, size=LARGE, dtype=torch.float32)
+        for slot in set(range(count)) - set(scan.seeds):  # what rows before these have left
+            conv[slot], ssm[slot] = torch.nan, torch.nan
+        xbc, dt = where.normal(sum(lengths), config.conv_dim), where.normal(sum(lengths), config.mamba_num_heads)
+        nothing = conv.new_zeros(conv.shape[1:]), ssm.new_zeros(shape)
+        seeds = [(conv[seed].clone(), ssm[seed].clone()) if seed >= 0 else nothing for seed in scan.seeds]
+        right = [
+            definition.mamba_scan(x, d, weights, *seed)
+            for x, d, seed in zip(xbc.split(lengths), dt.split(lengths), seeds, strict=True)
+        ]
+        expected = conv.clone(), ssm.clone()
+        rows = _rows(scan.lengths, scan.seeds, (0,) * count, ((),) * count)
+        got = where.kernels.mamba_scan(xbc, dt, weights, conv, ssm, rows, store=scan.store)
+        error = relative_error(got, torch.cat([y for y, _ in right]), scan.lengths)
+        where.close("mamba_scan", f"outputs of {scan.name}", error, SCAN_TOLERANCE)
+        if scan.store:
+            states = torch.stack([state for _, state in right])
+            error = relative_error(ssm[:count], states, (1,) * count)
+            where.close("mamba_scan", f"states stored by {scan.name}", error, SCAN_TOLERANCE)
+            expected[1][:count] = ssm[:count]
+            for slot, (x, seed) in enumerate(zip(xbc.split(lengths), seeds, strict=True)):
+                expected[0][slot] = torch.cat([seed[0], x.T], dim=1)[:, -config.conv_kernel :]
+        same = torch.equal(conv.nan_to_num(), expected[0].nan_to_num())
+        where.exact("mamba_scan", f"convolution inputs in the slots after {scan.name}", same)
+        same = torch.equal(ssm.nan_to_num(), expected[1].nan_to_num())
+        where.exact("mamba_scan", f"states that are not to be written, after {scan.name},", same)
+
+
+def check_attention(where: _Where, config: TwoTowerConfig) -> None:
+    """Attention over paged contexts: of prompts (causal, stored) and of blocks (all see all, nothing stored)."""
+    for name, lengths, context, causal in (
+        ("prompts", (1, PAGE_SIZE + 6, 16), (PAGE_SIZE, 0, 30), True),
+        ("blocks", (16, 16, 5), (0, PAGE_SIZE + 36, 30), False),
+    ):
+        rows, pages = _paged(where, config, lengths, context)
+        q = where.normal(sum(lengths), config.num_attention_heads, config.head_dim)
+        own = where.normal(2, sum(lengths), config.num_key_value_heads, config.head_dim)
+        expected, right = pages.clone(), []
+        for row, (mine, kv) in enumerate(zip(q.split(list(lengths)), own.split(list(lengths), dim=1), strict=True)):
+            table = list(rows.pages[row])
+            keys = torch.cat([pages[:, table].flatten(1, 2)[:, : context[row]], kv], dim=1)
+            right.append(definition.attend(mine, keys[0], keys[1], causal=causal))
+            if causal:
+                filled = expected[:, table].flatten(1, 2)
+                filled[:, : keys.shape[1]] = keys
+                expected[:, table] = filled.unflatten(1, (-1, PAGE_SIZE))
+        got = where.kernels.attend(q, own[0], own[1], pages, rows, causal=causal, store=causal)
+        error = relative_error(got, torch.cat(right), lengths)
+        where.close("attend", f"outputs of {name}", error, OUTPUT_TOLERANCE[where.dtype])
+        same = torch.equal(pages.nan_to_num(), expected.nan_to_num())
+        where.exact("attend", f"keys and values in the pages after {name}", same)
+
+
+def _paged(
+    where: _Where, config: TwoTowerConfig, lengths: tuple[int, ...], context: tuple[int, ...]
+) -> tuple[RaggedBatch, Tensor]:
+    """Rows with pages of their own, out of order, and the pages: random context, then what other rows left."""
+    needed = [-(-(length + before) // PAGE_SIZE) for length, before in zip(lengths, context, strict=True)]
+    tables = tuple(tuple(range(sum(needed[: r + 1]) - 1, sum(needed[:r]) - 1, -1)) for r in range(len(needed)))
+    pages = where.normal(2, sum(needed), PAGE_SIZE, config.num_key_value_heads, config.head_dim)
+    for table, before in zip(tables, context, strict=True):
+        held = pages[:, list(table)].flatten(1, 2)
+        held[:, before:] = torch.nan
+        pages[:, list(table)] = held.unflatten(1, (-1, PAGE_SIZE))
+    return _rows(lengths, tuple(range(len(lengths))), context, tables), pages
+
+
+def check_linear(where: _Where, weight: Tensor) -> None:
+    """A product of one token and of several."""
+    for tokens in (1, 17):
+        x = where.normal(tokens, weight.shape[1])
+        right = definition.wide(x) @ definition.wide(weight).T
+        error = relative_error(where.kernels.linear(x, weight), right, (1,) * tokens)
+        where.close("linear", f"outputs of {tokens} tokens", error, OUTPUT_TOLERANCE[where.dtype])
+
+
+def check_experts(where: _Where, mixer: MoE) -> None:
+    """Experts chosen by one token, by many and by none: at most eight, the first and the last among them."""
+    count, per_token, tokens = len(mixer.up), mixer.gate.per_token, 6
+    chosen = torch.linspace(0, count - 1, min(count, max(8, per_token))).long()
+    ranked = torch.rand(tokens, len(chosen), generator=where.generator)
+    choice = chosen[ranked.topk(per_token).indices].to(where.device)
+    weight = torch.rand(tokens, per_token, generator=where.generator).to(where.device)
+    x = where.normal(tokens, mixer.up.shape[-1])
+    got = where.kernels.experts(x, choice, weight, mixer.up, mixer.down)
+    right = definition.experts(x, choice, weight, mixer.up, mixer.down)
+    where.close("experts", "outputs", relative_error(got, right, (1,) * tokens), OUTPUT_TOLERANCE[where.dtype])
+
+
+def _rows(
+    lengths: tuple[int, ...], seeds: tuple[int, ...], context: tuple[int, ...], pages: tuple[tuple[int, ...], ...]
+) -> RaggedBatch:
+    return RaggedBatch(tuple(range(len(lengths))), seeds, lengths, context, pages)

@@ -1,0 +1,270 @@
+"""Forwards over blocks and single tokens as CUDA graphs: recorded once a size, then replayed in one launch.
+
+A forward is some 700 kernels, which cost the host 5 to 10 ms to launch one by one; over few rows the device is done
+with them in less. A graph runs kernels of fixed sizes on fixed addresses. So a forward is put into a bucket of at least
+its size, and whatever else kernels must know of it goes into tensors that the graph reads: slots, seeds, starts and
+lengths of the rows, the plan of their attention, their times. Prompts are launched kernel by kernel, as ever.
+
+Padding is rows of length 0 and tokens of no row. Kernels read and write nothing for the former. The hidden states of
+the latter are set to NaN, which no layer mixes with another token: norms, projections, the router, experts and the
+residual treat every token by itself, convolution, scan and attention follow the rows, and the heads get real tokens
+alone. Scan and attention leave such a token's result as memory had it, but the residual, to which it is added, stays
+NaN. So all of these tokens choose the same few experts, and few weights are read for them.
+
+Only for CUDA: importing this needs Triton. A stage's graphs share their buffers and one pool of memory, and must be
+replayed on one stream, one after the other, as model.runtime.stages has it.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.kernels.triton.attention import heads_over
+from model.kernels.triton.attention_plan import ITEM, JOIN, Heads, Paged, Room, plan_attention, power_of_two
+from model.kernels.triton.kernels import BLOCK
+from model.network.context_cache import ContextCache
+from model.network.layers.attention import AttentionState
+from model.network.two_tower import Part, TwoTower
+from model.runtime.device_errors import device_lost, first_line
+from model.runtime.page_allocator import pages_for
+from model.runtime.ragged_batch import RaggedBatch, RowIndex
+from model.runtime.transfer import Array, to_device
+
+T = TypeVar("T")
+Kind = Literal["extend", "denoise", "denoise without time"]
+Run = Callable[[], None]
+Record = Callable[[Run], Run]
+"""What runs on fixed tensors -> what does the same again. It need not run meanwhile."""
+
+MAX_VOID = 256
+"""Tokens of no row that a bucket may have in any case. Above a quarter of the real ones and this, computing them takes
+longer than launching does: such a forward of unlike rows is launched kernel by kernel."""
+
+
+class Bucket(NamedTuple):
+    """The size of a graph."""
+
+    rows: int
+    longest: int
+    """Tokens of each row, at most."""
+
+    @classmethod
+    def of(cls, rows: int, longest: int) -> "Bucket":
+        """Rows: powers of two up to 16, where weights are all that counts, then eighths of a power of two (16, 18, …,
+        32, 36, …, 64, 72, …), so that at most a ninth is padding. Tokens: powers of two."""
+        step = max(1, power_of_two(rows) // 16)
+        return cls(power_of_two(rows) if rows <= 16 else -(-rows // step) * step, power_of_two(longest))
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.longest
+
+
+class Graphs:
+    """`TwoTower.extend_parts` and `denoise_parts` over one cache, replayed where a forward fits a bucket.
+
+    A part's result lies in a buffer that the stage's next part overwrites. The first forward of a bucket runs kernel by
+    kernel, over the same tensors, and is recorded then.
+    """
+
+    def __init__(
+        self, pair: TwoTower, cache: ContextCache, record: Callable[[torch.device], Record] | None = None
+    ) -> None:
+        """record: makes what records on a device, for tests without a GPU."""
+        self.pair, self.cache = pair, cache
+        self._recorder = record or CudaRecorder
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all graphs and their memory: to be called when the cache's tensors move. Nothing is under way."""
+        states = [layer.pages for layer in self.cache.layers if isinstance(layer, AttentionState)]
+        self._heads = heads_over(self.pair.config.num_attention_heads, states[0]) if states else None
+        self._most = Bucket.of(self.cache.allocator.slots, BLOCK)
+        self._pages = min(self.cache.allocator.pages, pages_for(self.pair.config.max_position_embeddings + BLOCK))
+        self._buffers: dict[Hashable, Tensor] = {}
+        self._records = [self._recorder(stage.device) for stage in self.pair.stages]
+        self._graphs: dict[tuple[Kind, Bucket, int], _Graph] = {}
+
+    def extend_parts(self, rows: RaggedBatch) -> list[Part]:
+        """See TwoTower."""
+        bucket = self._bucket(rows)
+        if bucket is None:
+            return self.pair.extend_parts(self.cache, rows)
+        return self._parts("extend", bucket, rows, torch.zeros(0))
+
+    def denoise_parts(self, rows: RaggedBatch, t: Tensor) -> list[Part]:
+        """See TwoTower. t (R,) is on the host."""
+        bucket = self._bucket(rows)
+        if bucket is None:
+            return self.pair.denoise_parts(self.cache, rows, t)
+        return self._parts("denoise without time" if t.isnan().all() else "denoise", bucket, rows, t)
+
+    def _bucket(self, rows: RaggedBatch) -> Bucket | None:
+        """The bucket of a forward; None for one that is to be launched kernel by kernel."""
+        longest, tokens = max(rows.lengths), sum(rows.lengths)
+        bucket = Bucket.of(len(rows.lengths), longest)
+        behind = max(length + before for length, before in zip(rows.lengths, rows.context, strict=True))
+        fits = longest <= BLOCK and bucket.rows <= self._most.rows and pages_for(behind) <= self._pages
+        return bucket if fits and bucket.tokens - tokens <= max(MAX_VOID, tokens // 4) else None
+
+    def _parts(self, kind: Kind, bucket: Bucket, rows: RaggedBatch, t: Tensor) -> list[Part]:
+        times = np.zeros(bucket.rows)
+        times[: len(t)] = t
+        numbers = np.concatenate([rows.packed(bucket.rows, bucket.tokens), times.view(np.int64)])
+        plan = plan_attention(rows, self._heads, self._room(bucket, self._heads)) if self._heads else None
+        feed = _Feed(numbers, plan, sum(rows.lengths))
+        return [partial(self._run, kind, bucket, feed, stage) for stage in range(len(self.pair.stages))]
+
+    def _room(self, bucket: Bucket, heads: Heads) -> Room:
+        return Room.of(heads, bucket.rows, bucket.longest, self._pages)
+
+    def _run(self, kind: Kind, bucket: Bucket, feed: "_Feed", stage: int, x: Tensor) -> Tensor:
+        hidden = self.pair.enter("context" if kind == "extend" else "denoiser", x, stage)
+        key = kind, bucket, stage
+        if key not in self._graphs:
+            self._graphs[key] = self._new(*key, hidden.device)
+        return self._graphs[key](hidden, feed)
+
+    def _new(self, kind: Kind, bucket: Bucket, stage: int, device: torch.device) -> "_Graph":
+        pair, cache = self.pair, self.cache
+
+        def layers(rows: RaggedBatch, hidden: Tensor, t: Tensor) -> Tensor:
+            if kind == "extend":
+                return pair.extend_layers(cache, rows, hidden, stage)
+            return pair.denoise_layers(cache, rows, hidden, (t, None) if kind == "denoise" else None, stage)
+
+        shape = self._most.rows * bucket.longest, pair.config.hidden_size
+        hidden = self._buffer((stage, bucket.longest), lambda: torch.empty(shape, dtype=pair.dtype, device=device))
+        plan = None
+        if heads := self._heads:
+            size = _size(self._room(self._most, heads))
+            buffer = self._buffer((stage, "plan"), lambda: torch.zeros(size, dtype=torch.int32, device=device))
+            room = self._room(bucket, heads)
+            plan = Paged(buffer[: _size(room)], room, 0)
+        numbers = torch.zeros(5 * bucket.rows + bucket.tokens, dtype=torch.int64, device=device)
+        name = f"{kind} of {bucket.rows} rows x {bucket.longest} tokens on stage {stage}"
+        rows, times = _FixedRows.of(bucket, numbers, heads, plan), numbers[-bucket.rows :].view(torch.float64)
+        record = self._records[stage]
+        return _Graph(name, partial(layers, rows), hidden[: bucket.tokens], numbers, times, plan, record)
+
+    def _buffer(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._buffers:
+            self._buffers[key] = make()
+        return self._buffers[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Feed:
+    """What one forward tells its graphs, on the host."""
+
+    numbers: Array  # (4 R + N + R,) int64: Rows.packed, then each row's time as float64
+    plan: Paged | None
+    tokens: int
+
+
+class _FixedRows(RaggedBatch):
+    """Rows as they are known when a graph is recorded: how many, and how long at most. The rest is in tensors."""
+
+    @classmethod
+    def of(cls, bucket: Bucket, numbers: Tensor, heads: Heads | None, plan: Paged | None) -> "_FixedRows":
+        """Of a forward in the bucket that is read from the tensors."""
+        count = bucket.rows
+        index = RowIndex.of(numbers[: 4 * count + bucket.tokens], count)
+        made = {numbers.device: index, (numbers.device, heads): plan}
+        return cls((0,) * count, (-1,) * count, (bucket.longest,) * count, (0,) * count, ((),) * count, made)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:  # noqa: ARG002
+        """What is there from the start; KeyError for anything else, which would be recorded as it is now."""
+        made: T = self._made[key]
+        return made
+
+
+class _Graph:
+    """One forward of one bucket on one stage."""
+
+    def __init__(
+        self,
+        name: str,
+        layers: Callable[[Tensor, Tensor], Tensor],
+        hidden: Tensor,  # (N, H): in and out
+        numbers: Tensor,
+        times: Tensor,  # (R,) float64, of `numbers`
+        plan: Paged | None,
+        record: Record,
+    ) -> None:
+        self.name, self.layers, self.record = name, layers, record
+        self.hidden, self.numbers, self.times, self.plan = hidden, numbers, times, plan
+        self.replay: Run | None = None
+
+    def __call__(self, x: Tensor, feed: _Feed) -> Tensor:
+        """x (n, H), hidden states of the forward's own tokens -> the same behind the layers, in a buffer."""
+        self.hidden[: feed.tokens].copy_(x)
+        self.hidden[feed.tokens :].fill_(torch.nan)
+        self.numbers.copy_(to_device(feed.numbers, self.numbers.device))
+        if self.plan is not None and feed.plan is not None:
+            self.plan.fill(feed.plan)
+        if self.replay is not None:
+            self.replay()
+        else:  # compiles kernels and makes cuBLAS ready, none of which can be recorded
+            self.compute()
+            self.replay = self._recorded()
+        return self.hidden[: feed.tokens]
+
+    def compute(self) -> None:
+        """The layers, over the buffers."""
+        self.hidden.copy_(self.layers(self.hidden, self.times.float()))
+
+    def _recorded(self) -> Run:
+        try:
+            return self.record(self.compute)
+        except Exception as error:  # whatever it is, the forward can do without
+            if device_lost(error):
+                raise
+            told = f"no CUDA graph for {self.name}, which will be launched kernel by kernel: {first_line(error)}"
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
+            return self.compute
+
+
+class CudaRecorder:
+    """Captures graphs on one device, all of them in one pool: it holds what the largest needs while it runs."""
+
+    _one_at_a_time = threading.Lock()  # in a process
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captured = False
+
+    def __call__(self, run: Run) -> Run:
+        """Captures `run`, which has run before, on the device's current stream, which must not be its default one.
+
+        Other threads may launch and allocate meanwhile. Raises what `run` raises, and what CUDA finds wrong with it.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # not torch.cuda.graph: it waits for the device, empties the allocator's cache, takes one stream for all devices
+        # and stays on it where a capture fails
+        with self._one_at_a_time, torch.cuda.device(self._device):
+            try:
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                run()
+                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # that the capture is invalid, or over, is known
+                    graph.capture_end()
+                if not self._captured:  # the pool goes with its only graph
+                    self._pool = torch.cuda.graph_pool_handle()
+                raise
+        self._captured = True
+        return graph.replay
+
+
+def _size(room: Room) -> int:
+    return ITEM * room.items + JOIN * room.joins + room.pages

@@ -1,0 +1,229 @@
+"""The blocks that are being filled, one a slot, as arrays on the host: a step handles all rows of a forward at once.
+
+What a step commits is decided on the device (model.engine.unmasking) and noted here. In mock-AR mode a token is a block
+of one position; in AR mode as many tokens are one as a turn makes, one forward behind the other. Rows differ in block
+size: positions behind a row's own size are never masked.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from model.engine.backend import BlockReport
+from model.engine.sequence import ActiveRow
+from model.network.sampling import Draws
+from model.runtime.transfer import Array, send
+
+_SETTINGS = np.dtype(
+    [
+        ("size", "i8"),  # 0 in AR mode, where each turn says how many tokens it makes
+        ("steps_limit", "i8"),
+        ("threshold", "f4"),
+        ("temperature", "f4"),
+        ("top_k", "i8"),
+        ("top_p", "f8"),
+        ("key", "i8", 2),
+        ("diffusion", "?"),
+        ("denoised", "?"),  # by a denoiser forward, so that its steps count
+        ("watched", "?"),  # for stop strings: every new token may end it
+    ]
+)
+
+
+class DenoisingState:
+    """One block a slot. `mask_id` stands where nothing is committed yet."""
+
+    def __init__(self, slots: int, mask_id: int) -> None:
+        self.mask_id = mask_id
+        self._settings = np.zeros(slots, _SETTINGS)
+        self._eos = np.full((slots, 1), -1)
+        self._tokens = np.full((slots, 1), mask_id)
+        self._masked = np.zeros((slots, 1), bool)
+        self._confidence = np.zeros((slots, 1), np.float32)
+        self._size = np.zeros(slots, np.int64)
+        self._counters = np.zeros((slots, 2), np.int64)  # the block's number, the steps it has taken
+        self._room = np.zeros(slots, np.int64)  # tokens that the completion may still take, from the block's start
+        self._ready = np.zeros(slots, np.int64)
+
+    def add_slots(self, count: int) -> None:
+        """More slots behind the others."""
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                setattr(self, name, np.concatenate([value, np.zeros((count, *value.shape[1:]), value.dtype)]))
+
+    def enter(self, row: ActiveRow) -> None:
+        """Notes the settings of a row that has got its slot."""
+        params, slot = row.request.params, row.slot
+        diffusion = params.mode == "diffusion"
+        size = params.block_size if diffusion else 1
+        self._settings[slot] = (
+            0 if params.mode == "ar" else size,
+            params.steps_per_block if diffusion else 1,
+            params.confidence_threshold,
+            params.temperature,
+            params.top_k or 0,
+            params.top_p or 1.0,
+            row.request.sampling_key,
+            diffusion,
+            params.mode != "ar",
+            bool(params.stop),
+        )
+        self._widen(size)
+        self._eos = _widened(self._eos, len(params.eos_ids), -1)
+        self._eos[slot] = -1
+        self._eos[slot, : len(params.eos_ids)] = params.eos_ids
+
+    def _widen(self, size: int) -> None:
+        self._tokens, self._masked, self._confidence = (
+            _widened(array, size) for array in (self._tokens, self._masked, self._confidence)
+        )
+
+    def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
+        """A new block, all masked, for each of the rows; in AR mode of so many tokens, or what the row may still take.
+
+        Where a row has begun one already that nothing was predicted for, it begins it again.
+        """
+        slots = _slots(rows)
+        room = np.array([row.room for row in rows])
+        fixed = self._settings["size"][slots]
+        sizes = np.where(fixed > 0, fixed, np.minimum(ar_tokens, room))
+        self._widen(int(sizes.max()))
+        self._size[slots] = sizes
+        self._tokens[slots] = self.mask_id
+        self._masked[slots] = np.arange(self._masked.shape[1]) < sizes[:, None]
+        self._confidence[slots] = 0
+        self._ready[slots] = 0
+        self._counters[slots] = [[len(row.steps) if row.mode == "diffusion" else len(row.tokens), 0] for row in rows]
+        self._room[slots] = room
+        for row in rows:
+            if row.mode == "mock_ar":  # the denoiser predicts what follows the newest token
+                self._tokens[row.slot, 0] = row.last_token
+
+    def take(self, rows: Sequence[ActiveRow]) -> "Filling":
+        """The blocks of these rows as they are now, for a forward to predict what is masked in them."""
+        slots = _slots(rows)
+        sizes = self._size[slots]
+        width = int(sizes.max())  # not the table's: one row's huge block is not all rows' cost
+        masked = self._masked[slots, :width]
+        steps_left = self._settings["steps_limit"][slots] - self._counters[slots, 1]
+        return Filling(rows, slots, sizes, masked, self._settings["threshold"][slots], steps_left)
+
+    def inputs(self, filling: "Filling") -> tuple[Array, Array]:
+        """For a denoiser forward: all tokens (N,) int64 and t (R,) float32."""
+        slots, masked = filling.slots, filling.masked
+        inside = np.arange(masked.shape[1]) < filling.sizes[:, None]
+        t = np.where(self._settings["diffusion"][slots], masked.sum(-1) / filling.sizes, np.nan)
+        return self._tokens[slots][:, : masked.shape[1]][inside], t.astype(np.float32)
+
+    def targets(self, filling: "Filling", which: Array, position: Array, token: Array) -> "Targets":
+        """What a forward shall predict, M positions: of row which[i] of the filling position[i], from token[i] of N.
+
+        In AR mode positions of a row are forwards one behind the other, each with a number of its own.
+        """
+        settings, place = self._settings[filling.slots], which * filling.masked.shape[1] + position
+        if not (settings["temperature"] > 0).any():
+            return Targets(token, place, settings["diffusion"][which], None)
+        settings, slots = settings[which], filling.slots[which]
+        sampled = settings["temperature"] > 0
+        limited = (settings["top_k"] > 0) | (settings["top_p"] < 1)
+        counters, ar = self._counters[slots], settings["size"] == 0
+        counters[:, 0] += np.where(ar, position, 0)
+        position = np.where(ar, 0, position)
+        columns = [settings[name].astype(kind) for name, kind in (("temperature", float), ("top_k", int))]
+        columns += [settings["top_p"], settings["key"].flatten(), np.column_stack([counters, position]).flatten()]
+        return Targets(
+            token,
+            place,
+            settings["diffusion"],
+            [*columns, np.flatnonzero(sampled & ~limited), np.flatnonzero(sampled & limited)],
+        )
+
+    def fill(self, filling: "Filling", predicted: torch.Tensor) -> list[BlockReport]:
+        """Takes in what `model.engine.unmasking.commit` made of a forward -> the blocks that need attention.
+
+        predicted (2, R, S) int32 on the host. Rows that have ended in the meantime are passed over: their slots may be
+        others' already.
+        """
+        (ids, bits), masked = predicted.numpy(), filling.masked
+        sure = bits.view(np.float32)
+        alive = [i for i, row in enumerate(filling.rows) if not row.ended]
+        if len(alive) == len(filling.rows):
+            return self._store(filling.rows, filling.slots, masked, ids, sure)
+        rows, slots = [filling.rows[i] for i in alive], filling.slots[alive]
+        return self._store(rows, slots, masked[alive], ids[alive], sure[alive]) if alive else []
+
+    def _store(
+        self, rows: Sequence[ActiveRow], slots: Array, masked: Array, ids: Array, sure: Array
+    ) -> list[BlockReport]:
+        """All (R, S): which positions were masked, what was committed there or -1, with what probability."""
+        width, taken = masked.shape[1], ids >= 0
+        broken = _any(masked & np.isnan(sure))
+        tokens = np.where(taken, ids, self._tokens[slots][:, :width])
+        confidence = np.where(taken, sure, self._confidence[slots][:, :width])
+        masked = masked & ~taken
+        self._tokens[slots, :width], self._confidence[slots, :width] = tokens, confidence
+        self._masked[slots, :width] = masked
+        self._counters[slots, 1] += self._settings["denoised"][slots]
+        return self._look(rows, slots, masked, tokens, confidence, broken)
+
+    def _look(
+        self, rows: Sequence[ActiveRow], slots: Array, masked: Array, tokens: Array, confidence: Array, broken: Array
+    ) -> list[BlockReport]:
+        """The blocks that are full, that may have ended their row, or that are broken."""
+        complete = ~_any(masked)
+        ready = np.where(complete, self._size[slots], masked.argmax(-1))
+        more = ready > self._ready[slots]
+        self._ready[slots] = ready
+        new = np.arange(masked.shape[1]) < ready[:, None]
+        eos = _any(_any(tokens[..., None] == self._eos[slots][:, None]) & new)
+        may_end = eos | (ready >= self._room[slots]) | (self._settings["watched"][slots] & more)
+        which = np.nonzero(broken | complete | may_end)[0]
+        columns = (ready, complete, may_end, broken, self._counters[slots, 1], tokens, confidence)
+        lists = zip(which.tolist(), *(column[which].tolist() for column in columns), strict=True)
+        return [BlockReport(rows[i], *values) for i, *values in lists]
+
+
+class Filling(NamedTuple):
+    """Blocks that a forward under way predicts, as they were when it was launched."""
+
+    rows: Sequence[ActiveRow]
+    slots: Array  # (R,)
+    sizes: Array  # (R,)
+    masked: Array  # (R, S)
+    threshold: Array  # (R,) float32
+    steps_left: Array  # (R,)
+
+
+class Targets(NamedTuple):
+    """The M positions that a forward predicts, on the host."""
+
+    token: Array  # (M,) which of its N tokens predicts them
+    place: Array  # (M,) where they are in R * S
+    suppress: Array  # (M,) bool: where the mask id must not be chosen
+    draws: list[Array] | None  # the fields of Draws, flat; None where all are greedy
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Draws | None]:
+        """Token, suppress and draws on the device."""
+        token, suppress, *draws = send(device, self.token, self.suppress, *(self.draws or ()))
+        if not draws:
+            return token, suppress.bool(), None
+        temperature, top_k, top_p, key, counter, free, limited = draws
+        counter = counter.view(-1, 3)
+        return token, suppress.bool(), Draws(temperature.float(), top_k, top_p, key.view(-1, 2), counter, free, limited)
+
+
+def _slots(rows: Sequence[ActiveRow]) -> Array:
+    return np.array([row.slot for row in rows], dtype=np.int64)
+
+
+def _any(array: Array) -> Array:
+    """Whether any is true along the last axis."""
+    return np.asarray(array.any(axis=-1))
+
+
+def _widened(array: Array, width: int, value: int = 0) -> Array:
+    """The array with at least `width` columns, new ones filled with `value`."""
+    more = width - array.shape[1]
+    return np.pad(array, ((0, 0), (0, more)), constant_values=value) if more > 0 else array

@@ -1,0 +1,92 @@
+"""The engine: the loop over a loaded model.
+
+    engine = Engine(load_model(…), EngineLimits(max_rows=…))
+    engine.generate([Request(…), …])                      # or:
+    engine.submit(request); engine.step() -> completions  # what generate() and the unit runner drive
+
+A row is independent: its own mode, time, step, block, end and seed. What it generates depends on the row alone.
+"""
+
+from model.engine.loop import Loop
+from model.engine.model_runner import Handle, ModelRunner
+from model.engine.scheduler import Scheduler, longest_context
+from model.errors import RequestError
+from model.memory.planner import plan_memory
+from model.network.two_tower import TwoTower
+from model.requests import EngineLimits, Request
+from model.runtime.page_allocator import PREFIX_SLOTS
+
+AR_TOKENS = 8
+"""Tokens a turn in AR mode on one GPU: the host's work of a turn is an eighth of what it would be, and a row that ends
+has computed three or four tokens in vain. Elsewhere one: a CPU has no device to keep busy, and with several stages the
+lanes do it."""
+OVERLAP_ROWS = 64
+"""Rows of 16 tokens from which a GPU computes longer than it reads weights (990 TFLOP/s over 4.8 TB/s at the released
+size: about 1,000 tokens), so that fewer rows make a forward shorter. Not where extensions come more seldom than every
+turn: there blocks wait already."""
+
+
+class Engine(Loop[Handle]):
+    """Generates completions for requests on one loaded model."""
+
+    def __init__(
+        self,
+        tower_pair: TwoTower,
+        limits: EngineLimits | None = None,
+        *,
+        trace: bool = False,
+        ar_tokens: int | None = None,
+        overlap_rows: int | None = None,
+    ) -> None:
+        """trace: completions carry the block fed to each denoiser forward. ar_tokens, overlap_rows: see
+        model.engine.loop; None for what suits the devices. They change the speed, never the tokens.
+
+        Raises RequestError where the limits contradict the model or its memory.
+        """
+        self.pair = tower_pair
+        self.limits = limits or EngineLimits()
+        self.max_context = self.limits.context_tokens(tower_pair.config.max_position_embeddings)
+        self.memory = plan_memory(tower_pair, self.limits)
+        self.kv_tokens, rows = self.memory.kv_tokens, self.memory.max_rows
+        self.cache = tower_pair.new_cache(slots=rows + PREFIX_SLOTS, kv_tokens=self.kv_tokens)
+        lanes = min(self.limits.lanes or len(tower_pair.stages), rows)
+        on_gpu, stages = tower_pair.devices[0].type == "cuda", len(tower_pair.stages)
+        if ar_tokens is None:
+            ar_tokens = AR_TOKENS if on_gpu and stages == 1 else 1
+        if overlap_rows is None and on_gpu and lanes == 1 and self.limits.extend_every == 1:
+            overlap_rows = OVERLAP_ROWS
+        super().__init__(
+            ModelRunner(tower_pair, self.cache, trace=trace),
+            Scheduler(self.cache.allocator, rows, self.limits.max_prefill_tokens, lanes),
+            tower_pair.tokenizer.decode if tower_pair.tokenizer else None,
+            extend_every=self.limits.extend_every,
+            ar_tokens=ar_tokens,
+            overlap_rows=overlap_rows,
+        )
+
+    def check_request(self, request: Request) -> None:
+        """Raises RequestError where the request could never run."""
+        params, prompt = request.params, request.prompt_ids
+        vocabulary = self.pair.config.vocab_size
+        room, limit, other = self.max_context, "the context", ""
+        if self.kv_tokens < room:  # only where it was given: a text must not depend on max_rows
+            room, limit, other = self.kv_tokens, "engine.kv_tokens", ", or raise engine.kv_tokens"
+        if not len(prompt):
+            raise RequestError(f"request {request.key!r}: the prompt has no tokens")
+        if longest_context(request) > room:
+            raise RequestError(
+                f"request {request.key!r}: {len(prompt)} prompt tokens and max_new_tokens {params.max_new_tokens} "
+                f"exceed {limit} of {room} tokens; shorten the prompt or lower max_new_tokens{other}"
+            )
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            wrong = next(i for i in prompt if not 0 <= i < vocabulary)
+            raise RequestError(f"request {request.key!r}: token id {wrong} is outside the vocabulary of {vocabulary}")
+        if params.mode == "diffusion" and params.block_size > self.max_context:
+            raise RequestError(
+                f"request {request.key!r}: block_size is {params.block_size}, above the context of {self.max_context} "
+                "tokens; lower block_size"
+            )
+        if params.mode != "ar" and self.pair.denoiser is None:
+            raise RequestError(f"mode is {params.mode!r}, but the model was loaded without its denoiser tower")
+        if params.stop and self._decode is None:
+            raise RequestError("stop strings need a tokenizer, and the checkpoint has no tokenizer.json")

@@ -1,0 +1,371 @@
+"""The loop that generates, free of torch: rows come and go, and each turn runs what every row needs next.
+
+    lane by lane: collect -> admit -> extend (prompts and finished blocks) -> denoise
+
+A turn collects what a lane's last forwards predicted and refills the slots that became free. Then it sends two forwards
+on their way and leaves them there: of the context tower, over a piece of the waiting prompts and the lane's finished
+blocks together, so that they share one reading of its weights; and of the denoiser, over the blocks that the lane is
+filling. While they compute, the other lanes have their turns. Each stage of the model runs its forwards in the order of
+their launch, so a row may begin a block behind an extension that has not come back yet.
+
+A device idles while the host looks at what came back. In AR mode a turn therefore makes several tokens, one forward
+behind the other (`ar_tokens`). In a lane of many rows (`overlap_rows`) the extension is launched before the last
+denoiser forward is collected, so that the device has it while the host looks: a block that was filled then waits for
+the next turn, which costs nothing where the time of a forward grows with its rows.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from model.engine.backend import Backend, BlockReport, H
+from model.engine.scheduler import Scheduler, Stats
+from model.engine.sequence import ActiveRow, Lane, Prefix
+from model.engine.stopping import Decode, End, find_end
+from model.errors import RequestError
+from model.requests import Completion, EngineError, FinishReason, Request
+
+Kind = Literal["context", "denoise"]
+CALM_STEPS = 1000
+"""After so many steps without running out of memory, limits that were halved are doubled: it may have been another's
+need. If it was not, one forward in a thousand is tried in vain."""
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Under(Generic[H]):
+    """A forward under way."""
+
+    lane: Lane
+    kind: Kind
+    rows: Sequence[ActiveRow | Prefix]
+    handle: H
+    halvings: int
+    """How often the limits had been halved when it was launched."""
+    reading: Collection[ActiveRow | Prefix]
+    """Those of the rows whose prompt it takes in."""
+
+
+class Loop(Generic[H]):
+    """Drives a backend. Not thread-safe: one thread submits and steps."""
+
+    def __init__(
+        self,
+        backend: Backend[H],
+        scheduler: Scheduler,
+        decode: Decode | None = None,
+        *,
+        extend_every: int = 1,
+        ar_tokens: int = 1,
+        overlap_rows: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.backend, self.scheduler = backend, scheduler
+        self._decode, self._extend_every, self._clock = decode, extend_every, clock
+        self._ar_tokens, self._overlap_rows = ar_tokens, overlap_rows
+        self._under_way: deque[_Under[H]] = deque()  # in the order of their launch
+        self._finished: list[Completion] = []
+        self._halvings = 0
+        self._calm = 0  # steps since memory ran out, or since limits grew again
+
+    @property
+    def waiting(self) -> int:
+        """Requests that hold no slot."""
+        return len(self.scheduler.waiting)
+
+    @property
+    def active(self) -> int:
+        """Rows that hold a slot, or that have ended and were not given out yet."""
+        return len(self.scheduler.running) + len(self._finished)
+
+    @property
+    def max_rows(self) -> int:
+        """Rows generated together at most, from now on."""
+        return self.scheduler.max_rows
+
+    @property
+    def stats(self) -> Stats:
+        """What has been done so far."""
+        return self.scheduler.stats
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises RequestError where it could never run, or its key is in the engine already."""
+        self.check_request(request)
+        self.scheduler.submit(request, self._clock())
+
+    def check_request(self, request: Request) -> None:
+        """Raises RequestError where the request could never run."""
+
+    def cancel(self, key: str) -> bool:
+        """Takes a request out, waiting or running, and frees its slot; it gives no completion.
+
+        False where no request of this key is in the engine: it has ended, or was never there.
+        """
+        return self.scheduler.cancel(key)
+
+    def set_max_rows(self, rows: int) -> None:
+        """Lets more or fewer rows run together; rows above a lower limit end first.
+
+        Raises RequestError below 1, and EngineError, with the limit as it was, where what is under way fails.
+        """
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            raise RequestError(f"max_rows is {rows!r}: it must be a whole number of at least 1")
+        more = rows - self.scheduler.row_slots
+        if more > 0:
+            for lane in self.scheduler.lanes:
+                self._collect(lane)
+            self.backend.add_slots(more)
+            self.scheduler.row_slots += more
+        self.scheduler.set_max_rows(rows)
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Runs the requests to their ends, longest prompts first -> completions in the requests' order.
+
+        Raises RequestError, and runs none, where one of them could never run or the engine holds other rows (drive it
+        by submit and step then). After an EngineError the engine is empty.
+        """
+        if held := self.waiting + self.active:
+            raise RequestError(f"generate() needs an idle engine, this one holds {held} rows: use submit() and step()")
+        for request in requests:
+            self.check_request(request)
+        keys = Counter(request.key for request in requests)
+        if doubled := next((key for key, count in keys.items() if count > 1), None):
+            raise RequestError(f"request key {doubled!r} is given {keys[doubled]} times: keys must be unique")
+        now = self._clock()
+        done: dict[str, Completion] = {}
+        try:
+            for request in sorted(requests, key=lambda request: -len(request.prompt_ids)):
+                self.scheduler.submit(request, now)
+            while self.waiting or self.active:
+                done |= {completion.key: completion for completion in self.step()}
+        finally:
+            self.scheduler.clear()  # of what an error left
+            self._finished.clear()
+        return [done[request.key] for request in requests]
+
+    def step(self) -> list[Completion]:
+        """A turn of every lane -> the rows that ended since the last call.
+
+        Raises EngineError where a forward failed: it names the rows that are lost and holds the completions so far.
+        All others go on with the next call. Where memory runs out, half as many rows go on; later, as many as before.
+        """
+        self._calm += 1
+        if self._calm == CALM_STEPS:
+            self._calm = 0
+            self.scheduler.double()
+        for lane in self.scheduler.lanes:
+            overlapping = self._overlap_rows is not None and lane.rows >= self._overlap_rows and not lane.ar_rows
+            if not overlapping:
+                self._collect(lane)
+            self._admit()
+            extended = self._launch_context(lane, overlapping)
+            self._launch_denoiser(lane, extended)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def check(self) -> None:
+        """Integrity of slots, pages, lanes and keys. Raises AssertionError."""
+        self.scheduler.check({row for under in self._under_way for row in under.rows if isinstance(row, ActiveRow)})
+
+    # -- launching ---------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        rows = self.scheduler.admit(self._clock())
+        self._try("admission", rows, lambda: self.backend.enter(rows))
+
+    def _launch_context(self, lane: Lane, overlapping: bool) -> list[ActiveRow]:
+        """Sends pieces of prompts and the lane's finished blocks to the context -> the rows of these blocks.
+
+        overlapping: what was launched before is collected after that.
+        """
+        due = lane.due(self._extend_every) or self.scheduler.many_prompts_wait
+        if due and (waiting := lane.ar_extending()):  # first of all: where it fails, nothing was taken out of its place
+            self._begin(lane, waiting, self._tokens_a_turn(lane, waiting))
+        pieces = self.scheduler.prefill_batch() if due else []
+        extend = lane.take_extending() if due else []
+        fill = [row for row in extend if row.mode == "ar"] if lane.ar_rows else []
+        # a one-token prompt in an AR mode has no tokens to prefill
+        batch = [(item, count) for item, count in (*pieces, *((row, len(row.pending)) for row in extend)) if count]
+        items, reading = [item for item, _ in batch], {item for item, _ in pieces}
+        sent = bool(batch) and self._send(lane, "context", items, lambda: self.backend.extend(batch, fill), reading)
+        if sent or not batch:
+            self.scheduler.prefilled(pieces)
+        if overlapping:
+            self._collect(lane, self._under_way[-1] if sent else None)
+        return extend
+
+    def _launch_denoiser(self, lane: Lane, extended: list[ActiveRow]) -> None:
+        self._begin(lane, lane.take_fresh(extended))
+        if rows := list(lane.filling):
+            self._send(lane, "denoise", rows, lambda: self.backend.denoise(rows))
+
+    def _tokens_a_turn(self, lane: Lane, rows: Sequence[ActiveRow]) -> int:
+        """How many tokens these rows in AR mode make now: one where others wait for that, or pages are few."""
+        ahead = self._ar_tokens
+        if ahead > 1 and (lane.rows > lane.ar_rows or self.scheduler.many_prompts_wait):
+            return 1
+        reserve = self.scheduler.allocator.reserve_more
+        return ahead if ahead > 1 and all(reserve(row.slot, min(ahead, row.room)) for row in rows) else 1
+
+    def _begin(self, lane: Lane, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
+        for row in rows:
+            if row.until is not lane.clock:  # it did not go on at once
+                row.rejoin(lane.clock)
+        if rows:
+            self._try("begin", rows, lambda: self.backend.begin(rows, ar_tokens))
+
+    def _send(
+        self,
+        lane: Lane,
+        kind: Kind,
+        rows: Sequence[ActiveRow | Prefix],
+        launch: Callable[[], H],
+        reading: Collection[ActiveRow | Prefix] = (),
+    ) -> bool:
+        """Launches a forward; False where that failed and its rows were put back to the queue."""
+        handle = self._try(kind, rows, launch)
+        if handle is not None:
+            self._under_way.append(_Under(lane, kind, rows, handle, self._halvings, reading))
+        return handle is not None
+
+    def _try(self, what: str, rows: Sequence[ActiveRow | Prefix], call: Callable[[], T]) -> T | None:
+        """What the backend says; None where it failed and the rows were put back to the queue."""
+        try:
+            return call()
+        except BaseException as error:  # whatever a device raises, no row may stay half-computed
+            self._fail(what, rows, error, self._halvings)
+        return None
+
+    # -- collecting --------------------------------------------------------------------------------------------------
+
+    def _collect(self, lane: Lane, newest: _Under[H] | None = None) -> None:
+        """Takes in what the lane's forwards predicted, but for `newest`, and before that all launched earlier.
+
+        Earlier ones of other lanes are there only after a step that an error ended; what they say comes first.
+        """
+        while any(under.lane is lane and under is not newest for under in self._under_way):
+            self._take_in(self._under_way.popleft())
+
+    def _take_in(self, under: _Under[H]) -> None:
+        try:
+            seen = self.backend.collect(under.handle)
+        except BaseException as error:
+            self._fail(under.kind, under.rows, error, under.halvings)
+            return
+        self._share(under)
+        wrong: list[tuple[ActiveRow, Exception]] = []
+        for block in seen:
+            if not block.row.ended:  # its room may have been another row's need a moment ago
+                try:
+                    self._look_at(block)
+                except Exception as error:  # a tokenizer may raise anything; the other rows are well
+                    wrong.append((block.row, error))
+                except BaseException as error:
+                    self._fail(under.kind, under.rows, error, under.halvings)
+        if wrong:
+            self._fail("end", [row for row, _ in wrong], wrong[0][1], under.halvings)
+
+    def _share(self, under: _Under[H]) -> None:
+        """Notes the time of a forward in its rows; that of denoiser forwards in the lane, once for all of them."""
+        seconds = under.handle.seconds
+        if under.kind == "denoise":
+            forwards, rows, so_far = under.lane.clock
+            under.lane.clock = forwards + 1, rows + len(under.rows), so_far + seconds
+            return
+        for row in under.rows:
+            if isinstance(row, Prefix):
+                continue
+            if row in under.reading:
+                row.prefill_s += seconds
+            else:
+                row.commit_s += seconds
+                row.shared_rows += len(under.rows)
+                row.shared_forwards += 1
+
+    def _look_at(self, block: BlockReport) -> None:
+        """Ends the row, or sends its full block on to the context."""
+        row, ready, complete, may_end, broken, steps, tokens, confidences = block
+        if ready < len(tokens):
+            tokens, confidences = tokens[:ready], confidences[:ready]
+        end: End | None = None
+        if may_end:
+            so_far = row.tokens + tokens
+            end = find_end(so_far, row.request.params, self._decode, row.checked)
+            row.checked = len(so_far)
+        if not (complete or broken or end):
+            return
+        row.forwards += steps
+        if row.mode == "diffusion":
+            row.steps.append(steps)
+        if end is not None:
+            self._end(row, confidences, end.reason, end.token_ids, end.text)
+        elif broken:
+            kept = row.tokens + tokens if row.mode == "ar" else row.tokens  # half a block is no text
+            self._end(row, confidences, "error", kept, None, _not_finite(len(kept)))
+        else:
+            self._go_on(row, tokens, confidences)
+
+    def _go_on(self, row: ActiveRow, tokens: list[int], confidences: list[float]) -> None:
+        """Takes a full block in and sends it on to the context."""
+        lane = row.lane
+        assert lane is not None
+        # mock-AR keeps its newest token out of the context, as the input of its next forward
+        pending = [row.last_token] if row.mode == "mock_ar" else tokens[-1:] if row.mode == "ar" else tokens
+        row.tokens += tokens
+        row.confidences += confidences
+        row.checked = len(row.tokens)
+        row.until = lane.clock
+        lane.block_done(row, pending)
+        self.scheduler.make_room(row)
+
+    def _end(
+        self,
+        row: ActiveRow,
+        confidences: list[float],
+        reason: FinishReason,
+        ids: list[int],
+        text: str | None,
+        error: str | None = None,
+    ) -> None:
+        if row.lane is not None and row.mode != "ar":
+            row.until = row.lane.clock
+            row.rejoin(row.until)
+        completion = row.completion(reason, ids, text, error, confidences, self._clock())
+        self.scheduler.remove(row)
+        self._finished.append(completion)
+
+    def _fail(self, what: str, rows: Sequence[ActiveRow | Prefix], error: BaseException, halvings: int) -> None:
+        """Takes the rows out and raises; where memory ran out, they go back to the queue under half the limits.
+
+        Limits are halved once for all forwards that were under way together. Nothing is raised where all the rows had
+        ended already.
+        """
+        lost = [row for row in rows if isinstance(row, ActiveRow) and not row.ended]
+        prefixes = [item for item in rows if isinstance(item, Prefix) and self.scheduler.knows(item)]
+        for prefix in prefixes:
+            lost += [row for row in self.scheduler.running.values() if row.prefix is prefix]
+        again = bool(lost) and isinstance(error, Exception) and self.backend.out_of_memory(error)
+        if again and halvings == self._halvings:
+            again = self.scheduler.halve()
+            self._halvings += again
+            self._calm = 0
+        for row in lost:
+            (self.scheduler.requeue if again else self.scheduler.remove)(row)
+        for prefix in prefixes:
+            self.scheduler.drop_prefix(prefix)
+        if not isinstance(error, Exception):
+            raise error
+        if again or not lost:
+            return
+        finished, self._finished = tuple(self._finished), []
+        text = f"{what} of {len(rows)} rows failed: {type(error).__name__}: {error}"
+        raise EngineError(text, tuple(row.request.key for row in lost), finished) from error
+
+
+def _not_finite(tokens: int) -> str:
+    return (
+        f"the model's logits were not finite after {tokens} tokens: "
+        "the kernels or the checkpoint are wrong, or the prompt breaks them"
+    )

@@ -1,0 +1,180 @@
+"""What the loop needs computed, computed: the model's forwards over the context cache, and what they predict.
+
+All that a forward needs from the host is known when it is launched and goes to the device inside its parts, behind the
+work that is there already; what the host needs to know comes back in one piece (model.runtime.transfer). So nothing
+waits for the device but `collect`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from traceback import clear_frames
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.engine.backend import Batch, BlockReport
+from model.engine.denoising import DenoisingState, Filling, Targets
+from model.engine.sequence import ActiveRow
+from model.engine.unmasking import commit, commit_in_order
+from model.network.context_cache import ContextCache
+from model.network.sampling import choose
+from model.network.tower import Tower
+from model.network.two_tower import TwoTower
+from model.runtime.device_errors import out_of_memory
+from model.runtime.ragged_batch import RaggedBatch
+from model.runtime.stages import Flight, Part, Stages
+from model.runtime.transfer import Array, send, to_device, to_host
+
+if TYPE_CHECKING:
+    from model.engine.cuda_graphs import Graphs
+
+
+class Handle(NamedTuple):
+    """A forward under way and the blocks that it fills, if any."""
+
+    flight: Flight
+    filling: Filling | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What it took, from stage to stage."""
+        return self.flight.seconds
+
+
+class _Step(NamedTuple):
+    """A forward that predicts: its last stage's part, and what it predicts of which tokens."""
+
+    part: Part
+    targets: Targets
+    again: Array | None = None
+    """Which of its predictions are the next step's tokens; None for all."""
+
+
+class ModelRunner:
+    """The real Backend of model.engine.loop."""
+
+    def __init__(self, pair: TwoTower, cache: ContextCache, *, trace: bool = False) -> None:
+        self.pair, self.cache, self.trace = pair, cache, trace
+        self.table = DenoisingState(cache.allocator.slots, pair.config.mask_token_id)
+        self.stages = Stages([stage.device for stage in pair.stages])
+        self.graphs = _graphs(pair, cache)
+
+    def add_slots(self, count: int) -> None:
+        """See Backend."""
+        self.table.add_slots(count)
+        self.cache.add_slots(count)
+        if self.graphs is not None:  # they know where the states were
+            self.graphs.clear()
+
+    def enter(self, rows: Sequence[ActiveRow]) -> None:
+        """See Backend."""
+        for row in rows:
+            self.table.enter(row)
+
+    def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
+        """See Backend."""
+        self.table.begin(rows, ar_tokens)
+
+    def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Handle:
+        """See Backend."""
+        lengths = [count for _, count in batch]
+        rows = self.cache.rows([item.slot for item, _ in batch], lengths)
+        pending = chain.from_iterable(item.pending[:count] for item, count in batch)
+        tokens = torch.from_numpy(np.fromiter(pending, np.int64, sum(lengths)))
+        parts = self._extend_parts(rows)
+        self.cache.grow(rows)
+        filling = self.table.take(fill) if fill else None
+        if filling is not None:
+            last = np.cumsum(lengths)[-len(fill) :] - 1
+            parts[-1:] = [self._ar_part(parts[-1], filling, last)]
+        return Handle(self.stages.launch(parts, tokens), filling)
+
+    def _extend_parts(self, rows: RaggedBatch) -> list[Part]:
+        return self.graphs.extend_parts(rows) if self.graphs else self.pair.extend_parts(self.cache, rows)
+
+    def _denoise_parts(self, rows: RaggedBatch, t: Tensor) -> list[Part]:
+        return self.graphs.denoise_parts(rows, t) if self.graphs else self.pair.denoise_parts(self.cache, rows, t)
+
+    def _ar_part(self, part: Part, filling: Filling, last: Array) -> Part:
+        """`part`, going on to what follows tokens `last` (R,), and then to what follows that, to the blocks' ends."""
+        which = np.arange(len(last))
+        first = _Step(part, self.table.targets(filling, which, np.zeros_like(which), last), _unless_all(filling, 1))
+        return partial(self._predict, self.pair.context, filling, chain([first], self._ar_steps(filling)))
+
+    def _ar_steps(self, filling: Filling) -> Iterator[_Step]:
+        """The forwards behind the first, made while the device has the one before. There is one stage, whose parts run
+        where they are launched."""
+        for position in range(1, filling.masked.shape[1]):
+            which = np.flatnonzero(filling.sizes > position)
+            rows = self.cache.rows(filling.slots[which].tolist(), [1] * len(which))
+            (part,) = self._extend_parts(rows)
+            self.cache.grow(rows)
+            targets = self.table.targets(filling, which, np.full_like(which, position), np.arange(len(which)))
+            yield _Step(part, targets, _unless_all(filling, position + 1))
+
+    def denoise(self, rows: Sequence[ActiveRow]) -> Handle:
+        """See Backend."""
+        filling = self.table.take(rows)
+        tokens, t = self.table.inputs(filling)
+        sizes = filling.sizes.tolist()
+        if self.trace:
+            for row, block in zip(rows, np.split(tokens, np.cumsum(sizes)[:-1]), strict=True):
+                row.trace.append(tuple(block.tolist()))
+        batch = self.cache.rows(filling.slots.tolist(), sizes)
+        parts = self._denoise_parts(batch, torch.from_numpy(t))
+        which, position = np.nonzero(filling.masked)
+        starts = np.cumsum(filling.sizes) - filling.sizes
+        targets = self.table.targets(filling, which, position, starts[which] + position)
+        assert self.pair.denoiser is not None
+        parts[-1:] = [partial(self._predict, self.pair.denoiser, filling, [_Step(parts[-1], targets)])]
+        return Handle(self.stages.launch(parts, torch.from_numpy(tokens)), filling)
+
+    def _predict(self, tower: Tower, filling: Filling, steps: Iterable[_Step], x: Tensor) -> Tensor:
+        """Runs the steps, each on what the one before predicts -> what is committed, on its way to the host."""
+        config, device = self.pair.config, tower.devices[-1]
+        places, predicted = list[Array](), list[tuple[Tensor, Tensor]]()
+        for step in steps:
+            hidden = step.part(x)
+            token, suppress, draws = step.targets.on(device)
+            head = tower.head_on(hidden.index_select(0, token))
+            tokens, confidence = choose(head, len(token), config.vocab_size, suppress, config.mask_token_id, draws)
+            places.append(step.targets.place)
+            predicted.append((tokens, confidence))
+            x = tokens if step.again is None else tokens.index_select(0, to_device(step.again, device))
+        tokens, confidence = (torch.cat(some) for some in zip(*predicted, strict=True))
+        rows, width = filling.masked.shape
+        if tower.causal:
+            (place,) = send(device, np.concatenate(places))
+            return to_host(commit_in_order(place, tokens, confidence, rows, width))
+        place, threshold, left = send(device, *places, filling.threshold.astype(float), filling.steps_left)
+        return to_host(commit(place, tokens, confidence, threshold.float(), left, width))
+
+    def collect(self, handle: Handle) -> list[BlockReport]:
+        """See Backend."""
+        predicted = handle.flight.result()
+        return [] if handle.filling is None else self.table.fill(handle.filling, predicted)
+
+    def out_of_memory(self, error: BaseException) -> bool:
+        """See Backend."""
+        if not isinstance(error, torch.OutOfMemoryError) and not out_of_memory(error):
+            return False
+        clear_frames(error.__traceback__)  # which hold what the forward had made so far
+        torch.cuda.empty_cache()
+        return True
+
+
+def _graphs(pair: TwoTower, cache: ContextCache) -> "Graphs | None":
+    if pair.stages[0].device.type != "cuda":
+        return None
+    from model.engine.cuda_graphs import Graphs  # needs Triton
+
+    return Graphs(pair, cache)
+
+
+def _unless_all(filling: Filling, tokens: int) -> Array | None:
+    """Which of the rows that make so many tokens make one more; None for all."""
+    sizes = filling.sizes[filling.sizes >= tokens]
+    return None if (sizes > tokens).all() else np.flatnonzero(sizes > tokens)

@@ -1,0 +1,71 @@
+"""Where a row ends: EOS, a stop string, or its token limit, whichever comes first. Free of torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from model.requests import GenerationParams
+
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a row ended."""
+
+    reason: Literal["stop", "length"]
+    token_ids: list[int]
+    """Up to and including the EOS or the token that completed the stop string."""
+    text: str | None
+    """Ends before the EOS or the stop string; None without a tokenizer."""
+
+
+def find_end(tokens: Sequence[int], params: GenerationParams, decode: Decode | None, checked: int = 0) -> End | None:
+    """The end of a row that has committed `tokens` so far with nothing masked before or among them, or None.
+
+    checked: how many of the tokens are known not to end the row. decode: None where the checkpoint has no tokenizer;
+    then `params.stop` must be empty.
+    """
+    eos = next((i for i in range(checked, len(tokens)) if tokens[i] in params.eos_ids), None)
+    limit = len(tokens) if eos is None else eos
+    limit = min(limit, params.max_new_tokens)
+    ended_by_eos = eos is not None and eos < params.max_new_tokens
+    if params.stop and decode and _may_stop(tokens[:limit], params.stop, decode, checked):
+        stopped = _find_stop(tokens[:limit], params.stop, decode)
+        if stopped is not None:
+            return stopped
+    if not ended_by_eos and limit < params.max_new_tokens:
+        return None
+    text = decode(tokens[:limit]) if decode else None
+    kept = limit + 1 if ended_by_eos else limit
+    return End("stop" if ended_by_eos else "length", list(tokens[:kept]), text)
+
+
+def _may_stop(tokens: Sequence[int], stops: Sequence[str], decode: Decode, checked: int) -> bool:
+    """Whether a stop string may end behind the first `checked` tokens: looks at the tail alone, not at a whole text.
+
+    The tail begins so far back that its old part is longer than any stop string. A letter cut at its beginning can show
+    as up to three replacement characters.
+    """
+    longest = max(map(len, stops)) + 3
+    back = longest
+    while back < checked and len(decode(tokens[checked - back : checked])) < longest:
+        back *= 2  # tokens without text of their own: special ones, parts of a letter
+    tail = decode(tokens[max(0, checked - back) :])
+    return any(stop in tail for stop in stops)
+
+
+def _find_stop(tokens: Sequence[int], stops: Sequence[str], decode: Decode) -> End | None:
+    """The earliest stop string in the text of `tokens`, with the fewest tokens whose text holds it."""
+    text = decode(tokens)
+    if not any(stop in text for stop in stops):
+        return None
+    low, high = 1, len(tokens)  # the text of the first `high` tokens holds a stop string
+    while low < high:
+        middle = (low + high) // 2
+        if any(stop in decode(tokens[:middle]) for stop in stops):
+            high = middle
+        else:
+            low = middle + 1
+    text = decode(tokens[:high])
+    return End("stop", list(tokens[:high]), text[: min(text.find(stop) for stop in stops if stop in text)])

@@ -1,0 +1,102 @@
+"""How the plain kernels cut the attention of a forward into pieces of equal shapes.
+
+A piece is some queries of one row over the first keys of that row. Its shapes follow from the row alone: queries are
+cut every page from the forward's first token, their number is padded to a power of two, and the keys to whole pages.
+So a piece is the same product, and has the same bits, in whatever company and however the prompt before it was cut at
+whole pages; and pieces of the same shapes are computed together.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.kernels.triton.attention_plan import PageTables, expand, power_of_two
+from model.runtime.ragged_batch import RaggedBatch
+from model.runtime.transfer import Array, to_device
+
+MIN_QUERIES = 4  # with fewer, the order in which torch sums depends on the number of threads
+MAX_GATHERED = 2**15  # keys copied at once: bounds the memory of a forward
+QUERIES = 256  # of a piece on an accelerator, where nothing promises equal bits and small products are slow
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """B pieces of W queries over T keys, as index tensors."""
+
+    table: Tensor  # (B * T / page size,) pages
+    own: Tensor  # (Z,) into B * T: the keys that do not come from pages, but from the forward's tokens
+    token: Tensor  # (Z,) into the N tokens: what stands there; behind the last visible key a copy of it
+    query: Tensor  # (B * W,) into the N tokens; padding repeats the last
+    visible: Tensor  # (B, W), or (B, 1) for all queries: each sees so many of the first keys
+    seen: int  # all queries see so many
+    real: Tensor | None  # (Y,) into B * W: what is no padding; None where all are real
+    target: Tensor  # (Y,) into the N tokens: the queries that are real
+
+
+def place_tokens(rows: RaggedBatch, page_size: int) -> Tensor:
+    """(N,) on the host: where each token's key lies among pages * page_size places."""
+    pages = PageTables(rows.pages)
+    row, ordinal = expand(np.array(rows.lengths, dtype=np.int64))
+    page, place = np.divmod(np.array(rows.context, dtype=np.int64)[row] + ordinal, page_size)
+    assert (page < pages.sizes[row]).all(), "a row has fewer pages than its tokens need"
+    return torch.from_numpy(pages.flat[pages.begin[row] + page].astype(np.int64) * page_size + place)
+
+
+def plan_pieces(rows: RaggedBatch, page_size: int, device: torch.device, *, causal: bool, stored: bool) -> list[Pieces]:
+    """All pieces of a forward, those of equal shapes together.
+
+    causal: a query sees no later token. stored: the rows' own tokens stand in their pages already.
+    """
+    size = page_size if device.type == "cpu" else max(page_size, QUERIES)
+    lengths, context = (np.array(column, dtype=np.int64) for column in (rows.lengths, rows.context))
+    step = np.full_like(lengths, size) if causal else lengths
+    row, ordinal = expand(-(-lengths // step))  # for every piece
+    start = (lengths.cumsum() - lengths)[row]
+    first = start + ordinal * step[row]
+    last = np.minimum(first + step[row], start + lengths[row])  # one behind it
+    keys = context[row] + last - start  # the last query sees so many
+    alike = defaultdict[tuple[int, int], list[int]](list)
+    for piece, (queries, seen) in enumerate(zip((last - first).tolist(), keys.tolist(), strict=True)):
+        alike[power_of_two(max(MIN_QUERIES, queries)), -(-seen // page_size)].append(piece)
+    columns, tables = np.stack([start, first, last, context[row], keys]), PageTables(rows.pages)
+    plans = []
+    for (width, pages), pieces in alike.items():
+        most = max(1, MAX_GATHERED // (pages * page_size))
+        for begin in range(0, len(pieces), most):
+            some = pieces[begin : begin + most]
+            table = tables.first(row[some], pages)
+            plans.append(_plan(columns[:, some, None], width, page_size, table, device, causal=causal, stored=stored))
+    return plans
+
+
+def _plan(
+    columns: Array, width: int, page_size: int, table: Array, device: torch.device, *, causal: bool, stored: bool
+) -> Pieces:
+    """columns (5, B, 1): start of the row, first and last query, context, keys. table (B, T / page_size)."""
+    start, first, last, context, keys = columns
+    total = table.shape[1] * page_size
+    begin = keys if stored else context
+    own = np.arange(begin.min(), total)  # candidates
+    inside = own >= begin  # (B, …)
+    offset = np.arange(width)
+    query = np.minimum(first + offset, last - 1)
+    real = first + offset < last
+    visible = query - start + context + 1 if causal else keys
+    own_of, token_of = own + np.arange(len(table))[:, None] * total, start + np.minimum(own, keys - 1) - context
+
+    def sent(x: Array) -> Tensor:
+        return to_device(x, device)
+
+    return Pieces(
+        table=sent(table.ravel()),
+        own=sent(own_of[inside]),
+        token=sent(token_of[inside]),
+        query=sent(query.ravel()),
+        visible=sent(visible),
+        seen=int(visible.min()),
+        real=None if real.all() else sent(np.flatnonzero(real)),
+        target=sent(query[real]),
+    )

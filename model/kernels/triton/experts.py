@@ -1,0 +1,311 @@
+"""Experts on a GPU: (token, choice) pairs in the order of their experts, two grouped products, a weighted sum.
+
+Nothing here waits for the device, and shapes depend on the number of tokens alone, so all of it can be captured in a
+CUDA graph. No atomics: the same input gives the same bits.
+
+The products are torch.nn.functional.grouped_mm where it is fast, and otherwise the kernel below, which gathers its
+input rows and squares inside the product. What grouped_mm demands (ATen/native/GroupedMMUtils.h, cuda/GroupedBlas.cpp
+and cuda/GroupMM.cu of torch 2.11 to 2.13; its documentation):
+- bfloat16 in and out, on compute capability 9.0 or 10.0. Anything else, such as float32, it computes in a loop over
+  experts after copying the offsets to the host: slow, and impossible under capture;
+- addresses and strides that are multiples of 16 bytes: H and F are multiples of 8 (the CPU asks for it up to 2.12);
+- fewer than 1024 experts; offsets int32, where each expert's rows end. Experts without rows are allowed.
+
+The floor is reading each chosen expert's weights once, 20 MB an expert at released size. 16 tokens choose 69 of 128
+experts on average if all are equally likely: 1.4 GB a layer, 0.29 ms at 4.8 TB/s. Each expert then has one or two rows
+in a tile of 64, which costs nothing: up to about 200 rows an expert (990 TFLOP/s over 4.8 TB/s, as of an H200) reading
+takes longer than computing.
+
+Legend: N tokens, K choices of each, P = N K pairs, E experts, H hidden size, F expert width.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SORT_BLOCK = 1024
+SUM_BLOCK = 1024
+PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 64, 64, 32
+
+
+def grouped_experts(x: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """`model.kernels.protocol.Kernels.experts`: x (N, H), choice (N, K), weight (N, K) float32, up (E, F, H), down (E,
+    H, F).
+
+    Ids in `choice` must be of experts that there are. The sum over a token's choices is in float32.
+    """
+    if not len(x):
+        return torch.empty_like(x)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, not on its arguments'
+        ends, place, token = by_expert(choice, len(up))
+        if grouped_mm_is_fast(x, up):
+            hidden = F.grouped_mm(x.index_select(0, token), up.transpose(-1, -2), offs=ends)
+            outputs = F.grouped_mm(squared_relu_(hidden), down.transpose(-1, -2), offs=ends)
+        else:
+            hidden = grouped_product(x, up, ends, len(token), rows=token, squared=True)
+            outputs = grouped_product(hidden, down, ends, len(token))
+        return weighted_sum(outputs, place, weight)
+
+
+def grouped_mm_is_fast(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped product takes x (N, H) and weight (E, F, H), and without waiting for the device."""
+    if x.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape[1:]) or len(weight) >= 1024:
+        return False
+    return x.device.type == "cpu" or torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0))
+
+
+def by_expert(choice: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """choice (N, K) int64 -> where each expert's pairs end (E,), the place of each pair (P,), the token at each (P,).
+
+    A stable counting sort in one kernel, int32. torch.bincount would wait for the device (pytorch issue 192343), and
+    torch.sort takes several passes.
+    """
+    ends = torch.empty(experts, dtype=torch.int32, device=choice.device)
+    place, token = torch.empty(2, choice.numel(), dtype=torch.int32, device=choice.device)
+    pairs, per_token = choice.numel(), choice.shape[1]
+    _by_expert_kernel[(experts,)](choice.contiguous(), ends, place, token, pairs, per_token, BLOCK=SORT_BLOCK)
+    return ends, place, token
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def _by_expert_kernel(
+    choice: tl.tensor,
+    ends: tl.tensor,
+    place: tl.tensor,
+    token: tl.tensor,
+    pairs: int,
+    per_token: int,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program an expert: it counts the pairs of those before it, then gives its own their places."""
+    expert = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    before = tl.zeros((BLOCK,), tl.int32)
+    mine = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, pairs, BLOCK):
+        pair = start + lane
+        chosen = tl.load(choice + pair, mask=pair < pairs, other=2**31 - 1).to(tl.int32)
+        before += (chosen < expert).to(tl.int32)
+        mine += (chosen == expert).to(tl.int32)
+    begin = tl.sum(before, 0)
+    tl.store(ends + expert, begin + tl.sum(mine, 0))
+    for start in range(0, pairs, BLOCK):
+        pair = start + lane
+        hit = tl.load(choice + pair, mask=pair < pairs, other=2**31 - 1).to(tl.int32) == expert
+        at = begin + tl.cumsum(hit.to(tl.int32), 0) - 1
+        tl.store(place + pair, at, mask=hit)
+        tl.store(token + at, pair // per_token, mask=hit)
+        begin += tl.sum(hit.to(tl.int32), 0)
+
+
+def squared_relu_(x: Tensor) -> Tensor:
+    """relu(x)^2 in place, in one pass; x contiguous."""
+    assert x.is_contiguous()
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _squared_relu_kernel[(triton.cdiv(x.numel(), SUM_BLOCK),)](x, x.numel(), BLOCK=SUM_BLOCK)
+    return x
+
+
+@triton.jit
+def _squared_relu_kernel(x: tl.tensor, count: int, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, mask=at < count, other=0).to(tl.float32)
+    value = tl.where(value < 0, 0.0, value)  # a NaN stays
+    tl.store(x + at, (value * value).to(x.dtype.element_ty), mask=at < count)
+
+
+def weighted_sum(outputs: Tensor, place: Tensor, weight: Tensor) -> Tensor:
+    """outputs (P, H) by expert, place (P,) of each pair there, weight (N, K) float32 -> (N, H) in outputs' dtype."""
+    (tokens, per_token), size = weight.shape, outputs.shape[1]
+    out = outputs.new_empty(tokens, size)
+    block = min(SUM_BLOCK, triton.next_power_of_2(size))
+    _weighted_sum_kernel[(tokens, triton.cdiv(size, block))](
+        outputs, place, weight.contiguous(), out, size, PER_TOKEN=per_token, BLOCK=block
+    )
+    return out
+
+
+@triton.jit
+def _weighted_sum_kernel(
+    outputs: tl.tensor,
+    place: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    size: int,
+    PER_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(PER_TOKEN):
+        row = tl.load(place + token * PER_TOKEN + k).to(tl.int64)
+        value = tl.load(outputs + row * size + column, mask=column < size, other=0).to(tl.float32)
+        total += tl.load(weight + token * PER_TOKEN + k) * value
+    tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=column < size)
+
+
+def grouped_product(
+    x: Tensor, weight: Tensor, ends: Tensor, pairs: int, *, rows: Tensor | None = None, squared: bool = False
+) -> Tensor:
+    """x (P, in), its rows by expert, or x (N, in) and the row of each pair (P,); weight (E, out, in) -> (P, out).
+
+    ends (E,) int32: where each expert's pairs end. squared: relu(.)^2 of the product, after rounding to x's dtype as
+    the plain kernels do. float32 is multiplied as float32, not as TensorFloat-32.
+    """
+    (experts, size_out, size_in), x = weight.shape, x.contiguous()
+    out = x.new_empty(pairs, size_out)
+    tiles = pairs // PRODUCT_ROWS + min(experts, pairs)  # at most; the rest of the programs has nothing to do
+    block = {
+        "ROWS": min(PRODUCT_ROWS, max(16, triton.next_power_of_2(pairs))),
+        "COLUMNS": min(PRODUCT_COLUMNS, max(16, triton.next_power_of_2(size_out))),
+        "DEPTH": min(PRODUCT_DEPTH, max(16, triton.next_power_of_2(size_in))),
+    }
+    _grouped_product_kernel[(tiles, triton.cdiv(size_out, block["COLUMNS"]))](
+        x,
+        x if rows is None else rows,
+        weight.contiguous(),
+        ends,
+        out,
+        size_out,
+        size_in,
+        experts,
+        GATHER=rows is not None,
+        SQUARED=squared,
+        WIDE=triton.knobs.runtime.interpret,  # the interpreter would multiply the bits of bfloat16 as integers
+        EXPERTS=triton.next_power_of_2(experts),
+        **block,
+    )
+    return out
+
+
+@triton.jit
+def _grouped_product_kernel(
+    x: tl.tensor,
+    rows: tl.tensor,
+    weight: tl.tensor,
+    ends: tl.tensor,
+    out: tl.tensor,
+    size_out: int,
+    size_in: int,
+    experts: int,
+    GATHER: tl.constexpr,
+    SQUARED: tl.constexpr,
+    WIDE: tl.constexpr,
+    EXPERTS: tl.constexpr,  # a power of two, at least `experts`
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """One program a tile: ROWS pairs of one expert by COLUMNS outputs. Which expert, it reads off the ends."""
+    tile = tl.program_id(0)
+    lane = tl.arange(0, EXPERTS)
+    end = tl.load(ends + lane, mask=lane < experts, other=0)
+    begin = tl.load(ends + lane - 1, mask=(lane > 0) & (lane < experts), other=0)
+    tiles = tl.where(lane < experts, (end - begin + ROWS - 1) // ROWS, 0)
+    tiles_end = tl.cumsum(tiles, 0)
+    if tile >= tl.sum(tiles, 0):
+        return
+    expert = tl.sum((tiles_end <= tile).to(tl.int32), 0)
+    first = tl.sum(tl.where(lane == expert, begin + (tile - tiles_end + tiles) * ROWS, 0), 0)
+    stop = tl.sum(tl.where(lane == expert, end, 0), 0)
+
+    pair = first + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    source = pair.to(tl.int64)
+    if GATHER:
+        source = tl.load(rows + pair, mask=pair < stop, other=0).to(tl.int64)
+    output = expert.to(tl.int64) * size_out + column
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, size_in, DEPTH):
+        inside = start + depth < size_in
+        a = tl.load(
+            x + source[:, None] * size_in + (start + depth)[None, :],
+            mask=(pair < stop)[:, None] & inside[None, :],
+            other=0,
+        )
+        b = tl.load(
+            weight + output[None, :] * size_in + (start + depth)[:, None],
+            mask=(column < size_out)[None, :] & inside[:, None],
+            other=0,
+        )
+        if WIDE:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    result = total.to(out.dtype.element_ty)
+    if SQUARED:
+        value = result.to(tl.float32)
+        value = tl.where(value < 0, 0.0, value)
+        result = (value * value).to(out.dtype.element_ty)
+    place = out + pair.to(tl.int64)[:, None] * size_out + column[None, :]
+    tl.store(place, result, mask=(pair < stop)[:, None] & (column < size_out)[None, :])
+
+
+def choose_experts(
+    logits: Tensor, bias: Tensor, per_token: int, scale: float, *, normalise: bool
+) -> tuple[Tensor, Tensor]:
+    """The router's choice in one kernel: logits (N, E) float64, bias (E,) -> experts (N, K) int64, weights (N, K).
+
+    As `model.network.layers.moe.Router`; of equal scores the first expert. Whatever the logits are, NaN too, ids are of
+    experts that there are.
+    """
+    tokens, experts = logits.shape
+    choice = torch.empty(tokens, per_token, dtype=torch.int64, device=logits.device)
+    weight = torch.empty(tokens, per_token, dtype=torch.float32, device=logits.device)
+    if not tokens:
+        return choice, weight
+    with torch.cuda.device_of(logits):
+        _choose_experts_kernel[(tokens,)](
+            logits.contiguous(),
+            bias,
+            choice,
+            weight,
+            experts,
+            SCALE=scale,
+            NORMALISE=normalise,
+            PER_TOKEN=per_token,
+            CHOICES=triton.next_power_of_2(per_token),
+            EXPERTS=triton.next_power_of_2(experts),
+            num_warps=1,
+        )
+    return choice, weight
+
+
+@triton.jit
+def _choose_experts_kernel(
+    logits: tl.tensor,
+    bias: tl.tensor,
+    choice: tl.tensor,
+    weight: tl.tensor,
+    experts: int,
+    SCALE: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    CHOICES: tl.constexpr,  # a power of two, at least PER_TOKEN
+    EXPERTS: tl.constexpr,  # a power of two, at least `experts`
+) -> None:
+    """One program a token: the largest of score + bias, PER_TOKEN times."""
+    token = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, EXPERTS)
+    real = lane < experts
+    score = 1.0 / (1.0 + tl.exp(-tl.load(logits + token * experts + lane, mask=real, other=0)))
+    rank = score + tl.load(bias + lane, mask=real, other=0).to(tl.float64)
+    rank = tl.where(rank != rank, float("inf"), rank)  # as topk, which takes NaN for the largest
+    rank = tl.where(real, rank, float("-inf"))
+    slot = tl.arange(0, CHOICES)
+    chosen = tl.zeros((CHOICES,), tl.int32)
+    kept = tl.zeros((CHOICES,), tl.float64)
+    for k in tl.static_range(PER_TOKEN):
+        at = tl.min(tl.where(rank == tl.max(rank, 0), lane, EXPERTS), 0)
+        chosen = tl.where(slot == k, at, chosen)
+        kept = tl.where(slot == k, tl.sum(tl.where(lane == at, score, 0.0), 0), kept)
+        rank = tl.where(lane == at, float("-inf"), rank)
+    if NORMALISE:
+        kept = kept / (tl.sum(kept, 0) + 1e-20)
+    place = token * PER_TOKEN + slot
+    tl.store(choice + place, chosen.to(tl.int64), mask=slot < PER_TOKEN)
+    tl.store(weight + place, (kept * SCALE).to(tl.float32), mask=slot < PER_TOKEN)

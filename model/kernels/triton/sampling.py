@@ -1,0 +1,388 @@
+"""From logits to tokens on a GPU: the logits are held once, in the model's dtype, and read where they lie.
+
+A program for each row and slice of the vocabulary keeps sums of that slice, which is one tile of registers. A program a
+row then puts the slices together and, where the row is sampled, draws the slice and the token inside it. Rows with
+top_k or top_p are not sorted: the logit down to which ids are kept is found by bisection over what a float can be, in
+bfloat16 16 readings of the row, which come from the caches. Nothing waits for the device, and a row's sums are added up
+in an order that depends on the size of the vocabulary alone.
+
+Legend: M rows, C of them at a time, V ids of the vocabulary, S slices of BLOCK ids each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.kernels.logits import Choice, Draws, Logits, Parts
+
+SLICE = 4096
+"""Columns: 16 logits a thread, and 32 programs for a lone row of the released vocabulary."""
+LIMITS_BLOCK = 2048
+"""Columns read at once for top_k and top_p, 16 bytes a thread in bfloat16: twice as many take all registers."""
+WARPS = 8
+UNIFORM_ROWS = 128
+
+# what changes from step to step, or is cut out of one copy to the device, must not make variants of a kernel
+VARYING = ["begin", "mask_id", "count"]
+UNALIGNED = ["suppress", "temperature", "uniform", "top_k", "top_p", "counter", "key"]
+UNALIGNED += ["best", "at", "total", "mass", "tokens", "logit", "tops", "totals"]
+
+
+def choose_tokens(logits: Logits, draws: Draws | None, uniform: Tensor | None) -> Choice:
+    """`model.kernels.protocol.Kernels.choose_tokens`; as many rows at a time as the workspace holds logits of."""
+    count, vocab, device = logits.count, logits.vocab, logits.device
+    choice = Choice(torch.empty(count, dtype=torch.int64, device=device), *torch.empty(3, count, device=device))
+    step = logits.rows_at_once(vocab, logits.dtype.itemsize)
+    with torch.cuda.device_of(choice.tokens):  # Triton launches on the current device, not on its arguments'
+        for begin in range(0, count, step):
+            x = logits.head(slice(begin, min(begin + step, count)), slice(0, vocab))
+            assert x.is_contiguous()
+            parts = survey(x, begin, logits, draws.temperature if draws is not None and len(draws.free) else None)
+            _choose(x, begin, logits, parts, draws, uniform, choice)
+            if draws is not None and uniform is not None and len(draws.limited):
+                _draw_within_limits(x, begin, logits, draws, uniform, choice)
+            del x
+    return choice
+
+
+def survey(x: Tensor, begin: int, logits: Logits, temperature: Tensor | None) -> Parts:
+    """x (C, V), the logits of the rows from `begin` on -> the parts (C, S) of their slices.
+
+    temperature (M,): also the mass at it, which means nothing where it is 0.
+    """
+    block = _block(logits)
+    parts = Parts.empty(len(x), triton.cdiv(logits.vocab, block), x.device, mass=temperature is not None)
+    _survey_kernel[parts.best.shape](
+        x,
+        logits.suppress.view(torch.uint8),
+        parts.best if temperature is None else temperature,
+        parts.best,
+        parts.at,
+        parts.total,
+        parts.total if parts.mass is None else parts.mass,
+        begin,
+        logits.mask_id,
+        VOCAB=logits.vocab,
+        HEATED=temperature is not None,
+        BLOCK=block,
+        num_warps=WARPS,
+    )
+    return parts
+
+
+def _choose(
+    x: Tensor, begin: int, logits: Logits, parts: Parts, draws: Draws | None, uniform: Tensor | None, choice: Choice
+) -> None:
+    """Fills the choice of the rows from `begin` on: the likeliest, or where there is mass the token that is drawn."""
+    unused = parts.best
+    _choose_kernel[(len(x),)](
+        x,
+        logits.suppress.view(torch.uint8),
+        unused if draws is None else draws.temperature,
+        unused if uniform is None else uniform,
+        parts.best,
+        parts.at,
+        parts.total,
+        unused if parts.mass is None else parts.mass,
+        *choice,
+        begin,
+        logits.mask_id,
+        VOCAB=logits.vocab,
+        SLICES=parts.best.shape[1],
+        ALL_SLICES=triton.next_power_of_2(parts.best.shape[1]),
+        HEATED=parts.mass is not None,
+        BLOCK=_block(logits),
+        num_warps=WARPS,
+    )
+
+
+def _draw_within_limits(x: Tensor, begin: int, logits: Logits, draws: Draws, uniform: Tensor, choice: Choice) -> None:
+    """Overwrites the tokens of the rows with top_k or top_p among those from `begin` on."""
+    _limits_kernel[(len(x),)](
+        x,
+        logits.suppress.view(torch.uint8),
+        draws.temperature,
+        draws.top_k,
+        draws.top_p,
+        uniform,
+        choice.top,
+        choice.tokens,
+        choice.logit,
+        begin,
+        logits.mask_id,
+        VOCAB=logits.vocab,
+        BLOCK=min(LIMITS_BLOCK, _block(logits)),
+        num_warps=WARPS,
+    )
+
+
+def _block(logits: Logits) -> int:
+    return min(logits.width, int(triton.next_power_of_2(logits.vocab)))
+
+
+def uniforms(counter: Tensor, key: Tensor) -> Tensor:
+    """`model.kernels.protocol.Kernels.uniforms`."""
+    out = torch.empty(len(key), dtype=torch.float64, device=key.device)
+    if len(out):
+        with torch.cuda.device_of(out):
+            grid = (triton.cdiv(len(out), UNIFORM_ROWS),)
+            _uniforms_kernel[grid](counter.contiguous(), key.contiguous(), out, len(out), BLOCK=UNIFORM_ROWS)
+    return out
+
+
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
+def _uniforms_kernel(counter: tl.tensor, key: tl.tensor, out: tl.tensor, count: int, BLOCK: tl.constexpr) -> None:
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = row < count
+    block = tl.load(counter + row * 3, mask=real, other=0).to(tl.uint32)
+    step = tl.load(counter + row * 3 + 1, mask=real, other=0).to(tl.uint32)
+    position = tl.load(counter + row * 3 + 2, mask=real, other=0).to(tl.uint32)
+    low, high = tl.load(key + row * 2, mask=real, other=0), tl.load(key + row * 2 + 1, mask=real, other=0)
+    seed = (high << 32) | (low & 0xFFFFFFFF)
+    first, second, _, _ = tl.philox(seed, block, step, position, tl.zeros_like(position))
+    bits = (first.to(tl.int64) << 21) | (second.to(tl.int64) >> 11)
+    tl.store(out + row, bits.to(tl.float64) * 2.0**-53, mask=real)
+
+
+@triton.jit
+def _tile(x: tl.tensor, column: tl.tensor, hidden: tl.tensor, VOCAB: tl.constexpr) -> tl.tensor:
+    """Logits of a row in float32: -inf behind its end and at `hidden`, the suppressed mask id or -1."""
+    value = tl.load(x + column, mask=column < VOCAB, other=float("-inf")).to(tl.float32)
+    return tl.where(column == hidden, float("-inf"), value)
+
+
+@triton.jit
+def _weight(x: tl.tensor, base: tl.tensor, heat: tl.tensor) -> tl.tensor:
+    """exp((x - base) / heat), rounded as by the plain code: a tiny heat gives 0 or 1."""
+    return tl.exp(tl.div_rn(x - base, tl.zeros_like(x) + heat)).to(tl.float64)
+
+
+@triton.jit
+def _first_above(cdf: tl.tensor, weight: tl.tensor, target: tl.tensor, place: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The first place whose cdf is above the target, 2**31 - 1 for none, and the last that could be, -1 for none.
+
+    A place without weight is neither, wherever rounding puts its cdf.
+    """
+    first = tl.min(tl.where((cdf > target) & (weight > 0), place, 2**31 - 1), 0)
+    return first, tl.max(tl.where(weight > 0, place, -1), 0)
+
+
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
+def _survey_kernel(
+    logits: tl.tensor,
+    suppress: tl.tensor,
+    temperature: tl.tensor,
+    best: tl.tensor,
+    at: tl.tensor,
+    total: tl.tensor,
+    mass: tl.tensor,
+    begin: int,
+    mask_id: int,
+    VOCAB: tl.constexpr,
+    HEATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program a row and slice. A NaN is the largest, as in torch.max; the first of equal logits is chosen."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    out = row * tl.num_programs(1) + tl.program_id(1)
+    hidden = tl.where(tl.load(suppress + begin + row) != 0, mask_id, -1)
+    x = _tile(logits + row * VOCAB, column, hidden, VOCAB)
+    top = tl.max(tl.where(x == x, x, float("-inf")), 0)
+    place = tl.min(tl.where(x == top, column, 2**31 - 1), 0)
+    broken = tl.min(tl.where(x != x, column, 2**31 - 1), 0)
+    top = tl.where(broken < 2**31 - 1, float("nan"), top)
+    tl.store(best + out, top)
+    tl.store(at + out, tl.where(broken < 2**31 - 1, broken, place).to(tl.int64))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    tl.store(total + out, tl.sum(tl.exp(x - base), 0))
+    if HEATED:
+        tl.store(mass + out, tl.sum(_weight(x, base, tl.load(temperature + begin + row)), 0))
+
+
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
+def _choose_kernel(
+    logits: tl.tensor,
+    suppress: tl.tensor,
+    temperature: tl.tensor,
+    uniform: tl.tensor,
+    best: tl.tensor,
+    at: tl.tensor,
+    total: tl.tensor,
+    mass: tl.tensor,
+    tokens: tl.tensor,
+    logit: tl.tensor,
+    tops: tl.tensor,
+    totals: tl.tensor,
+    begin: int,
+    mask_id: int,
+    VOCAB: tl.constexpr,
+    SLICES: tl.constexpr,
+    ALL_SLICES: tl.constexpr,
+    HEATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program a row. HEATED: rows with a temperature are drawn, in two steps, both by `_first_above`."""
+    row = tl.program_id(0).to(tl.int64)
+    out = begin + row
+    part = tl.arange(0, ALL_SLICES)
+    real = part < SLICES
+    top_of = tl.load(best + row * SLICES + part, mask=real, other=float("-inf"))
+    top = tl.max(tl.where(top_of == top_of, top_of, float("-inf")), 0)
+    first = tl.min(tl.where(real & (top_of == top), part, ALL_SLICES), 0)
+    broken = tl.min(tl.where(top_of != top_of, part, ALL_SLICES), 0)
+    top = tl.where(broken < ALL_SLICES, float("nan"), top)
+    token = tl.load(at + row * SLICES + tl.where(broken < ALL_SLICES, broken, first))
+    chosen = top
+    total_of = tl.load(total + row * SLICES + part, mask=real, other=0.0)
+    tl.store(totals + out, tl.sum(tl.where(real, total_of * tl.exp(top_of - top), 0.0), 0))
+    tl.store(tops + out, top)
+    if HEATED:
+        heat = tl.load(temperature + out)
+        if heat > 0:
+            # less the largest first: a tiny temperature then gives -inf for the others, not inf for all
+            mass_of = tl.load(mass + row * SLICES + part, mask=real, other=0.0)
+            mass_of *= tl.exp(tl.div_rn(top_of - top, tl.zeros_like(top_of) + heat).to(tl.float64))
+            cdf = tl.cumsum(mass_of, 0)
+            target = tl.load(uniform + out) * tl.max(cdf, 0)
+            drawn, last = _first_above(cdf, mass_of, target, part)
+            drawn = tl.maximum(tl.minimum(drawn, last), 0)
+            mine = part == drawn
+            share = tl.sum(tl.where(mine, mass_of, 0.0), 0)
+            inside = (target - tl.sum(tl.where(mine, cdf, 0.0), 0) + share) / share  # of the slice, up to rounding
+            base = tl.max(tl.where(mine, top_of, float("-inf")), 0)
+
+            column = drawn * BLOCK + tl.arange(0, BLOCK)
+            hidden = tl.where(tl.load(suppress + out) != 0, mask_id, -1)
+            x = _tile(logits + row * VOCAB, column, hidden, VOCAB)
+            weight = _weight(x, base, heat)
+            cdf = tl.cumsum(weight, 0)
+            found, last = _first_above(cdf, weight, inside * tl.max(cdf, 0), column)
+            found = tl.minimum(found, tl.where(last < 0, drawn * BLOCK, last))
+            chosen = tl.max(tl.where(column == found, x, float("-inf")), 0)
+            token = found.to(tl.int64)
+    tl.store(tokens + out, token)
+    tl.store(logit + out, chosen)
+
+
+@triton.jit
+def _order(x: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
+    """An int32 for each float32, in the same order; HALF: for each that is a bfloat16, one from -32768 to 32767."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # -0 is 0
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return key >> 16 if HALF else key
+
+
+@triton.jit
+def _kept(
+    x: tl.tensor,
+    hidden: tl.tensor,
+    base: tl.tensor,
+    heat: tl.tensor,
+    least: tl.tensor,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Of the ids above `least`, in the order of `_order`: number and weight; of those that equal it: the same."""
+    above, heavy = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    equal, tied = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, VOCAB, BLOCK):
+        value = _tile(x, start + tl.arange(0, BLOCK), hidden, VOCAB)
+        key, weight = _order(value, HALF), _weight(value, base, heat)
+        above += tl.where(key > least, 1.0, 0.0)
+        heavy += tl.where(key > least, weight, 0.0)
+        equal += tl.where(key == least, 1.0, 0.0)
+        tied += tl.where(key == least, weight, 0.0)
+    return tl.sum(above, 0), tl.sum(heavy, 0), tl.sum(equal, 0), tl.sum(tied, 0)
+
+
+@triton.jit
+def _down_to(
+    x: tl.tensor,
+    hidden: tl.tensor,
+    base: tl.tensor,
+    heat: tl.tensor,
+    need: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    WEIGHED: tl.constexpr,
+) -> tl.tensor:
+    """The highest key from `low` to `high` such that the ids with it or a higher one are `need`, or weigh as much."""
+    while low < high:
+        middle = (low | high) - ((low ^ high) >> 1)  # the upper of two middles, without overflow
+        found = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, VOCAB, BLOCK):
+            value = _tile(x, start + tl.arange(0, BLOCK), hidden, VOCAB)
+            inside = _order(value, HALF) >= middle
+            found += tl.where(inside, _weight(value, base, heat) if WEIGHED else 1.0, 0.0)
+        enough = tl.sum(found, 0) >= need
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return low
+
+
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
+def _limits_kernel(
+    logits: tl.tensor,
+    suppress: tl.tensor,
+    temperature: tl.tensor,
+    top_k: tl.tensor,
+    top_p: tl.tensor,
+    uniform: tl.tensor,
+    tops: tl.tensor,
+    tokens: tl.tensor,
+    logit: tl.tensor,
+    begin: int,
+    mask_id: int,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program a row; those without limits return. Of ids with the least logit that is kept, the first are kept."""
+    HALF: tl.constexpr = logits.dtype.element_ty == tl.bfloat16
+    row = tl.program_id(0).to(tl.int64)
+    out = begin + row
+    heat, count, share = tl.load(temperature + out), tl.load(top_k + out), tl.load(top_p + out)
+    if (heat > 0) & ((count > 0) | (share < 1)):
+        x = logits + row * VOCAB
+        base = tl.load(tops + out)
+        hidden = tl.where(tl.load(suppress + out) != 0, mask_id, -1)
+        low = tl.full((), -(2**15) if HALF else -(2**31), tl.int32)
+        least, high = low, _order(base, HALF)
+        if count > 0:
+            least = _down_to(x, hidden, base, heat, count.to(tl.float64), low, high, VOCAB, BLOCK, HALF, False)
+        above, heavy, equal, tied = _kept(x, hidden, base, heat, least, VOCAB, BLOCK, HALF)
+        room = tl.where(count > 0, tl.minimum(count - above, equal), equal)  # of the equal ones, how many stay
+        each = tied / tl.maximum(equal, 1.0)
+        if share < 1:
+            need = share * (heavy + room * each)
+            deep = least
+            least = _down_to(x, hidden, base, heat, need, deep, high, VOCAB, BLOCK, HALF, True)
+            above, heavy, equal, tied = _kept(x, hidden, base, heat, least, VOCAB, BLOCK, HALF)
+            each = tied / tl.maximum(equal, 1.0)
+            room = tl.where(least == deep, room, equal)
+            room = tl.minimum(room, tl.maximum(tl.ceil((need - heavy) / each), 1.0))
+
+        target = tl.load(uniform + out) * (heavy + room * each)
+        none: tl.constexpr = 2**31 - 1
+        token, last = tl.full((), none, tl.int32), tl.full((), 0, tl.int32)
+        seen, ties = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+        for start in range(0, VOCAB, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            value = _tile(x, column, hidden, VOCAB)
+            key = _order(value, HALF)
+            tie = tl.where(key == least, 1.0, 0.0).to(tl.float64)
+            stays = (key > least) | ((key == least) & (ties + tl.cumsum(tie, 0) <= room))
+            weight = tl.where(stays, _weight(value, base, heat), 0.0)
+            found, possible = _first_above(seen + tl.cumsum(weight, 0), weight, target, column)
+            token, last = tl.minimum(token, found), tl.maximum(last, possible)
+            seen += tl.sum(weight, 0)
+            ties += tl.sum(tie, 0)
+        token = tl.minimum(token, last)
+        tl.store(tokens + out, token.to(tl.int64))
+        value = tl.load(x + token).to(tl.float32)
+        tl.store(logit + out, tl.where(token == hidden, float("-inf"), value))

@@ -1,0 +1,42 @@
+"""Grouped-query attention without positional encoding, over a paged context."""
+
+import torch
+from torch import Tensor, nn
+
+from model.checkpoint.config import TwoTowerConfig
+from model.kernels.protocol import Kernels
+from model.network.layers.linear import Linear
+from model.runtime.ragged_batch import RaggedBatch
+
+
+class AttentionState:
+    """The context's keys and values at one attention layer: pages that rows take and give back."""
+
+    def __init__(
+        self, config: TwoTowerConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.pages = torch.zeros(
+            2, pages, page_size, config.num_key_value_heads, config.head_dim, dtype=dtype, device=device
+        )
+
+
+class Attention(nn.Module):
+    """Query head q reads key and value head q // (query heads / kv heads); scale 1 / sqrt(head_dim)."""
+
+    def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, kernels: Kernels) -> None:
+        super().__init__()
+        hidden, head_dim = config.hidden_size, config.head_dim
+        query, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        self.q_proj = Linear(hidden, query, dtype, kernels)
+        self.k_proj = Linear(hidden, kv, dtype, kernels)
+        self.v_proj = Linear(hidden, kv, dtype, kernels)
+        self.o_proj = Linear(query, hidden, dtype, kernels)
+        self.head_dim = head_dim
+        self.kernels = kernels
+
+    def forward(self, x: Tensor, state: AttentionState, rows: RaggedBatch, *, causal: bool, store: bool) -> Tensor:
+        """x (N, H) -> (N, H). causal in the context tower, bidirectional over the row's tokens in the denoiser."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        attended = self.kernels.attend(q, k, v, state.pages, rows, causal=causal, store=store)
+        out: Tensor = self.o_proj(attended)
+        return out

@@ -1,0 +1,18 @@
+"""A bias-free linear map that runs on the chosen kernels."""
+
+import torch
+from torch import Tensor, nn
+
+from model.kernels.protocol import Kernels
+
+
+class Linear(nn.Module):
+    """x (N, in) -> (N, out); weight (out, in) as in the checkpoint."""
+
+    def __init__(self, size_in: int, size_out: int, dtype: torch.dtype, kernels: Kernels) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size_out, size_in, dtype=dtype))
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.linear(x, self.weight)

@@ -1,0 +1,67 @@
+"""The Mamba-2 mixer (arXiv 2405.21060) as the released model has it."""
+
+import torch
+from torch import Tensor, nn
+
+from model.checkpoint.config import TwoTowerConfig
+from model.kernels.protocol import Kernels
+from model.network.layers.linear import Linear
+from model.network.layers.norm import RMSNorm
+from model.runtime.ragged_batch import RaggedBatch
+
+
+class MambaState:
+    """The context's state at one Mamba layer, all slots."""
+
+    def __init__(self, config: TwoTowerConfig, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.conv = torch.zeros(slots, config.conv_dim, config.conv_kernel, dtype=dtype, device=device)
+        self.ssm = torch.zeros(
+            slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size, device=device
+        )
+
+    def add_slots(self, count: int) -> None:
+        """More slots behind the others."""
+        self.conv = torch.cat([self.conv, self.conv.new_zeros(count, *self.conv.shape[1:])])
+        self.ssm = torch.cat([self.ssm, self.ssm.new_zeros(count, *self.ssm.shape[1:])])
+
+
+class Mamba2(nn.Module):
+    """in_proj -> z | x B C | dt; causal conv and scan over x B C; grouped norm gated by z; out_proj."""
+
+    def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, kernels: Kernels) -> None:
+        super().__init__()
+        heads = config.mamba_num_heads
+        self.in_proj = Linear(config.hidden_size, config.in_proj_size, dtype, kernels)
+        self.conv1d = nn.Conv1d(
+            config.conv_dim, config.conv_dim, config.conv_kernel, groups=config.conv_dim, dtype=dtype
+        )
+        # few, and sensitive: kept in float32 whatever the model's dtype
+        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.norm = RMSNorm(config.mamba_inner, config.layer_norm_epsilon, kernels)
+        self.out_proj = Linear(config.mamba_inner, config.hidden_size, dtype, kernels)
+        self.kernels = kernels
+        self.split = [config.mamba_inner, config.conv_dim, heads]
+        self.groups = config.n_groups
+        self.dt_limit = config.time_step_limit
+
+    @property
+    def conv_weight(self) -> Tensor:
+        return self.conv1d.weight[:, 0]
+
+    @property
+    def conv_bias(self) -> Tensor:
+        assert self.conv1d.bias is not None
+        return self.conv1d.bias
+
+    @property
+    def decay(self) -> Tensor:
+        return -self.A_log.exp()
+
+    def forward(self, x: Tensor, state: MambaState, rows: RaggedBatch, *, causal: bool, store: bool) -> Tensor:  # noqa: ARG002
+        """x (N, H) -> (N, H). The scan runs forward in both towers, so `causal` changes nothing here."""
+        z, xbc, dt = self.in_proj(x).split(self.split, dim=-1)
+        y = self.kernels.mamba_scan(xbc, dt, self, state.conv, state.ssm, rows, store=store)
+        out: Tensor = self.out_proj(self.kernels.gated_norm(y, z, self.norm.weight, self.groups, self.norm.eps))
+        return out

@@ -1,0 +1,20 @@
+"""RMSNorm, plain and gated."""
+
+import torch
+from torch import Tensor, nn
+
+from model.kernels.protocol import Kernels
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with its weight kept in float32."""
+
+    def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
+        self.eps = eps
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, size) -> the same shape and dtype."""
+        return self.kernels.rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,124 @@
+"""One tower: embedding, pre-norm residual layers of three kinds, final norm, head. Both towers are of this shape."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.checkpoint.config import TwoTowerConfig
+from model.kernels import kernels_for
+from model.kernels.protocol import Kernels
+from model.network.context_cache import LayerState
+from model.network.layers.attention import Attention
+from model.network.layers.linear import Linear
+from model.network.layers.mamba2 import Mamba2
+from model.network.layers.moe import MoE
+from model.network.layers.norm import RMSNorm
+from model.network.layers.time import Conditioning
+from model.network.sampling import Head
+from model.runtime.ragged_batch import RaggedBatch
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)); in the denoiser modulated and gated by time."""
+
+    def __init__(self, config: TwoTowerConfig, index: int, dtype: torch.dtype, kernels: Kernels) -> None:
+        super().__init__()
+        self.kind = config.layer_kinds[index]
+        mixers = {"mamba": Mamba2, "attention": Attention, "moe": MoE}
+        self.kernels = kernels
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, kernels)
+        self.mixer = mixers[self.kind](config, dtype, kernels)
+
+    def forward(
+        self, x: Tensor, state: LayerState, rows: RaggedBatch, conditioning: Tensor | None, *, causal: bool, store: bool
+    ) -> Tensor:
+        """x (N, H), conditioning (R, 3, H) or None -> (N, H).
+
+        Mamba and attention modulate and then normalise; MoE normalises and then modulates.
+        """
+        if conditioning is None:
+            plain: Tensor = self.mixer(self.norm(x), state, rows, causal=causal, store=store)
+            return x + plain
+        row_of_token = rows.on(x.device).row_of_token
+        normed = self.kernels.modulated_norm(
+            x, self.norm.weight, self.norm.eps, conditioning, row_of_token, norm_first=self.kind == "moe"
+        )
+        mixed: Tensor = self.mixer(normed, state, rows, causal=causal, store=store)
+        return self.kernels.gated_add(x, mixed, conditioning, row_of_token)
+
+
+class Tower(nn.Module):
+    """A stack of layers, each on the device of its stage; the head on the last one's.
+
+    causal towers extend the context; the denoiser only reads it.
+    """
+
+    def __init__(
+        self, config: TwoTowerConfig, devices: Sequence[torch.device], dtype: torch.dtype, *, causal: bool
+    ) -> None:
+        super().__init__()
+        self.devices = tuple(devices)
+        self.causal = causal
+        with torch.device("meta"):
+            self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+            self.layers = nn.ModuleList(
+                Layer(config, i, dtype, kernels_for(device)) for i, device in enumerate(devices)
+            )
+            self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, kernels_for(devices[-1]))
+            self.head = Linear(config.hidden_size, config.vocab_size, dtype, kernels_for(devices[-1]))
+        self.embeddings.to_empty(device=devices[0])
+        for layer, device in zip(self.layers, devices, strict=True):
+            layer.to_empty(device=device)
+        self.norm_f.to_empty(device=devices[-1])
+        self.head.to_empty(device=devices[-1])
+        self.requires_grad_(False)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (N,) int64 -> hidden (N, H) before the first layer."""
+        return F.embedding(tokens, self.embeddings.weight)
+
+    def run(
+        self,
+        x: Tensor,
+        layers: range,
+        states: Sequence[LayerState],
+        rows: RaggedBatch,
+        conditioning: Conditioning | None = None,
+    ) -> Tensor:
+        """Some layers, all on one device: hidden (N, H) -> (N, H), behind the last layer before the final norm.
+
+        A causal tower stores the tokens in the context.
+        """
+        for place, i in enumerate(layers):
+            time = None if conditioning is None else conditioning[place]
+            x = self.layers[i](x, states[i], rows, time, causal=self.causal, store=self.causal)
+        return x
+
+    def logits(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
+        """hidden (M, H) before the final norm -> logits (M, V) float32, or of some columns of the vocabulary."""
+        return self.head_on(hidden).logits(slice(None), slice(None) if columns is None else columns).float()
+
+    def head_on(self, hidden: Tensor) -> Head:
+        """hidden (M, H) before the final norm -> a head for `model.network.sampling.choose`: hidden is normalised once.
+
+        Its logits are a new tensor at every call, in the model's dtype.
+        """
+        normed: Tensor = self.norm_f(hidden)
+        kernels, weight = self.head.kernels, self.head.weight
+        return Head(lambda rows, columns: kernels.linear(normed[rows], weight[columns]), weight.dtype, kernels)
+
+    def checkpoint_targets(self, tower: str, head: str) -> dict[str, Tensor]:
+        """Checkpoint name -> the tensor, or the part of one, that takes it."""
+        targets: dict[str, Tensor] = {f"{head}.weight": self.head.weight}
+        for name, parameter in self.named_parameters():
+            if name.startswith("head."):
+                continue
+            prefix, _, last = f"{tower}.{name}".rpartition(".")
+            if last in ("up", "down"):  # the experts of a layer lie in one tensor here, apart in the checkpoint
+                for expert, weight in enumerate(parameter.data):
+                    targets[f"{prefix}.experts.{expert}.{last}_proj.weight"] = weight
+            else:
+                targets[f"{tower}.{name}"] = parameter.data
+        return targets

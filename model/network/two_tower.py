@@ -1,0 +1,267 @@
+"""Both towers and the two forwards the engine drives: extend the context, denoise a block."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.checkpoint.config import Towers, TwoTowerConfig
+from model.checkpoint.loader import Loaded, check_memory, load_towers
+from model.checkpoint.reader import Checkpoint, open_checkpoint
+from model.checkpoint.tokenizer import Tokenizer
+from model.errors import RequestError
+from model.kernels import kernels_for
+from model.network.context_cache import ContextCache, kv_bytes_per_token
+from model.network.layers.time import Conditioning, TimeConditioning
+from model.network.partition import partition
+from model.network.tower import Tower
+from model.runtime.ragged_batch import RaggedBatch
+from model.runtime.transfer import to_device
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_TIME_NAMES = {"embed_in": "t_embedder.mlp.0", "embed_out": "t_embedder.mlp.2", "block": "t_block.1"}
+
+
+def load_model(
+    uri: str, dtype: str = "float32", devices: Sequence[str] = ("cpu",), towers: Towers = "both"
+) -> "TwoTower":
+    """Loads a checkpoint: "builtin:tiny", a local folder, or any fsspec URL.
+
+    dtype: "float32" or "bfloat16". devices: one a stage; the layers of both towers are split over them in equal parts.
+    towers: "context" loads what AR mode needs, half of the weights. Raises CheckpointError, and RequestError for a
+    wrong dtype, device or towers.
+    """
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise RequestError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    if towers not in ("both", "context"):
+        raise RequestError(f"towers is {towers!r}: it must be 'both' or 'context'")
+    if isinstance(devices, str) or not isinstance(devices, Sequence) or not devices:
+        raise RequestError(f"devices is {devices!r}: it must be a list such as ['cpu'] or ['cuda:0', 'cuda:1']")
+    places = [_device(name) for name in devices]
+    if len({place.type for place in places}) > 1:
+        raise RequestError(f"devices are {', '.join(devices)}: all must be 'cpu', or all 'cuda:N'")
+    checkpoint = open_checkpoint(uri)
+    checkpoint.validate(towers)
+    check_memory(checkpoint, towers, DTYPES[dtype], places)
+    pair = TwoTower(checkpoint.config, DTYPES[dtype], places, towers)
+    pair.loaded = load_towers(checkpoint, pair.checkpoint_targets())
+    pair.share_time()
+    pair.tokenizer = _tokenizer(checkpoint)
+    return pair
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise RequestError(f"device is {name!r}: it must be 'cpu' or 'cuda:N'") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"device is {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    raw = checkpoint.tokenizer_json()
+    return None if raw is None else Tokenizer(raw)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A device and the layers of each tower that run there; of those with a state, the same ones
+    (model.network.partition)."""
+
+    device: torch.device
+    context: range
+    denoiser: range
+
+
+Part = Callable[[Tensor], Tensor]
+"""What one stage does of a forward: hidden states in (tokens into the first stage), hidden states out."""
+
+
+class TwoTower(nn.Module):
+    """The context tower, the denoiser tower unless AR is all that is wanted, and the time conditioning.
+
+    Denoiser layer i reads the context of layer i alone, so a stage holds both of them, and nothing but hidden states
+    goes from stage to stage. The time conditioning, which all layers need, stands on each of them.
+    """
+
+    def __init__(
+        self, config: TwoTowerConfig, dtype: torch.dtype, devices: Sequence[torch.device], towers: Towers = "both"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        parts = partition(config, len(devices), towers)
+        self.stages = [Stage(device, *ranges) for device, ranges in zip(devices, parts, strict=True)]
+        self.devices = [stage.device for stage in self.stages for _ in stage.context]
+        self.tokenizer: Tokenizer | None = None
+        self.loaded: tuple[Loaded, ...] = ()
+        """How the weights were loaded, a tower at a time; empty where they were not."""
+        self.context = Tower(config, self.devices, dtype, causal=True)
+        self.denoiser: Tower | None = None
+        if towers == "both":
+            devices_of_layers = [stage.device for stage in self.stages for _ in stage.denoiser]
+            self.denoiser = Tower(config, devices_of_layers, dtype, causal=False)
+            with torch.device("meta"):
+                self.times = nn.ModuleList(
+                    TimeConditioning(config, dtype, kernels_for(stage.device)) for stage in self.stages
+                )
+            for stage, time in zip(self.stages, self.times, strict=True):
+                time.to_empty(device=stage.device).requires_grad_(False)
+            self.tables = nn.ParameterList(  # (layers of the stage, 3, H) each
+                nn.Parameter(
+                    torch.empty(len(stage.denoiser), 3, config.hidden_size, dtype=dtype, device=stage.device),
+                    requires_grad=False,
+                )
+                for stage in self.stages
+            )
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The checkpoint's own end-of-text ids."""
+        return self.config.eos_token_ids
+
+    def new_cache(self, *, slots: int, kv_tokens: int) -> ContextCache:
+        """An empty context cache on this model's devices."""
+        return ContextCache(self.config, self.devices, self.dtype, slots=slots, kv_tokens=kv_tokens)
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of attention context a token takes, over all devices."""
+        return kv_bytes_per_token(self.config, self.dtype)
+
+    def checkpoint_targets(self) -> dict[str, Tensor]:
+        """Checkpoint name -> the tensor, or the part of one, that takes it."""
+        targets = self.context.checkpoint_targets("context_tower", "context_lm_head")
+        if self.denoiser is not None:
+            targets |= self.denoiser.checkpoint_targets("denoiser_tower", "lm_head")
+            for name, parameter in self.times[0].named_parameters():  # the other stages' are copies: share_time()
+                module, _, last = name.partition(".")
+                targets[f"{_TIME_NAMES[module]}.{last}"] = parameter.data
+            tables = [table for stage in self.tables for table in stage.data]
+            targets |= {f"scale_shift_tables.{i}": table for i, table in enumerate(tables)}
+        return targets
+
+    def share_time(self) -> None:
+        """Gives every stage the first one's time conditioning, once that is loaded."""
+        if self.denoiser is not None:
+            for time in self.times[1:]:
+                time.load_state_dict(self.times[0].state_dict())
+
+    def extend(self, cache: ContextCache, rows: RaggedBatch, tokens: Tensor) -> Tensor:
+        """Puts tokens (N,) of the rows into their contexts -> hidden (N, H); `context.logits` makes logits of it."""
+        hidden = _run(self.extend_parts(cache, rows), tokens)
+        cache.grow(rows)
+        return hidden
+
+    def denoise(self, cache: ContextCache, rows: RaggedBatch, tokens: Tensor, t: Tensor) -> Tensor:
+        """One denoiser forward over the rows' blocks -> hidden (N, H); the cache is only read.
+
+        tokens (N,): committed ids and mask ids. t (R,) float32, on the host: each row's masked fraction; NaN for a row
+        that runs without time conditioning (mock-AR).
+        """
+        return _run(self.denoise_parts(cache, rows, t), tokens)
+
+    def extend_parts(self, cache: ContextCache, rows: RaggedBatch) -> list[Part]:
+        """`extend`, a part a stage. The caller notes the rows' growth when it has sent them on their way."""
+
+        def part(x: Tensor, stage: int) -> Tensor:
+            return self.extend_layers(cache, rows, self.enter("context", x, stage), stage)
+
+        return [partial(part, stage=stage) for stage in range(len(self.stages))]
+
+    def denoise_parts(self, cache: ContextCache, rows: RaggedBatch, t: Tensor) -> list[Part]:
+        """`denoise`, a part a stage. t is on the host."""
+        conditioned = not bool(t.isnan().all())
+        # rows at the same t, such as all new blocks, are computed once; a NaN equals no other
+        values, which = t.unique(return_inverse=True)
+
+        def part(x: Tensor, stage: int) -> Tensor:
+            hidden, device = self.enter("denoiser", x, stage), self.stages[stage].device
+            times = (to_device(values, device), to_device(which, device)) if conditioned else None
+            return self.denoise_layers(cache, rows, hidden, times, stage)
+
+        return [partial(part, stage=stage) for stage in range(len(self.stages))]
+
+    def enter(self, tower: Literal["context", "denoiser"], x: Tensor, stage: int) -> Tensor:
+        """What comes into a stage -> hidden (N, H) on its device; tokens (N,), into the first one, are embedded."""
+        device = self.stages[stage].device
+        x = x.to(device, non_blocking=True) if x.is_cuda else to_device(x, device)
+        if stage:
+            return x
+        embedded: Tensor = self._tower(tower).embed(x)
+        return embedded
+
+    def extend_layers(self, cache: ContextCache, rows: RaggedBatch, hidden: Tensor, stage: int) -> Tensor:
+        """The context tower's layers of one stage, hidden (N, H) -> (N, H); the rows' tokens go into the context."""
+        return self.context.run(hidden, self.stages[stage].context, cache.layers, rows)
+
+    def denoise_layers(
+        self,
+        cache: ContextCache,
+        rows: RaggedBatch,
+        hidden: Tensor,
+        times: tuple[Tensor, Tensor | None] | None,
+        stage: int,
+    ) -> Tensor:
+        """The denoiser's layers of one stage, hidden (N, H) -> (N, H).
+
+        times: values of t (U,) and each row's among them (R,), None for one a row, all on the stage's device; None
+        where no row has a time.
+        """
+        conditioning = None
+        if times is not None:
+            values, which = times
+            shared = self.times[stage](values.nan_to_num())
+            conditioning = Conditioning(shared, values.isnan(), self.tables[stage], which)
+        return self._tower("denoiser").run(hidden, self.stages[stage].denoiser, cache.layers, rows, conditioning)
+
+    def _tower(self, name: Literal["context", "denoiser"]) -> Tower:
+        tower = self.context if name == "context" else self.denoiser
+        assert tower is not None, "loaded without the denoiser tower"
+        return tower
+
+    @torch.inference_mode()
+    def context_logits(self, prompt_ids: Sequence[int]) -> Tensor:
+        """(S,) ids -> (S, V) float32: the context tower's next-token logits at every position."""
+        cache, slot = self._one_row(prompt_ids)
+        hidden = self.extend(cache, cache.rows([slot], [len(prompt_ids)]), _ids(prompt_ids))
+        return self.context.logits(hidden)
+
+    @torch.inference_mode()
+    def denoiser_logits(self, prompt_ids: Sequence[int], block_ids: Sequence[int], t: float) -> Tensor:
+        """One denoiser forward over a block (L,) after the prompt, at time t -> (L, V) float32, mask id included."""
+        return self._denoiser_logits(prompt_ids, block_ids, t)
+
+    @torch.inference_mode()
+    def mock_ar_logits(self, prompt_ids: Sequence[int]) -> Tensor:
+        """(S,) ids -> (V,) float32: the denoiser run on the last token alone, seeded one token back."""
+        return self._denoiser_logits(prompt_ids[:-1], prompt_ids[-1:], float("nan"))[0]
+
+    def _denoiser_logits(self, context_ids: Sequence[int], block_ids: Sequence[int], t: float) -> Tensor:
+        if self.denoiser is None:
+            raise RequestError("the model was loaded with towers='context': it has no denoiser; use towers='both'")
+        cache, slot = self._one_row(context_ids)
+        if len(context_ids):
+            self.extend(cache, cache.rows([slot], [len(context_ids)]), _ids(context_ids))
+        rows = cache.rows([slot], [len(block_ids)])
+        return self.denoiser.logits(self.denoise(cache, rows, _ids(block_ids), torch.tensor([t])))
+
+    def _one_row(self, prompt_ids: Sequence[int]) -> tuple[ContextCache, int]:
+        cache = self.new_cache(slots=1, kv_tokens=max(1, len(prompt_ids)))
+        slot = cache.allocator.acquire(len(prompt_ids))
+        assert slot is not None
+        return cache, slot
+
+
+def _ids(ids: Sequence[int]) -> Tensor:
+    return torch.as_tensor(ids, dtype=torch.int64)
+
+
+def _run(parts: Sequence[Part], x: Tensor) -> Tensor:
+    for part in parts:
+        x = part(x)
+    return x

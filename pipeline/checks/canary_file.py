@@ -1,0 +1,155 @@
+"""canary.json beside a checkpoint's weights: what model.checks.canary compares with, and what made it.
+
+It is no part of the checkpoint's identity: adding, replacing or removing it changes no job.
+"""
+
+import json
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.checkpoint.reader import BUILTIN
+from pipeline.core.errors import CheckpointError
+from pipeline.storage.storage import split_url
+from pipeline.storage.urls import safe_url
+
+NAME = "canary.json"
+FORMAT = 1
+
+Ids = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class CanaryPrompt(_Record):
+    """A prompt, as text and as the checkpoint's tokenizer has it."""
+
+    text: str
+    ids: Ids = Field(min_length=1)
+
+
+class CanaryCase(_Record):
+    """model.checks.canary.Case, its prompt by place in the file."""
+
+    prompt: int = Field(ge=0)
+    mode: Literal["ar", "diffusion"]
+    token_ids: Ids = Field(min_length=1)
+    stable: int = Field(ge=0)
+    scores: Annotated[tuple[float, ...], Field(strict=False)]
+    fed: Annotated[tuple[Annotated[tuple[Ids, ...], Field(strict=False)], ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.scores) != len(self.token_ids) or self.stable > len(self.token_ids):
+            raise ValueError("scores and stable do not fit token_ids")
+        return self
+
+
+class CanaryFile(_Record):
+    """The whole file."""
+
+    format: Literal[1]
+    checkpoint: str
+    """Checkpoint.identity() of what it was made from."""
+    dtype: Literal["float32", "bfloat16"]
+    device: str
+    torch: str
+    """The library's version."""
+    settings: dict[str, float | int]
+    rounding: dict[str, Annotated[float, Field(ge=0)]] | None
+    """model.checks.canary.measure_rounding; null where it was not made in float32."""
+    prompts: Annotated[tuple[CanaryPrompt, ...], Field(strict=False, min_length=1)]
+    cases: Annotated[tuple[CanaryCase, ...], Field(strict=False, min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        size = self.settings.get("block_size")
+        for case in self.cases:
+            if self.rounding is not None and case.mode not in self.rounding:
+                raise ValueError(f"rounding has no {case.mode}")
+            if case.prompt >= len(self.prompts):
+                raise ValueError(f"a case is of prompt {case.prompt}, there are {len(self.prompts)}")
+            blocks = -(-len(case.token_ids) // int(size or 1)) if case.mode == "diffusion" else 0
+            if len(case.fed) != blocks or any(len(fed) != size for steps in case.fed for fed in steps):
+                raise ValueError("fed does not fit token_ids and block_size")
+            if not all(case.fed):
+                raise ValueError("a block was fed in no step")
+        return self
+
+    def largest_id(self) -> int:
+        """Of all token ids."""
+        ids = [id_ for prompt in self.prompts for id_ in prompt.ids]
+        for case in self.cases:
+            ids += [*case.token_ids, *(id_ for steps in case.fed for fed in steps for id_ in fed)]
+        return max(ids)
+
+    def to_json(self) -> bytes:
+        """A line a field, a prompt and a case."""
+        fields = self.model_dump(mode="json")
+        lists = {name: fields.pop(name) for name in ("prompts", "cases")}
+        lines = [f' "{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in fields.items()]
+        for name, items in lists.items():
+            rows = ",\n".join("  " + json.dumps(item, ensure_ascii=False) for item in items)
+            lines.append(f' "{name}": [\n{rows}\n ]')
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def canary_url(checkpoint: str) -> str:
+    """Where the canary.json of a checkpoint lies: beside its weights."""
+    folder = str(BUILTIN.get(checkpoint.removeprefix("builtin:"), checkpoint)) if _built_in(checkpoint) else checkpoint
+    return f"{folder.rstrip('/')}/{NAME}"
+
+
+def remedy(checkpoint: str) -> str:
+    """What to do about a file that cannot be used."""
+    return f"make it anew (twotower canary {safe_url(checkpoint)} --force) or delete it"
+
+
+def read_canary(checkpoint: str) -> CanaryFile | None:
+    """The canary.json of a checkpoint; None where it has none.
+
+    Raises CheckpointError where it is broken or of another version, StorageError where it cannot be read.
+    """
+    storage, name = split_url(canary_url(checkpoint))
+    data = storage.read_if_exists(name)
+    if data is None:
+        return None
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _refused(checkpoint, f"is not JSON: {error}") from None
+    version = fields.get("format") if isinstance(fields, dict) else None
+    if version != FORMAT or isinstance(version, bool):
+        raise _refused(checkpoint, f"has format {version!r}, this version reads {FORMAT}")
+    try:
+        return CanaryFile.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise _refused(checkpoint, f"cannot be read: {place + ': ' if place else ''}{first['msg']}") from None
+
+
+def write_canary(url: str, canary: CanaryFile, *, force: bool) -> None:
+    """Writes the file whole; over one that is there only with `force`. Raises CheckpointError, StorageError."""
+    storage, name = split_url(url)
+    if force:
+        storage.write(name, canary.to_json())
+    elif not storage.create(name, canary.to_json()):
+        raise CheckpointError(f"{safe_url(url)} is there already: --force replaces it")
+
+
+def require_free(url: str) -> None:
+    """Raises CheckpointError where the file is there already: to be asked before minutes are spent."""
+    storage, name = split_url(url)
+    if storage.exists(name):
+        raise CheckpointError(f"{safe_url(url)} is there already: --force replaces it")
+
+
+def _built_in(checkpoint: str) -> bool:
+    return checkpoint.startswith("builtin:")
+
+
+def _refused(checkpoint: str, why: str) -> CheckpointError:
+    return CheckpointError(f"{safe_url(canary_url(checkpoint))} {why}; {remedy(checkpoint)}")

@@ -1,0 +1,124 @@
+"""What `doctor` looks at for a job: its file, what it reads and where it writes."""
+
+import functools
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+from pipeline.checks.findings import Check, Finding, fail, ok, warn
+from pipeline.config.job import Job
+from pipeline.core.errors import StorageError, TwoTowerError
+from pipeline.storage.urls import is_local, safe_url
+
+GIB = 1 << 30
+
+
+def open_job(path: str | None, overrides: Sequence[str]) -> tuple[Job | None, list[Check]]:
+    """The job of a file, if there is one and it can be read; and the check that says so."""
+    if path is None:
+        return None, []
+    from pipeline.config.loader import load_job
+
+    try:
+        job = load_job(path, overrides)
+    except TwoTowerError as error:
+        refused = [fail(str(error))]
+        return None, [Check("job", lambda: refused)]
+    return job, [Check("job", lambda: [ok(f"{job.name}, settings are possible")])]
+
+
+def job_checks(job: Job) -> list[Check]:
+    """What a job reads and writes."""
+    return [
+        Check("input", functools.partial(check_input, job), seconds=120),
+        Check("output", functools.partial(check_output, job.output.path), seconds=120),
+        Check(
+            "checkpoint",
+            functools.partial(check_checkpoint, job),
+            seconds=120,
+            advice="check model.checkpoint, its files, and the credentials that read them",
+        ),
+    ]
+
+
+def check_input(job: Job) -> Iterator[Finding]:
+    """Lists the input and reads the footer of its first file."""
+    import pyarrow.parquet as pq
+
+    from pipeline.input.files import list_input
+    from pipeline.storage.storage import Storage
+
+    shown = safe_url(job.input.path)
+    root, files = list_input(job.input.path)
+    first = files[0]
+    with Storage(root).open(first.name, first.size) as source:
+        footer = pq.ParquetFile(source)
+        names, rows = set(footer.schema_arrow.names), footer.metadata.num_rows
+    if missing := [column for column in job.input.columns if column not in names]:
+        has = ", ".join(sorted(names)[:10])
+        yield fail(f"{shown}: {first.name} has no column {', '.join(missing)}", f"it has {has}: mend the job file")
+        return
+    size = sum(file.size for file in files)
+    yield ok(f"{shown}: {size / GIB:.2f} GiB in {len(files):,} file(s); {first.name} has {rows:,} rows")
+
+
+def check_output(url: str) -> Iterator[Finding]:
+    """Writes a file that must not be there yet, tries to write it again, reads it and deletes it."""
+    from pipeline.output.layout import PLAN
+    from pipeline.storage.storage import Storage, real_path
+
+    storage, shown, name = Storage(url), safe_url(url), f"_doctor-{uuid.uuid4().hex}"
+    if (kind := storage.kind()) not in (None, "folder"):
+        yield fail(f"{shown} is a {kind}", "give output.path a folder of the job's own")
+        return
+    made = _missing_folders(real_path(url)) if is_local(url) else []
+    try:
+        first, second = storage.create(name, b"first"), storage.create(name, b"second")
+        kept = storage.read(name)
+    finally:
+        left = ""
+        try:
+            storage.remove(name)
+        except StorageError as error:
+            left = str(error)
+    with suppress(OSError):  # another may have put something there
+        for folder in made:
+            os.rmdir(folder)
+    if second or kept != b"first":
+        yield fail(
+            f"{shown} lets a second writer replace a file that was to be created once",
+            "use a store with conditional writes (If-None-Match): without them rows may be published twice",
+        )
+    elif not first:
+        yield warn(f"{shown} took the probe file, but only at the second try", "run doctor again")
+    elif left:
+        yield warn(f"{shown} can be written to, not deleted from: {left}", "allow deletion: finished segments stay")
+    else:
+        held = "holds a job's output already" if storage.exists(PLAN) else "is free"
+        yield ok(f"{shown} can be written to, the first writer wins, and it {held}")
+
+
+def _missing_folders(path: str) -> list[str]:
+    """Those of a path that the first file in it makes, innermost first."""
+    missing = []
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return missing
+
+
+def check_checkpoint(job: Job) -> Iterator[Finding]:
+    """Opens the checkpoint: config, tokenizer, and all tensors in their shapes. Reads no weights."""
+    from pipeline.checks.canary_file import read_canary
+    from pipeline.planning import checkpoint
+
+    shown = safe_url(job.model.checkpoint)
+    opened = checkpoint.check_checkpoint(job)
+    size = sum(tensor.nbytes for tensor in opened.tensors.values())
+    yield ok(f"{shown}: {len(opened.tensors):,} tensors of {size / GIB:.2f} GiB, complete for {job.generation.mode}")
+    if read_canary(job.model.checkpoint) is None and not job.model.checkpoint.startswith("builtin:"):
+        yield warn(
+            f"{shown} has no canary.json: replicas cannot compare completions with a run known to be right",
+            f"`twotower canary {shown}` where it is known to be right",
+        )

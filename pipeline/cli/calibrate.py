@@ -1,0 +1,96 @@
+"""The command calibrate."""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli import compose
+from pipeline.cli.options import Debug, JobFile, Local, LogEvery, Overrides
+from pipeline.cli.signals import StopSignals, one_line_errors
+
+if TYPE_CHECKING:  # everything heavier is imported by the command that needs it: --help and status start fast
+    from pipeline.calibration.options import Options
+    from pipeline.config.job import Job
+
+
+def calibrate(
+    job: JobFile,
+    overrides: Overrides = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="FOLDER", help="Where to; <output>-calibration if not given."),
+    ] = None,
+    sample: Annotated[int, typer.Option("--sample", metavar="ROWS", help="Rows of the input to run.")] = 64,
+    minutes: Annotated[float, typer.Option("--minutes", help="Time for measuring, once the model is loaded.")] = 30.0,
+    price: Annotated[
+        float | None,
+        typer.Option("--price", help="Of a GPU-hour, 2.5 if not given; on CPUs, of an hour of a replica."),
+    ] = None,
+    currency: Annotated[str, typer.Option("--currency", help="Of the price.")] = "USD",
+    thresholds: Annotated[
+        str, typer.Option("--thresholds", metavar="LIST", help="Confidence thresholds to try.")
+    ] = "0.7,0.8,0.9,0.95,0.99",
+    steps: Annotated[str, typer.Option("--steps", metavar="LIST", help="Limits of steps a block to try.")] = "4,8,16",
+    rows: Annotated[
+        str, typer.Option("--rows", metavar="LIST", help="Row limits to try; max: as many as the memory holds.")
+    ] = "1,16,max",
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", metavar="TOKENS", help="Cut rows earlier than the job does."),
+    ] = None,
+    min_agreement: Annotated[
+        float, typer.Option("--min-agreement", metavar="SHARE", help="Of the tokens that must be as AR writes them.")
+    ] = 0.95,
+    local: Local = False,
+    log_every: LogEvery = 5.0,
+    debug: Debug = False,
+) -> None:
+    """Measure before you spend: quality and speed of AR and diffusion on a sample of the job's own prompts.
+
+    Writes all measurements, a report and the job file with the fastest settings that keep AR's quality. Run it again to
+    go on after any stop.
+    """
+    with one_line_errors(debug):
+        from pipeline.calibration import options
+        from pipeline.config.loader import load_job
+
+        asked = options.Options(
+            to=to,
+            sample=sample,
+            minutes=minutes,
+            price=price,
+            currency=currency,
+            thresholds=options.numbers("--thresholds", thresholds),
+            steps=options.whole_numbers("--steps", steps),
+            rows=options.row_limits("--rows", rows),
+            max_new_tokens=max_new_tokens,
+            min_agreement=min_agreement,
+        )
+        _calibrate(load_job(job, overrides or ()), asked, job, overrides or (), local, log_every)
+
+
+def _calibrate(
+    job: "Job", options: "Options", job_file: str, overrides: Sequence[str], local: bool, log_every: float
+) -> None:
+    from pipeline.calibration.finish import finish
+    from pipeline.calibration.run import measure
+    from pipeline.calibration.setup import prepare
+    from pipeline.monitoring.progress import open_show
+
+    setup = prepare(job, options)
+    with StopSignals() as signals, contextlib.ExitStack() as closing:
+        show = open_show(interval_s=log_every)
+        closing.callback(show.close)
+        with signals.one_line("the points measured so far are kept"):
+            outcome = measure(setup, functools.partial(compose.make_bench, local, signals.install), show, signals.stop)
+    for line in finish(outcome, job_file, overrides):
+        typer.echo(line)
+    if outcome.failure is not None:
+        from pipeline.core.errors import JobFailed
+
+        raise JobFailed(f"{outcome.failure}; the points measured so far are kept: run it again to go on")
+    if outcome.stopped and signals.received is not None:
+        raise typer.Exit(128 + signals.received)

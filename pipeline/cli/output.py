@@ -1,0 +1,125 @@
+"""Commands that take an output folder: status, report, verify, retry-errors, clean."""
+
+import contextlib
+import shlex
+from collections.abc import Callable, Iterator
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import Debug, OutputPath
+from pipeline.cli.signals import one_line_errors
+
+
+def status(
+    output: OutputPath,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again until the job ends; exit code 1 if it did not complete.")
+    ] = False,
+    every: Annotated[float, typer.Option("--every", min=0.1, metavar="SECONDS", help="With --watch.")] = 5.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look instead of lines.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show how far a job is, whether it runs, what its replicas do and what failed. Reads the folder alone."""
+    with one_line_errors(debug):
+        from pipeline.monitoring.status_view import show
+
+        try:
+            well = show(output, watch=watch, every_s=every, as_json=as_json)
+        except KeyboardInterrupt:  # the usual way to leave --watch
+            raise typer.Exit(130) from None
+        if not well:
+            raise typer.Exit(1)
+
+
+def report(
+    output: OutputPath,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Show it here and write nothing.")] = False,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="FILE", help="Instead of _job/report.html in the output folder.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Report on a job, finished or not: totals, throughput, distributions, errors, slowest units, as one HTML file."""
+    with one_line_errors(debug):
+        if terminal:
+            from pipeline.report.summary import read_report
+            from pipeline.report.terminal import lines
+
+            for line in lines(read_report(output)):
+                typer.echo(line)
+            return
+        from pipeline.report.write import write_report
+
+        typer.echo(write_report(output, to))
+
+
+def verify(output: OutputPath, debug: Debug = False) -> None:
+    """Check an output: each input row once, as made. Exit code 1 and a list where it is not so."""
+    with one_line_errors(debug):
+        from pipeline.maintenance.verify import verify
+
+        with _parts_bar() as progress:
+            found = verify(output, progress)
+        for problem in found.problems:
+            typer.echo(" ".join(problem.split()))
+        if found.problems:
+            typer.echo(f"error: problems: {len(found.problems):,}, parts: {found.parts:,}", err=True)
+            raise typer.Exit(1)
+        typer.echo(found.summary())
+
+
+def retry_errors(
+    output: OutputPath,
+    to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="An empty or new folder for the new job.")],
+    debug: Debug = False,
+) -> None:
+    """Make a new job of the rows that failed. Their input rows and a job file with the same settings but for
+    retry.max_error_rate, which is 1."""
+    with one_line_errors(debug):
+        from pipeline.maintenance.retry_errors import make_retry_job
+        from pipeline.storage.urls import is_local, safe_url
+
+        made = make_retry_job(output, to)
+        if made.units_left:
+            typer.echo(f"not complete: what fails in the {made.units_left:,} units left is not among these", err=True)
+        if not made.rows:
+            typer.echo("no row failed: nothing was written")
+            return
+        typer.echo(f"{made.rows:,} rows failed; most frequent:")
+        for text, count in made.reasons:
+            typer.echo(f"{count:>12,} {' '.join(text.split())}")
+        if is_local(made.job_file):
+            typer.echo(f"run them again: twotower run {shlex.quote(made.job_file)}")
+        else:
+            typer.echo(f"run them again: copy {safe_url(made.job_file)} to a local file and `twotower run` it")
+
+
+def clean(
+    output: OutputPath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, remove nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Remove what dead runs left behind. Never parts, records, plan or manifest."""
+    with one_line_errors(debug):
+        from pipeline.maintenance.clean import find_leftovers, remove_leftovers
+
+        leftovers = find_leftovers(output)
+        if not dry_run:
+            remove_leftovers(output, leftovers)
+        for leftover in leftovers:
+            typer.echo(f"{'would remove' if dry_run else 'removed'} {leftover.line()}")
+        if not leftovers:
+            typer.echo("nothing to remove")
+
+
+@contextlib.contextmanager
+def _parts_bar() -> "Iterator[Callable[[int, int], None]]":
+    """A bar over the parts on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("parts", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

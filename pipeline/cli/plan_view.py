@@ -1,0 +1,152 @@
+"""What a job would do, found out without writing anything: `plan JOB`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from model.checkpoint.tokenizer import Tokenizer
+from pipeline.calibration.results.estimate import Estimate, estimate
+from pipeline.config.job import Job
+from pipeline.core.types import WorkUnit
+from pipeline.input.row_settings import with_settings
+from pipeline.input.unit_reader import UnitReader
+from pipeline.output.layout import PLAN
+from pipeline.output.ledger import Ledger, read_status
+from pipeline.planning.checkpoint import check_checkpoint, load_tokenizer
+from pipeline.planning.fingerprint import NAMED_AT_MOST, listing_change
+from pipeline.planning.plan import Plan, make_plan
+from pipeline.storage.storage import Storage
+from pipeline.storage.urls import safe_url
+
+SAMPLE_UNITS = 8
+SAMPLE_ROWS = 64
+"""Rows at the head of each sampled unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What would run."""
+
+    job: Job
+    plan: Plan
+    done_units: int
+    done_rows: int
+    sampled_rows: int
+    sampled_tokens: int
+    sampled_bad: int
+    """Rows of the sample that could not be generated: null, template error, too long, an impossible setting."""
+    sampled_limits: int = 0
+    """max_new_tokens of the other rows of the sample together."""
+    saved_rows: int = 0
+    """Finished, of units that are not."""
+    added: tuple[str, ...] = ()
+    """Input files that an output which is there already would be extended by."""
+    estimate: Estimate | str | None = None
+    """Hours and cost of the rows left, by a calibration; or why there are none; None where there is no calibration."""
+
+    @property
+    def unreadable(self) -> tuple[tuple[str, str], ...]:
+        """(name, reason) of input files."""
+        return self.plan.unreadable
+
+    def lines(self) -> Iterator[str]:
+        """What an operator wants to know, a line each."""
+        job, plan, left = self.job, self.plan, self.plan.rows - self.done_rows - self.saved_rows
+        generation, workers = job.generation, job.workers
+        yield f"job        {job.name}"
+        yield f"input      {safe_url(job.input.path)}: {_count(len(plan.files), 'file')}, {_count(plan.rows, 'row')}"
+        yield f"units      {len(plan.units):,} of {job.output.part_limit}"
+        if self.added:
+            rows = sum(file.rows for file in plan.files if file.name in set(self.added))
+            named = ", ".join(self.added[:NAMED_AT_MOST]) + (" …" if len(self.added) > NAMED_AT_MOST else "")
+            yield f"added      {_count(len(self.added), 'file')}, {_count(rows, 'row')} since the last run: {named}"
+        done = f"{_count(self.done_units, 'unit')}, {_count(self.done_rows, 'row')}"
+        saved = f", and {_count(self.saved_rows, 'row')} of units under way" if self.saved_rows else ""
+        yield f"done       {done}{saved}; left: {_count(left, 'row')}"
+        if self.sampled_rows:
+            tokens = round(self.sampled_tokens / self.sampled_rows * left)
+            sample = _count(self.sampled_rows, "row")
+            yield f"prompts    about {tokens:,} tokens left (estimate from a sample of {sample})"
+        if self.sampled_bad:
+            usable = "usable prompt and settings" if job.input.row_settings.columns else "usable prompt"
+            yield f"bad rows   {self.sampled_bad:,} of {self.sampled_rows:,} sampled rows have no {usable}"
+        if columns := job.input.row_settings.columns:
+            named = ", ".join(f"{setting} from {column}" for setting, column in columns.items())
+            yield f"per row    {named}; where null, the job's"
+        again = ", again where degenerate" if generation.on_degenerate == "retry" and generation.mode != "ar" else ""
+        yield f"completion at most {self._completion_tokens(left)}, mode {generation.mode}{again}"
+        yield f"checkpoint {safe_url(job.model.checkpoint)}, {job.model.dtype}"
+        yield f"replicas   {workers.replicas}, each with {workers.gpus} GPU and {workers.cpus} CPU"
+        if isinstance(self.estimate, Estimate):
+            yield from self.estimate.lines()
+        elif self.estimate is not None:
+            yield f"hours      unknown: {self.estimate}"
+        yield f"output     {safe_url(job.output.path)}"
+        if self.unreadable:
+            yield f"unreadable {_count(len(self.unreadable), 'file')}: `run` would refuse"
+
+    def _completion_tokens(self, left: int) -> str:
+        each, column = self.job.generation.max_new_tokens, self.job.input.row_settings.max_new_tokens
+        if column is None:
+            return f"{left * each:,} tokens left ({each:,} a row)"
+        if not self.sampled_rows:
+            return f"what column {column} says"
+        tokens = round(self.sampled_limits / self.sampled_rows * left)
+        return f"about {tokens:,} tokens left (by column {column}, estimate from the same sample)"
+
+
+def preview(job: Job, calibration: str | None = None) -> Preview:
+    """Plans the job, samples its prompts, and looks up what was measured: in the folder `calibration`, or by default
+    where `calibrate` writes.
+
+    Raises CheckpointError, InputError, StorageError, and OutputError where `run` would refuse the output.
+    """
+    checkpoint = check_checkpoint(job)
+    identity = checkpoint.identity()
+    plan = make_plan(job, checkpoint_identity=identity, allow_unreadable=True)
+    done_units, done_rows, saved, added = _done(job, plan)
+    room = job.engine.limits().row_tokens(checkpoint.config.max_position_embeddings)
+    rows, tokens, bad, limits = _sample(job, plan.units, load_tokenizer(checkpoint), room)
+    usable = round((plan.rows - done_rows - saved) * (1 - bad / max(rows, 1)))
+    found = estimate(job, plan, identity, calibration, usable)
+    return Preview(job, plan, done_units, done_rows, rows, tokens, bad, limits, saved, added, found)
+
+
+def _done(job: Job, plan: Plan) -> tuple[int, int, int, tuple[str, ...]]:
+    """Finished units, their rows, rows saved of others, and the input files that the output was not planned with."""
+    if plan.unreadable:  # with files left out, neither the fingerprint nor the units can be those of the output
+        if not Storage(job.output.path).exists(PLAN):
+            return 0, 0, 0, ()
+        status = read_status(job.output.path)
+        return status.units_done, status.rows_done, status.rows_saved, ()
+    ledger = Ledger(job.output.path, plan.fingerprint.digest)
+    old = ledger.check(plan, job)
+    results = ledger.finished(plan, repair=False).values()
+    same_job = old is not None and old.fingerprint == plan.fingerprint
+    added = listing_change(old.files, plan.listing).added if old is not None and same_job else ()
+    saved = ledger.count_saved(plan.fingerprint.digest)
+    return len(results), sum(result.totals.rows for result in results), saved, added
+
+
+def _sample(job: Job, units: Sequence[WorkUnit], tokenizer: Tokenizer, room: int) -> tuple[int, int, int, int]:
+    """Of the heads of a few units spread over the job: rows, prompt tokens and max_new_tokens of those that can be
+    generated with `room` tokens of context, and how many cannot: (rows, tokens, bad, limits)."""
+    params = job.generation.params(())
+    reader = UnitReader(job.input)
+    picked = units[:: max(1, -(-len(units) // SAMPLE_UNITS))]
+    rows = tokens = bad = limits = 0
+    for unit in picked:
+        data = reader.read(replace(unit, row_count=min(unit.row_count, SAMPLE_ROWS)))
+        good = [(row.prompt, row.settings) for row in data.rows if row.prompt is not None]
+        encoded = tokenizer.encode_batch([prompt for prompt, _ in good])
+        most = [with_settings(params, settings).max_new_tokens for _, settings in good]
+        fitting = [(len(ids), limit) for ids, limit in zip(encoded, most, strict=True) if 0 < len(ids) <= room - limit]
+        rows += len(data.rows)
+        bad += len(data.rows) - len(fitting)
+        tokens += sum(count for count, _ in fitting)
+        limits += sum(limit for _, limit in fitting)
+    reader.close()
+    return rows, tokens, bad, limits
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,0 +1,243 @@
+"""Loads a job file: YAML, `${VAR}` from the environment, `--set` overrides. A fault is one line that names the key."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config.job import Job
+from pipeline.config.messages import explain, kind_of, shorten, shown
+from pipeline.config.variables import Variables, utc_today
+from pipeline.core.errors import JobError
+from pipeline.storage.storage import read_text
+from pipeline.storage.urls import flaw_of, in_ray_package, is_local
+
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
+_INT = re.compile(r"[-+]?\d+")
+_NULL = re.compile("null|Null|NULL|~")
+_LEADING_ZERO = re.compile(r"[-+]?0[\d_]+")
+MAX_FILE_CHARS, MAX_VALUES = 4_000_000, 10_000
+"""Of a job file: aliases of aliases can make billions of values of a few lines."""
+_PATHS = frozenset(("input.path", "output.path", "model.checkpoint"))
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without dates (no key is one), with 1e-3 as a number and 1:30 as text, as in YAML 1.2."""
+
+    values = 0
+    """Built so far."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float", ":int"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile("^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOAT.pattern})$", re.I), list("-+.0123456789")
+)
+
+
+def load_job(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Job:
+    """The job in a local YAML file, with `a.b=value` overrides (values are YAML) put over it.
+
+    Relative input, output and checkpoint paths become absolute ones. Raises JobError: one line that names the file,
+    the dotted key, the value and the rule.
+    """
+    file = os.fspath(path)
+    settings, origins = _read(file, overrides)
+    settings = _expand_tree(settings, "", file, origins, Variables(os.environ, utc_today()))
+    try:
+        job = Job.model_validate(settings)
+    except ValidationError as error:
+        raise JobError(explain(error, file, origins)) from None
+    stem = os.path.splitext(os.path.basename(file))[0].encode("utf-8", "replace").decode()
+    job = job.model_copy(update={"name": job.name or stem})
+    paths = {"input.path": job.input.path, "output.path": job.output.path, "model.checkpoint": job.model.checkpoint}
+    for key, path in paths.items():
+        if why := flaw_of(path, chains=is_local(path) and key != "model.checkpoint", pattern=key == "input.path"):
+            raise JobError(f"{file}: {origins.get(key, key)} is {shown(path)}: {why}")
+    return _resolve_paths(job, file)
+
+
+def read_settings(path: str | PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings as they stand in the file, variables not filled in, with the overrides put over them.
+
+    Text that stood without quotes is Plain. Raises JobError where it is no YAML; nothing else is checked.
+    """
+    return _read(os.fspath(path), overrides)[0]
+
+
+def _read(file: str, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings, and what to call those that were overridden, by dotted key."""
+    settings = _parse_file(file)
+    return settings, {key: f"--set {key}" for key in (_apply(settings, text) for text in overrides)}
+
+
+def _parse_file(file: str) -> dict[str, Any]:
+    try:
+        text = read_text(file, MAX_FILE_CHARS + 1)
+    except UnicodeDecodeError as error:
+        raise JobError(f"{file}: not a text file: byte {error.start} is not UTF-8") from None
+    except FileNotFoundError:
+        raise JobError(f"{file}: there is no such job file") from None
+    except IsADirectoryError:
+        raise JobError(f"{file}: this is a folder; give the job file in it") from None
+    except (OSError, ValueError) as error:
+        raise JobError(f"{file}: cannot be read: {error}") from None
+    if len(text) > MAX_FILE_CHARS:
+        raise JobError(f"{file}: more than {MAX_FILE_CHARS} characters: is it a job file?")
+    settings = _parse(text, file)
+    if settings is None:
+        raise JobError(f"{file}: the file is empty; it needs at least input.path, output.path and model.checkpoint")
+    if not isinstance(settings, dict):
+        raise JobError(f"{file}: holds a {kind_of(settings)}; a job is keys and values such as input, output, model")
+    return settings
+
+
+def _parse(text: str, where: str) -> Any:
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return None if node is None else _build(loader, node, "", where)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        braces = mark is not None and "${" in "".join(text.splitlines()[mark.line : mark.line + 1])
+        hint = "; inside {…} or […] put a value with ${…} in quotes" if braces else ""
+        raise JobError(f"{where}{line}: not YAML: {error.problem or error.context}{hint}") from None
+    except yaml.YAMLError as error:  # characters that YAML does not allow
+        raise JobError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise JobError(f"{where}: nested too deeply") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _build(loader: _Loader, node: yaml.Node, key: str, where: str) -> Any:
+    """Python values of a YAML node. Stricter than the safe loader: keys are text, and none stands twice."""
+    loader.values += 1
+    if loader.values > MAX_VALUES:
+        raise JobError(f"{where}: more than {MAX_VALUES} values: no job has so many, do aliases (*) multiply them?")
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(loader, item, f"{key}[{i}]", where) for i, item in enumerate(node.value)]
+    if isinstance(node, yaml.ScalarNode):
+        place = f"{where}, line {node.start_mark.line + 1}: {key}".rstrip(": ")
+        unquoted = node.style is None
+        if unquoted or node.tag.endswith(":int"):
+            _check_number(node.value, place)
+        try:
+            value = loader.construct_object(node)
+        except (ValueError, LookupError, AttributeError) as error:  # what the safe loader's own parsers raise
+            kind = node.tag.rpartition(":")[2]
+            raise JobError(f"{place} is {shown(node.value)}: it cannot be read as {kind}") from error
+        if node.tag.endswith(":int") and ":" in node.value:
+            raise JobError(f"{place} is {shown(node.value)}: write the number in decimal")
+        return Plain(value) if isinstance(value, str) and unquoted else value
+    built: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+        line = key_node.start_mark.line + 1
+        if name is None:
+            raise JobError(f"{where}, line {line}: a key must be text")
+        full = f"{key}.{name}" if key else name
+        if name in built:
+            raise JobError(f"{where}, line {line}: {full} stands twice: keep one of them")
+        built[name] = _build(loader, value_node, full, where)
+    return built
+
+
+def _check_number(text: str, where: str) -> None:
+    """YAML 1.1 reads 010 as 8, other readers as 10."""
+    if _LEADING_ZERO.fullmatch(text):
+        raise JobError(f"{where} is {shown(text)}: write the number without leading zeros, or text in quotes")
+
+
+class Plain(str):
+    """A string that stood unquoted: once its variables are filled in, it may turn out to be a number."""
+
+    __slots__ = ()
+
+
+def _apply(settings: dict[str, Any], override: str) -> str:
+    """Puts one `a.b=value` into the settings and returns its dotted key. Raises JobError."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise JobError(f"--set {shorten(override)}: write it as section.key=value, such as engine.max_rows=8")
+    section = settings
+    for depth, part in enumerate(parts[:-1], 1):
+        inner = section.get(part)
+        if inner is None:
+            inner = section[part] = {}
+        if not isinstance(inner, dict):
+            raise JobError(f"--set {shorten(override)}: {'.'.join(parts[:depth])} is not a section")
+        section = inner
+    section[parts[-1]] = _parse(text, f"--set {key}")
+    return ".".join(parts)
+
+
+def _expand_tree(value: Any, key: str, file: str, origins: Mapping[str, str], variables: Variables) -> Any:
+    def expand(inner: Any, key: str) -> Any:
+        return _expand_tree(inner, key, file, origins, variables)
+
+    if isinstance(value, dict):
+        return {k: expand(v, f"{key}.{k}" if key else k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [expand(v, f"{key}[{i}]") for i, v in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    where = f"{file}: {origins.get(key, key)}"
+    expanded = variables.fill(value, where, is_path=key in _PATHS)
+    try:
+        expanded.encode()
+    except UnicodeEncodeError:
+        raise JobError(f"{where} holds characters that are not Unicode text (lone surrogate)") from None
+    return _as_value(expanded, where) if isinstance(value, Plain) and expanded != value else expanded
+
+
+def _as_value(text: str, where: str) -> str | int | float | None:
+    _check_number(text, where)
+    if _NULL.fullmatch(text):
+        return None
+    if _INT.fullmatch(text):
+        try:
+            return int(text)
+        except ValueError:  # thousands of digits
+            raise JobError(f"{where} is {shown(text)}: it cannot be read as int") from None
+    if _FLOAT.fullmatch(text) and text[-1:].isdigit():
+        return float(text)
+    return text
+
+
+def _resolve_paths(job: Job, file: str) -> Job:
+    here = os.getcwd()
+    output = job.output.path
+    if is_local(output) and not os.path.isabs(output) and in_ray_package(here):
+        raise JobError(
+            f"{file}: output.path is {output!r}, relative to Ray's temporary copy of the working directory, which is "
+            "deleted after the job: give an absolute path on shared storage or an s3:// URL"
+        )
+    checkpoint = job.model.checkpoint
+    if not checkpoint.startswith("builtin:"):
+        checkpoint = _absolute(checkpoint)
+    return job.model_copy(
+        update={
+            "input": job.input.model_copy(update={"path": _absolute(job.input.path)}),
+            "output": job.output.model_copy(update={"path": _absolute(output)}),
+            "model": job.model.model_copy(update={"checkpoint": checkpoint}),
+        }
+    )
+
+
+def _absolute(path: str) -> str:
+    # Not normpath alone: a trailing slash means nothing locally, and ~ is what a shell would have filled in.
+    return os.path.abspath(os.path.expanduser(path)) if is_local(path) else path

@@ -1,0 +1,98 @@
+"""What is wrong with a job file, in one line: the key, the value and the rule."""
+
+import difflib
+import re
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipeline.config.job import Job
+from pipeline.storage.urls import safe_url
+
+MAX_VALUE_CHARS = 80
+_LONG_WORD = re.compile(rf"\S{{{MAX_VALUE_CHARS + 1},}}")
+
+
+def explain(error: ValidationError, file: str, origins: Mapping[str, str]) -> str:
+    """All faults of a job in one line, three of them in full; `origins`: what to call a key, where not by itself."""
+    faults = [_LONG_WORD.sub(lambda word: shorten(word[0]), _explain_one(f, origins)) for f in error.errors()]
+    more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+    return f"{file}: {'; '.join(faults[:3])}{more}"
+
+
+def _explain_one(fault: ErrorDetails, origins: Mapping[str, str]) -> str:
+    location = [str(part) for part in fault["loc"]]
+    dotted = ".".join(location)
+    key = next((name for prefix, name in origins.items() if dotted == prefix), dotted)
+    if fault["type"] == "missing":
+        return f"{key} is missing: it has no default"
+    if fault["type"] == "extra_forbidden":
+        return f"{key} is not a key of a job" + _suggest(location)
+    rule = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error" and isinstance(fault["input"], dict):
+        # A rule over a whole section: its message names the key itself.
+        named = rule.partition(" ")[0] in fault["input"]
+        return f"{dotted}.{rule}" if named else f"{dotted}: {rule}"
+    return f"{key} is {shown(fault['input'])}: {_RULES.get(fault['type'], rule[:1].lower() + rule[1:])}"
+
+
+_RULES = {
+    "int_type": "it must be a whole number, without quotes",
+    "int_from_float": "it must be a whole number",
+    "float_type": "it must be a number, without quotes",
+    "string_type": "it must be text; put it in quotes if it looks like a number",
+    "tuple_type": "it must be a list",
+    "model_type": "it must be a section with keys of its own",
+    "model_attributes_type": "it must be a section with keys of its own",
+    "string_too_short": "it must not be empty",
+    "finite_number": "it must be a finite number",
+}
+
+
+def _suggest(location: list[str]) -> str:
+    section = _section_of(location[:-1])
+    known = list(section.model_fields) if section else []
+    if len(location) > 2:  # a section inside one: its names are names of settings elsewhere too
+        return f"; known here: {', '.join(known)}" if known else ""
+    close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {'.'.join([*location[:-1], close[0]])}?"
+    homes = [f"{name}.{location[-1]}" for name, inner in _sections() if location[-1] in inner.model_fields]
+    if homes:
+        return f"; did you mean {' or '.join(homes)}?"
+    return f"; known here: {', '.join(known)}" if known else ""
+
+
+def _sections(parent: type[BaseModel] = Job) -> list[tuple[str, type[BaseModel]]]:
+    found = []
+    for name, field in parent.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found.append((name, kind))
+    return found
+
+
+def _section_of(location: list[str]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = Job
+    for name in location:
+        section = dict(_sections(section)).get(name) if section else None
+    return section
+
+
+def kind_of(value: object) -> str:
+    """What a YAML value is, in a word."""
+    return "list" if isinstance(value, list) else "text" if isinstance(value, str) else type(value).__name__
+
+
+def shown(value: object) -> str:
+    """The value as a message shows it: text in quotes, URLs without credentials, not too long."""
+    text = repr(str(value)) if isinstance(value, str) else repr(value)
+    if "://" in text and isinstance(value, str):
+        text = repr(safe_url(value))
+    return shorten(text)
+
+
+def shorten(text: str) -> str:
+    """The text, or its beginning where it is longer than MAX_VALUE_CHARS."""
+    return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 1] + "…"

@@ -1,0 +1,80 @@
+"""Variables in the texts of a job file: `${NAME}`, `${NAME:-default}`, and `${DATE}`, which is a day."""
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, date, datetime, timedelta
+
+from pipeline.config.messages import shorten, shown
+from pipeline.core.errors import JobError
+
+_VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}|\$\{")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+DATE = "DATE"
+"""The variable whose value is a day: written YYYY-MM-DD, or a word for one."""
+DAYS_AGO = {"today": 0, "yesterday": 1}
+
+
+def utc_today() -> date:
+    """The day it is, in UTC: the same on every machine of a cluster."""
+    return datetime.now(UTC).date()
+
+
+class Variables:
+    """The variables as one load of a job file sees them: `today` does not move on, and DATE is one day throughout."""
+
+    def __init__(self, values: Mapping[str, str], today: date) -> None:
+        self._values, self._today = values, today
+        self._day: tuple[str, str] | None = None  # the first DATE, and where it stood
+
+    def fill(self, text: str, where: str, *, is_path: bool = False) -> str:
+        """The text with its variables filled in; `$${` stands for `${`.
+
+        In a path, a value that ends in a slash before a slash loses its own: `s3://bucket/in/` and `s3://bucket/in`
+        mean the same in `${INPUT}/2026`, where an object store would take `in//2026` for another folder.
+        Raises JobError, which begins with `where`.
+        """
+
+        def fill_one(match: re.Match[str]) -> str:
+            if match.group() == "$${":
+                return "${"
+            value = self._value(match, where)
+            return value.removesuffix("/") if is_path and text.startswith("/", match.end()) else value
+
+        return _VARIABLE.sub(fill_one, text)
+
+    def _value(self, match: re.Match[str], where: str) -> str:
+        inner, text = match.group(1), match.string
+        if inner is None:
+            raise JobError(f"{where} is {shown(text)}: ${{ without }}: close it, or write $${{ for the characters")
+        if "${" in inner:
+            raise JobError(f"{where} is {shown(text)}: a variable inside a variable: write one ${{NAME:-default}}")
+        name, has_default, default = inner.partition(":-")
+        if not _NAME.fullmatch(name):
+            raise JobError(f"{where}: ${{{shorten(inner)}}} is no variable: write ${{NAME}} or ${{NAME:-default}}")
+        value = self._values.get(name)
+        if has_default:
+            value = value or default
+        elif value is None:
+            raise JobError(f"{where}: the environment variable {name} is not set: set it or write ${{{name}:-default}}")
+        return self._one_day(value, where) if name == DATE else value
+
+    def _one_day(self, value: str, where: str) -> str:
+        day = day_of(value, self._today)
+        if day is None:
+            words = " or ".join(DAYS_AGO)
+            raise JobError(f"{where}: {DATE} is {shown(value)}: give a day as YYYY-MM-DD, or {words} (in UTC)")
+        first, place = self._day = self._day or (day, where)
+        if day != first:
+            raise JobError(f"{where}: {DATE} is {day}, and {first} in {place}: write the same default in both")
+        return day
+
+
+def day_of(text: str, today: date) -> str | None:
+    """The day, as YYYY-MM-DD, that an ISO date or a word such as yesterday means; None where it means none."""
+    if text in DAYS_AGO:
+        return (today - timedelta(days=DAYS_AGO[text])).isoformat()
+    try:  # it takes other ways of writing a day too, of which each would be another folder
+        return date.fromisoformat(text).isoformat() if _DAY.fullmatch(text) else None
+    except ValueError:  # 2026-02-30
+        return None

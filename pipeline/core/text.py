@@ -1,0 +1,52 @@
+"""Numbers as a report shows them."""
+
+import math
+
+
+def number(value: float | None) -> str:
+    """Three digits, or all of a whole number below 10,000; above it k, M, G, T."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
+    if value == round(value) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.1e}"
+
+
+def share(part: float, whole: float) -> str:
+    """A percentage; - where there is no whole. Only nothing is 0%, and only all is 100%."""
+    if not whole:
+        return "-"
+    found = part / whole
+    if found in (0, 1):
+        return f"{found:.0%}"
+    return "<0.01%" if found < 0.0001 else ">99.99%" if found > 0.9999 else f"{found:.2%}"
+
+
+def when(iso: str) -> str:
+    """A time as records have it, ISO 8601 in UTC, to be read."""
+    return iso.replace("T", " ").replace("+00:00", " UTC")
+
+
+class TimeScale:
+    """The unit in which a span of time is read: seconds, minutes, hours or days."""
+
+    def __init__(self, seconds: float) -> None:
+        sizes = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (120, 60, "minutes"))
+        found = next(((size, unit) for least, size, unit in sizes if seconds >= least), (1, "seconds"))
+        self._size, self.unit = found
+
+    def of(self, seconds: float) -> float:
+        """Seconds in this unit."""
+        return seconds / self._size
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: 48s, 3m20s, 2h05m, 4d03h."""
+    whole = round(seconds)
+    for size, unit, smaller, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // smaller:02d}{small_unit}"
+    return f"{whole}s"

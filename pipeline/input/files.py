@@ -1,0 +1,112 @@
+"""The files of an input path: a file, a folder or a glob, local or behind a URL."""
+
+import re
+import unicodedata
+from dataclasses import replace
+
+from fsspec.utils import glob_translate
+
+from pipeline.core.errors import InputError
+from pipeline.storage.local import DANGLING
+from pipeline.storage.storage import FileInfo, Storage, real_path
+from pipeline.storage.urls import in_ray_package, is_inside, safe_url
+
+
+def list_input(path: str) -> tuple[str, list[FileInfo]]:
+    """The root and the files of an input path: a file, a folder (all *.parquet below it) or a glob.
+
+    Names are relative to the root. Names that begin with "_" or "." are left out, files and folders alike.
+    Raises InputError where nothing matches, StorageError where the listing fails.
+    """
+    # A local name may hold brackets; on an object store a pattern is a pattern.
+    kind = None if _has_magic(path) and "://" in path else Storage(path).kind()
+    if kind == "other":
+        raise InputError(f"input {safe_url(path)} is a pipe or a device: give a Parquet file, a folder or a glob")
+    if kind == "folder":
+        root, files = path, _list_folder(path)
+    elif kind == "file" or not _has_magic(path):
+        root, _, name = path.rstrip("/").rpartition("/")
+        info = Storage(root or "/").stat(name)
+        if info is None:
+            raise InputError(f"input {safe_url(path)} does not exist: give a Parquet file, a folder or a glob")
+        files = [info]
+    else:
+        root, files = _glob_root(path), _list_glob(path)
+    for file in files:
+        if file.size == DANGLING:
+            raise InputError(
+                f"input {safe_url(path)}: {_printable(file.name)} is a link that leads to nothing: mend or remove it"
+            )
+        _check_name(file, path)
+    return root or "/", [_with_lasting_stamp(root or "/", file) for file in files]
+
+
+def would_read(path: str, root: str, output: str) -> bool:
+    """Whether the parts of an output folder would be among the files of an input path that was listed under `root`."""
+    real_root, real_output = real_path(root), real_path(output)
+    if _has_magic(path) and root != path:
+        if not is_inside(real_output, real_root):
+            return False
+        part = f"{real_output}/part-000000000000-0000000000.parquet".removeprefix(real_root).lstrip("/")
+        return re.match(glob_translate(_glob_pattern(path)), part) is not None
+    return root == path and is_inside(real_output, real_root)
+
+
+def _check_name(file: FileInfo, path: str) -> None:
+    where = f"input {_printable(safe_url(path))}: {_printable(file.name)}"
+    if file.path.encode("utf-8", "replace").decode() != file.path:
+        raise InputError(f"{where} is a name that is not UTF-8: rename it")
+    if _printable(file.name) != file.name:
+        raise InputError(f"{where} is a name with a control character: rename it")
+    if not {".", ".."}.isdisjoint(file.name.split("/")):
+        raise InputError(f"{where} is a key with . or .. in it, which cannot be addressed: rename it")
+
+
+def _list_folder(path: str) -> list[FileInfo]:
+    found = [info for info in Storage(path).find() if _is_visible(info.name)]
+    # A link to nothing may have been one to a folder.
+    files = [info for info in found if info.name.lower().endswith(".parquet") or info.size == DANGLING]
+    if not files:
+        has = ", ".join(_printable(info.name) for info in found[:3]) + (" …" if len(found) > 3 else "")
+        text = f"; it has {has}" if has else ": it is empty"
+        raise InputError(f"input {safe_url(path)} has no *.parquet file{text}")
+    return files
+
+
+def _list_glob(path: str) -> list[FileInfo]:
+    root = _glob_root(path)
+    files = [info for info in Storage(root or "/").glob(_glob_pattern(path)) if _is_visible(info.name)]
+    if not files:
+        raise InputError(f"input {safe_url(path)} matches no file")
+    return files
+
+
+def _with_lasting_stamp(root: str, file: FileInfo) -> FileInfo:
+    """Unpacking sets new times: a file of Ray's package is known by its content, so that the job resumes elsewhere."""
+    if not in_ray_package(file.path):
+        return file
+    return replace(file, stamp="sha256:" + Storage(root).sha256(file.name, file.size))
+
+
+def _printable(name: str) -> str:
+    """The name in one line, with control characters and bytes that are not UTF-8 shown as escapes."""
+    shown = (c.encode("unicode_escape").decode() if unicodedata.category(c) == "Cc" else c for c in name)
+    return "".join(shown).encode("utf-8", "backslashreplace").decode()
+
+
+def _is_visible(name: str) -> bool:
+    return not any(part.startswith(("_", ".")) for part in name.split("/"))
+
+
+def _has_magic(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def _glob_root(path: str) -> str:
+    parts = path.split("/")
+    first = next(i for i, part in enumerate(parts) if _has_magic(part))
+    return "/".join(parts[:first])
+
+
+def _glob_pattern(path: str) -> str:
+    return path[len(_glob_root(path)) :].lstrip("/")

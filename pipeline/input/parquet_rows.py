@@ -1,0 +1,148 @@
+"""The rows of one open Parquet file, in bounded pieces."""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.errors import InputError
+from pipeline.core.schema import plain_type
+from pipeline.core.types import WorkUnit
+from pipeline.input import limits
+from pipeline.storage.storage import split_url
+from pipeline.storage.urls import safe_url
+
+READ_BUFFER_BYTES = 1 << 20
+TAIL_BYTES = 8
+"""Length of the footer and the magic word, at the end of a file."""
+_BUILT_BADLY = ("dictionary<", "list_view<")
+"""Stored Arrow types that pyarrow is not asked to build: a dictionary with one value that is not UTF-8 costs the whole
+batch, and a view of lists comes out broken."""
+
+
+class RowStream:
+    """One open Parquet file, read forward in small batches; a jump reopens at the row group of its target."""
+
+    def __init__(self, unit: WorkUnit, columns: list[str]) -> None:
+        """The file as it was planned, whatever the unit's rows. Raises InputError where it is gone or has changed, what
+        pyarrow raises where it is no Parquet."""
+        self.path = unit.file
+        self.too_long: dict[int, str] = {}
+        """Why the last taken rows (by position among them) have cells that are null: too long to be held."""
+        self._planned = unit
+        self._storage, self._name = split_url(unit.file)
+        size = self._check_unchanged()
+        self._source = self._storage.open(self._name, size)
+        self._metadata = metadata = pq.read_metadata(self._source)
+        groups = limits.check_footer(metadata, size)
+        stored = metadata.schema.to_arrow_schema()
+        self._schema = pa.schema([(name, plain_type(stored.field(name).type)) for name in columns])
+        if any(mark in str(stored.field(name).type) for name in columns for mark in _BUILT_BADLY):
+            metadata = _without_arrow_schema(self._source, size)
+        self._parquet = pq.ParquetFile(self._source, metadata=metadata, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
+        self._columns = columns
+        self._group_starts = list(accumulate(groups, initial=0))
+        self._batches: Any = iter(())
+        self._pending: pa.RecordBatch | None = None
+        self._position = self._end = 0  # the row that comes next, and the one where the batches end
+
+    def take(self, first_row: int, count: int) -> pa.Table:
+        """Rows first_row to first_row + count - 1; afterwards `too_long` is about them.
+
+        Raises what pyarrow raises, InputError where the file has changed or the rows are too large together.
+        """
+        end = first_row + count
+        if end > self._group_starts[-1]:
+            raise InputError(
+                f"input {safe_url(self.path)} has changed since the job was planned "
+                f"(it has {self._group_starts[-1]} rows, the plan reads up to row {end - 1})"
+            )
+        self._skip_to(first_row, end - 1)
+        taken: list[pa.RecordBatch] = []
+        self.too_long = {}
+        size = 0
+        while self._position < end:
+            if self._position == self._end:
+                self._start(self._position, end - 1)
+            first = self._position - first_row
+            rows, too_long = limits.drop_long_cells(self._next_rows(end - self._position).cast(self._schema))
+            self.too_long |= {first + index: reason for index, reason in too_long.items()}
+            size += rows.nbytes + rows.num_rows * limits.ROW_BYTES
+            if size > limits.UNIT_BYTES:
+                raise InputError(
+                    f"input {safe_url(self.path)}, rows {first_row} to {end - 1}: the first {first + rows.num_rows} "
+                    f"take more than {limits.UNIT_BYTES >> 20} MiB: lower output.rows_per_file (or target_mb)"
+                )
+            taken.append(rows)
+        self._check_unchanged()  # a file that is rewritten while it is open gives rows of both
+        return pa.Table.from_batches(taken)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._batches = iter(())
+        self._pending = None
+        self._parquet.close()
+        self._source.close()
+
+    def _check_unchanged(self) -> int:
+        """The file's size in bytes. Raises InputError where the file is not the one that was planned."""
+        planned, info = self._planned, self._storage.stat(self._name)
+        if info is None:
+            raise InputError(f"input {safe_url(self.path)} is gone: it was there when the job was planned")
+        # A checksum is the stamp of a file in Ray's package, which nobody rewrites.
+        changed = info.stamp != planned.stamp and not planned.stamp.startswith("sha256:")
+        if planned.size >= 0 and (info.size != planned.size or changed):
+            raise InputError(
+                f"input {safe_url(self.path)} has changed since the job was planned ({planned.size} bytes, "
+                f"{planned.stamp} then; {info.size} bytes, {info.stamp} now): submit the job again"
+            )
+        return info.size
+
+    def _skip_to(self, row: int, last: int) -> None:
+        ahead = self._position <= row < self._end and self._group_of(self._position) == self._group_of(row)
+        if not ahead:
+            self._start(row, last)
+        while self._position < row:
+            self._next_rows(row - self._position)
+
+    def _start(self, row: int, last: int) -> None:
+        """Begins at the row group that holds `row`; goes no further than the one that holds `last`."""
+        groups = range(self._group_of(row), self._group_of(last) + 1)
+        batch_rows = limits.batch_rows(
+            self._source, self._metadata, groups, self._columns, lambda group: next(self._iterate([group], 1), None)
+        )
+        self._batches = self._iterate(list(groups), batch_rows)
+        self._pending = None
+        self._position, self._end = self._group_starts[groups.start], self._group_starts[groups.stop]
+
+    def _iterate(self, groups: list[int], batch_rows: int) -> Iterator[pa.RecordBatch]:
+        batches: Iterator[pa.RecordBatch] = self._parquet.iter_batches(
+            batch_size=batch_rows, row_groups=groups, columns=self._columns, use_threads=False
+        )
+        return batches
+
+    def _group_of(self, row: int) -> int:
+        return bisect_right(self._group_starts, row) - 1  # of empty groups the last: it is followed by the row
+
+    def _next_rows(self, at_most: int) -> pa.RecordBatch:
+        batch: pa.RecordBatch | None = self._pending if self._pending is not None else next(self._batches, None)
+        if batch is None:
+            raise InputError(f"input {safe_url(self.path)}: the data ends before the rows that its footer promises")
+        rows = batch.slice(0, at_most)
+        self._pending = batch.slice(at_most) if at_most < batch.num_rows else None
+        self._position += rows.num_rows
+        return rows.select(self._columns)
+
+
+def _without_arrow_schema(source: pa.NativeFile, size: int) -> pq.FileMetaData:
+    """The footer without the Arrow types that the writer stored."""
+    source.seek(size - TAIL_BYTES)
+    tail = source.read(TAIL_BYTES)
+    length = int.from_bytes(tail[:4], "little")
+    source.seek(size - TAIL_BYTES - length)
+    # A file of nothing else. Not through pyarrow's own writer of footers, which crashes at what its reader takes.
+    footer = source.read(length).replace(b"\x0cARROW:schema", b"\x0c_____:schema")
+    return pq.read_metadata(pa.BufferReader(tail[4:] + footer + tail))

@@ -1,0 +1,116 @@
+"""Reads the rows of work units: Parquet in, memory bounded by a unit."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config.job import InputSection
+from pipeline.core.errors import InputError, StorageError
+from pipeline.core.schema import is_text
+from pipeline.core.types import Row, WorkUnit
+from pipeline.input import limits
+from pipeline.input.parquet_rows import RowStream
+from pipeline.input.row_settings import read_settings
+from pipeline.prompts.prompts import PromptMaker
+from pipeline.prompts.values import CellError, one_line, read_cells
+from pipeline.storage.urls import safe_url
+
+
+@dataclass(frozen=True, slots=True)
+class UnitData:
+    """A unit as read: one Row per input row in order, and the columns that go to the output as they are."""
+
+    unit: WorkUnit
+    rows: list[Row]
+    columns: pa.Table
+    """`id` and the carried columns, a row for each of `rows`."""
+
+
+class UnitReader:
+    """Reads units of one job. Keeps the last file open: units taken in order are read in one pass over the file."""
+
+    def __init__(self, settings: InputSection) -> None:
+        self._prompts = PromptMaker(settings.prompt_column, settings.template)
+        self._id_column = settings.id_column
+        self._carry, self._settings = settings.carry, settings.row_settings.columns
+        self._columns = settings.columns
+        self._file: RowStream | None = None
+
+    def read(self, unit: WorkUnit) -> UnitData:
+        """The unit's rows; a bad row is a Row with `error`.
+
+        Raises InputError where the file is gone, has changed since planning or cannot be decoded, StorageError where
+        it cannot be reached.
+        """
+        table, too_long = self._read_table(unit)
+        columns, errors = self._output_columns(unit, table)
+        made = zip(self._prompts.make(table), read_settings(table, self._settings), strict=True)
+        rows, characters = [], 0
+        for index, ((prompt, error), (settings, wrong)) in enumerate(made):
+            error = too_long.get(index) or error or wrong or errors.get(index)
+            source_row = unit.first_row + index
+            prompt = None if error else prompt
+            rows.append(Row(f"{unit.name}#{source_row}", index, source_row, prompt, error, settings))
+            characters += len(prompt or "")
+            if characters > limits.UNIT_BYTES:
+                raise InputError(
+                    f"{_rows_of(unit)}: their prompts are too long together: lower output.rows_per_file (or target_mb)"
+                )
+        return UnitData(unit, rows, columns)
+
+    def close(self) -> None:
+        """Closes the open file, if any, and ends the process that renders templates, if any."""
+        self._prompts.close()
+        self._close_file()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _read_table(self, unit: WorkUnit) -> tuple[pa.Table, dict[int, str]]:
+        """The unit's columns, and why the cells that are null because of their size are so, by row."""
+        try:
+            if self._file is None or self._file.path != unit.file:
+                self._close_file()
+                self._file = RowStream(unit, self._columns)
+            table = self._file.take(unit.first_row, unit.row_count)
+            return table, self._file.too_long
+        except (InputError, StorageError):
+            self._close_file()
+            raise
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            self._close_file()  # its position is lost
+            raise InputError(f"{_rows_of(unit)}: cannot be decoded: {one_line(error)}") from error
+
+    def _output_columns(self, unit: WorkUnit, table: pa.Table) -> tuple[pa.Table, dict[int, str]]:
+        """`id` and the carried columns, cleaned, and the rows (by index) that they make unusable."""
+        names = [f"{unit.name}#{unit.first_row + i}" for i in range(table.num_rows)] if not self._id_column else []
+        columns: dict[str, Any] = {"id": pa.chunked_array([pa.array(names, pa.string())])}
+        errors: dict[int, str] = {}
+        for target, source in [("id", self._id_column), *((name, name) for name in self._carry)]:
+            if source is not None:
+                columns[target], bad = _clean(table[source])
+                errors |= {index: f"column '{source}' {reason}" for index, reason in bad.items()}
+        return pa.table(columns), errors
+
+
+def _rows_of(unit: WorkUnit) -> str:
+    return f"input {safe_url(unit.file)}, rows {unit.first_row} to {unit.first_row + unit.row_count - 1}"
+
+
+def _clean(column: "pa.ChunkedArray[Any]") -> tuple["pa.ChunkedArray[Any]", dict[int, str]]:
+    """The column; cells that would make a part unreadable are replaced, with reasons by index."""
+    try:
+        column.validate(full=True)  # strings that are not UTF-8 are found here, nested ones too
+    except pa.ArrowInvalid:
+        cells = read_cells(column)
+    else:
+        return column, {}
+    bad = {i: cell.reason for i, cell in enumerate(cells) if isinstance(cell, CellError)}
+    for index in bad:
+        # A string keeps what can be read of it; anything else that holds such bytes is dropped.
+        raw = column[index].cast(pa.binary()).as_py() if is_text(column.type) else None
+        cells[index] = raw.decode("utf-8", "replace") if raw is not None else None
+    return pa.chunked_array([pa.array(cells, column.type)]), bad

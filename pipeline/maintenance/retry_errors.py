@@ -1,0 +1,235 @@
+"""`retry-errors OUTPUT --to FOLDER`: a new job of the rows that failed.
+
+FOLDER/input gets their input rows as they are, FOLDER/job.yaml the settings of the old job, without a limit of the
+error rate; the new one writes to FOLDER/output. The rows keep their ids, so that its results can be joined to the old
+ones.
+"""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from pipeline.config.job import Job
+from pipeline.config.writer import to_yaml, without_variables
+from pipeline.core.errors import InputError, OutputError
+from pipeline.core.types import WorkUnit
+from pipeline.input.files import list_input, would_read
+from pipeline.input.parquet_rows import RowStream
+from pipeline.output.layout import PARTS
+from pipeline.output.ledger import Ledger
+from pipeline.output.part import to_parquet
+from pipeline.output.records import NotOursError, PlanRecord, read_part
+from pipeline.planning.fingerprint import listing_change
+from pipeline.planning.plan import InputFile, Plan, make_plan
+from pipeline.storage.storage import FileInfo, Storage, real_path
+from pipeline.storage.urls import is_inside, is_local, safe_url
+
+THREADS = 16
+ROWS_A_FILE, BYTES_A_FILE = 50_000, 64 << 20
+READ_ROWS = 1024
+"""Of a file at a time, the failed ones among them."""
+REASONS = 5
+_REASONS_KEPT = 10_000
+_NUMBER = re.compile(r"\d[\d,.]*\d|\d")
+
+RowNumbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RetryJob:
+    """What was made; nothing, where no row failed."""
+
+    rows: int
+    reasons: tuple[tuple[str, int], ...]
+    """(error with its numbers as N, rows), the five most frequent."""
+    job_file: str
+    """Path or URL."""
+    units_left: int
+    """Units of the old job that have no part yet: what fails in them is not in the new one."""
+
+
+@dataclass(slots=True)
+class _Failed:
+    """The error rows of an output."""
+
+    rows: dict[str, list[RowNumbers]]
+    """Row numbers by input file."""
+    reasons: Counter[str]
+    parts: int
+
+
+def make_retry_job(output_path: str, folder: str) -> RetryJob:
+    """Writes the new job to `folder`, which must be empty or absent.
+
+    Raises OutputError where the output or the folder is not as it must be, InputError where the input files of failed
+    rows are not those that the job was planned over, StorageError.
+    """
+    folder = os.path.abspath(os.path.expanduser(folder)) if is_local(folder) else folder.rstrip("/")
+    record = Ledger(output_path).read_plan()
+    job = _job_of(output_path, record)
+    target = _empty_folder(folder, output_path)
+    failed = _find_failed(output_path, record)
+    rows = sum(len(numbers) for chunks in failed.rows.values() for numbers in chunks)
+    job_file, units_left = f"{folder}/job.yaml", record.units - failed.parts
+    if rows:
+        plan = _plan_again(job, record, folder, failed.rows.keys())
+        id_column = job.input.id_column or _free_name(job.input.columns)
+        retry = _settings(job, folder, id_column)
+        writer = _Writer(target)
+        for file in plan.files:
+            if file.name in failed.rows:
+                for table in _read_rows(job, file, np.sort(np.concatenate(failed.rows[file.name])), plan, id_column):
+                    writer.add(table)
+        writer.flush()
+        # last: a folder without it is no job
+        comment = f"{rows:,} rows of a job that failed; made by retry-errors"
+        target.write("job.yaml", to_yaml(without_variables(retry), [comment]))
+    return RetryJob(rows, tuple(failed.reasons.most_common(REASONS)), job_file, units_left)
+
+
+def _job_of(output_path: str, record: PlanRecord) -> Job:
+    try:
+        return Job.model_validate(record.job)
+    except ValidationError as error:
+        raise OutputError(
+            f"output {safe_url(output_path)}: the job settings in its plan cannot be read: "
+            f"{error.errors()[0]['msg']}; write the new job file by hand"
+        ) from None
+
+
+def _empty_folder(folder: str, output_path: str) -> Storage:
+    shown, target = safe_url(folder), Storage(folder)
+    if target.kind() not in (None, "folder") or target.find():
+        raise OutputError(f"{shown} is not an empty folder: give a new one")
+    if is_inside(real_path(folder), real_path(output_path)):
+        raise OutputError(f"{shown} lies inside output {safe_url(output_path)}: give a folder elsewhere")
+    return target
+
+
+def _find_failed(output_path: str, record: PlanRecord) -> _Failed:
+    storage = Storage(output_path)
+
+    def read(part: FileInfo) -> tuple[str, list[RowNumbers], Counter[str]]:
+        rows: list[RowNumbers] = []
+        reasons: Counter[str] = Counter()
+        try:
+            with storage.open(part.name, part.size) as source:
+                about, totals = read_part(source)
+                if about.fingerprint != record.fingerprint.digest:
+                    raise NotOursError("it is another job's part")
+                columns = ["finish_reason", "error", "source_row"]
+                batches = pq.ParquetFile(source).iter_batches(columns=columns, use_threads=False)
+                for batch in batches if totals.errors else ():
+                    bad = batch.filter(pc.equal(batch["finish_reason"], pa.scalar("error")))
+                    rows.append(bad["source_row"].to_numpy())
+                    reasons.update(_NUMBER.sub("N", str(text)) for text in bad["error"].to_pylist())
+        except (NotOursError, pa.ArrowException, OSError) as error:
+            raise OutputError(
+                f"output {safe_url(output_path)}: {part.name}: {' '.join(str(error).split())}; run `verify`"
+            ) from error
+        return about.file, rows, reasons
+
+    found = _Failed({}, Counter(), 0)
+    by_file: dict[str, list[RowNumbers]] = defaultdict(list)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for file, rows, reasons in pool.map(read, storage.list_files("", PARTS)):
+            found.parts += 1
+            by_file[file] += rows
+            for text, count in reasons.items():
+                known = text in found.reasons or len(found.reasons) < _REASONS_KEPT
+                found.reasons[text if known else "other errors"] += count
+    found.rows = {file: chunks for file, chunks in by_file.items() if sum(map(len, chunks))}
+    return found
+
+
+def _plan_again(job: Job, record: PlanRecord, folder: str, needed: Collection[str]) -> Plan:
+    """The input as it is now. Raises InputError where a file of failed rows is not what it was."""
+    identity = str(record.fingerprint.fields.get("model.checkpoint"))
+    plan = make_plan(job, checkpoint_identity=identity, allow_unreadable=True)
+    change = listing_change(record.files, plan.listing)
+    if lost := [name for name in (*change.rewritten, *change.removed) if name in needed]:
+        raise InputError(
+            f"input {safe_url(job.input.path)}: {len(lost)} file(s) such as {lost[0]} are not what the job was planned "
+            "over: the rows that failed cannot be taken from them; put them back"
+        )
+    if would_read(job.input.path, list_input(job.input.path)[0], f"{folder}/input"):
+        raise OutputError(f"{safe_url(folder)} lies inside input {safe_url(job.input.path)}: give a folder elsewhere")
+    return plan
+
+
+def _free_name(columns: Sequence[str]) -> str:
+    """For the column that gets the ids which the old job made."""
+    name = "original_id"
+    while name in columns:
+        name += "_"
+    return name
+
+
+def _read_rows(job: Job, file: InputFile, rows: RowNumbers, plan: Plan, id_column: str) -> Iterator[pa.Table]:
+    """The rows of a file (ordered numbers), a few at a time: the job's columns and the id."""
+    columns = job.input.columns
+    types = {name: plan.schema.field(name).type for name in job.input.carry}
+    if job.input.prompt_column is not None:
+        types[job.input.prompt_column] = pa.string()
+    if job.input.id_column is not None:
+        types[job.input.id_column] = plan.schema.field("id").type
+    stream = RowStream(WorkUnit("", file.url, file.name, 0, file.rows, file.size, file.stamp), columns)
+    try:
+        for near in np.split(rows, np.flatnonzero(np.diff(rows // READ_ROWS)) + 1):
+            first, last = int(near[0]), int(near[-1])
+            # taken, not sliced: a slice would keep all rows around it in memory
+            table = stream.take(first, last - first + 1).take(near - first)
+            # A column that is all null in this file may be typed in another one.
+            made = {name: table[name].cast(types.get(name, table[name].type)) for name in columns}
+            if job.input.id_column is None:
+                made[id_column] = pa.chunked_array([[f"{file.name}#{row}" for row in near]])
+            yield pa.table(made)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"input {safe_url(file.url)} cannot be decoded: {' '.join(str(error).split())}") from error
+    finally:
+        stream.close()
+
+
+class _Writer:
+    """Puts rows into files of a bounded size."""
+
+    def __init__(self, target: Storage) -> None:
+        self._target = target
+        self._tables: list[pa.Table] = []
+        self._rows = self._bytes = self._files = 0
+
+    def add(self, table: pa.Table) -> None:
+        if self._tables and self._tables[0].schema != table.schema:  # columns of a template may differ between files
+            self.flush()
+        self._tables.append(table)
+        self._rows += table.num_rows
+        self._bytes += table.nbytes
+        if self._rows >= ROWS_A_FILE or self._bytes >= BYTES_A_FILE:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._tables:
+            data = to_parquet(pa.concat_tables(self._tables))
+            self._target.write(f"input/rows-{self._files:05d}.parquet", data)
+            self._files += 1
+            self._tables, self._rows, self._bytes = [], 0, 0
+
+
+def _settings(job: Job, folder: str, id_column: str) -> dict[str, Any]:
+    settings = job.model_dump(mode="json")
+    settings["name"] = f"{job.name or 'job'}-retry"
+    settings["input"] |= {"path": f"{folder}/input", "id_column": id_column}
+    settings["output"]["path"] = f"{folder}/output"
+    settings["retry"]["max_error_rate"] = 1.0  # all of them failed once: those that fail again do not end the job
+    return Job.model_validate(settings).model_dump(mode="json")

@@ -1,0 +1,87 @@
+"""Logs as JSON, a record a line, for machines that read them: `run --log-format json`.
+
+Driver and replicas log what happens to units and replicas. No record holds a prompt or a completion; a reason that
+quotes something is logged without the quotation.
+"""
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+from pipeline.core.error_kinds import without_quotations
+from pipeline.core.events import Event, RangeDone, ReplicaLost, ReplicaNote, ReplicaReady, UnitDone, UnitFailed
+from pipeline.core.types import Assignment
+
+LOG = logging.getLogger("twotower")
+"""Silent until use_json: in text mode people read lines of their own (pipeline.monitoring.progress)."""
+LOG.addHandler(logging.NullHandler())
+LOG.propagate = False
+Record = tuple[int, str, dict[str, Any]]
+"""(level, what happened, fields)."""
+
+
+class JsonLines(logging.Formatter):
+    """`{"ts": …, "level": …, "event": …}` and the record's own fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        fields: dict[str, Any] = getattr(record, "fields", {})
+        return json.dumps({"ts": at, "level": record.levelname.lower(), "event": record.getMessage(), **fields})
+
+
+def use_json(out: TextIO | None = None) -> None:
+    """Log JSON to `out` (default: stderr) in this process; what it logged to before is let go."""
+    handler = logging.StreamHandler(out or sys.stderr)
+    handler.setFormatter(JsonLines())
+    LOG.handlers[:] = [handler]
+    LOG.setLevel(logging.INFO)
+
+
+def is_json() -> bool:
+    """Whether this process logs JSON."""
+    return any(isinstance(handler.formatter, JsonLines) for handler in LOG.handlers)
+
+
+def log(record: Record | None, **more: Any) -> None:
+    """Logs the record, if there is one, with more fields; those that are None are left out."""
+    if record is not None and LOG.isEnabledFor(record[0]):
+        level, event, fields = record
+        shown = {name: value for name, value in (more | fields).items() if value is not None}
+        LOG.log(level, event, extra={"fields": shown})
+
+
+def work_record(event: str, replica: str, work: Assignment) -> Record:
+    """Something that happened to an assignment."""
+    first, end = work.span
+    return logging.INFO, event, _about(replica, work) | {"rows": end - first}
+
+
+def event_record(event: Event | None) -> Record | None:
+    """The record of an event; None for those that are progress alone."""
+    match event:
+        case ReplicaReady(replica):
+            return logging.INFO, "replica ready", {"replica": replica}
+        case UnitDone(result):
+            totals = result.totals
+            fields = {"replica": result.replica, "unit": result.unit_id, "attempt": result.attempt}
+            counts = {"rows": totals.rows, "errors": totals.errors, "tokens": totals.completion_tokens}
+            return logging.INFO, "unit done", {**fields, **counts, "seconds": round(result.seconds, 3)}
+        case RangeDone(replica, (unit, rows)):
+            return logging.INFO, "range done", {"replica": replica, "unit": unit, "range": rows}
+        case UnitFailed(replica, work, reason):
+            return logging.WARNING, "unit failed", _about(replica, work) | {"reason": without_quotations(reason)}
+        case ReplicaNote(replica, text):
+            level = logging.INFO if event.warning is None else logging.WARNING
+            return level, "note", {"replica": replica, "text": without_quotations(text)}
+        case ReplicaLost(replica, reason):
+            level = logging.INFO if event.excused else logging.WARNING
+            return level, "replica lost", {"replica": replica, "reason": without_quotations(reason)}
+    return None
+
+
+def _about(replica: str, work: Assignment) -> dict[str, Any]:
+    fields: dict[str, Any] = {"replica": replica, "unit": work.unit.id, "attempt": work.attempt}
+    return fields if work.rows is None else fields | {"range": work.rows}

@@ -1,0 +1,225 @@
+"""`status OUTPUT`: how far a job is, whether it runs, what its replicas do, what failed; for people and monitors.
+
+What is finished is read from parts and segments, as `run` does; what goes on, from the driver's live.json.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.core.error_kinds import ErrorCount, ErrorKinds
+from pipeline.core.errors import StorageError
+from pipeline.core.text import duration
+from pipeline.monitoring.live import DEAD_AFTER, INTERVAL_S, Live, LiveReplica, read_live
+from pipeline.output.ledger import Ledger
+from pipeline.output.records import Status
+from pipeline.storage.storage import FileInfo, Storage
+
+State = Literal["complete", "running", "stopped", "dead", "unknown"]
+"""stopped: its driver said how it ended. dead: it is silent. unknown: no driver has said anything."""
+ERROR_PARTS = 16
+"""Parts whose error rows are read, where the driver cannot say what they are."""
+SHOWN_ERRORS = 5
+QUIET_S = 60.0
+"""A replica, or the driver's loop, that was not heard of for so long is worth a word."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """One look at a job."""
+
+    at: float
+    """When, in seconds since 1970."""
+    folder_at: float
+    """When parts and segments were read: while a driver runs and is watched, at the first look alone."""
+    folder: Status
+    live: Live | None
+    error_kinds: tuple[ErrorCount, ...]
+    error_parts: int | None
+    """Of so many parts alone; None: of all that is known."""
+
+    @property
+    def age(self) -> float:
+        """Seconds since the driver was alive; clocks of two machines may differ by a little."""
+        return max(0.0, self.at - self.live.time) if self.live else float("inf")
+
+    @property
+    def state(self) -> State:
+        """What the job is doing."""
+        if self.folder.complete:
+            return "complete"
+        if self.live is None:
+            return "unknown"
+        if self.live.ended is not None:
+            return "stopped"
+        return "running" if self.age <= DEAD_AFTER * INTERVAL_S else "dead"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For monitors: all of it, as JSON takes it."""
+        age = round(self.age, 1) if self.live else None
+        return {
+            "state": self.state,
+            "heard_s_ago": age,
+            "folder_s_ago": round(self.at - self.folder_at, 1),
+            **asdict(self.folder),
+            "error_kinds": [asdict(count) for count in self.error_kinds],
+            "error_kinds_of_parts": self.error_parts,
+            "live": None if self.live is None else asdict(self.live),
+        }
+
+
+def read_job(output_path: str, clock: Callable[[], float] = time.time) -> JobStatus:
+    """Looks at an output folder. Raises OutputError where it is no job's, StorageError."""
+    ledger, storage = Ledger(output_path), Storage(output_path)
+    # before the parts: a job that ends meanwhile shows as complete, not as ended without all its parts
+    live = read_live(storage, ledger.read_plan().fingerprint.digest)
+    at, found = clock(), ledger.read_parts()
+    folder = ledger.read_status(found)
+    if live and _rows(live.error_kinds) >= folder.totals.errors:
+        return JobStatus(at, at, folder, live, live.error_kinds, None)
+    bad = [part for part, totals in found.items() if totals.errors]
+    kinds = ErrorKinds()
+    for part in bad[:ERROR_PARTS]:
+        with suppress(StorageError, pa.ArrowException, OSError):  # `verify` says what is wrong with it
+            _count_errors(storage, part, kinds)
+    return JobStatus(at, at, folder, live, kinds.counts(), ERROR_PARTS if len(bad) > ERROR_PARTS else None)
+
+
+def look_again(output_path: str, before: JobStatus, clock: Callable[[], float] = time.time) -> JobStatus:
+    """What changed since: a single small file is read while the job runs, else the whole folder again."""
+    live = read_live(Storage(output_path), before.folder.fingerprint)
+    now = replace(before, at=clock(), live=live)
+    if live and _rows(live.error_kinds) >= _rows(before.error_kinds):  # else the first look found more, in parts
+        now = replace(now, error_kinds=live.error_kinds)
+    return now if now.state == "running" and before.state == "running" else read_job(output_path, clock)
+
+
+def _count_errors(storage: Storage, part: FileInfo, kinds: ErrorKinds) -> None:
+    with storage.open(part.name, part.size) as source:
+        columns = ["finish_reason", "error", "source_file", "source_row"]
+        for batch in pq.ParquetFile(source).iter_batches(columns=columns, use_threads=False):
+            for row in batch.filter(pc.equal(batch["finish_reason"], pa.scalar("error"))).to_pylist():
+                kinds.add(f"{row['source_file']}#{row['source_row']}", str(row["error"]))
+
+
+def lines(status: JobStatus) -> Iterator[str]:
+    """The status as a person reads it."""
+    folder, live = status.folder, status.live
+    yield f"state    {_state(status)}"
+    if live is not None and status.state == "running":
+        yield from _progress(live)
+    if status.folder_at == status.at:
+        yield from _parts(folder)
+    if folder.driver:
+        yield f"driver   {folder.driver}" + (", the last one" if folder.complete else "")
+    if live is not None and status.state == "running":
+        yield from (f"replica  {_replica(replica, status.at)}" for replica in live.replicas)
+    if live is not None and live.replicas_lost and not folder.complete:
+        yield f"lost     {_many(live.replicas_lost, 'replica')}, the last: {_printable(' '.join(live.losses[-1:]))}"
+    yield from _errors(status)
+    if folder.complete:
+        yield f"complete {folder.finished or 'without a manifest: submit the same job again to write it'}"
+    elif status.state != "running":
+        yield _what_to_do(status)
+
+
+def _state(status: JobStatus) -> str:
+    if status.live is None or status.state == "complete":
+        return status.state if status.folder.complete else "not known: its driver has said nothing"
+    ago = f"{duration(status.age)} ago"
+    match status.state:
+        case "running":
+            stuck = status.live.time - status.live.sampled
+            slow = f"; its loop has not turned for {duration(stuck)}" if stuck > QUIET_S else ""
+            return f"running, heard {ago}{slow}"
+        case "stopped":
+            return f"stopped {ago}: {_printable(status.live.ended or '')}"
+    return f"dead: its driver was last heard {ago}"
+
+
+def _progress(live: Live) -> Iterator[str]:
+    share = live.rows / live.total_rows if live.total_rows else 1.0
+    eta = "?" if live.eta_s is None else duration(live.eta_s)
+    yield (
+        f"now      {live.rows:,} of {live.total_rows:,} rows ({share:.1%}), units under way counted; "
+        f"{live.units:,} of {live.total_units:,} units; {live.errors:,} errors; ETA {eta}"
+    )
+    yield f"rate     {live.rows_per_s:,.1f} rows/s, {live.tokens_per_s:,.0f} tokens/s"
+    retries = {
+        "of forwards": sum(replica.stats.forward_retries for replica in live.replicas),
+        "of loops": sum(replica.stats.loop_retries for replica in live.replicas),
+        "of storage": live.storage_retries,
+        "of units": live.unit_retries,
+    }
+    if any(retries.values()):
+        yield f"retries  {', '.join(f'{count:,} {what}' for what, count in retries.items() if count)}"
+    if not live.replicas:
+        yield "replica  none is ready: they load the model, or wait for room in the cluster"
+
+
+def _parts(folder: Status) -> Iterator[str]:
+    totals = folder.totals
+    yield f"rows     {folder.rows_done:,} of {folder.rows_total:,} ({totals.ok:,} ok, {totals.errors:,} errors)"
+    if folder.rows_saved and not folder.complete:
+        yield f"saved    {folder.rows_saved:,} rows of units under way, not to be generated again"
+    yield f"units    {folder.units_done:,} of {folder.units_total:,}"
+    yield f"tokens   {totals.prompt_tokens:,} prompt, {totals.completion_tokens:,} completion"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.finish_reasons.items()))
+    yield f"ended by {reasons or '-'}"
+    yield f"begun    {folder.created}"
+    yield from (f"warning  {warning}" for warning in folder.warnings)
+
+
+def _replica(replica: LiveReplica, now: float) -> str:
+    stats, room = replica.stats, replica.stats.room
+    said = [
+        f"{replica.rows_per_s:,.1f} rows/s",
+        f"{replica.tokens_per_s:,.0f} tokens/s",
+        f"{stats.active} of {stats.max_rows} rows",
+        f"{stats.queue:,} queued",
+    ]
+    if replica.tokens_per_forward:
+        said.append(f"{replica.tokens_per_forward:.1f} tokens/forward")
+    if room.pages:
+        said.append(f"pages {room.pages_used / room.pages:.0%}")
+    if stats.unsaved_rows:
+        said.append(f"{_many(stats.unsaved_rows, 'row')} unsaved for {duration(stats.unsaved_s)}")
+    if (quiet := now - replica.heard) > QUIET_S:
+        said.append(f"SILENT for {duration(quiet)}")
+    return f"{_printable(replica.name)}: {', '.join(said)}; {_printable(replica.doing)}"
+
+
+def _errors(status: JobStatus) -> Iterator[str]:
+    parts = f" (of {status.error_parts} parts alone)" if status.error_parts else ""
+    for count in status.error_kinds[:SHOWN_ERRORS]:
+        yield f"error    {_many(count.rows, 'row')}{parts}: {_printable(count.example)}"
+    if len(status.error_kinds) > SHOWN_ERRORS:
+        rest = status.error_kinds[SHOWN_ERRORS:]
+        yield f"error    {_many(_rows(rest), 'row')} of {_many(len(rest), 'further kind')}"
+
+
+def _what_to_do(status: JobStatus) -> str:
+    if status.folder.rows_done == status.folder.rows_total:
+        return "not complete, though all rows are there: submit the same job again to end it or to learn why not"
+    if status.state == "unknown":
+        return "not complete: if it is not running, submit the same job again to resume"
+    return "not complete: submit the same job again to resume"
+
+
+def _rows(counts: Sequence[ErrorCount]) -> int:
+    return sum(count.rows for count in counts)
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _printable(text: str) -> str:
+    """live.json and the parts are files that anybody may have written: no control characters to the terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -1,0 +1,196 @@
+"""Builds parts: the results of a unit and the columns that it carries, as Parquet bytes."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from model.requests import Completion
+from pipeline.core.repetition import DEGENERATE
+from pipeline.core.schema import RESULT_COLUMNS, RESULT_SCHEMA
+from pipeline.core.types import RowResult, Totals, WorkUnit
+from pipeline.input.unit_reader import UnitData
+
+TOTALS_KEY = "twotower.totals"
+
+
+def row_key(unit: WorkUnit, index: int) -> str:
+    """The key of a row by its position in the unit: that of Row and Completion."""
+    return f"{unit.name}#{unit.first_row + index}"
+
+
+def result_table(unit: WorkUnit, results: Sequence[RowResult]) -> pa.Table:
+    """Finished rows of a unit as the output has them, less id and carried columns: RESULT_SCHEMA, in the order given.
+
+    Raises ValueError where a result is that of another row: a fault of the caller.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in RESULT_COLUMNS}
+    for result in results:
+        key = row_key(unit, result.index)
+        if result.completion.key != key:
+            raise ValueError(f"unit {unit.id}: row {key} has the result of row {result.completion.key}")
+        own = {name: getattr(result, name) for name in ("mode", "attempt", "replica", "repetition")}
+        for name, value in {**_result_row(result.completion), **own}.items():
+            columns[name].append(value)
+        columns["source_file"].append(unit.name)
+        columns["source_row"].append(unit.first_row + result.index)
+    return pa.table(columns, schema=RESULT_SCHEMA)
+
+
+def build_part(
+    data: UnitData, finished: Sequence[pa.Table], schema: pa.Schema, header: dict[str, str]
+) -> tuple[bytes, Totals]:
+    """One part as Parquet bytes, rows in input order, and its totals.
+
+    `finished` holds tables of result_table, together every row of the unit once, in any order. `header` goes into the
+    file's key-value metadata, and the totals with it. Raises ValueError where a row is missing, there twice or unknown:
+    that is a fault of the caller, and nothing must be published.
+    """
+    results = _in_order(data.unit, pa.concat_tables([RESULT_SCHEMA.empty_table(), *finished]))
+    # A column that is all null in this file, or parts of it, may be typed in another one.
+    columns: dict[str, Any] = {
+        name: data.columns.column(name).cast(schema.field(name).type) for name in data.columns.column_names
+    }
+    ids = columns["id"]
+    repeated = len(ids) - ids.null_count - pc.count_distinct(ids).as_py()
+    totals = tally(results) + Totals(duplicate_ids=repeated, null_ids=ids.null_count)
+    columns |= {name: results[name] for name in RESULT_COLUMNS}
+    metadata = {**header, TOTALS_KEY: json.dumps(asdict(totals))}
+    table = pa.table([columns[field.name] for field in schema], schema=schema)
+    return encode_part(table.replace_schema_metadata(metadata)), totals
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """The table as one Parquet file of the job's own. Pages carry checksums: damage of one is found when it is read."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue().to_pybytes()
+
+
+def tally(results: pa.Table | pa.RecordBatch) -> Totals:
+    """The totals of rows with RESULT_COLUMNS, but for what is said of their ids."""
+    reasons = dict(Counter(map(str, results["finish_reason"].to_pylist())))
+    errors = reasons.get("error", 0)
+    return Totals(
+        rows=results.num_rows,
+        ok=results.num_rows - errors,
+        errors=errors,
+        prompt_tokens=_sum(results["prompt_tokens"]),
+        completion_tokens=_sum(results["completion_tokens"]),
+        denoiser_forwards=_sum(results["denoiser_forwards"]),
+        degenerate=_sum(pc.greater_equal(results["repetition"], pa.scalar(DEGENERATE))),
+        finish_reasons=reasons,
+    )
+
+
+def _sum(column: "pa.Array[Any] | pa.ChunkedArray[Any]") -> int:
+    return int(pc.sum(column).as_py() or 0)
+
+
+def _in_order(unit: WorkUnit, results: pa.Table) -> pa.Table:
+    rows = results["source_row"].to_numpy()
+    order = np.argsort(rows, kind="stable")
+    found = rows[order] - unit.first_row
+    repeated = len(found) - len(np.unique(found))
+    if repeated:
+        raise ValueError(f"unit {unit.id}: {repeated} rows have more than one result")
+    inside = (found >= 0) & (found < unit.row_count)
+    missing = np.setdiff1d(np.arange(unit.row_count), found[inside])
+    if len(missing):
+        raise ValueError(f"unit {unit.id}: row {row_key(unit, int(missing[0]))} has no result")
+    if not inside.all():
+        raise ValueError(f"unit {unit.id}: {int((~inside).sum())} results belong to no row")
+    return results.take(order)
+
+
+def _result_row(done: Completion) -> dict[str, Any]:
+    tokens = len(done.token_ids)
+    return {
+        "completion": done.text,
+        "finish_reason": done.finish_reason,
+        "error": done.error,
+        "prompt_tokens": done.prompt_tokens,
+        "completion_tokens": tokens,
+        "denoiser_forwards": done.denoiser_forwards,
+        "tokens_per_forward": tokens / done.denoiser_forwards if done.denoiser_forwards else None,
+        "blocks": len(done.steps_per_block),
+        "steps_per_block": list(done.steps_per_block),
+        "forced_commits": done.forced_commits,
+        "mean_confidence": done.mean_confidence,
+        "queue_s": done.queue_s,
+        "prefill_s": done.prefill_s,
+        "denoise_s": done.denoise_s,
+        "commit_s": done.commit_s,
+        "latency_s": done.latency_s,
+        "tokens_per_s": tokens / done.latency_s if done.latency_s > 0 else None,
+        "batch_rows": done.batch_rows,
+    }
+
+
+GROUP_ROWS, GROUP_BYTES = 100_000, 128 << 20
+"""Of a row group at most, the bytes before encoding and by the mean row: what one task of a reader takes at a time."""
+
+MOSTLY_UNIQUE = frozenset({"id", "completion", "mean_confidence", "queue_s", "latency_s", "tokens_per_s", "source_row"})
+"""Columns without a dictionary: hardly a value stands twice, so it would be a second copy."""
+
+NO_STATISTICS = frozenset({"completion"})
+"""Nobody looks for a range of texts, and they would stand in the footer, which every resume reads."""
+
+
+def encode_part(table: pa.Table) -> bytes:
+    """The part's rows, which are in input order, with its schema's metadata, as one Parquet file.
+
+    Pages carry checksums: damage of a page is found when it is read. Format and encodings are those that Spark 3 and
+    Athena read: data pages of version 1, plain and dictionary encodings.
+    """
+    leaves = [(field.name, leaf) for field in table.schema for leaf in _leaves(field.name, field.type)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=_group_rows(table),
+        version="2.6",
+        data_page_version="1.0",
+        compression="zstd",
+        use_dictionary=[leaf for column, leaf in leaves if column not in MOSTLY_UNIQUE],  # type: ignore[arg-type]
+        write_statistics=[leaf for column, leaf in leaves if column not in NO_STATISTICS],
+        write_page_index=True,
+        write_page_checksum=True,
+        sorting_columns=pq.SortingColumn.from_ordering(table.schema, _order(table)),
+    )
+    return sink.getvalue().to_pybytes()
+
+
+def _order(table: pa.Table) -> Sequence[tuple[str, Literal["ascending"]]]:
+    """What the rows are sorted by: file and row always, the ids before them where that is true of this part."""
+    ids = table["id"].combine_chunks()
+    ascending = ids.null_count == 0 and pc.all(pc.less_equal(ids[:-1], ids[1:])).as_py() is not False
+    names = (["id"] if ascending else []) + ["source_file", "source_row"]
+    return [(name, "ascending") for name in names]
+
+
+def _group_rows(table: pa.Table) -> int:
+    groups = max(table.num_rows / GROUP_ROWS, table.nbytes / GROUP_BYTES, 1)
+    return max(1, math.ceil(table.num_rows / math.ceil(groups)))
+
+
+def _leaves(path: str, kind: pa.DataType) -> Iterator[str]:
+    """The paths of a column's leaves in the Parquet file: options go by them, and nested columns have several."""
+    if pa.types.is_map(kind):
+        yield from _leaves(f"{path}.key_value.key", kind.key_type)
+        yield from _leaves(f"{path}.key_value.value", kind.item_type)
+    elif pa.types.is_struct(kind):
+        for field in kind:
+            yield from _leaves(f"{path}.{field.name}", field.type)
+    elif pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner: Any = kind.value_type
+        yield from _leaves(f"{path}.list.element", inner)
+    else:
+        yield path

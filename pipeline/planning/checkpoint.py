@@ -1,0 +1,40 @@
+"""Whether a replica could load the job's checkpoint, found out without loading it."""
+
+from model.checkpoint.reader import Checkpoint, open_checkpoint
+from model.checkpoint.tokenizer import Tokenizer
+from pipeline.config.job import Job
+from pipeline.core.errors import CheckpointError, JobError, RequestError
+from pipeline.storage.urls import safe_url
+
+
+def check_checkpoint(job: Job) -> Checkpoint:
+    """Opens the job's checkpoint and checks, without loading it, that a replica could.
+
+    Raises CheckpointError; JobError where the job's limits do not fit the checkpoint's context.
+    """
+    checkpoint = open_checkpoint(job.model.checkpoint)
+    checkpoint.validate(job.generation.towers)
+    load_tokenizer(checkpoint)
+    limits = job.engine.limits()
+    try:
+        room, remedy = limits.context_tokens(checkpoint.config.max_position_embeddings), "lower it"
+    except RequestError as error:  # it names the field alone
+        raise JobError(f"engine.{error}") from None
+    if limits.kv_tokens is not None and limits.kv_tokens < room:
+        room, remedy = limits.kv_tokens, "lower it or raise engine.kv_tokens"
+    if job.generation.max_new_tokens >= room:
+        raise JobError(
+            f"generation.max_new_tokens is {job.generation.max_new_tokens:,}, and prompt and completion together may "
+            f"have {room:,} tokens: no prompt would fit; {remedy}"
+        )
+    return checkpoint
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises CheckpointError where it has none."""
+    raw = checkpoint.tokenizer_json()
+    if raw is None:
+        raise CheckpointError(
+            f"checkpoint {safe_url(checkpoint.uri)} has no tokenizer.json: prompts cannot be turned into tokens"
+        )
+    return Tokenizer(raw)

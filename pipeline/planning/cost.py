@@ -1,0 +1,58 @@
+"""Which units take longest, as far as footers and settings tell. Those go out first, so that the replicas of a job end
+at about the same time: a long unit that begins last keeps one replica busy while all others are idle.
+
+Nothing but the order depends on it.
+"""
+
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
+from itertools import accumulate
+
+import pyarrow.parquet as pq
+
+from pipeline.config.job import InputSection
+from pipeline.prompts.template import template_columns
+
+BYTES_A_TOKEN = 4
+"""Of prompts. A prompt token is cheaper than one that is generated, but longer prompts have longer answers, and each
+token of these reads them."""
+
+
+def prompt_columns(settings: InputSection) -> tuple[str, ...]:
+    """The columns that prompts are made of."""
+    if settings.template is not None:
+        return tuple(template_columns(settings.template))
+    return (settings.prompt_column,) if settings.prompt_column else ()
+
+
+def prompt_bytes(metadata: pq.FileMetaData, columns: Collection[str]) -> tuple[int, ...]:
+    """Uncompressed bytes of these columns in each row group, by the footer, which may say anything."""
+    sizes = []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = (group.column(index) for index in range(group.num_columns))
+        within = (c for c in chunks if any(f"{c.path_in_schema}.".startswith(f"{name}.") for name in columns))
+        sizes.append(sum(max(0, chunk.total_uncompressed_size) for chunk in within))
+    return tuple(sizes)
+
+
+class ExpectedWork:
+    """Of the rows of one file: tokens, those of the prompts guessed from their bytes, which lie evenly in a group."""
+
+    def __init__(self, groups: Sequence[int], sizes: Sequence[int], max_new_tokens: int) -> None:
+        """groups: rows of each row group. sizes: prompt_bytes."""
+        self._rows, self._bytes = [0, *accumulate(groups)], [0, *accumulate(sizes)]
+        self._max_new_tokens = max_new_tokens
+
+    def of(self, first: int, count: int) -> float:
+        """Of `count` rows from `first` on."""
+        size = self._before(first + count) - self._before(first)
+        return count * self._max_new_tokens + size / BYTES_A_TOKEN
+
+    def _before(self, row: int) -> float:
+        group = bisect_right(self._rows, row) - 1
+        if group == len(self._rows) - 1:
+            return self._bytes[-1]
+        first, end = self._rows[group : group + 2]
+        before, after = self._bytes[group : group + 2]
+        return before + (after - before) * (row - first) / (end - first)

@@ -1,0 +1,35 @@
+"""From the columns of a row to its prompt. A row that has none gets a reason instead, never an exception."""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from pipeline.prompts.renderer import Renderer
+from pipeline.prompts.values import CellError, Prompt, judge, read_cells
+
+
+class PromptMaker:
+    """Makes the prompts of a job's rows, from one column or from a template over several. For one thread."""
+
+    def __init__(self, prompt_column: str | None, template: str | None) -> None:
+        """One of the two. Raises ValueError where the template is wrong."""
+        self._renderer = Renderer(template) if template is not None else None
+        self._column = prompt_column or ""
+        self.columns = self._renderer.columns if self._renderer else (self._column,)
+
+    def make(self, table: pa.Table) -> Iterator[Prompt]:
+        """(prompt, None) or (None, reason) for each row of a table that has `columns`.
+
+        Raises InputError where templates cannot be rendered at all.
+        """
+        return self._renderer.make(table) if self._renderer else self._read(table)
+
+    def close(self) -> None:
+        """Ends the process that renders templates, if there is one."""
+        if self._renderer is not None:
+            self._renderer.close()
+
+    def _read(self, table: pa.Table) -> Iterator[Prompt]:
+        for cell in read_cells(table[self._column]):
+            bad = isinstance(cell, CellError)
+            yield (None, f"column '{self._column}' {cell.reason}") if bad else judge(cell)

@@ -1,0 +1,104 @@
+"""The process that renders templates: `python -m pipeline.prompts.render_process SECONDS`, started and fed by
+pipeline.prompts.renderer.
+
+in    the template, then record batches as Arrow streams, each after its length
+out   READY, then a frame a row: PROMPT and the prompt, or REASON and why there is none
+"""
+
+import os
+import signal
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from pipeline.prompts.template import Template
+from pipeline.prompts.values import CellError, judge, one_line, read_cells
+
+SEND_BYTES, SEND_SECONDS = 1 << 16, 1.0
+"""What is finished is sent when it is as much or as old."""
+LENGTH, FRAME = struct.Struct("<Q"), struct.Struct("<BQ")
+READY, PROMPT, REASON = range(3)
+NO_MEMORY = 3
+"""The exit status that says so."""
+
+
+def main() -> None:
+    """Renders what comes until there is no more. SECONDS: of computing for a row, after which the process ends."""
+    out = os.dup(1)
+    os.dup2(2, 1)  # whatever a library prints
+    # Not even one long call into C survives this signal.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    try:
+        _serve(sys.stdin.buffer, out, float(sys.argv[1]))
+    except MemoryError:
+        os._exit(NO_MEMORY)
+    except BrokenPipeError:  # nobody wants to know any more
+        os._exit(0)
+
+
+def _serve(source: BinaryIO, out: int, row_seconds: float) -> None:
+    template = Template(_receive(source).decode())
+    # Arrow and jinja2 load parts of themselves on first use: before the memory is limited.
+    table = pa.table({"a": ["x"]})
+    _serialised(table)
+    _send(out, FRAME.pack(READY, 0))
+    while data := _receive(source):
+        signal.setitimer(signal.ITIMER_PROF, row_seconds)
+        with pa.ipc.open_stream(data) as stream:
+            table = stream.read_all()
+        frames, sent = bytearray(), time.monotonic()
+        for kind, text in _render(template, table):
+            frames += FRAME.pack(kind, len(text)) + text
+            if len(frames) > SEND_BYTES or time.monotonic() > sent + SEND_SECONDS:
+                _send(out, frames)
+                frames, sent = bytearray(), time.monotonic()
+            signal.setitimer(signal.ITIMER_PROF, row_seconds)
+        _send(out, frames)
+
+
+def _serialised(table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    with pa.ipc.open_stream(sink.getvalue()) as reader:
+        read_cells(reader.read_all()["a"])
+
+
+def _render(template: Template, table: pa.Table) -> Iterator[tuple[int, bytes]]:
+    columns = [read_cells(table[name]) for name in template.columns]
+    for cells in zip(*columns, strict=True):
+        bad = [(name, cell) for name, cell in zip(template.columns, cells, strict=True) if isinstance(cell, CellError)]
+        if bad:
+            name, cell = bad[0]
+            yield REASON, f"column '{name}' {cell.reason}".encode()
+            continue
+        try:
+            text = template.render(cells)
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is the user's code: it can raise anything, and costs its row alone
+            yield REASON, f"template: {one_line(error)}".encode()
+            continue
+        prompt, reason = judge(text)
+        yield (PROMPT, prompt.encode()) if prompt is not None else (REASON, (reason or "").encode())
+
+
+def _receive(source: BinaryIO) -> bytes:
+    """The next message; empty at the end."""
+    head = source.read(LENGTH.size)
+    return source.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
+
+
+def _send(out: int, data: bytes | bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(out, view) :]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Renders templates in a process of their own: whatever one does, it costs its row alone and never the replica.
+
+A row may take ROW_SECONDS of computing and MEMORY_BYTES of memory. At the first the kernel ends the process, at the
+second it ends itself. What is left of the batch is then sent to a new process, row by row; a row at which that one ends
+as well has no prompt. Where something else than a limit ends it, and the machine may have been at fault, the row is
+tried once more. The process ends with its parent, because the pipe from there does.
+"""
+
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.core.errors import InputError
+from pipeline.prompts.render_process import FRAME, LENGTH, NO_MEMORY, PROMPT
+from pipeline.prompts.template import template_columns
+from pipeline.prompts.values import Prompt
+from pipeline.storage.storage import read_text
+
+ROW_SECONDS = 2.0
+"""Of computing, not by the clock: a busy machine changes nothing."""
+MEMORY_BYTES = 1 << 30
+"""Above what the process has when it is ready."""
+SILENT_SECONDS = 120.0
+"""Without a sign of life, computing or not: for the start, and the last resort for a row."""
+ENDED_ROWS_AT_MOST = 50
+"""Rows of one table at which the process ends: each costs seconds."""
+BATCH_ROWS, BATCH_BYTES = 256, 1 << 22
+READ_BYTES = 1 << 20
+_PASSED_ON = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+"""Environment variables; no credentials among them."""
+
+
+class Renderer:
+    """Renders the rows of tables with one template. For one thread; the process starts with the first row."""
+
+    def __init__(self, template: str) -> None:
+        """Raises ValueError where the template is wrong."""
+        self.columns = template_columns(template)
+        self._template = template
+        self._child: _Child | None = None
+
+    def make(self, table: pa.Table) -> Iterator[Prompt]:
+        """What becomes of each row of a table that has `columns`.
+
+        Raises InputError where the process does not start, or ends at more than ENDED_ROWS_AT_MOST rows.
+        """
+        whole = False
+        try:
+            yield from self._make(table.select(self.columns))
+            whole = True
+        finally:
+            if not whole:  # the answers that nobody took would be taken for the next rows'
+                self.close()
+
+    def _make(self, table: pa.Table) -> Iterator[Prompt]:
+        ended = 0
+        for batch in _batches(table):
+            done, alone, accused = 0, False, -1
+            while done < batch.num_rows:
+                if self._child is None:
+                    self._child = _Child(self._template)
+                before = done
+                for prompt in self._child.render(batch.slice(done, 1 if alone else None)):
+                    done += 1
+                    yield prompt
+                why = self._child.ended
+                if why is None:
+                    continue
+                by_itself = self._child.ended_by_itself
+                self._child = None
+                if alone and done == before and (by_itself or accused == done):
+                    done, ended = done + 1, ended + 1
+                    yield None, f"template: {why}"
+                elif alone:
+                    accused = done
+                alone = True
+                if ended > ENDED_ROWS_AT_MOST:
+                    raise InputError(
+                        f"template: {ended} rows of one unit could not be rendered, the last: {why}; mend it"
+                    )
+
+    def close(self) -> None:
+        """Ends the process, if there is one."""
+        if self._child is not None:
+            self._child.end()
+            self._child = None
+
+
+class _Child:
+    """One process of pipeline.prompts.render_process."""
+
+    def __init__(self, template: str) -> None:
+        self.ended: str | None = None
+        """Why it is no more."""
+        self.ended_by_itself = False
+        """It came to its own limit: nobody else's doing."""
+        root = str(Path(__file__).parents[2])
+        passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        # Other pools of Arrow reserve gigabytes of addresses, which count. The seed: sets print in one order.
+        environment = {**passed, "ARROW_DEFAULT_MEMORY_POOL": "system", "PYTHONHASHSEED": "0"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.prompts.render_process", str(ROW_SECONDS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            cwd=root,
+            env=environment,
+            process_group=0,  # ^C at a terminal is for the parent
+        )
+        self.end = weakref.finalize(self, _end, process)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process, self._in, self._out = process, process.stdin, process.stdout.fileno()
+        self._poll = select.poll()
+        self._poll.register(self._out, select.POLLIN)
+        self._buffer = bytearray()
+        if not self._send(template.encode()) or self._frame() is None:
+            raise InputError(f"the process that renders templates did not start: {self._why()}")
+        _limit_memory(process.pid)
+
+    def render(self, batch: pa.RecordBatch) -> Iterator[Prompt]:
+        """What becomes of the rows of the batch, or of the first ones: then `ended` says why."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as stream:
+            stream.write_batch(batch)
+        if self._send(sink.getvalue()):
+            for _ in range(batch.num_rows):
+                frame = self._frame()
+                if frame is None:
+                    break
+                kind, data = frame
+                text = data.decode()
+                yield (text, None) if kind == PROMPT else (None, text)
+            else:
+                return
+        self.ended = self._why()
+
+    def _send(self, data: "bytes | pa.Buffer") -> bool:
+        try:
+            for piece in (LENGTH.pack(len(data)), data):
+                view = memoryview(piece)
+                while view:
+                    view = view[self._in.write(view) or 0 :]
+        except BrokenPipeError:
+            return False
+        return True
+
+    def _frame(self) -> tuple[int, bytes] | None:
+        """(kind, content) of the next one; None where the process ends or falls silent."""
+        while True:
+            if len(self._buffer) >= FRAME.size:
+                kind, length = FRAME.unpack_from(self._buffer)
+                end = FRAME.size + length
+                if len(self._buffer) >= end:
+                    content = bytes(memoryview(self._buffer)[FRAME.size : end])
+                    del self._buffer[:end]
+                    return kind, content
+            if not self._poll.poll(SILENT_SECONDS * 1000):
+                return None
+            data = os.read(self._out, READ_BYTES)
+            if not data:
+                return None
+            self._buffer += data
+
+    def _why(self) -> str:
+        """Ends the process and says what it was."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)  # its pipe is closed a moment before
+        status = self._process.poll()
+        self.ended_by_itself = status in (-signal.SIGPROF, NO_MEMORY)
+        self.end()
+        if status is None:
+            return f"gives no answer for {SILENT_SECONDS:g} s"
+        if status == -signal.SIGPROF:
+            return f"takes more than {ROW_SECONDS:g} s of computing"
+        if status == NO_MEMORY:
+            return f"takes more than {MEMORY_BYTES >> 20} MiB of memory"
+        return f"ends its process ({signal.Signals(-status).name if status < 0 else f'exit status {status}'})"
+
+
+def _batches(table: pa.Table) -> Iterator[pa.RecordBatch]:
+    """The table in batches of at most BATCH_ROWS rows and about BATCH_BYTES, or of one row."""
+    waiting = list(reversed(table.to_batches(max_chunksize=BATCH_ROWS)))
+    while waiting:
+        batch = waiting.pop()
+        if batch.nbytes > BATCH_BYTES and batch.num_rows > 1:
+            half = batch.num_rows // 2
+            waiting += [batch.slice(half), batch.slice(0, half)]
+        else:
+            yield batch
+
+
+def _limit_memory(pid: int) -> None:
+    if sys.platform != "linux":
+        return
+    with suppress(ProcessLookupError, FileNotFoundError):  # it is gone already: the next read says so
+        pages = int(read_text(f"/proc/{pid}/statm").split()[0])
+        limit = pages * resource.getpagesize() + MEMORY_BYTES
+        _, hard = resource.prlimit(pid, resource.RLIMIT_AS)
+        if hard == resource.RLIM_INFINITY or hard > limit:
+            resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()

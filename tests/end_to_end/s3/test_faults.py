@@ -1,0 +1,170 @@
+"""Faults at the wire: a busy store, connections that break or hang, answers that are cut or never arrive."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import StorageError
+from pipeline.output.layout import part_name
+from pipeline.storage import retrying
+from pipeline.storage import storage as storage_module
+from pipeline.storage.storage import Storage
+from tests.end_to_end.s3.fault_proxy import RANDOM_FAULTS, FaultProxy, fault_proxy
+from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, write
+
+LOSSES = ["503", "500", "reset", "lost", "cut", "short", "slow"]
+
+
+@pytest.fixture
+def proxy(
+    s3: str,  # noqa: ARG001 (it sets the credentials)
+    s3_endpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[FaultProxy]:
+    """A proxy that the S3 client of this test goes through."""
+    from s3fs import S3FileSystem
+
+    monkeypatch.setattr(retrying, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retrying, "LONGEST_WAIT_S", 0.05)
+    with fault_proxy(s3_endpoint) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        S3FileSystem.clear_instance_cache()
+        yield running
+        S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("fault", ["503", "500", "reset"])
+def test_writing_survives(s3: str, proxy: FaultProxy, fault: str) -> None:
+    store = Storage(s3)
+    proxy.fail("PUT", "/x", [fault] * 8)
+    assert store.create("x", b"data")
+    assert proxy.injected == {fault: 8}
+    proxy.fail("PUT", "/x", [fault] * 2)
+    store.write("x", b"other")
+    assert proxy.injected == {fault: 10}
+    assert store.read("x") == b"other"
+
+
+@pytest.mark.parametrize("fault", LOSSES)
+def test_reading_survives(s3: str, proxy: FaultProxy, fault: str) -> None:
+    """Whole reads, ranges and checksums give the true bytes or nothing, also where the length of the answer lies."""
+    store, data = Storage(s3), random.Random(fault).randbytes(100_000)
+    store.write("x", data)
+    proxy.fail("GET", "/x", [fault] * 8)
+    assert store.read_range("x", 1000, 90_000) == data[1000:90_000]
+    proxy.fail("GET", "/x", [fault] * 2)
+    assert store.read("x") == data
+    proxy.fail("GET", "/x", [fault] * 2)
+    assert store.read_if_exists("x") == data
+    assert sum(proxy.injected.values()) == (3 if fault == "slow" else 12)
+    with store.open("x", len(data)) as file:
+        proxy.fail("GET", "/x", [fault] * 2)
+        assert file.read() == data
+
+
+@pytest.mark.parametrize("fault", LOSSES)
+def test_looking_and_listing_survive(s3: str, proxy: FaultProxy, fault: str) -> None:
+    """Nothing that exists is taken for missing, and no listing is short."""
+    store = Storage(s3)
+    for number in range(5):
+        store.write(f"a/{number}", b"x")
+    proxy.fail("HEAD", "/a/3", [fault] * 2)
+    assert store.exists("a/3")
+    proxy.fail("HEAD", "/a/3", [fault] * 2)
+    assert store.stat("a/3")
+    proxy.fail("GET", "/test", [fault] * 2)
+    assert [info.name for info in store.list_files("a", "*")] == [f"a/{number}" for number in range(5)]
+    proxy.fail("GET", "/test", [fault] * 2)
+    assert len(store.find()) == 5
+
+
+def test_removing_survives_a_lost_acknowledgement(s3: str, proxy: FaultProxy) -> None:
+    store = Storage(s3)
+    store.write("x", b"data")
+    proxy.fail("DELETE", "/x", ["lost", "500", "reset", "lost"])
+    store.remove("x")
+    assert proxy.faults == []
+    assert not store.exists("x")
+
+
+def test_a_lost_acknowledgement_is_settled(s3: str, proxy: FaultProxy, tmp_path: Path) -> None:
+    """The server took the part, its answer was lost: the retry is refused by the server, and yet the part is ours."""
+    file = write(tmp_path / "a.parquet", prompt=prompts(5))
+    job = make_job(file, f"{s3}/out")
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    name = part_name(plan.units[0].id)
+    proxy.fail("PUT", f"/{name}", ["lost"])
+    (result,) = publish(job, plan)
+    assert proxy.faults == []
+    assert not result.published_by_other
+    assert {unit: found.totals for unit, found in ledger.finished(plan).items()} == {result.unit_id: result.totals}
+    (late,) = publish(job, plan)
+    assert late.published_by_other
+    assert late.sha256 == result.sha256
+
+
+def test_hanging_and_dripping_answers_are_cut_off(s3: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A try is bounded by size and time, not only by silence: a byte now and then keeps no replica waiting."""
+    store = Storage(s3)
+    store.write("x", b"data" * 100)
+    store.write("y", b"data")
+    monkeypatch.setattr(storage_module, "ANSWER_S", 1.0)
+    proxy.fail("GET", "/x", ["hang"])
+    assert store.read("x") == b"data" * 100
+    proxy.drip_s = 30.0
+    proxy.fail("GET", "/x", ["slow"])
+    assert store.read("x") == b"data" * 100
+    proxy.fail("PUT", "/z", ["hang"])
+    assert store.create("z", b"data")
+    assert proxy.injected == {"hang": 2, "slow": 1}
+    monkeypatch.setattr(retrying, "PATIENCE_S", 0.5)
+    proxy.fail("GET", "/y", ["hang"] * 9)
+    with pytest.raises(StorageError, match=rf"^cannot read {s3}/y: no whole answer in time \(tried 1 ti"):
+        store.read("y")
+
+
+def test_a_store_that_stays_down_is_one_line(s3: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrying, "PATIENCE_S", 0.3)
+    for fault, said in (("503", "reduce your request rate"), ("500", "internal error"), ("reset", "onnection")):
+        proxy.fail_at_random(0, 1.0, [fault])
+        with pytest.raises(StorageError, match=rf"^cannot create {s3}/x: .*{said}.* \(tried \d+ times in 0.3 s\)$"):
+            Storage(s3).create("x", b"data")
+
+
+@pytest.mark.parametrize("fault", ["lost", "500"])
+def test_a_large_file_leaves_no_pending_upload(s3: str, proxy: FaultProxy, fault: str) -> None:
+    """It goes up in one request, refused or not: uploads in several leave parts behind that nobody sees and all pay."""
+    store, data = Storage(s3), bytes(110 << 20)  # s3fs by itself would cut it up
+    proxy.fail("PUT", "/big", [fault])
+    assert store.create("big", data) == (fault != "lost")
+    assert not store.create("big", b"other" + data)
+    assert proxy.requests["POST"] == 0
+    assert store.read_range("big", 0, 5) == bytes(5)
+
+
+def test_a_file_too_large_for_one_request_is_refused(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "S3_FILE_BYTES", 1000)
+    with pytest.raises(StorageError, match=rf"^cannot create {s3}/big: 1001 bytes are too many for one S3 request"):
+        Storage(s3).create("big", bytes(1001))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_whole_job_among_random_faults(s3: str, proxy: FaultProxy, tmp_path: Path, seed: int) -> None:
+    """A third of all requests fails in one way or another; the parts are those of a quiet run, byte counts and all."""
+    file = write(tmp_path / "a.parquet", prompt=prompts(60), group=10)
+    Storage(f"{s3}/in").write("a.parquet", file.read_bytes())
+    job = make_job(f"{s3}/in", f"{s3}/out", output={"rows_per_file": 10})
+    proxy.fail_at_random(seed, 0.33, RANDOM_FAULTS)
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    results = publish(job, plan)
+    assert ledger.finished(plan).keys() == {unit.id for unit in plan.units}
+    out = Storage(f"{s3}/out")
+    stored = {part.name: out.sha256(part.name, part.size) for part in out.list_files("", "part-*.parquet")}
+    assert stored == {part_name(result.unit_id): result.sha256 for result in results}
+    assert sum(result.totals.rows for result in results) == 60
+    assert not any(result.published_by_other for result in results)
+    assert len(proxy.injected) > 4

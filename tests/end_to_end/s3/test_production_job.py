@@ -1,0 +1,50 @@
+"""jobs/synth.yaml as it is shipped: prompts, checkpoint and completions on a real S3 server, replicas on a real Ray."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from pipeline.output.layout import REPORT
+from pipeline.output.ledger import read_status
+from pipeline.storage.storage import Storage
+
+ROOT = Path(__file__).parents[3]
+ROWS = 100  # the first row group of the demo's prompts
+SOURCE = ["source_file", "source_row"]
+
+
+def test_the_production_job_runs_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
+    """Only what this machine lacks is overridden: the GPUs, and the length of the completions."""
+    prompts = pq.ParquetFile(ROOT / "jobs/demo_prompts.parquet").read_row_group(0)
+    assert prompts.num_rows == ROWS
+    pq.write_table(prompts, tmp_path / "prompts.parquet")
+    inputs, checkpoint = Storage(f"{s3}/prompts"), Storage(f"{s3}/checkpoint")
+    inputs.write("one.parquet", (tmp_path / "prompts.parquet").read_bytes())
+    inputs.write("more/two.parquet", (tmp_path / "prompts.parquet").read_bytes())
+    for file in (ROOT / "model/builtin/checkpoints/noise").iterdir():
+        checkpoint.write(file.name, file.read_bytes())
+
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        "TWOTOWER_INPUT": f"{s3}/prompts/",
+        "TWOTOWER_OUTPUT": f"{s3}/completions/",
+        "TWOTOWER_CHECKPOINT": f"{s3}/checkpoint/",
+    }
+    small = ["workers.gpus=0", "workers.cpus=1", "generation.max_new_tokens=16", "output.rows_per_file=100"]
+    command = [sys.executable, "-m", "pipeline", "run", "jobs/synth.yaml"]
+    for setting in small:
+        command += ["--set", setting]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert environment["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
+
+    status = read_status(f"{s3}/completions/")
+    assert status.complete
+    assert (status.totals.rows, status.totals.errors) == (2 * ROWS, 0)
+    output = Storage(f"{s3}/completions")
+    assert b"Complete, finished " in output.read(REPORT)
+    parts = [output.open(part.name, part.size) for part in output.list_files("", "part-*.parquet")]
+    sources = [tuple(row.values()) for part in parts for row in pq.read_table(part, columns=SOURCE).to_pylist()]
+    assert sorted(sources) == [(f, r) for f in ("more/two.parquet", "one.parquet") for r in range(ROWS)]

@@ -1,0 +1,83 @@
+"""What the README tells a newcomer to do, done."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def block(language: str, holding: str) -> str:
+    """The README's one code block of a language that holds a text."""
+    found = [b for b in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if holding in b]
+    assert len(found) == 1, f"{len(found)} {language} blocks hold {holding!r}"
+    return str(found[0])
+
+
+def python(*arguments: str, folder: Path = ROOT) -> str:
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_ones_own_file(tmp_path: Path) -> None:
+    """The job file, the commands and the query of "Your own file", those of "Watch it", with /data put elsewhere."""
+    texts = [f"A text of one's own, number {i}." for i in range(30)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "prompts.parquet")
+    (tmp_path / "mine.yaml").write_text(block("yaml", "prompt_column: text").replace("/data", str(tmp_path)))
+    commands = re.findall(r"^twotower (\w+) (\S+)", block("sh", "twotower plan"), re.MULTILINE)
+    assert [verb for verb, _ in commands] == ["plan", "run", "status", "verify"]
+    printed = {}
+    for verb, argument in commands:
+        place = str(tmp_path / "mine.yaml") if argument == "mine.yaml" else argument.replace("/data", str(tmp_path))
+        printed[verb] = python("-m", "pipeline", verb, place)
+    assert "1 file, 30 rows" in printed["plan"]
+    assert "is complete: 30 rows: 30 ok, 0 errors" in printed["run"]
+    assert "30 of 30" in printed["status"]
+    assert printed["verify"].startswith("verified: 30 rows")
+    for verb, rest in re.findall(r"^twotower (\w+) (.+?) #", block("sh", "--watch"), re.MULTILINE):
+        printed[verb] = python("-m", "pipeline", verb, *rest.replace("/data", str(tmp_path)).split())
+    assert "30 of 30" in printed["status"]
+    assert (tmp_path / "completions/_job/report.html").stat().st_size > 10_000
+    with duckdb.connect() as connection:
+        rows = connection.sql(block("sql", "finish_reason").replace("/data", str(tmp_path))).fetchall()
+    assert sum(count for _, count, _ in rows) == 30
+
+
+def test_the_engine_from_python() -> None:
+    assert python("-c", block("python", "engine.generate")).strip().endswith("The sum is 085.")
+
+
+def test_the_settings_and_variables_it_names_exist(tmp_path: Path) -> None:
+    """The template line and the --set example load."""
+    from pipeline.config.loader import load_job
+
+    template = re.search(r'`(template: ".*?")`', README)
+    assert template is not None
+    job = block("yaml", "prompt_column: text").replace("prompt_column: text", template[1])
+    (tmp_path / "job.yaml").write_text(job)
+    setting = re.search(r"--set (\S+=\S+)`", README)
+    assert setting is not None
+    assert load_job(tmp_path / "job.yaml", [setting[1]]).input.template is not None
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([\w/]+\.py)`", README))))
+def test_every_file_it_lists_is_there(name: str) -> None:
+    """By its path, or by its name beside a file of the same line that is given with its path."""
+    line = next(line for line in README.splitlines() if f"`{name}`" in line)
+    folders = {Path(other).parent for other in re.findall(r"`([\w/]+\.(?:py|yaml))`", line)}
+    assert any((ROOT / folder / name).exists() for folder in {Path(), *folders})
+
+
+def test_its_map_is_complete() -> None:
+    """Every module of the three packages is named."""
+    modules = {p.name for top in ("model", "pipeline", "workers") for p in (ROOT / top).glob("*.py")}
+    named = {Path(name).name for name in re.findall(r"`([\w/]+\.py)`", README)}
+    assert {name for name in modules - named if not name.startswith("__")} == set()

@@ -1,0 +1,78 @@
+"""mamba-ssm's forward scan, in Triton's interpreter, is the scan; and a forward's blocks do not go through it.
+
+A call takes seconds in the interpreter, so the sizes are small; on a GPU, model.checks.kernels runs it at full size.
+"""
+
+import contextlib
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from model.kernels.plain import selective_scan
+from model.kernels.triton import prefill_scan
+
+HAS_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture
+def scan(monkeypatch: pytest.MonkeyPatch) -> prefill_scan.Scan:
+    if not HAS_GPU:
+        monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
+    found = prefill_scan.prefill_scan_of_mamba_ssm()
+    assert found is not None, "make test installs mamba-ssm, without its compiled part"
+    assert find_spec("mamba_ssm") is not None, "others, as doctor, may still ask for it"
+    return found
+
+
+def test_seeded_rows_of_unlike_lengths_give_the_plain_scan(scan: prefill_scan.Scan) -> None:
+    """A chunk and a bit, and a row that is padded; large seeds, as in model.checks.kernels."""
+    device = "cuda" if HAS_GPU else "cpu"
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    rows, length, heads, dim, groups, state = 2, prefill_scan.CHUNK + 6, 2, 16, 1, 16
+    x, dt = normal(rows, length, heads, dim), normal(rows, length, heads).abs() / 10
+    dt[1, 40:] = 0
+    B, C, seeds = (
+        normal(rows, length, groups, state),
+        normal(rows, length, groups, state),
+        normal(rows, heads, dim, state),
+    )
+    decay = -normal(heads).exp()
+    got = prefill_scan.scan_prompts(scan, x, dt, decay, B, C, seeds * 1000)
+    wanted = selective_scan(x, dt, decay, B, C, seeds * 1000)
+    for mine, right in zip(got, wanted, strict=True):
+        assert float((mine - right).abs().max() / right.abs().max()) < 2e-6
+
+
+def test_a_block_goes_through_the_kernel_for_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that reads a prompt of 40 tokens beside blocks of 16."""
+    from model.kernels.triton import kernels as cuda
+    from model.runtime.ragged_batch import RaggedBatch
+
+    seen: list[tuple[str, int]] = []
+
+    def block_scan(xbc: torch.Tensor, *args: Any, store: bool) -> torch.Tensor:
+        del args, store
+        seen.append(("block", len(xbc)))
+        return xbc.new_zeros(len(xbc), 4)
+
+    def prompt_scan(self: object, xbc: torch.Tensor, *args: Any, store: bool) -> torch.Tensor:
+        del self, args, store
+        seen.append(("prompt", len(xbc)))
+        return xbc.new_zeros(len(xbc), 4)
+
+    monkeypatch.setattr(cuda, "prefill_scan_of_mamba_ssm", lambda: prompt_scan)
+    monkeypatch.setattr(cuda.triton_scan, "mamba_scan", block_scan)
+    monkeypatch.setattr(cuda.PlainKernels, "_scan", prompt_scan)
+    kernels: Any = cuda.CudaKernels()
+    states = torch.zeros(4, 3, 4), torch.zeros(4, 1, 4, 4)
+    mixed = RaggedBatch((0, 1, 2), (0, 1, 2), (40, 16, 16), (0,) * 3, ((),) * 3)
+    kernels.mamba_scan(torch.zeros(72, 3), torch.zeros(72, 1), None, *states, mixed, store=True)
+    blocks = RaggedBatch((0, 1), (0, 1), (16, 16), (0,) * 2, ((),) * 2)
+    kernels.mamba_scan(torch.zeros(32, 3), torch.zeros(32, 1), None, *states, blocks, store=True)
+    assert seen == [("prompt", 40), ("block", 32), ("block", 32)]

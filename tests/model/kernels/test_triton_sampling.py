@@ -1,0 +1,264 @@
+"""The Triton kernels that choose tokens, against the plain ones and float64; the same file runs on a GPU."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.kernels.logits import Logits, Parts
+from model.kernels.plain import PlainKernels
+from model.kernels.plain_sampling import survey_slice, uniforms
+from model.network.sampling import Draws, Head, choose
+from tests.model.kernels.draws import make_draws
+
+pytest.importorskip("triton")
+from model.kernels.triton import sampling as triton_head
+from model.kernels.triton.kernels import CudaKernels
+
+# NumPy, with which the interpreter computes, warns of infinities and wrapping that are meant
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MASK = 3
+V = 50
+SLICE = 32  # a whole one and a part
+TINY = 1e-44
+
+
+def random(rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
+    """Logits with repeated ones among them: a quarter of a unit apart."""
+    x = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(vocab)) * 12
+    return (x.round() / 4).to(DEVICE, dtype)
+
+
+def logits_of(x: Tensor, suppress: Tensor, width: int) -> Logits:
+    def head(rows: slice | Tensor, columns: slice) -> Tensor:
+        return x[rows, columns].clone()
+
+    return Logits(head, *x.shape, suppress, MASK, x.dtype, 2**30, width)
+
+
+SETTINGS = [  # temperature, top_k, top_p
+    (1.0, 0, 1.0),
+    (3.0, 5, 1.0),
+    (0.0, 0, 1.0),
+    (2.0, 0, 0.7),
+    (TINY, 0, 1.0),
+    (0.5, 12, 0.95),
+    (3.0, 0, 1.0),
+    (1.0, 2 * V, 1e-9),
+]
+
+
+def mixed(count: int, kind: str = "mixed") -> Draws:
+    """Greedy, free and limited rows, with each limit and both; or free ones, or limited ones alone."""
+    settings = [s for s in SETTINGS if kind == "mixed" or (s[1] > 0 or s[2] < 1) == (kind == "limited")]
+    temperature, top_k, top_p = zip(*(settings[i % len(settings)] for i in range(count)), strict=True)
+    at = torch.arange(count)
+    draws = make_draws(
+        temperature=torch.tensor(temperature),
+        top_k=torch.tensor(top_k),
+        top_p=torch.tensor(top_p),
+        key=torch.tensor([[2**32 - 1, 2]]).repeat(count, 1),
+        counter=torch.stack([at * 0, at * 0 + 7, at], dim=1),
+    )
+    return on_device(draws)
+
+
+def on_device(draws: Draws) -> Draws:
+    return Draws(*(getattr(draws, name).to(DEVICE) for name in Draws.__slots__))
+
+
+def chosen(x: Tensor, suppress: Tensor, draws: Draws | None, kernels: Any, **options: int) -> tuple[Tensor, Tensor]:
+    head = Head(lambda rows, columns: x[rows, columns].clone(), x.dtype, kernels)
+    return choose(head, *x.shape, suppress, MASK, draws, **options)
+
+
+def cdf_of(row: Tensor, draws: Draws, i: int) -> Tensor:
+    """Row i's shares as they add up in vocabulary order, within its limits: plainly, in float64."""
+    p = (row.double() / draws.temperature[i].double()).softmax(-1)
+    order = p.argsort(descending=True, stable=True)
+    kept = order[: int(draws.top_k[i])] if draws.top_k[i] else order
+    before = p[kept].cumsum(0) - p[kept]
+    kept = kept[before < draws.top_p[i] * p[kept].sum()]
+    cdf = torch.zeros_like(p).index_copy(0, kept, p[kept]).cumsum(0)
+    return cdf / cdf[-1]
+
+
+def assert_drawn(x: Tensor, suppress: Tensor, draws: Draws, tokens: Tensor) -> None:
+    """Each token is the one whose part of [0, 1) holds the row's uniform number, to 1e-6 at its ends."""
+    x = x.cpu().float().clone()
+    x[suppress.cpu(), MASK] = -torch.inf
+    draws = Draws(*(getattr(draws, name).cpu() for name in Draws.__slots__))
+    for i, u in enumerate(uniforms(draws.counter, draws.key).tolist()):
+        token = int(tokens[i])
+        if draws.temperature[i] == 0:
+            assert token == int(x[i].argmax())
+            continue
+        cdf = torch.nn.functional.pad(cdf_of(x[i], draws, i), (1, 0))
+        assert cdf[token] - 1e-6 <= u <= cdf[token + 1] + 1e-6, i
+        assert cdf[token] < cdf[token + 1], i
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heated", [True, False])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 4), (5, 68), (2, 64), (3, 20)])
+def test_slices_are_surveyed_as_by_the_plain_code(rows: int, vocab: int, heated: bool, dtype: torch.dtype) -> None:
+    """One slice, whole ones, a part of one; largest and first exactly, sums to 1e-6. Rows before them are not read."""
+    x, begin = random(rows, vocab, dtype), 2
+    suppress = torch.arange(begin + rows, device=DEVICE) % 2 == 0
+    heat = torch.tensor([9.0, 9.0, 0.7, 2.0, TINY, 0.0, 1.0], device=DEVICE)[: begin + rows] if heated else None
+    compare(x, begin, suppress, heat)
+
+
+def compare(x: Tensor, begin: int, suppress: Tensor, heat: Tensor | None) -> None:
+    logits = logits_of(x, suppress, SLICE)
+    got = triton_head.survey(x, begin, logits, heat)
+    right = Parts.empty(len(x), got.best.shape[1], x.device, mass=heat is not None)
+    wide = x.float().clone()
+    wide[suppress[begin:], MASK] = -torch.inf
+    for i, first in enumerate(range(0, x.shape[1], SLICE)):
+        some = None if heat is None else heat[begin:]
+        survey_slice(wide[:, first : first + SLICE].clone(), first, some, right.of(slice(None), i))
+    assert torch.equal(got.best.nan_to_num(nan=1e30), right.best.nan_to_num(nan=1e30))
+    assert torch.equal(got.at, right.at)
+    assert torch.allclose(got.total, right.total, rtol=1e-6, atol=0, equal_nan=True)
+    if got.mass is not None and right.mass is not None:
+        assert torch.allclose(got.mass, right.mass, rtol=2e-6, atol=0, equal_nan=True)
+
+
+def test_slices_that_are_not_finite_are_surveyed_as_by_the_plain_code() -> None:
+    """NaN, inf, both, nothing but -inf; in the first slice and the last; a NaN that is the suppressed mask id's."""
+    x = random(8, V, torch.float32)
+    x[0, V - 1], x[1, 20], x[2, 5] = torch.nan, torch.inf, -torch.inf
+    x[3, 2], x[3, 4], x[3, 1] = torch.nan, torch.nan, torch.inf
+    x[4] = -torch.inf
+    x[5] = -torch.inf
+    x[5, MASK] = 1.0
+    x[6, MASK], x[7, MASK] = torch.nan, torch.nan
+    suppress = torch.tensor([False] * 5 + [True, True, False], device=DEVICE)
+    compare(x, 0, suppress, torch.full((8,), 0.7, device=DEVICE))
+
+
+def test_uniform_numbers_are_the_same_bits() -> None:
+    """Of 300 positions: more than one program's, with all 32 bits of the words in use."""
+    words = torch.randint(0, 2**32, (300, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    counter, key = words[:, :3], words[:, 3:]
+    assert torch.equal(triton_head.uniforms(counter, key), uniforms(counter, key))
+    assert triton_head.uniforms(counter[:0], key[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("count", "vocab", "dtype"), [(8, V, torch.bfloat16), (4, SLICE - 1, torch.float32), (1, 2 * SLICE, torch.bfloat16)]
+)
+def test_tokens_are_those_of_the_plain_kernels(count: int, vocab: int, dtype: torch.dtype) -> None:
+    """Greedy, free and limited rows together, many equal logits at every limit; all at once, and not all at once.
+
+    Tokens are the plain ones, except where the uniform number is so near the border of two (1e-6 of all) that adding up
+    in another order decides; at these seeds nowhere.
+    """
+    x, draws = random(count, vocab, dtype), mixed(count)
+    suppress = torch.arange(count, device=DEVICE) % 2 == 0
+    room = (count // 2 + 1) * vocab * x.element_size()
+    tokens, confidence = chosen(x, suppress, draws, CudaKernels(), width=SLICE, workspace=room)
+    assert_drawn(x, suppress, draws, tokens)
+    right, sure = chosen(x, suppress, draws, PlainKernels(), width=SLICE)
+    assert torch.equal(tokens, right)
+    assert torch.allclose(confidence, sure, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "free", "limited"])
+def test_each_kind_by_itself(kind: str) -> None:
+    """None limited, none free, and no draws at all; in one piece."""
+    x, suppress = random(4, V, torch.bfloat16), torch.ones(4, dtype=torch.bool, device=DEVICE)
+    draws = None if kind == "greedy" else mixed(4, kind)
+    assert draws is None or len(draws.free if kind == "free" else draws.limited) == (3 if kind == "free" else 4)
+    tokens, confidence = chosen(x, suppress, draws, CudaKernels(), width=SLICE)
+    right, sure = chosen(x, suppress, draws, PlainKernels(), width=SLICE)
+    assert torch.equal(tokens, right)
+    assert torch.allclose(confidence, sure, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (4, 1.0), (0, 0.999)])
+def test_an_id_without_probability_is_never_drawn(uniform: float, top_k: int, top_p: float) -> None:
+    """The least and the greatest uniform number, with slices that begin, end and consist of ids that cannot be."""
+    x = torch.full((1, V), -torch.inf, device=DEVICE)
+    possible = [SLICE - 2, SLICE + 2, V - 2]
+    x[0, possible] = torch.tensor([1.0, 2.0, 3.0], device=DEVICE)
+    place = torch.zeros(1, 3, dtype=torch.int64)
+    settings = (torch.tensor([1.0]), torch.tensor([top_k]), torch.tensor([top_p]))
+    draws = on_device(make_draws(*settings, place[:, :2], place))
+    logits = logits_of(x, torch.tensor([True], device=DEVICE), SLICE)
+    choice = CudaKernels().choose_tokens(logits, draws, torch.tensor([uniform], dtype=torch.float64, device=DEVICE))
+    assert choice.tokens.item() == possible[0 if uniform == 0 else -1]
+    assert choice.logit == x[0, choice.tokens]
+
+
+def test_rows_that_are_not_finite_get_an_id_and_no_probability() -> None:
+    """Greedy, free and limited rows with a NaN or an inf, or none that is possible; their neighbours see nothing."""
+    x, draws = random(12, V, torch.bfloat16), mixed(12)
+    fine = x.clone()
+    x[torch.arange(1, 12, 3), torch.tensor([2, 20, 40, V - 1])] = torch.tensor(
+        [torch.inf, torch.nan, torch.nan, torch.inf]
+    ).to(x)
+    x[2::3] = -torch.inf
+    suppress = torch.zeros(12, dtype=torch.bool, device=DEVICE)
+    tokens, confidence = chosen(x, suppress, draws, CudaKernels(), width=SLICE)
+    right, sure = chosen(fine, suppress, draws, PlainKernels(), width=SLICE)
+    assert ((tokens >= 0) & (tokens < V)).all()
+    assert (confidence[1::3].isnan() & confidence[2::3].isnan()).all()
+    assert torch.equal(tokens[::3], right[::3])
+    assert torch.allclose(confidence[::3], sure[::3], rtol=1e-6, atol=0)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails at each operation that, on a GPU, waits for the device: what asks it for a number or a size."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "item", "unique", "masked_select", "repeat_interleave", "bincount")
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and importing it takes seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(name in func.name() for name in self.WAITS), f"{func.name()} waits for the device"
+        assert not any(isinstance(a, Tensor) and a.dtype == torch.bool for a in _indices(func, args)), func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def _indices(func: Any, args: Any) -> Iterator[Any]:
+    if "index" in func.name() and len(args) > 1:
+        yield from args[1] if isinstance(args[1], list | tuple) else ()
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Under a mode that refuses what would; the plain kernels, which do wait, show that it sees them."""
+    x, suppress, draws = random(3, 20, torch.bfloat16), torch.ones(3, dtype=torch.bool, device=DEVICE), mixed(3)
+    assert len(draws.free) == len(draws.limited) == 1
+    with NoWaiting():
+        chosen(x, suppress, draws, CudaKernels(), width=SLICE)
+        chosen(x, suppress, None, CudaKernels(), width=SLICE)
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        chosen(x, suppress, draws, PlainKernels(), width=SLICE)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the released vocabulary is too much for the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 512])
+def test_released_vocabulary(rows: int, dtype: torch.dtype) -> None:
+    """Rows of every kind, without waiting as CUDA itself sees it; drawn as float64 says; twice the same bits."""
+    vocab = 131_072
+    x = (torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0)) * 3).to(DEVICE, dtype)
+    suppress, draws = torch.ones(rows, dtype=torch.bool, device=DEVICE), mixed(rows)
+    chosen(x, suppress, draws, CudaKernels())  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got, again = (chosen(x, suppress, draws, CudaKernels()) for _ in range(2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got[0], again[0])
+    assert torch.equal(got[1], again[1])
+    assert_drawn(x, suppress, draws, got[0])

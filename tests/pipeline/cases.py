@@ -1,0 +1,125 @@
+"""What the pipeline's tests share: small inputs, a job over them, and a run of it with made-up completions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model.requests import Completion
+from pipeline.config.job import Job
+from pipeline.core.types import Row, RowResult, Totals, UnitResult, WorkUnit
+from pipeline.input.unit_reader import UnitData, UnitReader
+from pipeline.output.ledger import Ledger
+from pipeline.output.part import build_part, result_table
+from pipeline.output.publisher import UnitOutput
+from pipeline.planning.plan import Plan, make_plan
+
+CHECKPOINT = "checkpoint-1"
+
+
+def write(path: Path, *, group: int | None = None, **columns: Any) -> Path:
+    """A Parquet file with these columns, `group` rows a row group."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=group)
+    return path
+
+
+def prompts(rows: int, first: int = 0) -> list[str]:
+    return [f"prompt {i}" for i in range(first, first + rows)]
+
+
+def not_utf8(*values: bytes | None) -> pa.Array:
+    """A string column as a careless writer leaves it: bytes that nobody checked."""
+    raw = pa.array(values, pa.binary())
+    return pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2], raw.buffers()[0], raw.null_count)
+
+
+def make_job(input_path: Path | str, output_path: Path | str, **sections: dict[str, Any]) -> Job:
+    """A job; keyword arguments such as input={"carry": ["a"]} are put into its sections."""
+    base: dict[str, dict[str, Any]] = {
+        "input": {"path": str(input_path)},
+        "output": {"path": str(output_path)},
+        "model": {"checkpoint": "builtin:noise", "dtype": "float32"},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    return Job.model_validate(base)
+
+
+def plan_of(job: Job) -> Plan:
+    return make_plan(job, checkpoint_identity=CHECKPOINT)
+
+
+def complete_row(row: Row, attempt: int = 1) -> RowResult:
+    """A completion as an engine would give it: three tokens in one block, or the row's error."""
+    if row.error is not None:
+        done = Completion(key=row.key, finish_reason="error", error=row.error, latency_s=0.0)
+    else:
+        done = Completion(
+            key=row.key,
+            token_ids=(7, 8, 9),
+            text=f"answer to {row.prompt}",
+            finish_reason="length" if row.index % 2 else "stop",
+            prompt_tokens=len(row.prompt or ""),
+            denoiser_forwards=2,
+            steps_per_block=(2,),
+            latency_s=0.5,
+        )
+    return RowResult(row.index, done, "diffusion", attempt, "replica-0")
+
+
+def part_of(data: UnitData, plan: Plan, attempt: int = 1) -> bytes:
+    output = UnitOutput("/nowhere", plan.fingerprint.digest)
+    header = output.header(data.unit, attempt=attempt, replica="replica-0", seconds=1.0)
+    results = result_table(data.unit, [complete_row(row, attempt) for row in data.rows])
+    return build_part(data, [results], plan.schema, header)[0]
+
+
+def output_of(job: Job, plan: Plan) -> UnitOutput:
+    return UnitOutput(job.output.path, plan.fingerprint.digest)
+
+
+def open_ledger(job: Job, plan: Plan) -> Ledger:
+    ledger = Ledger(job.output.path, plan.fingerprint.digest)
+    ledger.open(plan, job)
+    return ledger
+
+
+def publish(job: Job, plan: Plan, units: tuple[WorkUnit, ...] | None = None) -> list[UnitResult]:
+    """Publishes the parts of these units, or of all."""
+    reader = UnitReader(job.input)
+    output = output_of(job, plan)
+    results = [
+        output.publish(unit, part_of(reader.read(unit), plan)) for unit in (plan.units if units is None else units)
+    ]
+    reader.close()
+    return results
+
+
+def run(job: Job) -> tuple[Plan, Ledger, dict[str, Any]]:
+    """The whole job: plan, parts, manifest."""
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    totals = sum((result.totals for result in publish(job, plan)), Totals())
+    return plan, ledger, ledger.complete(plan, job, totals, seconds=2.0)
+
+
+def two_files(folder: Path) -> Job:
+    """A job over two files, 25 rows, three units; two ids stand twice, one is null, two prompts are bad."""
+    write(folder / "in/a.parquet", prompt=prompts(20), key=[*range(19), 3])
+    write(folder / "in/b.parquet", prompt=["x", None, "", "y", "z"], key=[3, 30, None, 31, 32])
+    return make_job(folder / "in", folder / "out", output={"rows_per_file": 10}, input={"id_column": "key"})
+
+
+def out(job: Job, name: str = "") -> Path:
+    """A file of a local output folder."""
+    return Path(job.output.path) / name
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    value = json.loads(path.read_text())
+    assert isinstance(value, dict)
+    return value

@@ -1,0 +1,401 @@
+"""The command line without Ray and torch: what it prints, where, and its exit codes."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner, Result
+
+import pipeline.cli.compose
+import pipeline.cli.signals
+from pipeline.cli.app import app
+from pipeline.core.errors import ClusterError
+from pipeline.core.events import Event
+from pipeline.planning.plan import Plan
+from tests.workers.fakes import FakeMaker
+from workers.replica.build import ReplicaSpec
+from workers.replica.local_pool import LocalPool
+
+JOB = """
+name: small
+input: {{path: {folder}/in}}
+output: {{path: {folder}/out, rows_per_file: 10}}
+model: {{checkpoint: "builtin:noise", dtype: float32}}
+generation: {{max_new_tokens: 8}}
+workers: {{gpus: 0}}
+"""
+
+
+class TerminatedPool(LocalPool):
+    """The process gets SIGTERM when the first unit is done."""
+
+    def wait(self, timeout_s: float) -> Sequence[Event]:
+        events = super().wait(timeout_s)
+        if any(type(event).__name__ == "UnitDone" for event in events):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return events
+
+
+def fake_pool(
+    pool_class: type[LocalPool], job: Any, _local: bool, started: Any, plan: Plan, *_: Any, json_logs: bool
+) -> LocalPool:
+    pool = pool_class(FakeMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema, json_logs)))
+    started()
+    return pool
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(pipeline.cli.compose, "make_pool", functools.partial(fake_pool, LocalPool))
+    monkeypatch.delenv("TWOTOWER_DEBUG", raising=False)
+    (tmp_path / "in").mkdir()
+    prompts = ["a" * (1 + i % 40) for i in range(34)] + [None]
+    pq.write_table(pa.table({"prompt": prompts}), tmp_path / "in" / "a.parquet")
+    file = tmp_path / "small.yaml"
+    file.write_text(JOB.format(folder=tmp_path))
+    return file
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_run_ends_with_a_summary_and_a_second_run_does_nothing(job: Path) -> None:
+    out = job.parent / "out"
+    first = call("run", job)
+    assert first.exit_code == 0, first.output
+    assert "job small is complete: 35 rows: 34 ok, 1 errors" in first.stdout
+    assert f"output   {out}" in first.stdout
+    assert f"manifest {out}/_job/manifest.json" in first.stdout
+    assert f"report   {out}/_job/report.html" in first.stdout
+    assert "35 rows, 34 ok, 1 errors" in (out / "_job/report.html").read_text()
+    assert f"FROM '{out}/part-*.parquet' GROUP BY 1" in first.stdout
+    assert "35/35 rows (100.0%)" in first.stderr
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    second = call("run", job)
+    assert second.exit_code == 0
+    assert "job small was complete already, nothing was run: 35 rows: 34 ok, 1 errors" in second.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_a_missing_part_or_manifest_is_made_again(job: Path) -> None:
+    call("run", job)
+    out = job.parent / "out"
+    next(out.glob("part-*.parquet")).unlink()
+    assert "(3 of 4 units before)" in call("run", job).stdout
+    (out / "_SUCCESS").unlink()
+    assert "its manifest was missing" in call("run", job).stdout
+    assert (out / "_SUCCESS").exists()
+    (out / "_job/manifest.json").write_text("{")
+    assert "complete without a manifest: submit the same job again" in call("status", out).stdout
+    assert call("plan", job).exit_code == 0
+    assert "its manifest was missing" in call("run", job).stdout
+    assert "was complete already" in call("run", job).stdout
+
+
+def test_success_is_gone_while_a_lost_part_is_made_again(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call("run", job)
+    out = job.parent / "out"
+    next(out.glob("part-*.parquet")).unlink()
+    assert "not complete" in call("status", out).stdout
+
+    def unavailable(*_: Any, **_named: Any) -> LocalPool:
+        raise ClusterError("no cluster")
+
+    monkeypatch.setattr(pipeline.cli.compose, "make_pool", unavailable)
+    failed = call("run", job)
+    assert (failed.exit_code, failed.stderr.splitlines()[-1]) == (1, "error: no cluster")
+    assert not (out / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--set", "generation.block_size=0"], "block_size"),
+        (["--set", "input.prompt_column=text"], "column 'text'"),
+        (["--set", "model.checkpoint=/nowhere"], "/nowhere"),
+        (["--set", "workerz.gpus=1"], "workerz"),
+        (["--set", "input.path=/nowhere/*.parquet"], "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(job: Path, arguments: list[str], text: str) -> None:
+    before = files_of(job.parent)
+    result = call("run", job, *arguments)
+    assert result.exit_code == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert text in line
+    assert files_of(job.parent) == before
+
+
+def test_another_jobs_output_is_refused(job: Path) -> None:
+    call("run", job)
+    for command in ("run", "plan"):
+        result = call(command, job, "--set", "generation.seed=2")
+        assert result.exit_code == 1
+        assert "belongs to another job; what differs (there -> here): generation.seed: 0 -> 2" in result.stderr
+
+
+@pytest.mark.parametrize("damage", ["file", "foreign part", "no plan", "extra part", "truncated part"])
+def test_plan_refuses_what_run_refuses_with_the_same_words(job: Path, damage: str) -> None:
+    out = job.parent / "out"
+    if damage == "file":
+        out.write_text("x")
+    else:
+        call("run", job)
+        part = next(out.glob("part-*.parquet"))
+        if damage == "foreign part":
+            part.write_bytes((job.parent / "in/a.parquet").read_bytes())
+        elif damage == "no plan":
+            (out / "_job/plan.json").unlink()
+        elif damage == "extra part":
+            (out / "part-x.parquet").write_bytes(part.read_bytes())
+        else:
+            part.write_bytes(part.read_bytes()[:-9])
+    before = files_of(job.parent)
+    planned, ran = call("plan", job), call("run", job)
+    assert planned.exit_code == 1
+    assert planned.stderr == ran.stderr
+    assert files_of(job.parent) == before
+
+
+def test_a_context_without_room_for_any_prompt_is_named(job: Path) -> None:
+    result = call("run", job, "--set", "engine.kv_tokens=8")
+    assert result.exit_code == 1
+    assert "generation.max_new_tokens is 8, and prompt and completion together may have 8 tokens" in result.stderr
+    assert "raise engine.kv_tokens" in result.stderr
+    assert "kv_tokens" not in call("run", job, "--set", "generation.max_new_tokens=1000000").stderr
+    too_long = call("run", job, "--set", "engine.max_context_tokens=1000000").stderr
+    assert too_long.startswith("error: engine.max_context_tokens is 1000000, but the checkpoint's contexts hold ")
+    assert call("run", job, "--set", "engine.kv_tokens=100").exit_code == 0
+
+
+def test_too_many_error_rows_fail_the_job_and_raising_the_limit_completes_it(job: Path) -> None:
+    result = call("run", job, "--set", "retry.max_error_rate=0.01")
+    assert result.exit_code == 1
+    assert "1 of 35 rows are error rows (2.9%), above retry.max_error_rate (1.0%)" in result.stderr.splitlines()[-1]
+    assert not (job.parent / "out" / "_SUCCESS").exists()
+    assert call("run", job).exit_code == 0
+
+
+def test_debug_shows_the_traceback(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call("run", job, "--set", "x=1", "--debug").exception is not None
+    monkeypatch.setenv("TWOTOWER_DEBUG", "1")
+    assert type(call("run", job, "--set", "x=1").exception).__name__ == "JobError"
+
+
+def test_wrong_usage_exits_with_2(job: Path) -> None:
+    assert call("run").exit_code == 2
+    assert call("walk", job).exit_code == 2
+    assert call("run", job, "--fast").exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["status", "report", "verify", "clean"])
+def test_an_empty_output_is_not_the_current_directory(job: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """An unset shell variable, called in an output folder."""
+    assert call("run", job).exit_code == 0
+    monkeypatch.chdir(job.parent / "out")
+    result = call(command, "")
+    assert result.exit_code == 2
+    assert "it is empty: give the output folder of a job" in result.output
+
+
+def test_sigterm_stops_with_143_and_the_next_run_resumes(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(pipeline.cli.compose, "make_pool", functools.partial(fake_pool, TerminatedPool))
+    stopped = call("run", job)
+    assert stopped.exit_code == 143
+    last = stopped.stderr.splitlines()[-1]
+    assert last.startswith("stopped; ")
+    assert last.endswith(" of 4 units are done; submit the same job again to resume")
+    assert signal.getsignal(signal.SIGTERM) is before
+    status = call("status", job.parent / "out")
+    assert status.exit_code == 0
+    assert "submit the same job again to resume" in status.stdout
+    monkeypatch.setattr(pipeline.cli.compose, "make_pool", functools.partial(fake_pool, LocalPool))
+    assert "units before)" in call("run", job).stdout
+
+
+def test_handlers_installed_twice_give_the_first_ones_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pipeline.cli.signals.StopSignals() as signals:
+        signals.install()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as ray.init() puts its own in place
+        signals.install()
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.stop.is_set()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_status_of_a_complete_job_and_of_no_job(job: Path) -> None:
+    call("run", job)
+    status = call("status", job.parent / "out")
+    assert "rows     35 of 35 (34 ok, 1 errors)" in status.stdout
+    assert "units    4 of 4" in status.stdout
+    assert "1 error, 34 length" in status.stdout
+    assert "complete 20" in status.stdout
+    nothing = call("status", job.parent / "in")
+    assert nothing.exit_code == 1
+    assert nothing.stderr.startswith("error: output ")
+
+
+def test_plan_tells_what_would_run_and_writes_nothing(job: Path) -> None:
+    before = files_of(job.parent)
+    result = call("plan", job)
+    assert result.exit_code == 0, result.output
+    assert "1 file, 35 rows" in result.stdout
+    assert "left: 35 rows" in result.stdout
+    assert "estimate from a sample of 35 rows" in result.stdout
+    assert "1 of 35 sampled rows have no usable prompt" in result.stdout
+    assert "at most 280 tokens left (8 a row)" in result.stdout
+    assert files_of(job.parent) == before
+    call("run", job)
+    assert "done       4 units, 35 rows; left: 0 rows" in call("plan", job).stdout
+
+
+def test_plan_counts_tokens_by_the_rows_own_settings(job: Path) -> None:
+    """Rows that would be error rows count for nothing: a limit below 1, one that no context has room for."""
+    columns = {"prompt": ["p"] * 6, "n": [100, 50, None, 2**31 - 1, 0, 2], "t": [0.5] * 6}
+    pq.write_table(pa.table(columns), job.parent / "in" / "a.parquet")
+    options = ["input.row_settings={max_new_tokens: n, temperature: t}", "generation.on_degenerate=retry"]
+    result = call("plan", job, *(word for option in options for word in ("--set", option)))
+    assert result.exit_code == 0, result.output
+    assert "2 of 6 sampled rows have no usable prompt and settings" in result.stdout
+    assert "per row    max_new_tokens from n, temperature from t; where null, the job's\n" in result.stdout
+    said = "completion at most about 160 tokens left (by column n, estimate from the same sample), mode diffusion"
+    assert f"{said}, again where degenerate\n" in result.stdout
+
+
+def add_file(job: Path, name: str, rows: int) -> None:
+    pq.write_table(pa.table({"prompt": [f"new {i}" for i in range(rows)]}), job.parent / "in" / name)
+
+
+def test_added_files_are_named_and_taken_with_extend(job: Path) -> None:
+    call("run", job)
+    add_file(job, "b.parquet", 12)
+    for command in ("run", "plan"):
+        refused = call(command, job)
+        assert refused.exit_code == 1
+        assert "planned over other input files: b.parquet is new; set input.on_change: extend to take" in refused.stderr
+    extend = ("--set", "input.on_change=extend")
+    planned = call("plan", job, *extend)
+    assert "added      1 file, 12 rows since the last run: b.parquet" in planned.stdout
+    assert "done       4 units, 35 rows; left: 12 rows" in planned.stdout
+    assert "(4 of 6 units before)" in call("run", job, *extend).stdout
+    assert "rows     47 of 47" in call("status", job.parent / "out").stdout
+    assert "\nadded " not in call("plan", job, *extend).stdout
+    assert "was complete already" in call("run", job).stdout
+
+
+def test_verify_says_that_all_is_well_or_lists_what_is_not(job: Path) -> None:
+    call("run", job)
+    out = job.parent / "out"
+    good = call("verify", out)
+    assert (good.exit_code, good.stderr) == (0, "")
+    assert good.stdout.startswith("verified: 35 rows in 4 parts (")
+    part = next(out.glob("part-*.parquet"))
+    part.write_bytes(part.read_bytes()[:-9])
+    (out / "notes.txt").write_text("x")
+    bad = call("verify", out)
+    assert bad.exit_code == 1
+    assert [line.split(" ")[0] for line in bad.stdout.splitlines()] == [part.name, "notes.txt"]
+    assert bad.stderr == "error: problems: 2, parts: 4\n"
+    none = call("verify", job.parent / "in")
+    assert none.stderr.startswith("error: output ")
+    part.unlink()
+    (out / "notes.txt").unlink()
+    call("run", job)
+    assert call("verify", out).exit_code == 0
+
+
+def test_retry_errors_makes_a_job_that_runs(job: Path) -> None:
+    call("run", job)
+    made = call("retry-errors", job.parent / "out", "--to", job.parent / "again")
+    assert made.exit_code == 0, made.output
+    lines = made.stdout.splitlines()
+    assert lines[0] == "1 rows failed; most frequent:"
+    assert lines[1].split() == ["1", "prompt", "is", "null"]
+    assert lines[2] == f"run them again: twotower run {job.parent}/again/job.yaml"
+    again = call("run", job.parent / "again/job.yaml", "--set", "retry.max_error_rate=1")
+    assert "job small-retry is complete: 1 rows: 0 ok, 1 errors" in again.stdout
+    assert "is not an empty folder" in call("retry-errors", job.parent / "out", "--to", job.parent / "again").stderr
+    assert call("retry-errors", job.parent / "out").exit_code == 2
+
+
+def test_retry_errors_without_errors_writes_nothing(job: Path) -> None:
+    add_file(job, "a.parquet", 3)
+    call("run", job)
+    before = files_of(job.parent)
+    assert call("retry-errors", job.parent / "out", "--to", job.parent / "again").stdout == (
+        "no row failed: nothing was written\n"
+    )
+    assert files_of(job.parent) == before
+
+
+def test_clean_shows_and_removes_leftovers(job: Path) -> None:
+    call("run", job)
+    out = job.parent / "out"
+    assert call("clean", out).stdout == "nothing to remove\n"
+    before = files_of(out)
+    (out / "_writable").write_bytes(b"123")
+    said = "1 temporary files, 3 bytes: _writable\n"
+    assert call("clean", out, "--dry-run").stdout == f"would remove {said}"
+    assert (out / "_writable").exists()
+    assert call("clean", out).stdout == f"removed {said}"
+    assert files_of(out) == before
+
+
+def test_plan_names_unreadable_files_and_exits_with_1(job: Path) -> None:
+    (job.parent / "in" / "b.parquet").write_text("no Parquet at all")
+    result = call("plan", job)
+    assert result.exit_code == 1
+    assert "1 file, 35 rows" in result.stdout
+    assert "error: input file b.parquet cannot be read: is not Parquet" in result.stderr
+
+
+def test_help_and_plan_import_neither_ray_nor_torch(job: Path) -> None:
+    for arguments in (["--help"], ["plan", str(job)]):
+        script = f"""
+import sys
+from pipeline.cli.app import app
+try:
+    app({arguments!r})
+except SystemExit as error:
+    assert not error.code, error.code
+heavy = [name for name in ("ray", "torch", *(["pyarrow"] if {len(arguments)} == 1 else [])) if name in sys.modules]
+assert not heavy, heavy
+"""
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def test_python_m_pipeline_is_the_command_line() -> None:
+    result = subprocess.run([sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert "twotower" in result.stdout
+    assert all(command in result.stdout for command in ("run", "plan", "status", "verify", "retry-errors", "clean"))
+
+
+def test_a_thread_that_waits_for_storage_does_not_keep_the_process() -> None:
+    """After a stop, say: Python joins the threads of executors at its end, and storage may be tried for minutes."""
+    script = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import pipeline.__main__
+ThreadPoolExecutor().submit(threading.Event().wait, 300)
+pipeline.__main__.LEAVE_S = 0.1
+pipeline.__main__.app = lambda **_: sys.exit(143)
+pipeline.__main__.main()
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 143

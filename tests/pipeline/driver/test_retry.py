@@ -1,0 +1,129 @@
+"""The retry policy's rules, one by one."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from pipeline.core.errors import JobFailed
+from pipeline.core.types import Assignment, WorkUnit
+from pipeline.driver.retry import CONDEMNED_IN_A_ROW, EXCUSED_ATTEMPTS, ROWS_BEFORE_JUDGING, START_FAILURES, RetryPolicy
+
+UNIT = WorkUnit("abc-0000000100", "/data/in/a.parquet", "a.parquet", 100, 50)
+POLICY = RetryPolicy(attempts=3, max_error_rate=0.1)
+
+
+def test_failures_count_up_to_the_limit_and_the_end_names_unit_file_rows_and_reason() -> None:
+    work = POLICY.after_failure(Assignment(UNIT), "gone")
+    assert (work.attempt, work.failures, work.losses) == (2, 1, 0)
+    work = POLICY.after_failure(work, "gone")
+    with pytest.raises(JobFailed, match=r"unit abc-0000000100 \(a\.parquet, rows 100 to 149\) failed 3 of 3.*: gone"):
+        POLICY.after_failure(work, "gone")
+    with pytest.raises(JobFailed, match=r"rows 110 to 119\) failed"):
+        POLICY.after_failure(replace(work, rows=(10, 20)), "gone")
+
+
+def test_a_whole_unit_is_split_after_the_attempts_allowed_and_a_range_at_its_first_loss() -> None:
+    [work] = POLICY.after_loss(Assignment(UNIT), "killed")
+    assert (work.attempt, work.losses, work.rows, work.suspect) == (2, 1, None, True)
+    [work] = POLICY.after_loss(work, "killed")
+    pieces = POLICY.after_loss(work, "killed")
+    edges = [0, 6, 12, 18, 25, 31, 37, 43, 50]
+    assert [(piece.rows, piece.losses, piece.attempt) for piece in pieces] == [
+        (rows, 0, 4) for rows in itertools.pairwise(edges)
+    ]
+    rows = POLICY.after_loss(pieces[1], "killed", begun=False)
+    assert [row.rows for row in rows] == [(row, row + 1) for row in range(6, 12)]
+
+
+def test_a_lone_row_is_condemned_after_the_attempts_allowed() -> None:
+    work = Assignment(UNIT, 9, (7, 8))
+    for losses in (1, 2):
+        [work] = POLICY.after_loss(work, "killed")
+        assert (work.losses, work.condemned) == (losses, None)
+    [work] = POLICY.after_loss(work, "killed by r7")
+    assert (work.rows, work.losses) == ((7, 8), 0)
+    assert work.condemned == ("the replica died 3 times while it generated this row alone; the last time: killed by r7")
+
+
+def test_a_lone_row_is_not_blamed_for_what_dies_before_it_is_generated_unless_again_and_again() -> None:
+    work = Assignment(UNIT, 9, (7, 8), losses=1)
+    for early in (1, 2, 3):
+        [work] = POLICY.after_loss(work, "killed", begun=False)
+        assert (work.losses, work.early_losses, work.attempt) == (1, early, 9 + early)
+    [work] = POLICY.after_loss(work, "killed", begun=False)
+    assert (work.losses, work.condemned) == (2, None)
+    [work] = POLICY.after_loss(work, "killed", begun=False)
+    assert work.condemned is not None
+
+
+def test_a_unit_of_one_row_goes_out_as_a_range_before_its_row_is_condemned() -> None:
+    """As a unit it shares its replica with another one, which may be what killed."""
+    policy = RetryPolicy(1, 0.1)
+    [work] = policy.after_loss(Assignment(replace(UNIT, row_count=1)), "killed", begun=False)
+    assert (work.rows, work.losses, work.condemned, work.suspect) == ((0, 1), 0, None, True)
+    [work] = policy.after_loss(work, "killed")
+    assert work.condemned == "the replica died once while it generated this row alone; the last time: killed"
+
+
+@pytest.mark.parametrize("rows", [None, (3, 9), (3, 4)])
+def test_an_excused_loss_changes_nothing_but_the_attempt(rows: tuple[int, int] | None) -> None:
+    work = Assignment(UNIT, 5, rows, losses=2)
+    assert POLICY.after_loss(work, "told to leave", excused=True) == (replace(work, attempt=6),)
+
+
+def test_a_unit_is_not_excused_for_ever() -> None:
+    [work] = POLICY.after_loss(Assignment(UNIT, EXCUSED_ATTEMPTS), "told to leave", excused=True)
+    assert work.losses == 1
+
+
+def test_what_has_no_row_to_generate_is_tried_a_few_times_and_never_split() -> None:
+    patient = RetryPolicy(attempts=1, max_error_rate=0.1)
+    for work, finished in ((Assignment(UNIT), True), (Assignment(UNIT, 1, (7, 8), condemned="it kills"), False)):
+        for losses in range(1, START_FAILURES):
+            [work] = patient.after_loss(work, "killed", finished=finished)
+            assert work.losses == losses
+        with pytest.raises(JobFailed, match=r"has no row left to generate, and yet 3 replicas died with it.*: killed"):
+            patient.after_loss(work, "killed", finished=finished)
+
+
+def test_rows_condemned_one_after_the_other_end_the_job() -> None:
+    POLICY.check_condemned(CONDEMNED_IN_A_ROW - 1, "killed")
+    with pytest.raises(JobFailed, match=r"10 rows one after the other killed every replica .* the last time: killed"):
+        POLICY.check_condemned(CONDEMNED_IN_A_ROW, "killed")
+
+
+@pytest.mark.parametrize(
+    ("errors", "rows", "ended", "fails"),
+    [
+        (10, 100, False, False),
+        (11, 100, False, True),
+        (50, ROWS_BEFORE_JUDGING - 1, False, False),
+        (50, ROWS_BEFORE_JUDGING - 1, True, True),
+        (1, 10, True, False),
+        (0, 0, True, False),
+    ],
+)
+def test_error_rate_is_judged_after_enough_rows_and_at_the_end(
+    errors: int, rows: int, ended: bool, fails: bool
+) -> None:
+    if not fails:
+        POLICY.check_errors(errors, rows, ended=ended)
+        return
+    with pytest.raises(JobFailed, match=rf"{errors} of {rows} rows are error rows .* above retry.max_error_rate"):
+        POLICY.check_errors(errors, rows, ended=ended)
+
+
+def test_a_limit_of_one_allows_every_row_to_fail_and_zero_allows_none() -> None:
+    RetryPolicy(1, 1.0).check_errors(500, 500, ended=True)
+    with pytest.raises(JobFailed):
+        RetryPolicy(1, 0.0).check_errors(1, 500)
+
+
+def test_start_up_errors_of_our_own_end_the_job_at_once_and_deaths_after_a_few() -> None:
+    with pytest.raises(JobFailed, match="no replica could start: shard 2 is missing"):
+        POLICY.check_start(1, refused=True, working=False, reason="shard 2 is missing")
+    POLICY.check_start(START_FAILURES - 1, refused=False, working=False, reason="killed")
+    with pytest.raises(JobFailed, match="3 replicas died while starting: killed"):
+        POLICY.check_start(START_FAILURES, refused=False, working=False, reason="killed")
+    POLICY.check_start(99, refused=True, working=True, reason="a bad node")

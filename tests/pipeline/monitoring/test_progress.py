@@ -1,0 +1,136 @@
+"""Progress: what is counted, what is taken back, and how it reads."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from pipeline.core.events import RangeDone, ReplicaLost, ReplicaNote, ReplicaReady, UnitDone, UnitFailed, UnitProgress
+from pipeline.core.text import duration
+from pipeline.core.types import Assignment, Totals, UnitResult, WorkUnit
+from pipeline.monitoring.meter import Meter
+from pipeline.monitoring.progress import BarProgress, LogProgress, line, open_progress
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def result(unit_id: str, rows: int, errors: int = 0, tokens: int = 0, by_other: bool = False) -> UnitResult:
+    totals = Totals(rows=rows, ok=rows - errors, errors=errors, completion_tokens=tokens)
+    return UnitResult(unit_id, totals, 1.0, "", "a", 1, by_other)
+
+
+def test_resumed_rows_are_done_but_not_in_the_rate() -> None:
+    clock = Clock()
+    meter = Meter(1000, [result("u0", 400, errors=4, tokens=9999)], clock)
+    meter.take(ReplicaReady("a"))
+    clock.now += 30  # loading the model is not in the rate either
+    meter.take(None)
+    meter.take(UnitProgress("a", ("u1", None), 0, 0, 0))
+    for _ in range(10):
+        clock.now += 1
+        done = meter.snapshot().rows - 400 + 10
+        meter.take(UnitProgress("a", ("u1", None), done, 1, done * 20))
+    now = meter.snapshot()
+    assert (now.rows, now.errors, now.replicas) == (500, 5, 1)
+    assert now.tokens_per_s == pytest.approx(200, rel=0.12)
+    assert now.eta_s == pytest.approx(50, rel=0.12)
+
+
+def test_rows_of_a_lost_replica_are_taken_back_and_a_finished_unit_counts_once() -> None:
+    meter = Meter(100, clock=Clock())
+    meter.take(ReplicaReady("a"))
+    meter.take(UnitProgress("a", ("u0", None), 30, 2, 300))
+    meter.take(ReplicaLost("a", "killed"))
+    assert (meter.snapshot().rows, meter.snapshot().errors, meter.snapshot().replicas) == (0, 0, 0)
+    meter.take(UnitProgress("b", ("u0", None), 50, 2, 500))
+    meter.take(UnitDone(result("u0", 60, errors=2, tokens=600)))
+    assert (meter.snapshot().rows, meter.snapshot().errors) == (60, 2)
+    assert meter.tokens == 300 + 600
+
+
+def test_rows_kept_from_segments_are_done_but_not_computed() -> None:
+    clock = Clock()
+    meter = Meter(1000, clock=clock)
+    meter.take(UnitProgress("a", ("u0", None), 600, 3, 6000, 600, 6000))
+    clock.now += 20  # nothing is generated yet: not in the rate
+    meter.take(None)
+    for second in range(1, 11):
+        clock.now += 1
+        meter.take(UnitProgress("a", ("u0", None), 600 + 10 * second, 3, 6000 + 100 * second, 600, 6000))
+    now = meter.snapshot()
+    assert (now.rows, now.errors) == (700, 3)
+    assert now.tokens_per_s == pytest.approx(100, rel=0.12)
+    meter.take(UnitDone(result("u0", 710, errors=3, tokens=7100), 600, 6000))
+    assert meter.snapshot().rows == 710
+    assert meter.tokens == 1100
+
+
+def test_rows_of_ranges_count_once_until_their_unit_is_done() -> None:
+    meter = Meter(100, clock=Clock())
+    meter.take(UnitProgress("a", ("u0", (0, 50)), 40, 4, 400))
+    meter.take(RangeDone("a", ("u0", (0, 50))))
+    meter.take(ReplicaLost("a", "killed"))
+    assert (meter.snapshot().rows, meter.snapshot().errors) == (50, 4)
+    meter.take(RangeDone("b", ("u0", (50, 60))))
+    assert meter.snapshot().rows == 60
+    meter.take(UnitProgress("b", ("u0", None), 60, 4, 600, 60, 600))
+    assert meter.snapshot().rows == 60
+    meter.take(UnitDone(result("u0", 60, errors=5, tokens=600), 60, 600))
+    assert (meter.snapshot().rows, meter.snapshot().errors, meter.tokens) == (60, 5, 400)
+
+
+def test_old_samples_leave_the_rate() -> None:
+    clock = Clock()
+    meter = Meter(10_000, clock=clock)
+    for second in range(200):
+        clock.now += 1
+        tokens = second * 10 if second < 100 else 1000 + (second - 100) * 50
+        meter.take(UnitProgress("a", ("u0", None), second, 0, tokens))
+    assert meter.snapshot().tokens_per_s == pytest.approx(50, rel=0.05)
+
+
+def test_the_line_reads_well() -> None:
+    meter = Meter(12_000, clock=Clock())
+    assert line(meter.snapshot()) == "0/12,000 rows (0.0%) · 0 tokens/s · 0 errors · ETA ? · 0 replicas"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(48.2, "48s"), (200, "3m20s"), (7500, "2h05m"), (356_400, "4d03h")])
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_log_gets_a_line_every_few_seconds_losses_at_once_and_the_end() -> None:
+    clock, out = Clock(), io.StringIO()
+    progress = LogProgress(Meter(100, clock=clock), out, 5.0, clock)
+    for _ in range(12):
+        clock.now += 1
+        progress(None)
+    assert len(out.getvalue().splitlines()) == 1  # unchanged lines are not repeated
+    progress(UnitFailed("a", Assignment(WorkUnit("u0", "/f", "f", 0, 1)), "storage said no"))
+    progress(ReplicaLost("a", "node gone"))
+    progress(ReplicaNote("b", "memory ran out"))
+    progress(UnitDone(result("u0", 100, tokens=10)))
+    progress.close()
+    lines = out.getvalue().splitlines()
+    assert lines[1] == "unit u0 failed on replica a: storage said no"
+    assert lines[2] == "replica a was lost: node gone"
+    assert lines[3] == "b: memory ran out"
+    assert lines[-1].startswith("100/100 rows (100.0%)")
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    out = io.StringIO()
+    bar = BarProgress(Meter(100), Console(file=out, force_terminal=True, width=120))
+    bar(UnitDone(result("u0", 50, tokens=10)))
+    bar.tell("something [happened]")
+    bar.close()
+    assert "50/100 rows (50.0%)" in out.getvalue()
+    assert "something [happened]" in out.getvalue()
+    assert isinstance(open_progress(Meter(1), io.StringIO()), LogProgress)

@@ -1,0 +1,145 @@
+"""Which driver has a job: the newest, and the others hear of it."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.core.errors import JobFailed, StorageError
+from pipeline.output.claim import Claim, DriverRecord, read_driver
+from pipeline.storage.storage import Storage
+
+
+def files(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "_job/drivers").iterdir())
+
+
+def test_the_newest_claim_holds_and_older_ones_are_removed(tmp_path: Path) -> None:
+    first = Claim(str(tmp_path))
+    first.check_now()
+    second = Claim(str(tmp_path))
+    assert files(tmp_path) == ["00000002.json"]
+    second.check_now()
+    with pytest.raises(
+        JobFailed, match=r"another driver of this job took over output .* \(pid \d+ on .*, since 20.*ends"
+    ):
+        first.check_now()
+    with pytest.raises(JobFailed):
+        first.check()
+    assert Claim(str(tmp_path)).number == 3
+
+
+def test_of_many_at_once_one_holds_and_all_others_are_told(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(12) as threads:
+        claims = list(threads.map(lambda _: Claim(str(tmp_path)), range(12)))
+    hold = []
+    for claim in claims:
+        with suppress(JobFailed):
+            claim.check_now()
+            hold.append(claim.number)
+    assert hold == [max(claim.number for claim in claims)]
+    assert f"{hold[0]:08}.json" in files(tmp_path)
+
+
+def test_the_watch_hears_of_a_newer_driver(tmp_path: Path) -> None:
+    with Claim(str(tmp_path), check_s=0.01) as claim:
+        claim.check()
+        Claim(str(tmp_path))
+        wait_until(lambda: claim._successor is not None)
+        with pytest.raises(JobFailed):
+            claim.check()
+
+
+class Broken(Storage):
+    """Listing fails a few times, and then hangs until it is let go."""
+
+    failures = 3
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.hangs = threading.Event()
+        self.let_go = threading.Event()
+
+    def list_files(self, folder: str, pattern: str) -> list:  # type: ignore[type-arg]
+        if self.failures:
+            self.failures -= 1
+            raise StorageError("cannot list")
+        self.hangs.set()
+        self.let_go.wait(30)
+        return super().list_files(folder, pattern)
+
+
+def test_storage_that_fails_or_hangs_stops_neither_the_watch_nor_the_driver(tmp_path: Path) -> None:
+    claim = Claim(str(tmp_path), check_s=0.01)
+    claim._storage = storage = Broken(str(tmp_path))
+    with claim:
+        assert storage.hangs.wait(30)
+        started = time.monotonic()
+        claim.check()
+        assert time.monotonic() - started < 1
+        Claim(str(tmp_path))
+        storage.let_go.set()
+        wait_until(lambda: claim._successor is not None)
+
+
+class LosesAcknowledgement(Storage):
+    def create(self, name: str, data: bytes) -> bool:
+        super().create(name, data)
+        return super().create(name, data)
+
+
+def test_a_lost_acknowledgement_is_no_other_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.output.claim.Storage", LosesAcknowledgement)
+    claim = Claim(str(tmp_path))
+    assert (claim.number, files(tmp_path)) == (1, ["00000001.json"])
+    claim.check_now()
+
+
+def test_foreign_files_beside_claims_and_a_broken_claim_do_no_harm(tmp_path: Path) -> None:
+    folder = tmp_path / "_job/drivers"
+    folder.mkdir(parents=True)
+    for name in ("notes.json", "7.json", "999999999.json", "-0000001.json"):
+        (folder / name).write_text("{}")
+    claim = Claim(str(tmp_path))
+    assert claim.number == 1
+    claim.check_now()
+    (folder / "00000004.json").write_bytes(b"\xff\x00")
+    with pytest.raises(JobFailed, match="which one cannot be read"):
+        claim.check_now()
+
+
+def test_a_claim_whose_folder_was_deleted_holds_until_another_comes(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        claim = Claim(str(tmp_path))
+        assert claim.number == number
+    (tmp_path / "_job/drivers/00000003.json").unlink()
+    claim.check_now()
+    Claim(str(tmp_path))
+    with pytest.raises(JobFailed):
+        claim.check_now()
+
+
+@given(st.binary() | st.text().map(str.encode) | st.from_type(DriverRecord).map(lambda r: r.model_dump_json().encode()))
+def test_any_bytes_are_a_claim_or_none(data: bytes) -> None:
+    record = read_driver(data)
+    assert record is None or str(record).isprintable()
+
+
+def test_a_claim_says_who_and_when(tmp_path: Path) -> None:
+    Claim(str(tmp_path))
+    [path] = (tmp_path / "_job/drivers").iterdir()
+    assert json.loads(path.read_text()).keys() == {"token", "host", "pid", "started"}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -1,0 +1,242 @@
+"""Segments: whatever attempts write at the same time and whatever is damaged, no wrong row is ever read."""
+
+import dataclasses
+import random
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.requests import Completion
+from pipeline.core.errors import StorageError
+from pipeline.core.schema import RESULT_SCHEMA
+from pipeline.core.types import RowResult, WorkUnit
+from pipeline.output.part import result_table, row_key, to_parquet
+from pipeline.output.records import NotOursError
+from pipeline.output.segments import (
+    RECORD_KEY,
+    SegmentRecord,
+    Segments,
+    folder_of,
+    from_segment,
+    read_record,
+    segment_name,
+    to_segment,
+)
+from pipeline.storage.storage import Storage
+from tests.pipeline.cases import not_utf8
+
+ROWS = 12
+UNIT = WorkUnit("a-000100", "/in/a.parquet", "a.parquet", 100, ROWS, 4096, "mtime:1")
+DIGEST = "f" * 64
+WRITERS = ("a" * 32, "b" * 32)
+
+
+def rows_of(indexes: list[int], text: str, attempt: int = 1) -> pa.Table:
+    """Finished rows whose completion says which they are and who made them."""
+    results = [
+        RowResult(i, Completion(key=row_key(UNIT, i), text=f"{text} {i}", finish_reason="stop"), "ar", attempt, "r")
+        for i in indexes
+    ]
+    return result_table(UNIT, results)
+
+
+@dataclass(frozen=True)
+class Flush:
+    """One flush of one attempt, and what becomes of its file."""
+
+    writer: int
+    indexes: list[int]
+    fate: str
+    at: float
+    """Where it is damaged, as a share of its length."""
+
+
+flushes = st.builds(
+    Flush,
+    writer=st.integers(0, 1),
+    indexes=st.lists(st.integers(0, ROWS - 1), max_size=8),  # a row twice in one segment, too
+    fate=st.sampled_from(["kept", "kept", "kept", "truncated", "flipped", "deleted", "foreign", "rewritten", "moved"]),
+    at=st.floats(0, 1, exclude_max=True),
+)
+
+
+def spoil(path: Path, flush: Flush) -> None:
+    data = bytearray(path.read_bytes())
+    at = int(flush.at * len(data))
+    if flush.fate == "truncated":
+        path.write_bytes(data[:at])
+    elif flush.fate == "flipped":
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+    elif flush.fate == "deleted":
+        path.unlink()
+
+
+@settings(max_examples=60)
+@given(st.lists(flushes, max_size=8))
+def test_any_flushes_of_two_attempts_with_any_damage(
+    tmp_path_factory: pytest.TempPathFactory, drawn: list[Flush]
+) -> None:
+    """The union holds each row that an intact segment holds, once, from the first of them by name; the rest is said."""
+    root = tmp_path_factory.mktemp("out")
+    segments = Segments(Storage(str(root)), DIGEST)
+    folder = root / folder_of(UNIT.id)
+    texts: dict[str, tuple[list[int], str]] = {}
+    spoilt = 0
+    for number, flush in enumerate(drawn):
+        text = f"{flush.writer} {number}"
+        of_unit, digest = UNIT, DIGEST
+        if flush.fate == "foreign":
+            digest = "0" * 64
+        elif flush.fate == "rewritten":  # the input file, since
+            of_unit = dataclasses.replace(UNIT, stamp="mtime:2")
+        elif flush.fate == "moved":  # a segment of another unit in this one's folder
+            of_unit = dataclasses.replace(UNIT, id="a-000200")
+        rows = rows_of(flush.indexes, text, attempt=flush.writer + 1)
+        data = to_segment(of_unit, digest, rows, writer=WRITERS[flush.writer], attempt=1)
+        name = segment_name(WRITERS[flush.writer], number, data)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)  # in one go, as far as readers go, and faster than Storage.create
+        spoil(folder / name, flush)
+        spoilt += flush.fate not in ("kept", "deleted")
+        if flush.fate == "kept":
+            texts[name] = flush.indexes, text
+    expected: dict[int, str] = {}
+    for _, (indexes, text) in sorted(texts.items()):
+        for index in indexes:
+            expected.setdefault(index, f"{text} {index}")
+    found = segments.read(UNIT)
+    assert len(found.ignored) == spoilt
+    assert found.table.schema.equals(RESULT_SCHEMA)
+    rows = found.table.to_pylist()
+    assert [row["source_row"] for row in rows] == [UNIT.first_row + index for index in sorted(expected)]
+    assert {row["source_row"] - UNIT.first_row: row["completion"] for row in rows} == expected
+    segments.remove(UNIT)
+    assert not list(folder.iterdir() if folder.exists() else [])
+
+
+def test_what_was_written_is_read_as_it_was(tmp_path: Path) -> None:
+    """All columns, through the same calls that a replica makes; writing once more after a lost answer adds nothing."""
+    segments = Segments(Storage(str(tmp_path)), DIGEST)
+    rows = rows_of([3, 1], "x", attempt=4)
+    for _ in range(2):
+        segments.write(UNIT, rows, writer=WRITERS[0], number=1, attempt=4)
+    found = segments.read(UNIT)
+    assert found.table == rows.take([1, 0])
+    assert not found.ignored
+    assert len(list((tmp_path / folder_of(UNIT.id)).iterdir())) == 1
+
+
+def test_every_flipped_byte_and_every_cut_is_found() -> None:
+    data = to_segment(UNIT, DIGEST, rows_of([0, 5], "x"), writer=WRITERS[0], attempt=1)
+    name = segment_name(WRITERS[0], 1, data)
+    assert from_segment(name, data, UNIT, DIGEST).num_rows == 2
+    for at in range(len(data)):
+        flipped = data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
+        for damaged in (flipped, data[:at]):
+            with pytest.raises(NotOursError, match="truncated or damaged"):
+                from_segment(name, damaged, UNIT, DIGEST)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_bytes_get_through_as_rows_of_elsewhere(seed: int) -> None:
+    """Bytes that lie about their checksum: they are refused, or are rows of this unit in the right columns."""
+    draw = random.Random(seed)
+    good = to_segment(UNIT, DIGEST, rows_of(list(range(ROWS)), "text", 2), writer=WRITERS[0], attempt=1)
+    for _ in range(300):
+        data = bytearray(good)
+        for _ in range(draw.choice([1, 1, 2, 20])):
+            at = draw.randrange(draw.choice([0, len(data) - 4000]), len(data))  # the footer is the last of it
+            data[at] = draw.choice([0, 255, data[at] ^ 1 << draw.randrange(8)])
+        try:
+            table = from_segment(segment_name(WRITERS[0], 1, data), bytes(data), UNIT, DIGEST)
+        except NotOursError:
+            continue
+        assert table.schema.equals(RESULT_SCHEMA)
+        assert set(table["source_row"].to_pylist()) <= set(range(100, 100 + ROWS))
+
+
+FOREIGN = [
+    ("fingerprint", DIGEST[:-1] + "0", UNIT, r"its fingerprint is '.*0', not"),
+    ("unit", DIGEST, dataclasses.replace(UNIT, id="b"), r"its unit is 'b', not 'a-000100'"),
+    ("cut", DIGEST, dataclasses.replace(UNIT, row_count=99), r"its rows is 99, not 12"),
+    ("file", DIGEST, dataclasses.replace(UNIT, size=1), r"its size is 1, not 4096"),
+]
+
+
+@pytest.mark.parametrize(("digest", "unit", "text"), [case[1:] for case in FOREIGN], ids=[case[0] for case in FOREIGN])
+def test_a_foreign_segment_is_left_out_and_named(tmp_path: Path, digest: str, unit: WorkUnit, text: str) -> None:
+    data = to_segment(unit, digest, rows_of([1], "x"), writer=WRITERS[0], attempt=1)
+    name = segment_name(WRITERS[0], 1, data)
+    with pytest.raises(NotOursError, match=text):
+        from_segment(name, data, UNIT, DIGEST)
+    assert read_record(pa.BufferReader(data))[0] == SegmentRecord.of(unit, digest)
+    Storage(str(tmp_path)).write(f"{folder_of(UNIT.id)}/{name}", data)
+    (note,) = Segments(Storage(str(tmp_path)), DIGEST).read(UNIT).ignored
+    assert note.startswith(f"segment _job/segments/a-000100/{name} is left out: its ")
+    assert note.endswith("its rows are generated again")
+
+
+def test_a_segment_with_other_contents_than_rows_of_its_unit_is_refused() -> None:
+    rows = rows_of([1], "x")
+    at = rows.schema.get_field_index("source_row")
+    column = rows.schema.get_field_index("source_file")
+    wrong = [
+        rows.set_column(at, "source_row", pa.array([99], pa.int64())),
+        rows.set_column(at, "source_row", pa.array([112], pa.int64())),
+        rows.set_column(at, "source_row", pa.array([None], pa.int64())),
+        rows.set_column(column, "source_file", pa.array(["b.parquet"])),
+        rows.set_column(column, "source_file", pa.array([None], pa.string())),
+        rows.drop_columns(["error"]),
+        rows_of(list(range(ROWS)) * 2, "x"),
+    ]
+    for table in wrong:
+        data = to_segment(UNIT, DIGEST, table, writer=WRITERS[0], attempt=1)
+        with pytest.raises(NotOursError, match=r"rows that are not in the unit|columns are others|24 rows, the unit"):
+            from_segment(segment_name(WRITERS[0], 1, data), data, UNIT, DIGEST)
+    records = [b"x", b"[]", b"[" * 99999, b"{}", b'{"unit": 3}']
+    no_record = [to_parquet(rows.replace_schema_metadata({RECORD_KEY: record})) for record in records]
+    for data in (b"", b"PAR1", to_parquet(rows), *no_record):
+        with pytest.raises(NotOursError, match=r"cannot be read|no segment's record|not JSON|its unit is|not a JSON"):
+            from_segment(segment_name(WRITERS[0], 1, data), data, UNIT, DIGEST)
+        with pytest.raises(NotOursError):
+            read_record(pa.BufferReader(data))
+
+
+def test_text_that_is_not_utf_8_is_refused() -> None:
+    """It would make the whole part unreadable."""
+    rows = rows_of([1, 2], "x")
+    broken = rows.set_column(rows.schema.get_field_index("completion"), "completion", not_utf8(b"good", b"\xff"))
+    data = to_segment(UNIT, DIGEST, broken, writer=WRITERS[0], attempt=1)
+    with pytest.raises(NotOursError, match="cannot be read"):
+        from_segment(segment_name(WRITERS[0], 1, data), data, UNIT, DIGEST)
+
+
+def test_strange_files_in_the_folder_do_not_matter(tmp_path: Path) -> None:
+    """A write that a killed process left half done is not even named; what claims to be a segment is."""
+    folder = tmp_path / folder_of(UNIT.id)
+    folder.mkdir(parents=True)
+    (folder / f".{WRITERS[0]}-000001.parquet.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
+    (folder / "notes.txt").write_text("x")
+    pq.write_table(rows_of([1], "x"), folder / "mine.parquet")
+    found = Segments(Storage(str(tmp_path)), DIGEST).read(UNIT)
+    assert found.table.num_rows == 0
+    (note,) = found.ignored
+    assert "mine.parquet is left out: it has no segment's name" in note
+
+
+def test_a_store_that_fails_is_a_storage_error(tmp_path: Path) -> None:
+    """Of reading and writing; removing is a courtesy."""
+    (tmp_path / "_job").mkdir()
+    (tmp_path / "_job" / "segments").write_text("a file where the folder should be")
+    segments = Segments(Storage(str(tmp_path)), DIGEST)
+    with pytest.raises(StorageError, match="cannot create"):
+        segments.write(UNIT, rows_of([1], "x"), writer=WRITERS[0], number=1, attempt=1)
+    segments.remove(UNIT)
+    assert segments.read(UNIT).table.num_rows == 0

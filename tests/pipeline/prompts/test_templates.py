@@ -1,0 +1,204 @@
+"""Templates of strangers: whatever one does costs its row alone, and checking one computes nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.core.errors import InputError
+from pipeline.prompts import renderer
+from pipeline.prompts.prompts import PromptMaker
+from pipeline.prompts.template import _environment, template_columns
+
+ROOT = Path(__file__).parents[3]
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory and /proc are Linux's")
+
+
+def rendered(template: str, **columns: list[Any]) -> list[tuple[str | None, str | None]]:
+    maker = PromptMaker(None, template)
+    try:
+        return list(maker.make(pa.table(columns)))
+    finally:
+        maker.close()
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            "{% for _ in n*[1] %}{% for _ in n*[1] %}{% for _ in n*[1] %}{% endfor %}{% endfor %}{% endfor %}",
+            "computing",
+        ),
+        ("{{ (9 ** (n * 1000000)) % 7 }}", "computing"),  # one call into C, deaf to Python's own signal handlers
+        ("{{ 'x'.ljust(n * 100000000) }}", "memory"),
+        ("{{ n.to_bytes(n * 100000000) | length }}", "memory"),
+        ("{{ ('xy' * n * 1000) | replace('x', 'xy' * n * 1000) | length }}", "memory"),
+    ],
+)
+def test_a_row_without_end_or_measure_is_an_error_row(
+    template: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is slow or large, loop or single call: it costs its own row, and the rows around it are made."""
+    monkeypatch.setattr(renderer, "ROW_SECONDS", 0.3)
+    monkeypatch.setattr(renderer, "MEMORY_BYTES", 1 << 28)
+    made = rendered("{% if n == 1 %}{{ n }}{% else %}" + template + "{% endif %}", n=[1, 1000, 1, 1000, 1])
+    assert [prompt for prompt, _ in made] == ["1", None, "1", None, "1"]
+    limit = {"computing": "0.3 s", "memory": "256 MiB"}[said]
+    assert made[1][1] == made[3][1] == f"template: takes more than {limit} of {said}"
+
+
+def test_a_prompt_far_too_long_does_not_reach_the_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused where it is made: 100 MB of it never cross the pipe."""
+    read: list[int] = []
+    original = os.read
+    monkeypatch.setattr(os, "read", lambda fd, size: read.append(len(data := original(fd, size))) or data)
+    ((prompt, reason),) = rendered("{{ 'x'.ljust(n) }}", n=[100_000_000])
+    assert prompt is None
+    assert str(reason).startswith("prompt has 100000000 characters")
+    assert sum(read) < 10_000
+
+
+def test_endless_recursion_is_an_error_row() -> None:
+    made = rendered("{% macro f(a) %}{{ f(a + 1) }}{% endmacro %}{% if n %}{{ f(n) }}{% endif %}ok", n=[0, 1])
+    assert made == [("ok", None), (None, "template: maximum recursion depth exceeded")]
+
+
+def test_too_many_such_rows_end_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renderer, "ROW_SECONDS", 0.1)
+    monkeypatch.setattr(renderer, "ENDED_ROWS_AT_MOST", 1)
+    with pytest.raises(InputError, match=r"^template: 2 rows of one unit could not be rendered, the last: takes more"):
+        rendered("{{ (9 ** (n * 1000000)) % 7 }}", n=[1000] * 3)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ a }}{{ 'x' | center(10 ** 12) }}",
+        "{{ a }}{{ 'x'.ljust(10 ** 12) }}",
+        "{{ a }}{{ 9 ** 9 ** 9 ** 9 }}",
+        "{{ a }}{% set x = 9 ** 9 ** 9 ** 9 %}",
+        "{{ a }}{% if 9 ** 9 ** 9 ** 9 %}{% endif %}",
+        "{{ a }}{{ {'k': 'x' | center(10 ** 12)}['k'] }}",
+        "{{ a }}{% macro m(b='x'.ljust(10 ** 12)) %}{% endmacro %}",
+        "{{ a }}{% filter center(10 ** 12) %}x{% endfilter %}",
+        "{{ a }}{{ 'x' | replace('x', 'y'.ljust(10 ** 12)) ~ 'z' }}",
+    ],
+)
+def test_checking_a_template_computes_nothing_of_it(template: str) -> None:
+    """The driver and whoever loads the job file compile the template, and its constants stay uncomputed."""
+    assert template_columns(template) == ("a",)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ X }}", "{{ X ~ 'b' }}", "{% if X %}{% endif %}", "{% set b = X %}", "{{ [X] }}", "{{ m(X) }}", "{{ X.y }}"],
+)
+def test_checking_a_template_calls_nothing(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[object] = []
+    monkeypatch.setitem(_environment().filters, "center", called.append)
+    assert "a" in template_columns("{{ a }}" + template.replace("X", "('x' | center(9))"))
+    assert not called
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            "{% autoescape 9 ** 9 ** 9 ** 9 %}{{ a }}{% endautoescape %}",
+            "template, line 1: autoescape is not for prompts",
+        ),
+        ("{{ " + "(" * 9000 + "a" + ")" * 9000 + " }}", "template is nested too deeply"),
+        ("{% for b in a %}" * 50 + "{% endfor %}" * 50, "template is nested too deeply"),
+        ("{{ a }}" * 3000, "template has 3000 expressions, above the 2000 of a template"),
+        ("{{ a }}" + "x" * 1_000_000, "template has 1000007 characters, above the 1000000 of a template"),
+        ("{{ [a, 1] | random }}", "template, line 1: No filter named 'random'."),
+    ],
+)
+def test_templates_that_are_refused(template: str, said: str) -> None:
+    with pytest.raises(ValueError, match=r"^template") as caught:
+        template_columns(template)
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ a }}",
+        "{{ a['__class__'] }}",
+        "{{ a | attr('__class__') }}",
+        "{{ '{0.__class__}'.format(a) }}",
+        "{{ '%s' | format(a.__class__) }}",
+        "{{ (a ~ '').format_map({'x': a.__init__}) }}{{ a.__init__.__globals__ }}",
+        "{{ self._TemplateReference__context }}{{ a }}",
+        "{% macro m() %}{% endmacro %}{{ m.__globals__ }}{{ a }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}{{ a }}",
+        "{{ lipsum.__globals__ }}{{ a }}",
+        "{% include '/etc/passwd' %}{{ a }}",
+        "{% import 'os' as os %}{{ os }}{{ a }}",
+        "{{ [].append(a) }}",
+    ],
+)
+def test_no_way_out_of_the_sandbox(template: str) -> None:
+    columns = template_columns(template)
+    (made,) = rendered(template, **{name: ["x"] for name in columns})
+    assert made[0] is None, made
+    assert str(made[1]).startswith("template: ")
+
+
+def test_a_prompt_column_needs_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    maker = PromptMaker("a", None)
+    assert list(maker.make(pa.table({"a": ["x", None]}))) == [("x", None), (None, "prompt is null")]
+    PromptMaker(None, "{{ a }}")  # nor does a template before its first row
+    maker.close()
+
+
+def child_of(maker: PromptMaker) -> Any:
+    return maker._renderer._child._process  # type: ignore[union-attr]
+
+
+def test_a_process_killed_from_outside_changes_no_row() -> None:
+    maker = PromptMaker(None, "{{ n }}")
+    table = pa.table({"n": list(range(1000))})
+    made = []
+    for number, row in enumerate(maker.make(table)):
+        if number in (0, 500):
+            child_of(maker).send_signal(signal.SIGKILL)
+        made.append(row)
+    assert made == [(str(n), None) for n in range(1000)]
+    maker.close()
+
+
+def test_rows_that_were_not_taken_are_not_given_to_the_next_table() -> None:
+    maker = PromptMaker(None, "{{ n }}")
+    assert next(iter(maker.make(pa.table({"n": [1, 2, 3]})))) == ("1", None)
+    assert list(maker.make(pa.table({"n": [4, 5]}))) == [("4", None), ("5", None)]
+    maker.close()
+
+
+ORPHAN = """
+import os, signal, pyarrow as pa
+from pipeline.prompts import PromptMaker
+maker = PromptMaker(None, "{% for _ in n*[1] %}{% for _ in n*[1] %}{% endfor %}{% endfor %}{{ n }}")
+list(maker.make(pa.table({"n": [1]})))
+print(maker._renderer._child._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@LINUX
+def test_the_process_ends_with_its_parent() -> None:
+    done = subprocess.run([sys.executable, "-c", ORPHAN], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    stat = Path(f"/proc/{int(done.stdout)}/stat")
+    deadline = time.monotonic() + 20
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

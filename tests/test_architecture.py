@@ -1,0 +1,204 @@
+"""The floor plan of the project, read off its own source and off what importing really loads."""
+
+import ast
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    p.relative_to(ROOT).as_posix(): p for top in ("model", "pipeline", "workers") for p in (ROOT / top).rglob("*.py")
+}
+
+FLOORS = {
+    "model": ["errors", "runtime checkpoint", "requests", "kernels", "network", "memory builtin", "engine", "checks"],
+    "pipeline": [
+        "core",
+        "storage",
+        "prompts",
+        "config",
+        "input",
+        "planning",
+        "output",
+        "monitoring maintenance checks",
+        "report",
+        "driver calibration",
+        "cli",
+    ],
+    "workers": ["units checks", "replica", "cluster"],
+}
+"""The folders of each package, bottom to top; those on one line do not import each other. A module that stands beside
+the folders (`errors`) is a floor of its own."""
+FACES = {"model/__init__.py", "pipeline/__init__.py", "pipeline/__main__.py", "workers/__init__.py"}
+"""What stands above all floors: `model/__init__.py` hands out names of all of them, lazily."""
+MOST_MODULES = 12
+"""In a folder. More than that is a drawer, not a floor plan."""
+COMPOSITION = "pipeline/cli/compose.py"
+"""The one file that brings pipeline and workers together."""
+
+KNOW_RAY = {f"workers/cluster/{name}.py" for name in ("pool", "connection", "bench", "metrics")}
+MODEL_NEEDS = {"torch", "triton", "numpy", "safetensors", "tokenizers", "fsspec", "huggingface_hub", "model"}
+FORBIDDEN = {"model": {"ray", "pipeline", "workers"}, "pipeline": {"ray", "torch"}, "workers": set()}
+WITHOUT_TORCH = {"model/__init__.py", "model/errors.py", "model/requests.py"}
+WITHOUT_TORCH |= {f"model/checkpoint/{name}.py" for name in ("config", "reader", "tokenizer")}
+WITHOUT_TORCH |= {f"model/runtime/{name}.py" for name in ("page_allocator", "device_errors")}
+WITHOUT_TORCH |= {f"model/engine/{name}.py" for name in ("backend", "loop", "scheduler", "sequence", "stopping")}
+# loader: the memory there is; writer: what the makers of the built-in checkpoints write
+OPENS_PATHS = {f"model/checkpoint/{name}.py" for name in ("reader", "writer", "loader")}
+OPENS_PATHS |= {f"pipeline/storage/{name}.py" for name in ("storage", "local", "scratch")}
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(module, whether it is imported when the file is) for every import of a file that is not for typing alone."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) not in lazy
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module or "", id(node) not in lazy
+
+
+def tops(name: str) -> set[str]:
+    return {module.split(".")[0] for module, _ in imports(FILES[name])}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_packages_keep_to_their_side(name: str) -> None:
+    """model knows neither ray nor the pipeline; pipeline knows neither ray nor torch, and workers in one file only."""
+    package = name.split("/")[0]
+    assert not tops(name) & FORBIDDEN[package]
+    if package == "pipeline":
+        of_workers = [at_import for module, at_import in imports(FILES[name]) if module.split(".")[0] == "workers"]
+        assert not of_workers or (name == COMPOSITION and not any(of_workers))
+    if package == "model":
+        assert tops(name) <= MODEL_NEEDS | sys.stdlib_module_names
+    if package == "workers" and name not in KNOW_RAY:
+        assert "ray" not in tops(name)
+
+
+def floor(name: str) -> tuple[int, str] | None:
+    """(number from the bottom, folder) of a file; None for what stands above all floors."""
+    package, folder = name.split("/")[:2]
+    place = folder.removesuffix(".py")
+    numbers = [number for number, line in enumerate(FLOORS[package]) if place in line.split()]
+    assert name in FACES or len(numbers) == 1, f"{name}: {place} is not a floor of {package}"
+    return (numbers[0], place) if numbers else None
+
+
+def internal(name: str) -> Iterator[str]:
+    """The files of the same package that a file imports, at whatever time, `from package import module` included."""
+    tree = ast.parse(FILES[name].read_text())
+    package = name.split("/")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for module in modules:
+            path = module.replace(".", "/")
+            if path.split("/")[0] == package:
+                yield from (file for file in (f"{path}.py", f"{path}/__init__.py") if file in FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_import_points_up(name: str) -> None:
+    """A folder imports itself and the folders below it: also inside functions, and for types alone."""
+    own = floor(name)
+    if own is None:
+        return
+    for other in internal(name):
+        below = floor(other)
+        assert below is not None, f"{name} imports the face of its own package: name the module"
+        assert below[0] < own[0] or below[1] == own[1], f"{name} imports {other}"
+
+
+def test_every_floor_is_there() -> None:
+    found: dict[str, set[str]] = {}
+    for name in FILES:
+        if name not in FACES:
+            found.setdefault(name.split("/")[0], set()).add(name.split("/")[1].removesuffix(".py"))
+    assert found == {
+        package: {place for line in floors for place in line.split()} for package, floors in FLOORS.items()
+    }
+
+
+def test_no_folder_is_a_drawer() -> None:
+    modules = Counter(name.rpartition("/")[0] for name in FILES if not name.endswith("/__init__.py"))
+    assert {folder: count for folder, count in modules.items() if count > MOST_MODULES} == {}
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
+def test_what_planning_needs_of_the_model_is_free_of_torch(name: str) -> None:
+    at_import = {module for module, now in imports(FILES[name]) if now}
+    assert not {m for m in at_import if m.split(".")[0] in ("torch", "safetensors")}
+    of_model = {m.replace(".", "/") + ".py" for m in at_import if m.startswith("model.")}
+    assert of_model <= WITHOUT_TORCH
+
+
+OPENERS = {
+    "open",
+    "fdopen",
+    "read_text",
+    "write_text",
+    "read_bytes",
+    "write_bytes",
+    "url_to_fs",
+    "OSFile",
+    "memory_map",
+}
+OPENER_HOMES = ("os", "io", "pa", "Path", "path", "fsspec", "tempfile", "pathlib.Path")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_storage_and_the_checkpoint_open_paths(name: str) -> None:
+    """In a few files, and in the makers of the built-in checkpoints: nowhere else is a path opened."""
+    if name in OPENS_PATHS or name.startswith("model/builtin/"):
+        return
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Call):
+            home, _, called = ast.unparse(node.func).rpartition(".")
+            opens = called in OPENERS and (home.startswith(OPENER_HOMES) if home else called == "open")
+            assert not opens, f"{name}:{node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("model", ["torch", "ray", "pipeline"]),
+        ("model.engine.loop", ["torch", "numpy", "ray", "pipeline"]),
+        ("pipeline.config.loader", ["torch", "ray", "workers", "s3fs", "botocore", "jinja2"]),
+        ("pipeline.planning.plan", ["torch", "ray", "workers", "s3fs", "botocore", "aiohttp", "jinja2", "pandas"]),
+        ("pipeline.output.ledger", ["torch", "ray", "workers", "s3fs", "botocore", "aiohttp", "jinja2", "pandas"]),
+        ("pipeline.driver.run", ["torch", "ray", "workers", "matplotlib", "jinja2"]),
+        ("pipeline.calibration.finish", ["torch", "ray", "workers", "matplotlib", "jinja2"]),
+        ("pipeline.cli.app", ["torch", "ray", "workers", "pyarrow", "tokenizers"]),
+        ("workers.units.runner", ["torch", "ray"]),
+        ("workers.replica.replica", ["torch", "ray"]),
+        ("workers.replica.bench", ["torch", "ray"]),
+        ("workers.checks.devices", ["torch", "ray", "botocore"]),
+        ("workers.cluster.checks", ["torch", "ray", "botocore"]),
+        ("workers.cluster.metrics", ["torch", "ray"]),
+    ],
+)
+def test_importing_loads_no_more_than_it_must(module: str, unwanted: list[str]) -> None:
+    """In a fresh interpreter: planning and --help start without torch, Ray, and what else they do not need."""
+    code = f"import sys, {module}; print([m for m in {unwanted!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr

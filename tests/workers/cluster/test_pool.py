@@ -1,0 +1,415 @@
+"""The Ray pool on a real local cluster (4 CPUs and 4 GPUs by declaration only), with a fake engine."""
+
+import io
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from prometheus_client.parser import text_string_to_metric_families
+from ray.cluster_utils import Cluster
+
+import workers.cluster.pool
+from model.errors import CheckpointError
+from pipeline.core.errors import ClusterError, JobFailed
+from pipeline.core.events import Event, ReplicaLost, ReplicaReady, UnitProgress
+from pipeline.core.types import Assignment, UnitResult
+from pipeline.driver.dispatcher import dispatch
+from pipeline.driver.retry import RetryPolicy
+from pipeline.driver.run import run_job
+from pipeline.driver.stall import StallWatch
+from pipeline.monitoring.live import Live
+from pipeline.monitoring.progress import LogProgress
+from pipeline.monitoring.status import read_job
+from tests.workers.fakes import FakeMaker
+from tests.workers.jobs import SmallJob, open_job, prompts_of
+from tests.workers.units.engines import BREAK, HANG, KILL, LOSE_GPU, MarkedMaker, finished_rows, segment_rows
+from workers.cluster.metrics import COUNTERS, GAUGES, RayMetrics
+from workers.cluster.pool import RayPool
+from workers.replica.build import ReplicaSpec
+from workers.replica.replica import LEAVE_S, ReplicaProcess
+from workers.units.runner import UnitRunner
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 4,
+            "num_gpus": 4,
+            "include_dashboard": False,
+            "object_store_memory": 100 << 20,
+            "_system_config": {"metrics_report_interval_ms": 200},
+        },
+    )
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+class Watcher:
+    """Keeps the events of a run, and lets a test act on them."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.told: list[str] = []
+
+    def __call__(self, event: Event | None) -> None:
+        if event is not None:
+            self.events.append(event)
+
+    def names(self, kind: type[ReplicaReady] | type[ReplicaLost]) -> list[str]:
+        return [event.replica for event in self.events if isinstance(event, kind)]
+
+
+def run(
+    small: SmallJob,
+    maker: FakeMaker,
+    watcher: Watcher,
+    attempts: int = 3,
+    stop: threading.Event | None = None,
+    stall_s: float = 300,
+) -> dict[str, UnitResult]:
+    pool = RayPool(maker, small.job.workers, len(small.plan.units), watcher.told.append)
+    policy, stall = RetryPolicy(attempts, 0.1), StallWatch(stall_s)
+    try:
+        return dispatch(small.plan.units, {}, pool, policy, stop or threading.Event(), watcher, stall)
+    finally:
+        pool.close()
+
+
+def check_rows(small: SmallJob, prompts: Sequence[str]) -> None:
+    assert [row["completion"] for row in small.rows()] == [prompt[::-1] for prompt in prompts]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_two_gpu_replicas_get_distinct_pairs(tmp_path: Path) -> None:
+    prompts = prompts_of(300)
+    small = open_job(tmp_path, prompts, workers={"gpus": 2, "cpus": 1})
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    watcher = Watcher()
+    results = run(small, FakeMaker(small.spec, trace, step_s=0.01), watcher)
+    check_rows(small, prompts)
+    assert {result.replica for result in results.values()} == {"r0", "r1"} == set(watcher.names(ReplicaReady))
+    pairs = sorted(path.read_text().split()[1] for path in trace.iterdir())
+    assert pairs == ["0,1", "2,3"]
+
+
+class Killer(Watcher):
+    """Kills the process of the first replica that reports rows."""
+
+    signal = signal.SIGKILL
+
+    def __init__(self, trace: Path) -> None:
+        super().__init__()
+        self.trace = trace
+        self.killed: str | None = None
+
+    def __call__(self, event: Event | None) -> None:
+        super().__call__(event)
+        if self.killed is None and isinstance(event, UnitProgress) and event.rows:
+            self.killed = event.replica
+            os.kill(int((self.trace / event.replica).read_text().split()[0]), self.signal)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_killed_replica_is_replaced_and_every_row_leaves_once(tmp_path: Path) -> None:
+    prompts = prompts_of(400)
+    small = open_job(tmp_path, prompts, rows_per_file=100, workers={"gpus": 0, "cpus": 2, "replicas": 2})
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    watcher = Killer(trace)
+    results = run(small, FakeMaker(small.spec, trace, step_s=0.02), watcher)
+    check_rows(small, prompts)
+    assert watcher.names(ReplicaLost) == [watcher.killed]
+    assert f"{watcher.killed}.2" in watcher.names(ReplicaReady)
+    [reason] = [event.reason for event in watcher.events if isinstance(event, ReplicaLost)]
+    assert "process has died" in reason
+    assert "\n" not in reason
+    assert {result.attempt for result in results.values()} == {1, 2}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_replica_that_loses_its_gpu_is_replaced_at_the_first_failure(tmp_path: Path) -> None:
+    """No row is tried twice in a process that cannot use its GPU; the next process ends all rows."""
+    prompts = prompts_of(40)
+    prompts[23] = LOSE_GPU
+    small = open_job(tmp_path, prompts, rows_per_file=20, workers={"gpus": 0, "cpus": 2, "replicas": 1})
+    watcher = Watcher()
+    results = run(small, MarkedMaker(small.spec), watcher, attempts=2)
+    check_rows(small, prompts)
+    assert sum(result.totals.errors for result in results.values()) == 0
+    assert watcher.names(ReplicaReady) == ["r0", "r0.2"]
+    [reason] = [event.reason for event in watcher.events if isinstance(event, ReplicaLost)]
+    assert reason.startswith("a GPU failed, and this process cannot use it any more: denoise of")
+    assert len(list((tmp_path / "finished").iterdir())) == 2, "one process after the other"
+
+
+class NodeAdder(Watcher):
+    """Adds a node when the first replica is ready, and takes it away when a second one reports rows."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__()
+        self.cluster = cluster
+        self.node: Any = None
+        self.removed = False
+
+    def __call__(self, event: Event | None) -> None:
+        super().__call__(event)
+        if self.node is None and isinstance(event, ReplicaReady):
+            self.node = self.cluster.add_node(num_cpus=3)
+        if not self.removed and isinstance(event, UnitProgress) and event.replica == "r1" and event.rows:
+            self.removed = True
+            self.cluster.remove_node(self.node, allow_graceful=False)
+
+
+def test_replicas_come_and_go_with_their_nodes(tmp_path: Path, cluster: Cluster) -> None:
+    prompts = prompts_of(600)
+    small = open_job(tmp_path, prompts, rows_per_file=50, workers={"gpus": 0, "cpus": 3})
+    watcher = NodeAdder(cluster)
+    run(small, FakeMaker(small.spec, step_s=0.02), watcher)
+    check_rows(small, prompts)
+    assert watcher.names(ReplicaReady)[:2] == ["r0", "r1"]
+    assert watcher.removed
+
+
+ONE = {"gpus": 0, "cpus": 1, "replicas": 1}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_row_that_kills_its_process_becomes_an_error_row_and_no_other_does(tmp_path: Path) -> None:
+    prompts = prompts_of(60)
+    prompts[41] = KILL
+    small = open_job(tmp_path, prompts, rows_per_file=30, workers=ONE)
+    watcher = Watcher()
+    results = run(small, MarkedMaker(small.spec), watcher, attempts=1)
+    assert sum(result.totals.errors for result in results.values()) == 1
+    rows = small.rows()
+    assert rows.pop(41)["error"].startswith("the replica died once while it generated this row alone; the last time: ")
+    assert [row["completion"] for row in rows] == [prompt[::-1] for prompt in prompts if prompt != KILL]
+    assert len(watcher.names(ReplicaLost)) <= 1 + 5 + 1
+    assert not segment_rows(small)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_replica_that_hangs_is_replaced_and_its_rows_are_done_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers.cluster.pool, "LOOK_S", 1.0)
+    prompts = prompts_of(40)
+    prompts[20] = HANG
+    small = open_job(tmp_path, prompts, workers=ONE)
+    watcher = Watcher()
+    run(small, MarkedMaker(small.spec), watcher, stall_s=3)
+    check_rows(small, prompts)
+    assert watcher.names(ReplicaLost) == ["r0"]
+    [reason] = [event.reason for event in watcher.events if isinstance(event, ReplicaLost)]
+    assert reason.startswith("no progress for 0.05")
+    assert f"generating unit {small.plan.units[2].id}: " in reason  # asked for, beside the call that hangs
+
+
+class Stopper(Watcher):
+    """Stops the job once a replica has reported rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stop = threading.Event()
+
+    def __call__(self, event: Event | None) -> None:
+        super().__call__(event)
+        if isinstance(event, UnitProgress) and event.rows:
+            self.stop.set()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_stopped_job_writes_down_every_finished_row(tmp_path: Path) -> None:
+    small = open_job(tmp_path, prompts_of(200), rows_per_file=100, workers={"gpus": 0, "cpus": 1, "replicas": 2})
+    stopper = Stopper()
+    with pytest.raises(JobFailed, match="stopped; 0 of 2 units are done"):
+        run(small, MarkedMaker(small.spec, step_s=0.03), stopper, stop=stopper.stop)
+    finished = finished_rows(tmp_path)
+    assert 0 < len(finished) < 200
+    assert sorted(segment_rows(small)) == sorted(finished)
+    assert stopper.told == [f"finished rows of units under way that were written down: {len(finished)}"]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+class Terminator(Killer):
+    """Sends SIGTERM to it instead, as a spot notice does."""
+
+    signal = signal.SIGTERM
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_replica_that_is_told_to_leave_writes_down_its_rows_and_none_is_suspected(tmp_path: Path) -> None:
+    prompts = prompts_of(200)
+    small = open_job(tmp_path, prompts, rows_per_file=100, workers=ONE)
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    watcher = Terminator(trace)
+    run(small, MarkedMaker(small.spec, trace, step_s=0.02), watcher, attempts=1)
+    check_rows(small, prompts)
+    [lost] = [event for event in watcher.events if isinstance(event, ReplicaLost)]
+    assert (lost.replica, lost.reason, lost.excused) == ("r0", "it was told to leave (SIGTERM)", True)
+    assert len(finished_rows(tmp_path)) == 200  # none twice
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_process_of_a_dead_engine_leaves_though_no_driver_kills_it(tmp_path: Path) -> None:
+    prompts = prompts_of(10)
+    prompts[5] = BREAK
+    small = open_job(tmp_path, prompts)
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    actor = ray.remote(concurrency_groups={"control": 1})(ReplicaProcess).remote("r0", MarkedMaker(small.spec, trace))
+    ray.get(actor.start.remote())
+    ray.get(actor.assign.remote(Assignment(small.plan.units[0])))
+    assert ray.get(actor.work.remote(10)).fatal == "RuntimeError: the device fell off the bus"
+    pid = int((trace / "r0").read_text().split()[0])
+    deadline = time.monotonic() + LEAVE_S + 10
+    while not gone(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert sorted(segment_rows(small)) == sorted(finished_rows(tmp_path))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_does_not_fit_is_said_and_the_job_runs_on_what_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers.cluster.pool, "NOTICE_S", 0.5)
+    small = open_job(tmp_path, prompts_of(100), workers={"gpus": 0, "cpus": 2, "replicas": 5})
+    watcher = Watcher()
+    results = run(small, FakeMaker(small.spec, step_s=0.05), watcher)
+    assert len({result.replica for result in results.values()}) == 2  # Ray may give any two of the five their room
+    [told] = watcher.told
+    assert told.startswith("room for 2 of 5 replicas of 0 GPU, 2 CPU each; the cluster has ")
+    assert "4 GPU, 4 CPU" in told
+
+
+@pytest.mark.usefixtures("cluster")
+def test_more_gpus_than_any_node_has_is_an_error_in_time(tmp_path: Path) -> None:
+    small = open_job(tmp_path, prompts_of(10), workers={"gpus": 8, "cpus": 1, "start_timeout_s": 2})
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match=r"no node has room for a replica of 8 GPU, 1 CPU after 2 s .*4 GPU, 4 CPU"):
+        run(small, FakeMaker(small.spec), Watcher())
+    assert time.monotonic() - started < 10
+
+
+class RefusingMaker(FakeMaker):
+    def __call__(self, replica: str) -> UnitRunner:
+        raise CheckpointError(f"shard 2 is missing on {replica}")
+
+
+class DyingMaker(FakeMaker):
+    def __call__(self, replica: str) -> UnitRunner:  # noqa: ARG002
+        os._exit(1)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_replica_that_cannot_start_ends_the_job_with_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers.cluster.pool, "BACKOFF_S", 0.1)
+    small = open_job(tmp_path, prompts_of(10), workers={"gpus": 0, "cpus": 1, "replicas": 1})
+    with pytest.raises(JobFailed, match="no replica could start: shard 2 is missing on r0"):
+        run(small, RefusingMaker(small.spec), Watcher())
+    with pytest.raises(JobFailed, match=r"3 replicas died while starting: .*process has died"):
+        run(small, DyingMaker(small.spec), Watcher())
+
+
+class HangingMaker(FakeMaker):
+    def __call__(self, replica: str) -> UnitRunner:
+        if replica == "r0":
+            time.sleep(600)
+        return super().__call__(replica)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_replica_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers.cluster.pool, "START_S", 6.0)
+    monkeypatch.setattr(workers.cluster.pool, "BACKOFF_S", 0.1)
+    small = open_job(tmp_path, prompts_of(10), workers={"gpus": 0, "cpus": 1, "replicas": 1})
+    watcher = Watcher()
+    run(small, HangingMaker(small.spec), watcher)
+    check_rows(small, prompts_of(10))
+    lost = next(event for event in watcher.events if isinstance(event, ReplicaLost))
+    assert (lost.replica, lost.reason) == ("r0", "its model was not loaded within 0.1 minutes")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_closed_pool_leaves_nothing_behind(tmp_path: Path) -> None:
+    small = open_job(tmp_path, prompts_of(10), workers={"gpus": 2, "cpus": 1})
+    run(small, FakeMaker(small.spec), Watcher())
+    deadline = time.monotonic() + 10
+    while ray.available_resources().get("GPU") != 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert ray.is_initialized()  # a cluster that was there before stays
+
+
+@pytest.mark.usefixtures("cluster")
+def test_metrics_are_scraped_from_the_nodes_port_and_the_folder_says_who_ran(tmp_path: Path) -> None:
+    """A whole job through run_job: every metric that it sets is at the endpoint, with its labels and its value."""
+    small = open_job(
+        tmp_path, [*prompts_of(60), None], workers={"gpus": 0, "cpus": 2, "replicas": 2}, retry={"max_error_rate": 1}
+    )
+    seen: list[Live] = []
+    outcome = run_job(
+        small.job,
+        lambda plan, units, tell: RayPool(
+            FakeMaker(ReplicaSpec(small.job, plan.fingerprint.digest, plan.schema)), small.job.workers, units, tell
+        ),
+        threading.Event(),
+        lambda meter: LogProgress(meter, io.StringIO()),
+        [RayMetrics("small"), seen.append],
+    )
+    assert outcome.totals.rows == 61
+    status = read_job(small.job.output.path)
+    assert (status.state, status.live) == ("complete", replace(seen[-1], time=status.live.time if status.live else 0))
+    samples = scrape(lambda found: sum(found.get("ray_twotower_rows_total", {}).values()) >= 61)
+    assert sum(samples["ray_twotower_rows_total"].values()) == 61
+    assert set(samples["ray_twotower_rows_total"]) <= {"r0", "r1"}
+    assert samples["ray_twotower_error_rows_total"] == {"prompt is null": 1}
+    assert samples["ray_twotower_job_rows_done"] == {"-": 61}
+    always = {name for name in (*COUNTERS, *GAUGES) if not name.endswith(NOT_IN_A_GOOD_RUN)}
+    assert {f"ray_{name}" for name in always} <= samples.keys()
+
+
+NOT_IN_A_GOOD_RUN = ("retries_total", "lost_total", "preemptions_total", "_batch_rows_total", "batched_rows_total")
+NOT_IN_A_GOOD_RUN += ("prefill_tokens_total", "padded_tokens_total")  # the fake engine says nothing of its room
+
+
+def scrape(enough: Callable[[dict[str, dict[str, float]]], bool]) -> dict[str, dict[str, float]]:
+    """What the node's endpoint says of the job "small": value by metric and replica or kind, - where it has neither."""
+    deadline = time.monotonic() + 60
+    while True:
+        url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            text = answer.read().decode()
+        found: dict[str, dict[str, float]] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith("ray_twotower_") and sample.labels["job_name"] == "small":
+                    label = sample.labels.get("replica") or sample.labels.get("kind") or "-"
+                    found.setdefault(sample.name, {})[label] = sample.value
+        if enough(found):
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)

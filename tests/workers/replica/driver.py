@@ -1,0 +1,40 @@
+"""A driver process with one replica on a marked engine: `python -m tests.workers.replica.driver FOLDER STEP_S`.
+
+FOLDER/job.yaml is the job. Ends as the command line does: 0, or 1 with one line on stderr; SIGTERM stops it. It looks
+for newer drivers every second.
+"""
+
+import functools
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pipeline.driver.run
+from pipeline.config.loader import load_job
+from pipeline.core.errors import TwoTowerError
+from pipeline.output.claim import Claim
+from tests.workers.units.engines import MarkedMaker
+from workers.replica.build import ReplicaSpec
+from workers.replica.local_pool import LocalPool
+
+
+def main(folder: Path, step_s: float) -> None:
+    pipeline.driver.run.Claim = functools.partial(Claim, check_s=1.0)  # type: ignore[misc,assignment]
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda _number, _frame: stop.set())
+    job = load_job(str(folder / "job.yaml"), ())
+    try:
+        pipeline.driver.run.run_job(
+            job,
+            lambda plan, _units, _tell: LocalPool(
+                MarkedMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema), step_s=step_s)
+            ),
+            stop,
+        )
+    except TwoTowerError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))

@@ -1,0 +1,202 @@
+"""`calibrate` with the real model in one process, and on Ray with a bench that computes nothing."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+from typer.testing import CliRunner, Result
+
+import pipeline.cli.compose
+from model import Engine, Request, load_model
+from model.errors import CheckpointError
+from pipeline.calibration.bench import Replica, Run, Task, Tick
+from pipeline.calibration.points import AR, Point, Setting
+from pipeline.calibration.sample import SampleRow
+from pipeline.cli.app import app
+from pipeline.config.job import Job
+from pipeline.config.loader import load_job
+from pipeline.core.errors import JobFailed
+from tests.pipeline.calibration.cases import FakeBench, job_file, setup_of
+from tests.pipeline.cases import load
+from workers.cluster.bench import BenchProcess, Failure, RayBench
+from workers.replica.bench import ReplicaBench
+
+OWN = Point(Setting("diffusion", 0.02, 4), 4)
+SHORT = ["generation.max_new_tokens=8", "generation.confidence_threshold=0.02", "engine.max_context_tokens=512"]
+FEW = {"sample": 6, "thresholds": (0.02,), "steps": (4,), "rows": (4,)}
+
+
+def no_tick(_done: int, _expected: int) -> None:
+    pass
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def arguments(file: Path) -> list[str]:
+    sets = [part for setting in SHORT for part in ("--set", setting)]
+    lists = ["--sample", "6", "--thresholds", "0.02", "--steps", "4", "--rows", "4"]
+    return ["calibrate", str(file), *sets, *lists, "--set", "engine.max_rows=4", "--local"]
+
+
+@pytest.fixture(autouse=True)
+def _short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.calibration.run.WINDOW_S", 0.01)
+
+
+def test_the_command_measures_the_real_model(tmp_path: Path) -> None:
+    file = job_file(tmp_path, rows=12)
+    done = call(*arguments(file))
+    assert done.exit_code == 0, done.output
+    assert "chosen " in done.stdout
+    assert "12 rows take " in done.stdout
+    folder = tmp_path / "out-calibration"
+    rows = pq.read_table(folder / "measurements.parquet").to_pylist()
+    assert {row["point"] for row in rows} == {"ar-r4", "diffusion-g0.02-t4-r4", "diffusion-g0.02-t16-r4"}
+    assert all(row["tokens_per_s"] > 0 and row["window_rows"] >= 8 for row in rows)
+    assert load_job(folder / "job.yaml").generation.max_new_tokens == 8
+    before = (folder / "measurements.parquet").stat().st_mtime_ns
+    again = call(*arguments(file), "--min-agreement", "0")
+    assert again.exit_code == 0, again.output
+    assert "loading" not in again.stderr
+    assert (folder / "measurements.parquet").stat().st_mtime_ns > before
+    assert load(folder / "calibration.json")["chosen"]["mode"] in ("ar", "diffusion")
+
+
+def test_its_completions_are_those_of_the_job(tmp_path: Path) -> None:
+    """Row by row what the engine makes of the same prompt, settings and key, in AR and in diffusion."""
+    setup = setup_of(job_file(tmp_path, rows=12), SHORT, **FEW)
+    bench = ReplicaBench(setup.measured)
+    replica = bench.start(setup.sample.rows, (4, "auto", 10**6), no_tick)
+    assert replica.row_limits[0] == (4, 4)
+    assert [limit for limit, _ in replica.refused] == [10**6]
+    engine = Engine(load_model("builtin:noise"), setup.measured.engine.limits())
+    for setting in (AR, OWN.setting):
+        run = bench.measure(Task(Point(setting, 4), True, 0.01), no_tick)
+        assert run.speed is not None
+        assert run.greedy == ()
+        requests = [request_of(row, setting) for row in setup.sample.rows]
+        alone = engine.generate(requests)
+        assert [done.token_ids for done in run.rows] == [done.token_ids for done in alone]
+        assert [done.steps_per_block for done in run.rows] == [done.steps_per_block for done in alone]
+    bench.close()
+
+
+def request_of(row: SampleRow, setting: Setting) -> Request:
+    params = replace(row.params, mode=setting.mode)
+    if setting.threshold is not None and setting.steps is not None:
+        params = replace(params, confidence_threshold=setting.threshold, steps_per_block=setting.steps)
+    return Request(row.key, row.prompt_ids, params)
+
+
+def test_a_job_that_samples_gives_both(tmp_path: Path) -> None:
+    setup = setup_of(job_file(tmp_path, rows=12), [*SHORT, "generation.temperature=2.0"], **FEW)
+    bench = ReplicaBench(setup.measured)
+    bench.start(setup.sample.rows, (4,), no_tick)
+    run = bench.measure(Task(OWN, True, 0.01), no_tick)
+    bench.close()
+    assert len(run.rows) == len(run.greedy) == 6
+    assert [done.token_ids for done in run.rows] != [done.token_ids for done in run.greedy]
+
+
+def test_a_signal_leaves_what_was_measured_and_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminate(task: Task) -> None:
+        if task.point.name == "diffusion-g0.9-t16-r32":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    bench = FakeBench(before=terminate)
+
+    def make_bench(_local: bool, catch_signals: Any, _job: Job) -> FakeBench:
+        catch_signals()
+        return bench
+
+    monkeypatch.setattr(pipeline.cli.compose, "make_bench", make_bench)
+    done = call("calibrate", job_file(tmp_path), "--local")
+    assert done.exit_code == 128 + signal.SIGTERM, done.output
+    assert "points were not measured: stopped" in done.stdout
+    assert bench.closed
+    assert (tmp_path / "out-calibration/report.html").exists()
+
+
+def test_a_replica_that_fails_is_an_error_with_all_that_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.cli.compose, "make_bench", lambda *_: FakeBench(dies_at="ar-r1"))
+    done = call("calibrate", job_file(tmp_path))
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: the replica died: killed; the points measured so far are kept: run it again to go on"
+    )
+    assert (tmp_path / "out-calibration/job.yaml").exists()
+    wrong = call("calibrate", tmp_path / "small.yaml", "--steps", "a")
+    assert (wrong.exit_code, wrong.stderr) == (1, "error: --steps a: give whole numbers such as 4,16\n")
+
+
+class MortalBench(FakeBench):
+    """Its process is killed at 1 row; at 2 rows it is slow to end, and says how far it is."""
+
+    def __init__(self, _job: Job) -> None:
+        super().__init__()
+
+    def measure(self, task: Task, tick: Tick) -> Run:
+        if task.point.max_rows == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task.point.max_rows == 2:
+            tick(3, 24)
+            threading.Event().wait(1.5)
+        return super().measure(task, tick)
+
+
+@pytest.fixture
+def _cluster() -> Iterator[None]:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+    ray.init(address="local", num_cpus=2, object_store_memory=100 << 20, **quiet)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_on_ray_one_actor_measures_and_its_death_is_one_line(tmp_path: Path) -> None:
+    setup = setup_of(job_file(tmp_path))
+    bench = RayBench(setup.measured, MortalBench)
+    replica = bench.start(setup.sample.rows, (1, "auto"), no_tick)
+    assert replica.row_limits == ((1, 1), ("auto", 32))
+    run = bench.measure(Task(Point(AR, 32), True, 1.0), no_tick)
+    assert [done.text for done in run.rows] == [row.prompt for row in setup.sample.rows]
+
+    def stop(done: int, expected: int) -> None:
+        if (done, expected) == (3, 24):
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        bench.measure(Task(Point(AR, 2), True, 1.0), stop)
+    with pytest.raises(JobFailed, match="the replica died: ") as error:
+        bench.measure(Task(Point(AR, 1), True, 1.0), no_tick)
+    assert "\n" not in str(error.value)
+    bench.close()
+    bench.close()
+    assert ray.is_initialized()  # it was not the bench's own cluster
+
+
+def test_errors_of_a_bench_leave_its_process_as_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Refusing(FakeBench):
+        def start(self, *_: Any) -> Replica:
+            raise CheckpointError("2 shards\nare missing")
+
+        def measure(self, *_: Any) -> Run:
+            raise ZeroDivisionError("a fault of ours")
+
+    job = setup_of(job_file(tmp_path)).measured
+    process = BenchProcess(lambda _: Refusing(), job)
+    assert process.start((), (1,)) == Failure("2 shards are missing")
+    assert not capsys.readouterr().err
+    assert process.measure(Task(OWN, True, 1.0)) == Failure("ZeroDivisionError: a fault of ours")
+    assert "Traceback" in capsys.readouterr().err

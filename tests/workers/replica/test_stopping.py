@@ -1,0 +1,135 @@
+"""A replica that is stopped writes down what it finished; what it is doing can be asked at any time."""
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.requests import Completion
+from pipeline.core.types import Assignment, UnitResult
+from tests.workers.fakes import FakeEngine, make_runner, work_all
+from tests.workers.jobs import open_job, prompts_of
+from tests.workers.units.resume_cases import NEVER, WatchedStore, work_units, work_until
+from workers.replica.build import PartStore
+
+
+def test_stop_from_another_thread_saves_all_that_is_finished(tmp_path: Path) -> None:
+    small = open_job(tmp_path, prompts_of(400), rows_per_file=200, **NEVER)
+    engine = FakeEngine(step_s=0.002)
+    runner = make_runner(small, engine)
+    for unit in small.plan.units:
+        runner.add(Assignment(unit))
+    flushed: list[int] = []
+    stopper = threading.Thread(target=lambda: flushed.append(runner.stop(20)))
+    work_until(runner, lambda: sum(report.rows for report in runner.progress()) > 40)
+    stopper.start()
+    assert runner.work(20) == []
+    stopper.join()
+    finished = sum(report.rows for report in runner.progress())
+    assert flushed == [finished]
+    started = time.monotonic()
+    assert runner.work(20) == []
+    assert time.monotonic() - started < 10
+    assert runner.stop(20) == 0
+    runner.close()
+    again = FakeEngine()
+    outcomes = work_units(small, again)
+    assert sum(done.kept_rows for done in outcomes) == finished
+    assert len(again.order) == 400 - finished
+    assert [row["completion"] for row in small.rows()] == [prompt[::-1] for prompt in prompts_of(400)]
+
+
+def test_stop_does_not_wait_for_a_step_that_hangs(tmp_path: Path) -> None:
+    """What was finished before it is saved, and whoever asks meanwhile is answered."""
+    small = open_job(tmp_path, prompts_of(30), rows_per_file=30, **NEVER)
+    engine, hang, hangs = FakeEngine(max_rows=2), threading.Event(), threading.Event()
+    step = engine.step
+
+    def step_or_hang() -> Sequence[Completion]:
+        if engine.steps == 20:
+            hangs.set()
+            assert hang.wait(20)
+        return step()
+
+    engine.step = step_or_hang  # type: ignore[method-assign,assignment]
+    runner = make_runner(small, engine)
+    runner.add(Assignment(small.plan.units[0]))
+    worker = threading.Thread(target=runner.work, args=(20,))
+    worker.start()
+    assert hangs.wait(20)
+    (progress,) = runner.progress()
+    assert progress.rows
+    text = f"generating unit {small.plan.units[0].id}: {progress.rows} of 30 rows, "
+    assert runner.doing().startswith(text)
+    assert runner.stop(1) == progress.rows
+    hang.set()
+    worker.join()
+    runner.close()
+    assert PartStore(small.spec, "r1").read_segments(small.plan.units[0]).table.num_rows == progress.rows
+
+
+def test_stop_waits_for_the_step_under_way(tmp_path: Path) -> None:
+    """Rows that end in it are saved, too."""
+    small = open_job(tmp_path, prompts_of(30), rows_per_file=30, **NEVER)
+    engine, stepping = FakeEngine(max_rows=30), threading.Event()
+    step = engine.step
+
+    def slow_step() -> Sequence[Completion]:
+        stepping.set()
+        time.sleep(0.5)
+        return [row for _ in range(7) for row in step()]
+
+    engine.step = slow_step  # type: ignore[method-assign,assignment]
+    runner = make_runner(small, engine)
+    runner.add(Assignment(small.plan.units[0]))
+    worker = threading.Thread(target=runner.work, args=(20,))
+    worker.start()
+    assert stepping.wait(20)
+    assert runner.stop(30) == 30
+    worker.join()
+    runner.close()
+
+
+@pytest.mark.parametrize("failures", [2, 10**6])
+def test_stop_tries_until_its_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    monkeypatch.setattr("workers.units.runner.STOP_PAUSE_S", 0.01)
+    small = open_job(tmp_path, prompts_of(30), rows_per_file=30, **NEVER)
+    store = WatchedStore(small)
+    runner = make_runner(small, FakeEngine(step_s=0.002), store)
+    runner.add(Assignment(small.plan.units[0]))
+    work_until(runner, lambda: sum(report.rows for report in runner.progress()) > 5)
+    finished = sum(report.rows for report in runner.progress())
+    store.refuse_segments = failures
+    assert runner.stop(20 if failures == 2 else 0.2) == (finished if failures == 2 else 0)
+    runner.close()
+
+
+def test_what_an_idle_runner_and_a_busy_one_are_doing(tmp_path: Path) -> None:
+    small = open_job(tmp_path, prompts_of(40), rows_per_file=20)
+    store, gate = WatchedStore(small), threading.Event()
+    publish = store.publish
+
+    def publish_later(*args: Any, **of_attempt: Any) -> UnitResult:
+        assert gate.wait(20)
+        return publish(*args, **of_attempt)
+
+    store.publish = publish_later  # type: ignore[method-assign]
+    runner = make_runner(small, FakeEngine(), store)
+    first, second = small.plan.units
+    assert (runner.doing(), runner.beats, runner.stop(0.01)) == ("idle", 0, 0)
+    runner = make_runner(small, FakeEngine(), store)
+    runner.add(Assignment(first))
+    assert runner.doing() == f"reading unit {first.id}"
+    beats = [runner.beats]
+    work_until(runner, lambda: "publishing" in runner.doing())
+    beats.append(runner.beats)
+    runner.add(Assignment(second, 2, (3, 9)))
+    assert runner.doing() == f"publishing unit {first.id}; reading rows 3-8 of unit {second.id}"
+    gate.set()
+    work_all(runner)
+    beats.append(runner.beats)
+    assert beats[0] < beats[1] < beats[2]
+    assert runner.doing() == "idle"

@@ -1,0 +1,81 @@
+"""Fake engines that kill or hang their process, or break, at marked rows, and log what they finish."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from model.requests import Completion, EngineError
+from tests.workers.fakes import FakeEngine, FakeMaker
+from tests.workers.jobs import SmallJob
+from workers.replica.build import ReplicaSpec
+from workers.units.runner import UnitRunner
+
+KILL, HANG, BREAK, LOSE_GPU = "KILL", "HANG", "BREAK", "LOSE GPU"
+"""Prompts: the process ends without a word; the first replica alone stands still; the engine is broken from then on;
+the first process alone loses its GPU."""
+
+
+class MarkedEngine(FakeEngine):
+    """Does at a marked row what the mark says. Logs the key of every row that it finishes, a file a process."""
+
+    def __init__(self, log: Path, replica: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.log, self.replica = log, replica
+        self.broken = False
+
+    def step(self) -> list[Completion]:
+        done = super().step()
+        prompts = [bytes(request.prompt_ids).decode() for request, _ in self.slots.values()]
+        for prompt in (*prompts, *(completion.text[::-1] for completion in done)):
+            match prompt:
+                case "KILL":
+                    os._exit(3)
+                case "HANG" if self.replica == "r0":
+                    time.sleep(600)
+                case "BREAK":
+                    self.broken = True
+                case "LOSE GPU" if not (gpu := self.log.parent / "gpu lost").exists():
+                    gpu.touch()
+                    lost = tuple(self.slots)
+                    self.slots.clear()
+                    raise_lost_gpu(lost, tuple(done))
+        if self.broken:
+            raise RuntimeError("the device fell off the bus")
+        with (self.log / str(os.getpid())).open("a") as file:
+            file.write("".join(f"{completion.key}\n" for completion in done))
+        return done
+
+
+def raise_lost_gpu(keys: tuple[str, ...], done: tuple[Completion, ...]) -> None:
+    """As the loop does for what a kernel raises; without torch, which would take seconds to import."""
+    cause = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered\nadvice over several\nlines")
+    text = f"denoise of {len(keys)} rows failed: {type(cause).__name__}: {cause}"
+    raise EngineError(text, keys, done) from cause
+
+
+class MarkedMaker(FakeMaker):
+    """Makes runners with marked engines; the log is the folder `finished` beside the output."""
+
+    def __init__(self, spec: ReplicaSpec, trace: Path | None = None, step_s: float = 0.0, max_rows: int = 4) -> None:
+        super().__init__(spec, trace, step_s, max_rows)
+        self.log = Path(spec.job.output.path).parent / "finished"
+        self.log.mkdir(exist_ok=True)
+
+    def __call__(self, replica: str) -> UnitRunner:
+        runner = super().__call__(replica)
+        runner._engine = MarkedEngine(self.log, replica, max_rows=self.max_rows, step_s=self.step_s)
+        return runner
+
+
+def finished_rows(folder: Path) -> list[str]:
+    """Keys of the rows that engines have finished; one that was done twice is there twice."""
+    return [key for file in (folder / "finished").iterdir() for key in file.read_text().split("\n")[:-1]]
+
+
+def segment_rows(small: SmallJob) -> list[str]:
+    """Keys of the rows that stand in segments."""
+    files = Path(small.job.output.path).glob("_job/segments/*/*.parquet")
+    return [f"{row['source_file']}#{row['source_row']}" for file in files for row in pq.read_table(file).to_pylist()]

@@ -1,0 +1,32 @@
+"""Runners that generate degenerate rows again, and their work done whole."""
+
+from typing import Any
+
+from model.requests import GenerationParams
+from pipeline.core.types import Assignment
+from tests.workers.fakes import FakeTokenizer, work_all
+from tests.workers.jobs import SmallJob
+from workers.replica.build import PartStore
+from workers.units.protocols import EngineLike
+from workers.units.runner import UnitRunner
+
+
+def runner_of(
+    small: SmallJob, engine: EngineLike, params: GenerationParams, tokenizer: Any = None, retry: bool = True
+) -> UnitRunner:
+    return UnitRunner(
+        engine,
+        tokenizer or FakeTokenizer(),
+        PartStore(small.spec, "r0"),
+        params,
+        replica="r0",
+        checkpoint=small.job.checkpoint,
+        retry_degenerate=retry,
+    )
+
+
+def run_units(small: SmallJob, runner: UnitRunner, attempt: int = 1) -> list[dict[str, Any]]:
+    for unit in small.plan.units:
+        runner.add(Assignment(unit, attempt))
+    work_all(runner)
+    return small.rows()

@@ -1,0 +1,96 @@
+"""How canary.json is made: what a checkpoint that is known to be well generates."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from model.checkpoint.config import Towers
+from model.checkpoint.reader import open_checkpoint
+from pipeline.checks.canary_file import CanaryCase, CanaryFile, CanaryPrompt, canary_url, require_free, write_canary
+from pipeline.core.errors import CheckpointError, RequestError
+from pipeline.storage.urls import is_local, safe_url
+
+if TYPE_CHECKING:
+    from model.checks.canary import Case
+
+PROMPTS = (
+    "The capital of France is",
+    "1, 2, 3, 4, ",
+    '{"name": "Ada", "born": ',
+    "A lighthouse is a tower that guides ships at night. Its lamp turns once in ten seconds and is seen from far away.",
+)
+"""Any tokenizer makes tokens of them; one is longer than a page of the context cache where a token is a letter."""
+
+TOKENS = 20
+"""Of a canary's completion: a block, and some of the one after it."""
+SHOWN = 40
+"""Characters of a prompt in a message."""
+
+
+def make_canary(
+    checkpoint: str,
+    *,
+    prompts: Sequence[str] = (),
+    tokens: int = TOKENS,
+    dtype: str = "float32",
+    gpus: int = 0,
+    out: str | None = None,
+    force: bool = False,
+) -> list[str]:
+    """Writes the canary.json of a checkpoint that is known to be well, or to `out` -> a line a prompt and one at last.
+
+    Raises CheckpointError, also where the file is there and `force` is not given; RequestError, KernelError and
+    StorageError.
+    """
+    import torch
+
+    from model import load_model
+    from model.checks.canary import SETTINGS, make_cases, measure_rounding
+    from model.checks.kernels import check_kernels
+
+    opened = open_checkpoint(checkpoint)
+    url = canary_url(checkpoint) if out is None else os.path.abspath(out) if is_local(out) else out
+    if not force:
+        require_free(url)
+    towers: Towers = "both" if any(name.startswith("denoiser_tower.") for name in opened.tensors) else "context"
+    devices = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
+    pair = load_model(checkpoint, dtype=dtype, devices=devices, towers=towers)
+    if pair.tokenizer is None:
+        raise CheckpointError(f"checkpoint {safe_url(checkpoint)} has no tokenizer.json: prompts cannot be read")
+    check_kernels(pair)
+    texts = tuple(prompts) or PROMPTS
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise RequestError("a prompt holds characters that are not Unicode text (lone surrogate)") from None
+    encoded = pair.tokenizer.encode_batch(texts)
+    if empty := [text for text, ids in zip(texts, encoded, strict=True) if not ids]:
+        raise RequestError(f"prompt {empty[0]!r} has no tokens; leave it out")
+    cases, decode = make_cases(pair, encoded, tokens), pair.tokenizer.decode
+    rounding = None
+    if dtype == "float32":
+        del pair  # both may be too much for the memory
+        rounded = load_model(checkpoint, dtype="bfloat16", devices=devices, towers=towers)
+        rounding = {mode: round(off, 5) for mode, off in measure_rounding(rounded, cases).items()}
+    name = torch.cuda.get_device_name(0) if gpus else "cpu"
+    canary = CanaryFile(
+        format=1,
+        checkpoint=opened.identity(),
+        dtype=dtype,  # type: ignore[arg-type]  # load_model has refused any other
+        device=name,
+        torch=torch.__version__,
+        settings=dict(SETTINGS),
+        rounding=rounding,
+        prompts=tuple(CanaryPrompt(text=text, ids=tuple(ids)) for text, ids in zip(texts, encoded, strict=True)),
+        cases=tuple(_record(case, encoded.index(list(case.prompt_ids))) for case in cases),
+    )
+    write_canary(url, canary, force=force)
+    lines = [f"{texts[case.prompt][:SHOWN]!r} {case.mode}: {decode(case.token_ids)!r}" for case in canary.cases]
+    return [*lines, f"wrote {safe_url(url)}: {len(texts)} prompts, {len(cases)} completions in {dtype} on {name}"]
+
+
+def _record(case: "Case", prompt: int) -> CanaryCase:
+    fields = asdict(case)
+    del fields["prompt_ids"]
+    return CanaryCase(prompt=prompt, **fields)

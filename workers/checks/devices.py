@@ -1,0 +1,122 @@
+"""What `doctor` looks at with torch and with Ray: devices, kernels, the memory plan of a job, the cluster."""
+
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pipeline.checks.findings import Check, Finding, fail, ok, warn
+from pipeline.checks.machine import installed_version
+from pipeline.config.job import Job
+from workers.checks.kernels import GIB, check_kernels
+
+if TYPE_CHECKING:
+    pass
+
+BUSY = 0.1
+"""Share of a GPU's memory that is in use when the operator is told."""
+OLDEST = (8, 0)
+"""Compute capability of the first GPUs that compute in bfloat16."""
+NO_GPU = "set workers.gpus: 0 to run on the CPU; else see whether `nvidia-smi` works and torch is built for CUDA"
+
+
+def device_checks(job: Job | None) -> list[Check]:
+    """What this machine computes with. Loading torch and making a context on each GPU take their time."""
+    checks = [
+        Check("torch", check_torch, seconds=120),
+        Check("memory", check_memory),
+        Check("gpus", functools.partial(check_gpus, job), seconds=120),
+        Check("kernels", check_kernels, seconds=600),  # a GPU's are compiled first
+    ]
+    return checks + ([Check("plan", functools.partial(check_plan, job), seconds=120)] if job else [])
+
+
+def check_torch() -> Iterator[Finding]:
+    import torch
+
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    found = f"torch {torch.__version__}, {built}; Triton {installed_version('triton') or 'none'}"
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        yield warn(f"{found}, on a machine with an NVIDIA driver", "install a build of torch for CUDA")
+    else:
+        yield ok(found)
+
+
+def check_memory() -> Iterator[Finding]:
+    from model.checkpoint.loader import free_memory
+
+    free = free_memory("cpu")
+    found = f"{free / GIB:.1f} GiB free on the host, {os.cpu_count()} CPU cores"
+    yield ok(found) if free >= 2 * GIB else warn(found, "a replica takes 1 GiB and more: stop what else runs here")
+
+
+def check_gpus(job: Job | None) -> Iterator[Finding]:
+    """A line a GPU. Makes a context on each."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        found = "none: CPU only, for the built-in models"
+        yield ok(f"{found}, and the job asks for none") if job and not job.workers.gpus else warn(found, NO_GPU)
+        return
+    driver = _driver()
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        capability = properties.major, properties.minor
+        free, total = torch.cuda.mem_get_info(index)
+        found = (
+            f"cuda:{index} {properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, compute capability "
+            f"{capability[0]}.{capability[1]}, driver {driver}"
+        )
+        if capability < OLDEST:
+            yield warn(f"{found}: no bfloat16", "use an Ampere GPU or a later one, or model.dtype: float32")
+        elif total - free > BUSY * total:
+            yield warn(f"{found}: others hold the rest", "see `nvidia-smi`, and stop what else runs there")
+        else:
+            yield ok(found)
+
+
+def check_plan(job: Job) -> Iterator[Finding]:
+    """Whether the weights fit the devices of a replica, and how many rows beside them."""
+    import torch
+
+    from model.checkpoint.loader import check_memory, free_memory
+    from model.checkpoint.reader import open_checkpoint
+    from model.memory.fit import stage_weights
+    from model.memory.planner import make_plan
+    from model.network.two_tower import DTYPES
+
+    gpus, found = job.workers.gpus, torch.cuda.device_count()
+    if gpus > found:
+        text = f"a replica asks for {gpus} GPU, {found} are here"
+        if os.environ.get("RAY_ADDRESS"):
+            yield warn(
+                f"{text}, and the cluster may have them", "run doctor on a GPU node: ray job submit … doctor JOB"
+            )
+        else:
+            yield fail(text, "lower workers.gpus, 0 is the CPU, or set RAY_ADDRESS")
+        return
+    names = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
+    checkpoint, towers, dtype = open_checkpoint(job.model.checkpoint), job.generation.towers, DTYPES[job.model.dtype]
+    weights, stages = stage_weights(checkpoint.config, dtype, names, towers)
+    check_memory(checkpoint, towers, dtype, names, weights)
+    free = {name: free_memory(name) - need for name, need in zip(names, weights, strict=True)}
+    held = dict(zip(names, weights, strict=True))
+    plan = make_plan(checkpoint.config, dtype, stages, held, free, job.engine.limits())
+    left = min(device.left(plan.max_rows, plan.kv_tokens) for device in plan.devices)
+    yield ok(
+        f"{max(weights) / GIB:.2f} GiB of weights at most on each of {', '.join(names)}; max_rows {plan.max_rows}, "
+        f"kv_tokens {plan.kv_tokens:,}; {left / GIB:.1f} GiB left then"
+    )
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return lines[0] if lines else "unknown"

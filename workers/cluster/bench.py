@@ -1,0 +1,151 @@
+"""A replica on Ray that measures points of a calibration: one actor, in a placement group with the job's resources."""
+
+import contextlib
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from model.errors import TwoTowerError
+from pipeline.calibration.bench import Bench, Replica, RowLimit, Run, Task, Tick
+from pipeline.calibration.sample import SampleRow
+from pipeline.config.job import Job, WorkersSection
+from pipeline.core.errors import ClusterError, JobFailed
+from workers.cluster.connection import amounts, connect, describe_nodes, one_line
+from workers.cluster.pool import death_of
+
+T = TypeVar("T")
+LOOK_S = 0.5
+"""How often the actor is asked how far it is."""
+MakeBench = Callable[[Job], Bench]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a call could not be answered: Ray would send the error with its traceback as text."""
+
+    text: str
+
+
+class BenchProcess:
+    """A bench in an actor's process. `progress` is called while another call runs."""
+
+    def __init__(self, make_bench: MakeBench, job: Job) -> None:
+        self._bench = make_bench(job)
+        self._progress = (0, 0)
+
+    def start(self, rows: Sequence[SampleRow], limits: Sequence[RowLimit]) -> "Replica | Failure":
+        """See Bench."""
+        return _answer(lambda: self._bench.start(rows, limits, self._tick))
+
+    def measure(self, task: Task) -> "Run | Failure":
+        """See Bench."""
+        self._progress = (0, 0)
+        return _answer(lambda: self._bench.measure(task, self._tick))
+
+    def progress(self) -> tuple[int, int]:
+        """(rows done, rows expected) of the call that runs."""
+        return self._progress
+
+    def _tick(self, done: int, expected: int) -> None:
+        self._progress = done, expected
+
+
+class RayBench:
+    """Implements pipeline.calibration.bench.Bench. What a tick raises ends the actor with all that it holds."""
+
+    def __init__(self, job: Job, make_bench: MakeBench) -> None:
+        """make_bench: picklable; makes the bench in the actor's process. Raises ClusterError."""
+        self._job, self._make_bench = job, make_bench
+        self._ours = connect()
+        self._group: PlacementGroup | None = None
+        self._actor: Any = None
+
+    def start(self, rows: Sequence[SampleRow], limits: Sequence[RowLimit], tick: Tick) -> Replica:
+        """See Bench. Raises ClusterError where there is no room within workers.start_timeout_s."""
+        workers = self._job.workers
+        try:
+            self._group = _wait_for_room(workers, tick)
+            self._actor = (
+                ray.remote(concurrency_groups={"control": 1})(BenchProcess)  # type: ignore[call-overload]
+                .options(
+                    num_cpus=workers.cpus,
+                    num_gpus=workers.gpus,
+                    max_restarts=0,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, 0),
+                )
+                .remote(self._make_bench, self._job)
+            )
+            found: Replica = self._call(self._actor.start, (rows, limits), tick)
+        except RayError as error:
+            raise ClusterError(f"the Ray cluster was lost: {one_line(str(error))}") from error
+        return found
+
+    def measure(self, task: Task, tick: Tick) -> Run:
+        """See Bench. Raises JobFailed where the replica dies."""
+        try:
+            run: Run = self._call(self._actor.measure, (task,), tick)
+        except RayError as error:
+            raise ClusterError(f"the Ray cluster was lost: {one_line(str(error))}") from error
+        return run
+
+    def close(self) -> None:
+        """See Bench. A cluster that this bench started goes too."""
+        if ray.is_initialized():
+            with contextlib.suppress(RayError):
+                if self._actor is not None:
+                    ray.kill(self._actor, no_restart=True)
+                if self._group is not None:
+                    remove_placement_group(self._group)
+        self._actor = self._group = None
+        if self._ours:
+            ray.shutdown()
+            self._ours = False
+
+    def _call(self, method: Any, arguments: tuple[Any, ...], tick: Tick) -> Any:
+        """The answer of the actor, which is asked how far it is meanwhile."""
+        call = method.remote(*arguments)
+        try:
+            while not ray.wait([call], timeout=LOOK_S)[0]:
+                look = self._actor.progress.options(concurrency_group="control").remote()
+                # it answers late while the interpreter is in a long call, such as loading
+                tick(*ray.get(look)) if ray.wait([look], timeout=LOOK_S)[0] else tick(0, 0)
+            answer = ray.get(call)
+        except RayActorError as error:
+            raise JobFailed(f"the replica died: {death_of(error)}") from error
+        if isinstance(answer, Failure):
+            raise JobFailed(answer.text)
+        return answer
+
+
+def _wait_for_room(workers: WorkersSection, tick: Tick) -> PlacementGroup:
+    bundle = {"CPU": float(workers.cpus)} | ({"GPU": float(workers.gpus)} if workers.gpus else {})
+    group: PlacementGroup = placement_group([bundle], strategy="STRICT_PACK")
+    give_up_at = time.monotonic() + workers.start_timeout_s
+    while not group.wait(LOOK_S):
+        tick(0, 0)
+        if time.monotonic() >= give_up_at:
+            remove_placement_group(group)
+            raise ClusterError(
+                f"no node has room for a replica of {amounts({'GPU': workers.gpus, 'CPU': workers.cpus})} after "
+                f"{workers.start_timeout_s:g} s (workers.start_timeout_s); the cluster has {describe_nodes()}; lower "
+                "workers.gpus or workers.cpus, or free the nodes"
+            )
+    return group
+
+
+def _answer(function: Callable[[], T]) -> "T | Failure":
+    try:
+        return function()
+    except Exception as error:  # the worker's boundary: the reason goes to the driver
+        text = " ".join(str(error).split())
+        if isinstance(error, TwoTowerError):
+            return Failure(text)
+        traceback.print_exception(error)
+        return Failure(f"{type(error).__name__}: {text}")

@@ -1,0 +1,157 @@
+"""The run's numbers as Prometheus metrics, through Ray: each node's agent serves them at its metrics port.
+
+They are set in the driver, from the reports that it has anyway: so a counter goes on when a replica is replaced, a
+replica that is gone leaves no number behind, and no model process has more to do. Ray puts `ray_` before each name.
+`replica` is the place of a replica, r0 for r0.2 too, which bounds the series of a job that lost many.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pipeline.monitoring.live import Live, LiveReplica
+
+JOB, REPLICA, KIND = "job_name", "replica", "kind"  # not "job", which Prometheus itself sets
+COUNTERS = {
+    "twotower_rows_total": ("Rows finished by replicas, error rows and repeated work included.", (REPLICA,)),
+    "twotower_prompt_tokens_total": ("Prompt tokens of these rows.", (REPLICA,)),
+    "twotower_tokens_total": ("Completion tokens of these rows.", (REPLICA,)),
+    "twotower_denoiser_forwards_total": ("Denoiser forwards, added up over these rows.", (REPLICA,)),
+    "twotower_batched_rows_total": ("Of these rows, those that the engine computed.", (REPLICA,)),
+    "twotower_batch_rows_total": ("Added up over them: the mean number of rows computed together.", (REPLICA,)),
+    "twotower_prefill_tokens_total": ("Prompt tokens put through the context tower.", (REPLICA,)),
+    "twotower_prefill_padded_tokens_total": ("The same with the padding.", (REPLICA,)),
+    "twotower_preemptions_total": ("Rows put back because pages of the context cache ran out.", (REPLICA,)),
+    "twotower_error_rows_total": ("Error rows by kind, repeated work included.", (KIND,)),
+    "twotower_retries_total": ("What was tried again: a forward, a loop (rows), storage, a unit.", (KIND,)),
+    "twotower_replicas_lost_total": ("Replicas lost, or that did not start.", ()),
+}
+GAUGES = {
+    "twotower_tokens_per_second": ("Completion tokens a second over the last minute.", (REPLICA,)),
+    "twotower_rows_per_second": ("Rows a second over the last minute.", (REPLICA,)),
+    "twotower_tokens_per_forward": ("Tokens a denoiser forward of a row, over the last minute.", (REPLICA,)),
+    "twotower_batch_rows": ("Mean rows computed together, over the last minute.", (REPLICA,)),
+    "twotower_padding_share": ("Share of padding in prefill, over the last minute.", (REPLICA,)),
+    "twotower_queue_rows": ("Rows that are read and wait for a slot.", (REPLICA,)),
+    "twotower_active_rows": ("Rows in slots.", (REPLICA,)),
+    "twotower_slots_used": ("Slots of the context cache in use.", (REPLICA,)),
+    "twotower_slots": ("Slots that there are.", (REPLICA,)),
+    "twotower_pages_used": ("Pages of the context cache in use.", (REPLICA,)),
+    "twotower_pages": ("Pages that there are.", (REPLICA,)),
+    "twotower_unsaved_rows": ("Rows finished and in no segment yet.", (REPLICA,)),
+    "twotower_checkpoint_age_seconds": ("Since the last flush, of the unit that waits longest for one.", (REPLICA,)),
+    "twotower_report_age_seconds": ("Since the replica's last report.", (REPLICA,)),
+    "twotower_replicas": ("Replicas that have loaded their model.", ()),
+    "twotower_job_rows_done": ("Rows of the job that are done, earlier runs included.", ()),
+    "twotower_job_rows": ("Rows of the job.", ()),
+    "twotower_job_error_rows": ("Of the rows done, error rows.", ()),
+    "twotower_job_units_done": ("Units of the job that are published.", ()),
+    "twotower_job_units": ("Units of the job.", ()),
+    "twotower_job_eta_seconds": ("Time left at the rate of the last minute; -1 where there is none.", ()),
+}
+Key = tuple[str, str]
+"""(metric, replica or kind, "" where the metric has neither)."""
+
+
+class RayMetrics:
+    """A sink of pipeline.monitoring.telemetry. Does nothing before Ray is connected and after."""
+
+    def __init__(self, job: str) -> None:
+        self._job = job
+        self._metrics: dict[str, Any] = {}
+        self._counted: dict[str, Mapping[Key, float]] = {}  # what a replica's life, or the run, has counted so far
+        self._shown: set[Key] = set()
+
+    def __call__(self, live: Live) -> None:
+        ray = sys.modules.get("ray")  # the pool imports it, which takes seconds
+        if ray is None or not ray.is_initialized():
+            return
+        for owner, counts in _counts(live).items():
+            before = self._counted.get(owner, {})
+            for key, value in counts.items():
+                if (more := value - before.get(key, 0.0)) > 0:
+                    self._metric(key[0]).inc(more, tags=self._tags(key))
+            self._counted[owner] = counts
+        values = dict(_gauges(live))
+        for key in self._shown - values.keys():  # of a replica that is gone
+            self._metric(key[0]).set(0.0, tags=self._tags(key))
+        for key, value in values.items():
+            self._metric(key[0]).set(value, tags=self._tags(key))
+        self._shown = set(values)
+
+    def _metric(self, name: str) -> Any:
+        if name not in self._metrics:
+            from ray.util.metrics import Counter, Gauge
+
+            maker, (text, tags) = (Counter, COUNTERS[name]) if name in COUNTERS else (Gauge, GAUGES[name])
+            self._metrics[name] = maker(name, description=text, tag_keys=(JOB, *tags))
+        return self._metrics[name]
+
+    def _tags(self, key: Key) -> dict[str, str]:
+        name, label = key
+        tags = (COUNTERS.get(name) or GAUGES[name])[1]
+        return {JOB: self._job, **dict.fromkeys(tags, label)}
+
+
+def _counts(live: Live) -> dict[str, dict[Key, float]]:
+    """What has been counted, by the replica's life ("" for the run): each number of one owner only grows."""
+    found: dict[str, dict[Key, float]] = defaultdict(dict)
+    found[""] = {
+        ("twotower_replicas_lost_total", ""): live.replicas_lost,
+        ("twotower_retries_total", "unit"): live.unit_retries,
+        **{("twotower_error_rows_total", count.kind): count.rows for count in live.error_kinds},
+    }
+    for replica in live.replicas:
+        stats, place = replica.stats, _place(replica)
+        found[replica.name] = {
+            ("twotower_rows_total", place): stats.rows,
+            ("twotower_prompt_tokens_total", place): stats.prompt_tokens,
+            ("twotower_tokens_total", place): stats.tokens,
+            ("twotower_denoiser_forwards_total", place): stats.forwards,
+            ("twotower_batched_rows_total", place): stats.batched,
+            ("twotower_batch_rows_total", place): stats.batch_rows,
+            ("twotower_prefill_tokens_total", place): stats.room.prefill_tokens,
+            ("twotower_prefill_padded_tokens_total", place): stats.room.padded_tokens,
+            ("twotower_preemptions_total", place): stats.room.preemptions,
+            ("twotower_retries_total", "forward"): stats.forward_retries,
+            ("twotower_retries_total", "loop"): stats.loop_retries,
+            ("twotower_retries_total", "storage"): stats.storage_retries,
+        }
+    return found
+
+
+def _gauges(live: Live) -> Iterator[tuple[Key, float]]:
+    for replica in live.replicas:
+        stats = replica.stats
+        values = {
+            "twotower_tokens_per_second": replica.tokens_per_s,
+            "twotower_rows_per_second": replica.rows_per_s,
+            "twotower_tokens_per_forward": replica.tokens_per_forward,
+            "twotower_batch_rows": replica.batch_rows,
+            "twotower_padding_share": replica.padding_share,
+            "twotower_queue_rows": stats.queue,
+            "twotower_active_rows": stats.active,
+            "twotower_slots_used": stats.room.slots_used,
+            "twotower_slots": stats.room.slots,
+            "twotower_pages_used": stats.room.pages_used,
+            "twotower_pages": stats.room.pages,
+            "twotower_unsaved_rows": stats.unsaved_rows,
+            "twotower_checkpoint_age_seconds": stats.unsaved_s,
+            "twotower_report_age_seconds": live.sampled - replica.heard,
+        }
+        yield from (((name, _place(replica)), value) for name, value in values.items())
+    of_job = {
+        "twotower_replicas": len(live.replicas),
+        "twotower_job_rows_done": live.rows,
+        "twotower_job_rows": live.total_rows,
+        "twotower_job_error_rows": live.errors,
+        "twotower_job_units_done": live.units,
+        "twotower_job_units": live.total_units,
+        "twotower_job_eta_seconds": -1.0 if live.eta_s is None else live.eta_s,
+    }
+    yield from (((name, ""), value) for name, value in of_job.items())
+
+
+def _place(replica: LiveReplica) -> str:
+    return replica.name.partition(".")[0]

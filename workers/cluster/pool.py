@@ -1,0 +1,272 @@
+"""A pool of replicas on Ray: one placement group and one actor each, replaced when lost, more as nodes join.
+
+A slot is a place for a replica: its group waits for room, then holds one actor after the other (r0, then r0.2 after a
+loss). The driver keeps two `work` calls outstanding on every actor, so that none idles for a round trip.
+"""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from pipeline.config.job import WorkersSection
+from pipeline.core.errors import ClusterError
+from pipeline.core.events import Event, ReplicaLost, ReplicaReady
+from pipeline.core.types import Assignment
+from workers.cluster.connection import amounts, connect, describe_nodes, one_line
+from workers.replica.replica import FLUSH_S, MakeRunner, ReplicaProcess, Report
+
+WORK_S = 2.0
+"""A `work` call returns at the latest after this: how old the progress may be."""
+CALLS_AHEAD = 2
+LOOK_S = 5.0
+"""A replica that has not reported for so long is asked what it is doing, beside the call that does not return."""
+CHECK_S = 0.5
+"""How often groups that wait for room are looked at."""
+NOTICE_S = 5.0
+"""After this long without room for all that was asked, the operator is told what the cluster has."""
+START_S = 3600.0
+"""A replica whose model is not loaded after so long is thrown away: it holds no work, so no stall watch sees it."""
+BACKOFF_S, MAX_BACKOFF_S = 2.0, 60.0
+"""Before a replica that could not start is tried again; doubled each time, up to the second."""
+
+
+@dataclass
+class _Slot:
+    """A place for a replica."""
+
+    number: int
+    group: PlacementGroup
+    actor: Any = None
+    lives: int = 0
+    started_at: float = 0.0
+    """When its actor was asked for."""
+    ready: bool = False
+    calls: deque[Any] = field(default_factory=deque)
+    """Outstanding calls, oldest first; `start` alone until the replica is ready."""
+    looks: list[Any] = field(default_factory=list)
+    """The call that asks what it is doing."""
+    heard_at: float = 0.0
+    failures: int = 0
+    """Starts that failed since it was last ready."""
+    not_before: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"r{self.number}" if self.lives == 1 else f"r{self.number}.{self.lives}"
+
+
+class RayPool:
+    """Implements pipeline.driver.dispatcher.Pool. `units` bounds the replicas; `tell` gets messages for the
+    operator."""
+
+    def __init__(
+        self, make_runner: MakeRunner, settings: WorkersSection, units: int, tell: Callable[[str], None]
+    ) -> None:
+        self._ours = connect()
+        self._make_runner, self._settings, self._tell = make_runner, settings, tell
+        # Two threads of calls: `work` one at a time, and all others beside it.
+        self._actor_class = ray.remote(concurrency_groups={"control": 1})(ReplicaProcess)  # type: ignore[call-overload]
+        self._limit = units if settings.replicas == "auto" else min(units, settings.replicas)
+        self._slots: list[_Slot] = []
+        self._dropped: list[Event] = []
+        self._checked = float("-inf")
+        self._empty_since: float | None = time.monotonic()
+        self._notice_at = time.monotonic() + NOTICE_S
+
+    def assign(self, replica: str, work: Assignment) -> None:
+        """See Pool."""
+        for slot in self._slots:
+            if slot.ready and slot.name == replica:
+                slot.actor.assign.options(concurrency_group="control").remote(work)
+
+    def wait(self, timeout_s: float) -> Sequence[Event]:
+        """See Pool. Raises ClusterError where `start_timeout_s` passed without room for a single replica."""
+        if self._dropped:
+            events, self._dropped = self._dropped, []
+            return events
+        try:
+            self._fill_slots()
+            return self._listen(timeout_s)
+        except RayError as error:
+            raise ClusterError(f"the Ray cluster was lost: {one_line(str(error))}; submit the job again") from error
+
+    def drop(self, replica: str, reason: str) -> None:
+        """See Pool."""
+        for slot in self._slots:
+            if slot.ready and slot.name == replica:
+                self._dropped.append(self._lose(slot, Report(fatal=reason)))
+
+    def close(self) -> None:
+        """See Pool. A cluster that this pool started goes too."""
+        if ray.is_initialized():
+            with contextlib.suppress(RayError):
+                self._flush()
+            for slot in self._slots:
+                with contextlib.suppress(RayError):
+                    self._kill(slot)
+                    remove_placement_group(slot.group)
+        self._slots.clear()
+        if self._ours:
+            ray.shutdown()
+            self._ours = False
+
+    def _flush(self) -> None:
+        """Has all replicas write down what they finished: all at once, as whoever stops a job soon kills it."""
+        calls = [
+            slot.actor.stop.options(concurrency_group="control").remote(FLUSH_S) for slot in self._slots if slot.ready
+        ]
+        done, _ = ray.wait(calls, num_returns=len(calls), timeout=FLUSH_S + 1) if calls else ([], [])
+        rows = 0
+        for call in done:
+            with contextlib.suppress(RayError):  # it is dead
+                rows += ray.get(call)
+        if rows:
+            self._tell(f"finished rows of units under way that were written down: {rows:,}")
+
+    def _listen(self, timeout_s: float) -> list[Event]:
+        self._look_in()
+        events: list[Event] = [self._lose_unstarted(slot) for slot in self._slots if _is_overdue(slot)]
+        by_call = {call: slot for slot in self._slots for call in (*slot.calls, *slot.looks)}
+        if not by_call:
+            time.sleep(min(timeout_s, CHECK_S))
+            return events
+        # The first to return ends the waiting; whatever else has returned by then comes with it.
+        ray.wait(list(by_call), num_returns=1, timeout=timeout_s, fetch_local=False)
+        done, _ = ray.wait(list(by_call), num_returns=len(by_call), timeout=0, fetch_local=False)
+        for call in done:
+            slot = by_call[call]
+            if call in slot.calls:  # not one of a replica that was lost a moment ago
+                slot.calls.remove(call)
+                events += self._hear(slot, call)
+            elif call in slot.looks:
+                slot.looks.remove(call)
+                with contextlib.suppress(RayError):  # its `work` fails as well
+                    events += ray.get(call)
+        return events
+
+    def _look_in(self) -> None:
+        now = time.monotonic()
+        for slot in self._slots:
+            if slot.ready and not slot.looks and now - slot.heard_at >= LOOK_S:
+                slot.heard_at = now
+                slot.looks.append(slot.actor.look.options(concurrency_group="control").remote())
+
+    def _hear(self, slot: _Slot, call: Any) -> list[Event]:
+        """The events of one call that has returned."""
+        try:
+            report: Report = ray.get(call)
+        except RayActorError as error:
+            report = Report(fatal=death_of(error))
+        except RayError as error:  # the replica could not even report: its code or environment is broken
+            report = Report(fatal=one_line(str(error)))
+        events = list(report.events)
+        if report.fatal is not None:
+            return [*events, self._lose(slot, report)]
+        if not slot.ready:
+            slot.ready, slot.failures = True, 0
+            events.insert(0, ReplicaReady(slot.name))
+        slot.heard_at = time.monotonic()
+        while len(slot.calls) < CALLS_AHEAD:
+            slot.calls.append(slot.actor.work.remote(WORK_S))
+        return events
+
+    def _lose(self, slot: _Slot, report: Report) -> ReplicaLost:
+        lost = ReplicaLost(slot.name, report.fatal or "", report.refused, report.excused)
+        if not slot.ready:
+            slot.failures += 1
+            slot.not_before = time.monotonic() + min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (slot.failures - 1))
+        self._kill(slot)
+        return lost
+
+    def _lose_unstarted(self, slot: _Slot) -> ReplicaLost:
+        return self._lose(slot, Report(fatal=f"its model was not loaded within {START_S / 60:g} minutes"))
+
+    def _kill(self, slot: _Slot) -> None:
+        if slot.actor is not None:
+            ray.kill(slot.actor, no_restart=True)
+        slot.actor, slot.ready = None, False
+        slot.calls.clear()
+        slot.looks.clear()
+
+    def _fill_slots(self) -> None:
+        """Ask for groups, and put an actor into every group that has room."""
+        now = time.monotonic()
+        if now - self._checked < CHECK_S:
+            return
+        self._checked = now
+        without_room = [slot for slot in self._slots if slot.actor is None and not self._settle(slot, now)]
+        while len(self._slots) < self._limit and (self._settings.replicas != "auto" or not without_room):
+            slot = self._new_slot()
+            if not self._settle(slot, now):
+                without_room.append(slot)
+        self._check_room(len(without_room), now)
+
+    def _new_slot(self) -> _Slot:
+        bundle = {"CPU": float(self._settings.cpus)}
+        if self._settings.gpus:
+            bundle["GPU"] = float(self._settings.gpus)
+        slot = _Slot(len(self._slots), placement_group([bundle], strategy="STRICT_PACK"))
+        self._slots.append(slot)
+        if self._settings.replicas == "auto":
+            # The next group is asked for only when this one has its room: one at a time waits for nodes to join.
+            slot.group.wait(1)
+        return slot
+
+    def _settle(self, slot: _Slot, now: float) -> bool:
+        """Start an actor in the slot's group; False where the group waits for room."""
+        if placement_group_table(slot.group).get("state") != "CREATED":
+            return False
+        if now >= slot.not_before:
+            slot.lives, slot.started_at = slot.lives + 1, now
+            slot.actor = self._actor_class.options(
+                num_cpus=self._settings.cpus,
+                num_gpus=self._settings.gpus,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, 0),
+            ).remote(slot.name, self._make_runner)
+            slot.calls.append(slot.actor.start.remote())
+        return True
+
+    def _check_room(self, without_room: int, now: float) -> None:
+        """Tell the operator, or give up, where groups wait for room."""
+        if without_room < len(self._slots):
+            self._empty_since = None
+        elif self._empty_since is None:
+            self._empty_since = now
+        if self._empty_since is not None and now - self._empty_since >= self._settings.start_timeout_s:
+            raise ClusterError(
+                f"no node has room for a replica of {self._wanted()} after {self._settings.start_timeout_s:g} s "
+                f"(workers.start_timeout_s); the cluster has {describe_nodes()}; lower workers.gpus or workers.cpus, "
+                "free the nodes or add some"
+            )
+        if without_room and now >= self._notice_at:
+            self._notice_at = float("inf")
+            fits = len(self._slots) - without_room
+            if fits == 0 or self._settings.replicas != "auto":
+                self._tell(
+                    f"room for {fits} of {len(self._slots)} replicas of {self._wanted()} each; the cluster has "
+                    f"{describe_nodes()}; the others start as room comes"
+                )
+
+    def _wanted(self) -> str:
+        return amounts({"GPU": self._settings.gpus, "CPU": self._settings.cpus})
+
+
+def _is_overdue(slot: _Slot) -> bool:
+    return slot.actor is not None and not slot.ready and time.monotonic() - slot.started_at >= START_S
+
+
+def death_of(error: RayActorError) -> str:
+    """Ray's lines of text about a dead actor as one line: the cause without ids and advice."""
+    text = one_line(str(error))
+    for start in ("The actor is dead because ", "The actor died because "):
+        text = text[text.index(start) + len(start) :] if start in text else text
+    return text.split(" Some common causes include")[0]

@@ -1,0 +1,136 @@
+"""Puts a replica together from a job: model, engine, reader and ledger."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from model.errors import CheckpointError
+from model.runtime.device_errors import device_lost
+from pipeline.config.job import Job
+from pipeline.core.errors import JobError
+from pipeline.core.types import UnitResult, WorkUnit
+from pipeline.input.unit_reader import UnitData, UnitReader
+from pipeline.monitoring.logs import is_json, use_json
+from pipeline.output.part import build_part
+from pipeline.output.publisher import UnitOutput
+from pipeline.output.segments import SegmentRows
+from workers.checks.self_check import self_check
+from workers.units.counts import engine_room
+from workers.units.runner import UnitRunner
+
+if TYPE_CHECKING:
+    from model import Engine, TwoTower
+    from model.checkpoint.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSpec:
+    """All that a replica needs to know; it travels to the actor."""
+
+    job: Job
+    fingerprint: str
+    """The plan's digest."""
+    schema: pa.Schema
+    """Of every part."""
+    json_logs: bool = False
+    """Whether replicas log JSON (pipeline.monitoring.logs)."""
+
+
+class PartStore:
+    """Reads a job's units, keeps their finished rows and publishes their parts: the runner's UnitStore."""
+
+    def __init__(self, spec: ReplicaSpec, replica: str) -> None:
+        self._reader = UnitReader(spec.job.input)
+        self._output = UnitOutput(spec.job.output.path, spec.fingerprint)
+        self._schema, self._replica = spec.schema, replica
+
+    def close(self) -> None:
+        """See UnitStore."""
+        self._reader.close()
+
+    def published(self, unit: WorkUnit) -> UnitResult | None:
+        """See UnitStore."""
+        return self._output.published(unit)
+
+    def read(self, unit: WorkUnit) -> UnitData:
+        """See UnitStore."""
+        return self._reader.read(unit)
+
+    def read_segments(self, unit: WorkUnit) -> SegmentRows:
+        """See UnitStore."""
+        return self._output.read_segments(unit)
+
+    def write_segment(self, unit: WorkUnit, rows: pa.Table, *, writer: str, number: int, attempt: int) -> None:
+        """See UnitStore."""
+        self._output.write_segment(unit, rows, writer=writer, number=number, attempt=attempt)
+
+    def publish(
+        self, data: UnitData, rows: Sequence[pa.Table], *, writer: str, attempt: int, seconds: float
+    ) -> UnitResult:
+        """See UnitStore. Raises ValueError, which ends the replica, where a row has no result or more than one."""
+        header = self._output.header(data.unit, attempt=attempt, replica=self._replica, seconds=seconds, writer=writer)
+        part, _ = build_part(data, rows, self._schema, header)
+        return self._output.publish(data.unit, part)
+
+
+def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
+    """Loads the job's model, checks it and makes a runner.
+
+    Raises CheckpointError, RequestError, JobError and what the self-check raises.
+    """
+    if spec.json_logs and not is_json():  # with --local the driver has set it up
+        use_json()
+    job = spec.job
+    pair, tokenizer = load_pair(job)
+    checked = self_check(pair, tokenizer, job.model.checkpoint)
+    engine = make_engine(pair, job)
+    return UnitRunner(
+        engine,
+        tokenizer,
+        PartStore(spec, replica),
+        job.generation.params(tuple(pair.eos_ids)),
+        replica=replica,
+        checkpoint=job.checkpoint,
+        retry_degenerate=job.generation.on_degenerate == "retry",
+        notes=[f"model loaded: {', '.join(map(str, pair.loaded))}", checked, *engine.memory.lines()],
+        room=partial(engine_room, engine),
+    )
+
+
+def load_pair(job: Job) -> "tuple[TwoTower, Tokenizer]":
+    """The job's model on the devices of this process, and its tokenizer. Raises as make_runner.
+
+    The devices are those that Ray shows this process: cuda:0 up to the replica's number of GPUs, or the CPU.
+    """
+    import torch  # only here: whoever builds a runner needs it, whoever imports this module may not
+
+    from model import load_model
+
+    torch.set_num_threads(min(job.workers.cpus, os.cpu_count() or 1))
+    if job.workers.gpus > (found := torch.cuda.device_count()):  # with --local, or drivers that torch does not know
+        raise JobError(f"workers.gpus is {job.workers.gpus}, but torch finds {found} here; lower it, 0 is the CPU")
+    devices = [f"cuda:{index}" for index in range(job.workers.gpus)] or ["cpu"]
+    pair = load_model(job.model.checkpoint, dtype=job.model.dtype, devices=devices, towers=job.generation.towers)
+    if pair.tokenizer is None:
+        raise CheckpointError(f"checkpoint {job.model.checkpoint} has no tokenizer.json: prompts cannot be read")
+    return pair, pair.tokenizer
+
+
+def make_engine(pair: "TwoTower", job: Job) -> "Engine":
+    """An engine on a loaded model, with the job's limits. Raises RequestError and JobError where they do not fit."""
+    from model import Engine
+
+    try:
+        return Engine(pair, job.engine.limits())
+    except (RuntimeError, MemoryError) as error:  # torch has no narrower one for host memory
+        if device_lost(error):
+            raise
+        kv_tokens = "null" if job.engine.kv_tokens is None else job.engine.kv_tokens
+        raise JobError(
+            f"no memory for the context of engine.max_rows {job.engine.max_rows} and engine.kv_tokens {kv_tokens}; "
+            f"lower them: {error}"
+        ) from error

@@ -1,0 +1,351 @@
+"""One replica's work, free of Ray: reads units, keeps the engine full, saves what is finished, publishes parts.
+
+    add(unit) -> read + tokenise (thread) -> rows, longest first -> engine -> segments, then part (threads) -> UnitDone
+
+A unit's rows finish in any order. Up to two units are in at once (the dispatcher's rule), so the engine goes on with
+the next one's rows while the last rows of the first finish; reading, flushing and publishing happen beside it.
+
+Rows that a failed forward took down are submitted again, once each. A second failure of one of them is raised: then it
+is the engine, and the unit is for another replica. So is an error that leaves the GPU unusable
+(model.runtime.device_errors), at once.
+"""
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import replace
+
+from model.errors import RequestError, TwoTowerError
+from model.requests import Completion, EngineError, GenerationParams, Request
+from model.runtime.device_errors import device_lost
+from pipeline.config.job import CheckpointSection
+from pipeline.core.errors import StorageError
+from pipeline.core.events import EngineRoom, RangeDone, ReplicaStats, UnitDone, UnitFailed, UnitProgress
+from pipeline.core.types import Assignment, UnitResult
+from pipeline.monitoring.efficiency import ForwardsWatch
+from pipeline.output.part import row_key
+from pipeline.storage.urls import is_transient
+from workers.units.counts import RowCounts
+from workers.units.loader import UnitLoader
+from workers.units.protocols import EngineLike, TokenizerLike, UnitStore
+from workers.units.saver import Outcome, Saver
+from workers.units.tries import judge, next_params
+from workers.units.unit import OpenUnit, QueuedRow, Tries, name_of
+
+QUEUE_FACTOR = 2
+"""Rows handed to the engine ahead of its slots, in multiples of its row limit: all slots can turn over in one step."""
+MAX_NOTES = 1000
+"""Notes kept while nobody takes them; the oldest go."""
+STOP_PAUSE_S = 0.5
+"""From one flush of `stop` that failed to the next."""
+
+
+class UnitRunner:
+    """Drives one engine over units. `work` is for one thread; all else may be called from any, at any time.
+
+    A lock guards what all of them see. The engine's step and the waiting run without it, so that a step that hangs
+    holds up nobody.
+    """
+
+    def __init__(
+        self,
+        engine: EngineLike,
+        tokenizer: TokenizerLike,
+        store: UnitStore,
+        params: GenerationParams,
+        *,
+        replica: str,
+        checkpoint: CheckpointSection,
+        retry_degenerate: bool = False,
+        notes: Sequence[str] = (),
+        room: Callable[[], EngineRoom] = EngineRoom,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """retry_degenerate: rows whose completion is a loop are generated again (workers.units.tries). notes: what
+        there is to tell already. room: how much of the engine is in use; asked from any thread."""
+        self._engine, self._store, self._replica, self._clock = engine, store, replica, clock
+        self._retry_degenerate, self._room = retry_degenerate, room
+        self._counts = RowCounts()  # of the units that have ended
+        self._read_failures = 0
+        self._watch = ForwardsWatch()
+        self._max_rows = engine.max_rows  # as last told to the operator
+        # fixed: where the engine lowers its row limit because memory runs out, rows wait there instead of here
+        self._queue_limit = QUEUE_FACTOR * engine.max_rows
+        self._notes = deque(notes, maxlen=MAX_NOTES)
+        self._lock = threading.Lock()
+        self._idle = threading.Event()  # set while no `work` runs
+        self._idle.set()
+        self._wake = threading.Event()  # set by whatever gives an idle runner something to do
+        self._stopped = self._closed = False
+        self._announce = False  # a suspect is read: the driver hears so before it is generated, and may kill
+        self._steps = self._reads = 0
+        self._loader = UnitLoader(
+            tokenizer, store, params=params, replica=replica, tell=self._notes.append, clock=clock
+        )
+        # A thread each, not some for all: a reader reads one unit at a time, and no part waits behind a reading.
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
+        self._saver = Saver(
+            store, checkpoint, replica=replica, tell=self._notes.append, done=self._wake.set, clock=clock
+        )
+        self._units: dict[str, Assignment] = {}  # by id, from add to outcome
+        self._to_read: dict[str, Tries] = {}
+        self._reading: dict[str, Future[OpenUnit | UnitResult]] = {}
+        self._open: dict[str, OpenUnit] = {}  # in the order they came
+        self._in_engine: dict[str, tuple[OpenUnit, QueuedRow]] = {}  # by row key
+
+    @property
+    def busy(self) -> bool:
+        """Whether any unit is in."""
+        return bool(self._units)
+
+    @property
+    def beats(self) -> int:
+        """Changes whenever something has ended: a step of the engine, a reading, a flush, a publication; well or badly,
+        for a store that is away is no standstill of the replica."""
+        return self._steps + self._reads + self._saver.ended
+
+    def notes(self) -> list[str]:
+        """What the operator should know and was not told yet."""
+        with self._lock:
+            return [self._notes.popleft() for _ in range(len(self._notes))]
+
+    def add(self, work: Assignment) -> None:
+        """Take a unit. Raises ValueError for one that is in already: its row keys would be twice in the engine."""
+        unit_id = work.unit.id
+        with self._lock:
+            if unit_id in self._units:
+                raise ValueError(f"unit {unit_id} is already on replica {self._replica}")
+            self._units[unit_id] = work
+            self._to_read[unit_id] = Tries()
+        self._wake.set()
+
+    def work(self, seconds: float) -> list[Outcome]:
+        """Run until a unit is finished or `seconds` have passed; returns what became of the finished ones.
+
+        Raises what the engine raises (EngineError where a row failed twice), and errors of reading or publishing that
+        are not the project's own: the runner is then good for nothing but `stop`.
+        """
+        deadline = self._clock() + seconds
+        with self._lock:
+            self._idle.clear()
+            try:
+                return self._run(deadline)
+            finally:
+                self._idle.set()
+
+    def progress(self) -> list[UnitProgress]:
+        """How far each unit is that has been read."""
+        with self._lock:
+            return [opened.progress() for opened in self._open.values()]
+
+    def stats(self) -> ReplicaStats:
+        """What it has done so far, and what it holds."""
+        with self._lock:
+            counts = RowCounts()
+            for each in (self._counts, *(opened.counts for opened in self._open.values())):
+                counts.merge(each)
+            unsaved = [opened for opened in self._open.values() if opened.finished]
+            waiting = min(self._engine.waiting, len(self._in_engine))
+            return counts.stats(
+                storage_retries=self._read_failures + self._saver.failures,
+                queue=waiting + sum(len(opened.queue) for opened in self._open.values()),
+                active=len(self._in_engine) - waiting,
+                max_rows=self._engine.max_rows,
+                unsaved_rows=sum(len(opened.finished) for opened in unsaved),
+                unsaved_s=max((self._clock() - opened.flushed_at for opened in unsaved), default=0.0),
+                room=self._room(),
+            )
+
+    def doing(self) -> str:
+        """What the runner is at, in a few words."""
+        with self._lock:
+            in_engine = Counter(opened.work.unit.id for opened, _ in self._in_engine.values())
+            texts = [opened.describe(in_engine[unit_id]) for unit_id, opened in self._open.items()]
+            texts += [f"reading {name_of(self._units[unit_id])}" for unit_id in self._to_read]
+        return "; ".join(texts) or "idle"
+
+    def stop(self, seconds: float) -> int:
+        """Ends the work for good, so that the process can go: makes a running `work` return after the engine's step and
+        writes all finished rows to segments; returns how many that were. Gives up after `seconds`; a step that takes
+        more than half of them is not waited for. `work` returns at once from now on.
+
+        From any thread but that of a running `work`.
+        """
+        deadline = time.monotonic() + seconds
+        self._stopped = True
+        self._wake.set()
+        self._idle.wait(seconds / 2)
+        flushed, failed = 0, False
+        while (left := deadline - time.monotonic()) > 0:
+            if failed:
+                time.sleep(min(left, STOP_PAUSE_S))
+            failed = False
+            with self._lock:
+                for opened in self._open.values():
+                    if opened.flush and opened.flush.done():
+                        flushed += self._saver.end_flush(opened)
+                    failed |= bool(opened.flush_tries.failures)
+                    if opened.finished and not opened.flush:
+                        self._saver.begin_flush(opened)
+                under_way = [opened.flush for opened in self._open.values() if opened.flush]
+            if not under_way:
+                break
+            wait(under_way, max(0, deadline - time.monotonic()), FIRST_COMPLETED)
+        return flushed
+
+    def close(self) -> None:
+        """Let go of the threads; units under way are abandoned. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for future in self._reading.values():
+            future.cancel()
+        self._reader.submit(self._store.close)  # behind what it is reading
+        self._reader.shutdown(wait=False)
+        self._saver.close()
+
+    # With the lock held.
+
+    def _run(self, deadline: float) -> list[Outcome]:
+        while not self._stopped:
+            self._wake.clear()
+            self._start_reading()
+            outcomes = [*self._collect_read(), *self._settle()]
+            left = deadline - self._clock()
+            if outcomes or left <= 0 or self._announce:
+                self._announce = False
+                return outcomes
+            self._top_up()
+            if self._in_engine:
+                self._step()
+            else:
+                self._wait(left)
+        return []
+
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
+
+    def _wait(self, seconds: float) -> None:
+        """Until something is to be done, that many seconds at most."""
+        due = [self._saver.due_at(opened) for opened in self._open.values()]
+        due += [tries.not_before for unit_id, tries in self._to_read.items() if unit_id not in self._reading]
+        seconds = min([seconds, *(at - self._clock() for at in due)])
+        with self._unlocked():
+            self._wake.wait(max(0, seconds))
+
+    def _start_reading(self) -> None:
+        for unit_id, tries in self._to_read.items():
+            if unit_id not in self._reading and self._clock() >= tries.not_before:
+                future = self._reader.submit(self._loader.open, self._units[unit_id])
+                future.add_done_callback(lambda _future: self._wake.set())
+                self._reading[unit_id] = future
+
+    def _collect_read(self) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for unit_id in [unit_id for unit_id, future in self._reading.items() if future.done()]:
+            self._reads += 1
+            try:
+                opened = self._reading.pop(unit_id).result()
+            except TwoTowerError as error:
+                if not self._read_again(unit_id, error):
+                    outcomes.append(self._end(unit_id, UnitFailed(self._replica, self._units[unit_id], str(error))))
+                continue
+            del self._to_read[unit_id]
+            if isinstance(opened, OpenUnit):
+                self._open[unit_id] = opened
+                self._announce |= opened.work.suspect
+            else:
+                outcomes.append(self._end(unit_id, self._published(opened)))
+        return outcomes
+
+    def _read_again(self, unit_id: str, error: TwoTowerError) -> bool:
+        """Whether reading the unit is worth another try, later."""
+        tries = self._to_read[unit_id]
+        tries.failed(self._clock(), error)
+        if not isinstance(error, StorageError) or error.__cause__ is None or not is_transient(error.__cause__):
+            return False
+        self._read_failures += 1
+        if tries.failures == 1:
+            self._notes.append(f"unit {unit_id}: reading it is tried again: {error}")
+        return not tries.exhausted
+
+    def _published(self, result: UnitResult) -> Outcome:
+        """The outcome of an assignment whose unit has its part already."""
+        work = self._units[result.unit_id]
+        if work.rows is not None:  # the whole unit follows its ranges, and finds the part
+            return RangeDone(self._replica, work.key)
+        return UnitDone(result, result.totals.rows, result.totals.completion_tokens)
+
+    def _settle(self) -> list[Outcome]:
+        found = [(unit_id, self._saver.settle(opened)) for unit_id, opened in self._open.items()]
+        return [self._end(unit_id, outcome) for unit_id, outcome in found if outcome]
+
+    def _end(self, unit_id: str, outcome: Outcome) -> Outcome:
+        """Lets go of the unit."""
+        del self._units[unit_id]
+        self._to_read.pop(unit_id, None)
+        if opened := self._open.pop(unit_id, None):
+            self._counts.merge(opened.counts)
+        return outcome
+
+    def _top_up(self) -> None:
+        for opened in self._open.values():
+            while opened.queue and self._engine.waiting < self._queue_limit:
+                self._submit(opened, opened.queue.popleft())
+
+    def _submit(self, opened: OpenUnit, row: QueuedRow) -> None:
+        key = row_key(opened.work.unit, row.index)
+        try:
+            self._engine.submit(Request(key, row.ids, row.params, row.prefix_tokens))
+        except RequestError as error:
+            opened.add_error(row.index, row.refusal(error), prompt_tokens=len(row.ids))
+            self._wake.set()  # it may have been the last one
+        else:
+            self._in_engine[key] = opened, row
+
+    def _step(self) -> None:
+        failure: EngineError | None = None
+        try:
+            with self._unlocked():
+                completions = self._engine.step()
+        except EngineError as error:
+            failure, completions = error, error.completions
+        self._steps += 1
+        if (rows := self._engine.max_rows) < (before := self._max_rows):
+            self._notes.append(f"memory ran out: engine.max_rows is {rows} from now on, not {before}; set it so")
+            self._max_rows = rows
+        for completion in completions:
+            self._take_in(*self._in_engine.pop(completion.key), completion)
+        if failure is not None:
+            self._put_back(failure)
+
+    def _take_in(self, opened: OpenUnit, row: QueuedRow, completion: Completion) -> None:
+        """A try has ended. The next, if there is to be one, has its key in the engine and waits for no queued row."""
+        if warning := self._watch.take(row.params, completion):
+            self._notes.append(warning)
+        tries = (*row.tries, judge(row.params, completion))
+        params = next_params(tries) if self._retry_degenerate else None
+        if params is None:
+            opened.add(row.index, tries)
+        else:
+            self._counts.loop_retries += 1
+            self._submit(opened, replace(row, params=params, tries=tries, failures=0))
+
+    def _put_back(self, error: EngineError) -> None:
+        """Queues the rows that a failed step lost once more. Raises the error where it names none, or one again, and
+        where the GPU can do nothing more."""
+        lost = [self._in_engine.pop(key) for key in error.keys]
+        if not lost or any(row.failures for _, row in lost) or device_lost(error):
+            raise error
+        for opened, row in reversed(lost):
+            opened.queue.appendleft(replace(row, failures=1))
+        self._counts.forward_retries += len(lost)
+        self._notes.append(f"{error}; trying its {len(lost)} rows once more")

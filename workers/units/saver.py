@@ -1,0 +1,169 @@
+"""Writes down what a replica finishes, beside the engine: segments while a unit is under way, its part at the end.
+
+For each unit one of the two is under way at a time. What fails at the storage is tried again with growing pauses, the
+rows staying in memory; a unit is given up only when it is complete and cannot be put anywhere.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pyarrow as pa
+
+from model.errors import TwoTowerError
+from pipeline.config.job import CheckpointSection
+from pipeline.core.errors import StorageError
+from pipeline.core.events import RangeDone, UnitDone, UnitFailed
+from pipeline.core.types import RowResult, UnitResult
+from pipeline.output.part import result_table
+from workers.units.protocols import UnitStore
+from workers.units.unit import OpenUnit, name_of
+
+Outcome = UnitDone | RangeDone | UnitFailed
+NEVER = float("inf")
+
+
+class Saver:
+    """Not thread-safe, but for its two threads: one for segments, so that none waits behind a part, one for parts."""
+
+    def __init__(
+        self,
+        store: UnitStore,
+        settings: CheckpointSection,
+        *,
+        replica: str,
+        tell: Callable[[str], None],
+        done: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """tell: takes what the operator should know. done: called, in a thread, when something under way has ended."""
+        self._store, self._settings, self._replica = store, settings, replica
+        self._tell, self._done, self._clock = tell, done, clock
+        self._flusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
+        self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
+        self.ended = 0
+        """Flushes and publications, well or badly."""
+        self.failures = 0
+        """Those of them that failed at the storage."""
+
+    def settle(self, opened: OpenUnit) -> Outcome | None:
+        """Hears what has ended, begins what is due; what became of the assignment, once that is known.
+
+        Raises what flushing or publishing raised, where that is not the project's own.
+        """
+        if opened.flush and opened.flush.done():
+            self.end_flush(opened)
+        if opened.publishing and opened.publishing.done() and (outcome := self._end_publishing(opened)):
+            return outcome
+        if opened.flush or opened.publishing:
+            return None
+        if opened.complete and opened.work.rows is not None:
+            if not opened.finished:
+                return RangeDone(self._replica, opened.work.key)
+            if opened.flush_tries.exhausted:
+                tries = opened.flush_tries
+                return UnitFailed(self._replica, opened.work, f"{tries.error} ({tries.failures} times)")
+        now = self._clock()
+        if now >= self._flush_at(opened):
+            self.begin_flush(opened)
+        elif now >= self._publish_at(opened):
+            self._begin_publishing(opened)
+        return None
+
+    def due_at(self, opened: OpenUnit) -> float:
+        """When settle has something to do without anything having ended."""
+        if opened.flush or opened.publishing:
+            return NEVER
+        return min(self._flush_at(opened), self._publish_at(opened))
+
+    def begin_flush(self, opened: OpenUnit) -> None:
+        """Starts to write the finished rows as a segment."""
+        opened.flushing, opened.finished = opened.finished, []
+        opened.flushed_at = self._clock()
+        opened.flushes += 1
+        opened.flush = self._flusher.submit(self._flush, opened, opened.flushing, opened.flushes)
+        opened.flush.add_done_callback(lambda _future: self._done())
+
+    def end_flush(self, opened: OpenUnit) -> int:
+        """Hears how a flush ended, which is done; returns how many rows it has written."""
+        assert opened.flush is not None
+        flush, rows = opened.flush, opened.flushing
+        opened.flush, opened.flushing = None, []
+        self.ended += 1
+        try:
+            opened.save(flush.result())
+        except StorageError as error:
+            opened.finished[:0] = rows
+            self.failures += 1
+            if not opened.flush_tries.failures:
+                self._tell(f"{name_of(opened.work)}: {len(rows)} finished rows stay in memory for now: {error}")
+            opened.flush_tries.failed(self._clock(), error)
+            return 0
+        if opened.flush_tries.failures:
+            self._tell(f"{name_of(opened.work)}: its finished rows are saved again")
+        opened.flush_tries.succeeded()
+        return len(rows)
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        for threads in (self._flusher, self._publisher):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _flush_at(self, opened: OpenUnit) -> float:
+        into_part = opened.complete and opened.work.rows is None and not opened.publish_tries.failures
+        if into_part or not opened.finished:
+            return NEVER
+        at = opened.flushed_at + self._settings.seconds
+        most = self._settings.rows
+        # Of a unit whose replicas die, and of one that cannot be published, each row is saved as soon as can be.
+        if opened.work.suspect or opened.complete or (most is not None and len(opened.finished) >= most):
+            at = -NEVER
+        return max(at, opened.flush_tries.not_before)
+
+    def _publish_at(self, opened: OpenUnit) -> float:
+        ready = opened.complete and opened.work.rows is None
+        return opened.publish_tries.not_before if ready else NEVER
+
+    def _flush(self, opened: OpenUnit, rows: Sequence[RowResult], number: int) -> pa.Table:
+        """In a thread."""
+        work = opened.work
+        table = result_table(work.unit, rows)
+        self._store.write_segment(work.unit, table, writer=opened.writer, number=number, attempt=work.attempt)
+        return table
+
+    def _begin_publishing(self, opened: OpenUnit) -> None:
+        saved, finished = list(opened.saved), list(opened.finished)
+        opened.publishing = self._publisher.submit(self._publish, opened, saved, finished)
+        opened.publishing.add_done_callback(lambda _future: self._done())
+
+    def _publish(self, opened: OpenUnit, saved: Sequence[pa.Table], finished: Sequence[RowResult]) -> UnitResult:
+        """In a thread."""
+        assert opened.data is not None
+        rows = [*saved, result_table(opened.work.unit, finished)]
+        seconds = self._clock() - opened.started
+        return self._store.publish(
+            opened.data, rows, writer=opened.writer, attempt=opened.work.attempt, seconds=seconds
+        )
+
+    def _end_publishing(self, opened: OpenUnit) -> Outcome | None:
+        publishing: Future[UnitResult] | None = opened.publishing
+        assert publishing is not None
+        opened.publishing = None
+        self.ended += 1
+        tries, work = opened.publish_tries, opened.work
+        try:
+            result = publishing.result()
+        except StorageError as error:
+            self.failures += 1
+            tries.failed(self._clock(), error)
+            if tries.exhausted:
+                return UnitFailed(self._replica, work, f"{error} ({tries.failures} times)")
+            self._tell(f"unit {work.unit.id}: its part is tried again in {tries.pause:g} s: {error}")
+            return None
+        except TwoTowerError as error:
+            return UnitFailed(self._replica, work, str(error))
+        if result.published_by_other:
+            self._tell(
+                f"unit {work.unit.id}: replica {result.replica} published its part first, in attempt {result.attempt}; "
+                f"that of attempt {work.attempt} is dropped"
+            )
+        return UnitDone(result, opened.kept_rows, opened.kept_tokens)
