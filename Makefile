@@ -6,23 +6,38 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export TWOTOWER_OUT ?= $(CURDIR)/out
 
-.PHONY: demo test lint types unit bench bench-gpu kernels bench-scale bench-pipeline chaos fuzz quality tiny noise clean
+COSTLY := ray or server or slow
+
+.PHONY: help demo check test lint format types unit costly bench bench-gpu kernels bench-scale bench-pipeline chaos fuzz quality tiny noise clean
+
+help: ## show the targets and what they do
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.runtime ## run jobs/demo.yaml; completions land in out/demo
 	$(BIN)/python -m pipeline run jobs/demo.yaml
 
-test: lint types unit ## everything CI runs
+check: lint types unit ## format, types, floor plan and quick tests: a minute, before each commit
+
+test: check costly ## everything CI runs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+format: $(VENV)/.dev ## sort imports, mend what ruff can mend, format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# three processes, a file in one of them: tests wait for clusters and servers, so two cores are busy with three
+# tests that start no Ray and no server and compute little
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m 'not ($(COSTLY))'
+
+# three processes: tests wait for clusters and servers, so two cores are busy with three
+costly: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m '$(COSTLY)'
 
 bench: $(VENV)/.dev ## the engine against lockstep, layouts on simulated GPUs: tests/benchmarks/out/engine.json
 	$(BIN)/python -m tests.benchmarks.engine

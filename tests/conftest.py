@@ -1,8 +1,18 @@
-"""For all tests: the same random examples on every run, and no time limits that a busy machine would break."""
+"""For all tests: the same random examples on every run, markers that are true, and the order in which files run.
+
+Three markers say why a test is not in `make check`: `ray` starts or imports Ray, `server` starts a server, `slow`
+computes or waits for long. A test without the first two that does such a thing fails.
+"""
 
 import contextlib
+import itertools
 import os
+import re
+import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
+
+import pytest
 
 if not Path("/dev/nvidiactl").exists():
     # without a GPU Triton's kernels run in its interpreter, asked for before import
@@ -14,3 +24,97 @@ with contextlib.suppress(ImportError):  # tests/gpu runs on machines that have n
 
     settings.register_profile("project", derandomize=True, deadline=None, database=None)
     settings.load_profile("project")
+
+COSTLY = ("ray", "server", "slow")
+PROGRAMS = {"ray": "ray", "weed": "server"}
+"""Program -> the marker of a test that starts it."""
+
+
+class Watch:
+    """Notes what the running test does that its markers must say."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+        """Marker that is needed -> what was done."""
+
+    def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
+        """See `sys.addaudithook`. It is called very often, and must not raise."""
+        if event == "import" and arguments[0] == "ray":
+            self.found["ray"] = "imports ray"
+        elif event == "subprocess.Popen":
+            self._look_at_program(arguments)
+        elif event == "socket.bind" and isinstance(arguments[1], tuple):  # a path would be a local socket
+            self.found["server"] = f"binds {arguments[1]}"
+
+    def _look_at_program(self, arguments: tuple[object, ...]) -> None:
+        words = arguments[1] if isinstance(arguments[1], list | tuple) else [arguments[0]]
+        command = [os.fsdecode(word) for word in words if isinstance(word, str | bytes | os.PathLike)]
+        needed = PROGRAMS.get(os.path.basename(command[0]))
+        if {"pipeline", "run"} <= set(command) and "--local" not in command:
+            needed = "ray"
+        if needed:
+            self.found[needed] = f"starts {' '.join(command)[:200]}"
+
+
+WATCH = Watch()
+sys.addaudithook(WATCH)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Importing a test file may load Ray only if all of its tests are marked so."""
+    WATCH.found.clear()
+    report = yield
+    if isinstance(collector, pytest.Module) and "ray" in WATCH.found and "ray" not in markers_of_file(collector.path):
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} imports ray: write `pytestmark = pytest.mark.ray` in it"
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _markers_are_true(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that starts Ray or a server and is not marked so, fixtures of the test alone included."""
+    WATCH.found.clear()
+    yield
+    for marker, what in WATCH.found.items():
+        if request.node.get_closest_marker(marker) is None:
+            pytest.fail(f"the test {what}: mark it with @pytest.mark.{marker}")
+
+
+def markers_of_file(path: Path, *, every: bool = True) -> set[str]:
+    """The costly markers of all tests of a file; if not `every`, those of any."""
+    text = path.read_text()
+    lines = "".join(re.findall(r"^pytestmark = .*$", text, re.MULTILINE)) if every else text
+    return {name for name in COSTLY if f"mark.{name}" in lines}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave files out in which `-m` can select nothing: importing torch, Ray and pandas takes seconds."""
+    expression = config.option.markexpr
+    if not expression or not collection_path.name.startswith("test_"):
+        return None
+    always = markers_of_file(collection_path)
+    maybe = markers_of_file(collection_path, every=False) - always
+    chosen = itertools.product((True, False), repeat=len(maybe))
+    cases = ({name for name, on in zip(maybe, some, strict=True) if on} | always for some in chosen)
+    return None if any(selects(expression, names) for names in cases) else True
+
+
+def selects(expression: str, names: set[str]) -> bool:
+    """Whether an expression of `-m` over COSTLY selects a test with these markers; True if it names other things."""
+    words = re.sub(r"\b(\w+)\b", lambda word: word[0] if word[0] in ("and", "or", "not") else f"_{word[0]}", expression)
+    known = {f"_{name}": name in names for name in COSTLY}
+    if not re.fullmatch(r"(and|or|not|[\s()]|" + "|".join(known) + ")+", words):
+        return True
+    return bool(eval(words, {"__builtins__": {}}, known))
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests run in one process, and tests on one cluster or server together; the longest wait first."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in COSTLY])

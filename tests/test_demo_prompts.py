@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
+
+pytestmark = pytest.mark.slow
 
 JOBS = Path(__file__).parents[1] / "jobs"
 

@@ -51,6 +51,7 @@ def test_two_lanes_keep_both_devices_busy(roofline: Roofline) -> None:
     assert min(two.busy) > 0.9 > max(one.busy)
 
 
+@pytest.mark.slow
 def test_layers_across_devices_beat_towers_and_lockstep(roofline: Roofline) -> None:
     """The order that the design rests on, for a mix of lengths."""
     mix = Mix.draw(1024)

@@ -15,6 +15,7 @@ from tests.benchmarks.roofline import Hardware, Roofline
 SMALL = "--size noise --device cpu --rows 1 --contexts 20 --throughput-rows 2 --steps 3 --prompt 8 --new 16"
 
 
+@pytest.mark.slow
 def test_it_measures_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every figure once; the tables name the command, and two stages make the tokens of one."""
     arguments = [*SMALL.split(), "--stage-rows", "2", "--folder", str(tmp_path), "--out", str(tmp_path / "gpu.json")]

@@ -6,6 +6,8 @@ from model import load_model
 from model.requests import Mode
 from tests.benchmarks import host
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("mode", "most"), [("diffusion", 16 / 5), ("ar", host.AR_TOKENS)])
 def test_a_turn_is_measured_part_by_part(monkeypatch: pytest.MonkeyPatch, mode: Mode, most: float) -> None:

@@ -12,6 +12,8 @@ from tests.benchmarks.lockstep import generate, serve
 from tests.benchmarks.workload import requests
 from tests.model.golden_cases import CHECKPOINT, cases, tensor
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pair() -> TwoTower:

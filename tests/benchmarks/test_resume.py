@@ -6,6 +6,8 @@ import pytest
 
 from tests.benchmarks import resume
 
+pytestmark = pytest.mark.slow
+
 
 def test_all_steps_run_on_a_small_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "FILES", 4)

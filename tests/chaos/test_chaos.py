@@ -8,6 +8,8 @@ from tests.chaos.harness import Schedule
 from tests.chaos.run import as_json, run
 from tests.end_to_end.s3.server import weed_binary
 
+pytestmark = [pytest.mark.ray, pytest.mark.server]
+
 ROWS = 2_000
 SCHEDULE = Schedule(
     rows_per_file=20,

@@ -11,6 +11,8 @@ from tests.chaos.harness import History, Killed
 from tests.chaos.logs import Life
 from tests.chaos.rows import COLUMNS, Prompts, expected
 
+pytestmark = pytest.mark.slow
+
 ROWS = 4
 
 

@@ -18,6 +18,8 @@ import pytest
 from pipeline.core.repetition import DEGENERATE
 from tests.docs.conftest import BAD_ROWS
 
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
 TEXT = (Path(__file__).parents[2] / "docs/analyse.md").read_text()
 LANGUAGES = {"sql", "python"}
 

@@ -22,6 +22,8 @@ import pytest
 
 from pipeline.config.loader import load_job
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef" * 4

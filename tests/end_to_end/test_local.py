@@ -23,6 +23,8 @@ from workers.replica.local_pool import LocalPool
 from workers.units import loader
 from workers.units.runner import UnitRunner
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ROWS = 60
 BAD = {3: "prompt is null", 17: "prompt is empty", 31: "not UTF-8", 44: "exceed the context"}

@@ -76,6 +76,7 @@ def test_files_that_came_late_are_run_alone(folder: Path) -> None:
     assert f"job nightly-{SATURDAY} is complete: 27 rows: 27 ok, 0 errors (1 of 2 units before)" in call("run").stdout
 
 
+@pytest.mark.slow
 def test_a_day_without_a_folder_as_cron_sees_it(folder: Path) -> None:
     """The file started as a program."""
     environment = {**os.environ, "DATE": SUNDAY, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -135,6 +136,7 @@ def test_one_growing_folder_takes_what_was_added_since_the_last_run(
     assert read_status(f"{folder}/completions/nightly").complete
 
 
+@pytest.mark.slow
 def test_tonights_run_leaves_last_nights_alone_and_both_complete(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Last night's is a process of its own on a slow engine; stopped, it goes on when started with its date."""
     (folder / "job.yaml").write_text(NIGHTLY.read_text())

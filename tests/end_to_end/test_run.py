@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+pytestmark = pytest.mark.ray
+
 JOB = """
 input: {{path: {folder}/in}}
 output: {{path: {folder}/out, rows_per_file: 5}}

@@ -95,6 +95,7 @@ def test_the_cluster_fits_the_job(file: Path) -> None:
 
 
 @BOTH
+@pytest.mark.ray
 def test_versions_images_and_start_options(file: Path) -> None:
     spec = ray_job_spec(file)
     cluster = spec["rayClusterSpec"]

@@ -12,6 +12,8 @@ from pipeline.config.loader import load_job
 from tests.infra.files import IMAGE, INFRA, ROOT, start_options
 from tests.infra.test_image import workdir
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture
 def cluster() -> dict[str, Any]:

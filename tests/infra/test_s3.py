@@ -80,6 +80,7 @@ def read_checkpoint(url: str) -> None:
     assert read_canary(url) is None
 
 
+@pytest.mark.server
 def test_the_policy_is_enough_for_a_job_and_its_upkeep_and_every_part_of_it_is_needed(
     guarded: Guard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -127,6 +128,7 @@ def test_the_policy_allows_nothing_else(action: str, arn: str, prefix: str | Non
     assert not any(grant.allows(Access(action, arn, prefix)) for grant in grants_of(INFRA / "s3-policy.json"))
 
 
+@pytest.mark.server
 def test_what_the_policy_does_not_allow_is_refused(guarded: Guard) -> None:
     """The guard is one: with a grant too few the same commands fail."""
     guarded.grants = [grant for grant in guarded.grants if grant.action != "s3:ListBucket"]
@@ -153,6 +155,7 @@ def test_the_policy_covers_the_paths_of_the_other_files() -> None:
         assert any(grant.allows(Access("s3:GetObject", arn)) for grant in grants), path
 
 
+@pytest.mark.server
 def test_the_lifecycle_rule_is_taken_by_the_store(server: str) -> None:
     """botocore checks the form, the server takes it and gives it back; its prefix is that of the policy's output."""
     rules = json.loads((INFRA / "s3-lifecycle.json").read_text())

@@ -1,10 +1,14 @@
 """`doctor` on a real S3 server."""
 
+import pytest
+
 from pipeline.checks.findings import examine
 from pipeline.checks.job import check_output
 from pipeline.checks.machine import machine_checks
 from pipeline.config.job import Job
 from pipeline.storage.storage import Storage
+
+pytestmark = pytest.mark.server
 
 
 def test_s3_is_written_to_once_and_left_empty(s3: str) -> None:

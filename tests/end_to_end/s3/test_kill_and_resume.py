@@ -6,12 +6,16 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from pipeline.config.job import Job
 from pipeline.storage.storage import Storage
 from tests.chaos.check import read_output, verify
 from tests.chaos.logs import read_lives, times_finished
 from tests.chaos.rows import expected, make_prompts, upload
 from tests.end_to_end.s3.fault_proxy import fault_proxy
+
+pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).parents[3]
 ROWS, KILLS = 2_000, 2

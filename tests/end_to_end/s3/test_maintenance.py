@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import pytest
+
 from pipeline.config.loader import load_job
 from pipeline.maintenance.clean import find_leftovers, remove_leftovers
 from pipeline.maintenance.retry_errors import make_retry_job
 from pipeline.maintenance.verify import verify
 from pipeline.storage.storage import Storage
 from tests.pipeline.cases import make_job, prompts, run, write
+
+pytestmark = pytest.mark.server
 
 
 def test_a_job_on_s3_is_verified_retried_and_cleaned(s3: str, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pipeline.core.errors import InputError
 from pipeline.storage.storage import Storage
 from tests.pipeline.cases import make_job, plan_of, run, write
 
+pytestmark = pytest.mark.server
+
 NAMES = [
     *("with space", "a#b", "50%", "%2e%2e", "what?x", "a+b", "c:d", "'quote'", "semi;colon&", "~", "a..b"),
     *("gr\u00f6\u00dfe", "gro\u0308\u00dfe", "\u202eright-to-left", "\U0001f600", "n" * 240),

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from pipeline.output.layout import REPORT
 from pipeline.output.ledger import read_status
 from pipeline.storage.storage import Storage
+
+pytestmark = [pytest.mark.ray, pytest.mark.server]
 
 ROOT = Path(__file__).parents[3]
 ROWS = 100  # the first row group of the demo's prompts

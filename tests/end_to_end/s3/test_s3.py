@@ -15,6 +15,8 @@ from pipeline.storage import retrying
 from pipeline.storage.storage import Storage
 from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, run, write
 
+pytestmark = pytest.mark.server
+
 
 def upload(folder: str, tmp_path: Path, name: str, rows: int, group: int | None = None) -> None:
     file = write(tmp_path / "staging" / name, prompt=prompts(rows), key=list(range(rows)), group=group)

@@ -4,12 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from model.checkpoint.reader import BUILTIN, open_checkpoint
 from model.checkpoint.tokenizer import Tokenizer
 from model.requests import GenerationParams
 from tests.model.reference import Reference
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = ["Hello", "The quick brown fox jumps over the lazy dog.", "1, 2, 3, ", "def f(x):\n    return", "a"]
 

@@ -30,6 +30,8 @@ from model.checkpoint.reader import BUILTIN, open_checkpoint
 from model.checkpoint.writer import write_checkpoint
 from tests.benchmarks.quality.measure import generate, score
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 CONFIGURED = TwoTowerConfig.from_dict(CONFIG)
 

@@ -228,6 +228,7 @@ def test_not_enough_memory_is_said_before_anything_is_allocated(monkeypatch: pyt
     check_memory(open_checkpoint("builtin:noise"), "both", torch.float32, ["cpu"])
 
 
+@pytest.mark.slow
 def test_stages_are_counted_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"cuda:0": 80 * GIB, "cuda:1": 60 * GIB, "cpu": GIB}
     monkeypatch.setattr(loader, "free_memory", lambda device: free[str(device)])
@@ -322,6 +323,7 @@ def write_large_checkpoint(folder: Path) -> None:
         file.write(b"\x80\x3f" * (end % 2**20 // 2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_the_weights_and_its_buffers_alone(tmp_path: Path) -> None:
     """16 MiB of buffers, less than the largest tensor of 24; as stored, and converted.

@@ -109,7 +109,7 @@ def test_any_fsspec_url(folder: Path) -> None:
 
 
 def test_a_remote_tensor_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.checkpoint.PIECE", 1000)
+    monkeypatch.setattr("model.checkpoint.reader.PIECE", 1000)
     memory = fsspec.filesystem("memory")
     memory.put(str(BUILTIN["noise"]), "/pieces", recursive=True)
     try:
@@ -150,8 +150,8 @@ def test_any_changed_byte_of_a_small_checkpoint_changes_the_identity(folder: Pat
 
 
 def test_the_identity_of_a_large_shard_reads_samples_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.checkpoint._WHOLE", 1000)
-    monkeypatch.setattr("model.checkpoint._SAMPLE", 100)
+    monkeypatch.setattr("model.checkpoint.reader._WHOLE", 1000)
+    monkeypatch.setattr("model.checkpoint.reader._SAMPLE", 100)
     before = open_checkpoint(str(folder)).identity()
     content = bytearray((folder / DENOISER_SHARD).read_bytes())
     content[-101] ^= 1  # just before the last sample
@@ -198,7 +198,7 @@ def test_any_storage_error_becomes_one_line(folder: Path, monkeypatch: pytest.Mo
         raise StrangeError("503\nslow down")
 
     checkpoint = open_checkpoint(str(folder))
-    monkeypatch.setattr("model.checkpoint._Folder._read_piece", fail)
+    monkeypatch.setattr("model.checkpoint.reader._Folder._read_piece", fail)
     with pytest.raises(CheckpointError, match=r"cannot read .*: StrangeError: 503 slow down"):
         checkpoint.read(checkpoint.tensors["lm_head.weight"])
 

@@ -13,6 +13,8 @@ from model.errors import CheckpointError, RequestError
 from model.network.two_tower import TwoTower, load_model
 from tests.model.reference import Reference
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ("The capital of France is", "1, 2, 3, 4, ")
 
 

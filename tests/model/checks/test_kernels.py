@@ -16,6 +16,8 @@ from model.network.two_tower import TwoTower, load_model
 from tests.model.golden_cases import CHECKPOINT
 from tests.model.reference import Reference
 
+pytestmark = pytest.mark.slow
+
 CHUNK = 128  # of builtin:noise
 
 

@@ -9,6 +9,8 @@ from model.requests import GenerationParams
 from tests.model.golden_cases import CHECKPOINT, cases, relative_error, tensor
 from tests.model.reference import Reference
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:

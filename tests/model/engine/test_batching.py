@@ -16,6 +16,8 @@ from tests.model.engine.test_engine import drain, outcome, prompt, random_reques
 from tests.model.golden_cases import CHECKPOINT
 from tests.model.memory.meter import MemoryMeter
 
+pytestmark = pytest.mark.slow
+
 NOISE = "builtin:noise"
 MIXES = {NOISE: 40, str(CHECKPOINT): 60}
 

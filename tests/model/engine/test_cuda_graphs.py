@@ -46,7 +46,8 @@ SLIM = replace(  # builtin:noise's kinds of layers, two stages of them, narrow: 
     head_dim=16,
     n_routed_experts=4,
 )
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of NaN in the interpreter
+# numpy warns of NaN in the interpreter
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")]
 
 
 class RowKernels(CudaKernels):
@@ -203,6 +204,7 @@ def test_buckets_are_few_and_waste_little() -> None:
     assert [Bucket.of(1, longest).longest for longest in (1, 2, 3, 16, 20, 32)] == [1, 2, 4, 16, 32, 32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 2])
 def test_replayed_forwards_are_those_launched_kernel_by_kernel(stages: int) -> None:
     """Commits, steps of AR and denoiser forwards of ragged rows in turns, of other rows, contexts and times each."""
@@ -221,6 +223,7 @@ def test_replayed_forwards_are_those_launched_kernel_by_kernel(stages: int) -> N
         assert twins.recorder.recorded <= 6 * stages
 
 
+@pytest.mark.slow
 def test_mock_ar_alone_needs_no_times() -> None:
     """All t are NaN: another graph, which a forward with times does not share. With all kernels of a GPU."""
     twins = Twins(slim(kernels=CudaKernels), 3)
@@ -229,6 +232,7 @@ def test_mock_ar_alone_needs_no_times() -> None:
         twins.denoise(twins.slots, [1, 1, 1], some_tokens(3), torch.tensor(t))
 
 
+@pytest.mark.slow
 def test_rows_of_a_long_context_are_split_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt launched kernel by kernel; the block behind it replayed, its attention in several items."""
     monkeypatch.setattr(attention_plan, "MIN_PAGES", 1)
@@ -310,6 +314,7 @@ def test_a_capture_that_fails_ends_and_tells_the_first_error(monkeypatch: pytest
             assert graph.events == [f"begin in {pool}, thread_local", "invalid", "end"]
 
 
+@pytest.mark.slow
 def test_more_slots_need_other_graphs() -> None:
     """The cache's tensors have moved; after clear() the new ones are used."""
     twins = Twins(slim(), 1)

@@ -20,6 +20,8 @@ from tests.model.golden_cases import relative_error
 from tests.model.kernels.draws import make_draws
 from tests.model.reference import Reference
 
+pytestmark = pytest.mark.slow
+
 NOISE = "builtin:noise"  # attention heads x head_dim is twice the hidden size here, as nothing may assume it is not
 
 

@@ -9,6 +9,8 @@ import torch
 from model import Completion, Engine, EngineLimits, GenerationParams, Request, TwoTower, load_model
 from tests.model import golden_cases as golden
 
+pytestmark = pytest.mark.slow
+
 MODES = {"generate_mask_diffusion": "diffusion", "generate_ar": "ar", "generate_mock_ar": "mock_ar"}
 GENERATE = [case for kind in MODES for case in golden.cases(kind)]
 

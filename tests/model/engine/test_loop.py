@@ -14,6 +14,7 @@ from tests.model.engine.runs import Case, Run, cases
 from tests.model.engine.scripts import Script, request
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(cases(calm=True))
 def test_every_request_ends_once_and_as_scripted(case: Case) -> None:
@@ -31,6 +32,7 @@ def test_every_request_ends_once_and_as_scripted(case: Case) -> None:
         assert stats.prefill_tokens - of_prefixes + stats.shared_tokens == prompts
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(cases(calm=True, growing=True))
 def test_rows_that_go_back_for_want_of_pages_end_as_scripted(case: Case) -> None:
@@ -39,6 +41,7 @@ def test_rows_that_go_back_for_want_of_pages_end_as_scripted(case: Case) -> None
     assert run.done[run.first].preemptions == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=250)
 @given(cases(calm=False) | cases(calm=False, growing=True))
 def test_nothing_is_lost_in_cancels_limits_and_failures(case: Case) -> None:

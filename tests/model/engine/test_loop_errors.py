@@ -58,6 +58,7 @@ def assert_as_told(done: dict[str, Completion], requests: list[Request], scripts
     assert {key: completion.token_ids for key, completion in done.items()} == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["launch", "collect", "launch oom", "collect oom"])
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_every_single_forward_may_fail(kind: Fault, lanes: int) -> None:
@@ -247,6 +248,7 @@ def test_a_shared_context_forward_fails_for_prompts_and_blocks(kind: Fault) -> N
     assert_as_told(resume(loop, {}), rows, scripts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lanes", [2, 3])
 def test_a_prompt_that_failed_in_another_lane_is_never_looked_at(lanes: int) -> None:
     """It was read in one lane and is filled in another, and a third forward fails between: the backend would notice."""

@@ -29,6 +29,7 @@ def prefill(scheduler: Scheduler) -> list[tuple[str, int]]:
 lengths = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 200)), min_size=1, max_size=25)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(lengths, st.integers(1, 4), st.integers(0, 1 << 30))
 def test_every_row_gets_in_and_out_once(shapes: list[tuple[int, int]], rows: int, seed: int) -> None:
@@ -48,6 +49,7 @@ def test_every_row_gets_in_and_out_once(shapes: list[tuple[int, int]], rows: int
     assert (scheduler.allocator.free_pages, scheduler.allocator.free_slots) == (8, rows + PREFIX_SLOTS)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.lists(st.integers(1, 1500), min_size=1, max_size=14), st.integers(64, 1000))
 def test_prefill_batches_keep_to_the_budget(prompts: list[int], budget: int) -> None:

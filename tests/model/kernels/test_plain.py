@@ -119,6 +119,7 @@ def in_float64(qkv: Sequence[Tensor], *, causal: bool, queries: int) -> Tensor:
 HEADS = [(4, 2, 16), (4, 2, 32), (16, 2, 128), (3, 1, 8)]  # query heads, kv heads, head_dim
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("length", [1, 64, 150, 700])
@@ -140,6 +141,7 @@ def test_a_prompt_has_the_same_attention_however_it_is_cut_at_pages(heads: tuple
         assert torch.equal(torch.cat(got), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("length", [1, 16, 100])

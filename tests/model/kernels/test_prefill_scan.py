@@ -13,6 +13,8 @@ import torch
 from model.kernels.plain import selective_scan
 from model.kernels.triton import prefill_scan
 
+pytestmark = pytest.mark.slow
+
 HAS_GPU = torch.cuda.is_available()
 
 

@@ -20,6 +20,8 @@ from model.network.two_tower import load_model
 from model.runtime.page_allocator import PAGE_SIZE, pages_for
 from model.runtime.ragged_batch import RaggedBatch
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 DTYPES = [torch.float32, torch.bfloat16]

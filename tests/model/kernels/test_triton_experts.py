@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 from model.kernels.triton import experts as triton_experts
 from model.kernels.triton.kernels import CudaKernels
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [  # tokens, experts, choices, hidden, width
     (1, 8, 2, 64, 8),  # builtin:noise, one token

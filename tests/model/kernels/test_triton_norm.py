@@ -7,6 +7,8 @@ from torch import Tensor
 from model.kernels.formulas import gated_group_norm, modulate, rms_norm
 from model.kernels.triton import norm as triton_norm
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7}

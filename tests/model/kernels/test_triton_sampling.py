@@ -19,7 +19,7 @@ from model.kernels.triton import sampling as triton_head
 from model.kernels.triton.kernels import CudaKernels
 
 # NumPy, with which the interpreter computes, warns of infinities and wrapping that are meant
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MASK = 3
 V = 50
@@ -150,6 +150,7 @@ def test_uniform_numbers_are_the_same_bits() -> None:
     assert triton_head.uniforms(counter[:0], key[:0]).shape == (0,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "vocab", "dtype"), [(8, V, torch.bfloat16), (4, SLICE - 1, torch.float32), (1, 2 * SLICE, torch.bfloat16)]
 )
@@ -169,6 +170,7 @@ def test_tokens_are_those_of_the_plain_kernels(count: int, vocab: int, dtype: to
     assert torch.allclose(confidence, sure, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["greedy", "free", "limited"])
 def test_each_kind_by_itself(kind: str) -> None:
     """None limited, none free, and no draws at all; in one piece."""
@@ -181,6 +183,7 @@ def test_each_kind_by_itself(kind: str) -> None:
     assert torch.allclose(confidence, sure, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (4, 1.0), (0, 0.999)])
 def test_an_id_without_probability_is_never_drawn(uniform: float, top_k: int, top_p: float) -> None:
@@ -197,6 +200,7 @@ def test_an_id_without_probability_is_never_drawn(uniform: float, top_k: int, to
     assert choice.logit == x[0, choice.tokens]
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_finite_get_an_id_and_no_probability() -> None:
     """Greedy, free and limited rows with a NaN or an inf, or none that is possible; their neighbours see nothing."""
     x, draws = random(12, V, torch.bfloat16), mixed(12)

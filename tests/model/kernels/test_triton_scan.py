@@ -14,6 +14,8 @@ from model.kernels.plain import PlainKernels
 from model.kernels.triton import scan
 from model.runtime.ragged_batch import RaggedBatch
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGE = 1000.0
 """Size of states against inputs of size 1, as in model.checks.kernels."""

@@ -29,6 +29,8 @@ from model.runtime.page_allocator import PAGE_SIZE, PREFIX_SLOTS, pages_for
 from tests.model.kernels.draws import make_draws
 from tests.model.memory.meter import MemoryMeter
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = str(Path(__file__).parents[1] / "golden" / "checkpoint")
 GIB = 2**30
 H200, TWO_H100 = [139 * GIB], [80 * GIB, 80 * GIB]

@@ -233,6 +233,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize(("n", "size", "width"), [(24, V, SLICE), (8, 5 * VOCAB_SLICE + 3, VOCAB_SLICE)])
@@ -286,6 +287,7 @@ def test_no_positions_and_logits_left_as_they_were() -> None:
     assert torch.equal(logits, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "workspace"), [("greedy", 1), ("free", 1), ("limited", 24)])
 def test_memory_stays_within_the_workspace(kind: str, workspace: int) -> None:
     """At the released vocabulary, where the logits would be 32 times the workspace (1.3 where rows must be sorted).

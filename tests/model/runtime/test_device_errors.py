@@ -73,6 +73,7 @@ def test_the_cause_counts_however_it_is_wrapped() -> None:
     assert not device_lost(EngineError("denoise of 3 rows failed"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [LOST[0], LOST[7], NO_MEMORY[1], NO_MEMORY[2]], ids=first_line)
 def test_the_engine_halves_its_rows_for_memory_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -24,6 +24,7 @@ def own_pages(slots: PageAllocator, rows: dict[int, int]) -> list[int]:
     return [page for slot, shared in rows.items() for page in slots.table(slot)[shared:]]
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(steps, st.integers(1, 6), st.integers(1, 40))
 def test_each_slot_and_page_is_free_or_owned_once(steps: Sequence[Step], count: int, pages: int) -> None:

@@ -14,6 +14,8 @@ from pipeline.monitoring.progress import LogShow
 from pipeline.report import page
 from tests.pipeline.calibration.cases import FakeBench, job_file, setup_of
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = [
     "<script>alert(1)</script></pre><img src=x onerror=alert(1)> word",
     "x" * 5000 + " word",

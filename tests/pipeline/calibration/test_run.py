@@ -136,6 +136,7 @@ def test_a_job_in_ar_mode_is_compared_too(tmp_path: Path) -> None:
     assert load_job(tmp_path / "out-calibration/job.yaml").generation.mode == "diffusion"
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(file: Path) -> None:
     stop = threading.Event()
     first = FakeBench(before=lambda task: stop.set() if task.point.name == "ar-r1" else None)
@@ -169,6 +170,7 @@ def test_another_choice_of_what_is_there_needs_no_replica(file: Path) -> None:
     assert len(second.choice.results) == POINTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "options", "differs"),
     [
@@ -202,6 +204,7 @@ def test_a_changed_input_is_another_calibration(file: Path) -> None:
         setup_of(file)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named(file: Path) -> None:
     run(setup_of(file), FakeBench())
     folder = file.parent / "out-calibration"
@@ -271,6 +274,7 @@ def test_row_limits_without_memory_are_left_out(file: Path) -> None:
         run(setup_of(job_file(file.parent / "c"), ["engine.max_rows=9999"], rows=(9999,)), FakeBench())
 
 
+@pytest.mark.slow
 def test_a_job_that_samples_is_compared_at_temperature_0(tmp_path: Path) -> None:
     file = job_file(tmp_path)
     outcome = run(setup_of(file, ["generation.temperature=0.7"]), FakeBench())

@@ -118,6 +118,7 @@ def test_packages_are_held_against_what_the_project_asks_for(monkeypatch: pytest
     assert "s3fs is missing" in found.found
 
 
+@pytest.mark.server
 def test_a_clock_that_is_an_hour_off_is_told() -> None:
     offsets = iter((3600, 0))
 

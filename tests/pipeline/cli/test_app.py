@@ -90,6 +90,7 @@ def test_run_ends_with_a_summary_and_a_second_run_does_nothing(job: Path) -> Non
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_missing_part_or_manifest_is_made_again(job: Path) -> None:
     call("run", job)
     out = job.parent / "out"
@@ -282,6 +283,7 @@ def add_file(job: Path, name: str, rows: int) -> None:
     pq.write_table(pa.table({"prompt": [f"new {i}" for i in range(rows)]}), job.parent / "in" / name)
 
 
+@pytest.mark.slow
 def test_added_files_are_named_and_taken_with_extend(job: Path) -> None:
     call("run", job)
     add_file(job, "b.parquet", 12)
@@ -365,6 +367,7 @@ def test_plan_names_unreadable_files_and_exits_with_1(job: Path) -> None:
     assert "error: input file b.parquet cannot be read: is not Parquet" in result.stderr
 
 
+@pytest.mark.slow
 def test_help_and_plan_import_neither_ray_nor_torch(job: Path) -> None:
     for arguments in (["--help"], ["plan", str(job)]):
         script = f"""

@@ -262,6 +262,7 @@ def test_messages_hide_credentials(tmp_path: Path) -> None:
     assert "hidden" not in message
 
 
+@pytest.mark.slow
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.text(min_size=1).filter(lambda text: "${" not in text and text.isprintable()),

@@ -39,6 +39,7 @@ def run(
     return dispatch(make_units(units, rows), {}, pool, RetryPolicy(attempts, 1.0), threading.Event(), hear)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     units=st.integers(1, 4),
@@ -65,6 +66,7 @@ def test_rows_that_kill_are_condemned_and_no_others(
     assert all(kills <= losses for kills in pool.kills.values())
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     units=st.integers(1, 8),

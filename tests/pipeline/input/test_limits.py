@@ -50,6 +50,7 @@ def test_absurd_numbers_of_units_are_refused(tmp_path: Path, monkeypatch: pytest
     assert len(plan_of(make_job(file, tmp_path / "out", output={"rows_per_file": 2})).units) == 6
 
 
+@pytest.mark.slow
 def test_thousands_of_columns_and_empty_groups(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", prompt=["x"], **{f"c{i}": [i] for i in range(3000)})
     writer = pq.ParquetWriter(tmp_path / "b.parquet", pa.schema([("prompt", pa.string())]))
@@ -84,6 +85,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.slow
 @LINUX
 @pytest.mark.parametrize("kind", ["dictionary", "list", "plain", "late"])
 def test_a_bomb_of_a_few_kilobytes_is_refused_in_bounded_memory(tmp_path: Path, kind: str) -> None:
@@ -131,6 +133,7 @@ def test_a_cell_that_is_too_long_costs_its_row_and_is_not_carried(
     assert data.columns["tags"].to_pylist() == [["t"], ["t"], ["t"], None]
 
 
+@pytest.mark.slow
 def test_prompts_that_are_too_long_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "UNIT_BYTES", 5000)
     file = write(tmp_path / "a.parquet", n=[1, 2, 3])

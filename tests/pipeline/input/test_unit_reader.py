@@ -146,6 +146,7 @@ def test_carried_bytes_that_would_break_the_part(tmp_path: Path) -> None:
     data.columns.validate(full=True)
 
 
+@pytest.mark.slow
 def test_templates(tmp_path: Path) -> None:
     section = {"template": "{{ title|upper }}: {% for t in tags %}[{{ t }}]{% endfor %} {{ 10 // n }}{{ meta.lang }}"}
     data = read_one(
@@ -161,28 +162,33 @@ def test_templates(tmp_path: Path) -> None:
     assert str(data.rows[3].error).startswith("template: 'None' has no attribute 'lang'")
 
 
+@pytest.mark.slow
 def test_a_template_that_makes_nothing_is_an_error_row(tmp_path: Path) -> None:
     data = read_one(tmp_path, {"template": "{% if n %}{{ n }}{% endif %}"}, n=[0, 3])
     assert [(row.prompt, row.error) for row in data.rows] == [(None, "prompt is empty"), ("3", None)]
 
 
+@pytest.mark.slow
 def test_a_template_cannot_reach_the_machine(tmp_path: Path) -> None:
     data = read_one(tmp_path, {"template": "{{ n.__class__.__mro__ }}"}, n=["x"])
     assert "unsafe" in str(data.rows[0].error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["{{ b.decode('utf-8', 'surrogateescape') }}", "{{ '\\ud800' ~ b }}"])
 def test_a_prompt_with_a_lone_surrogate_is_an_error_row(tmp_path: Path, template: str) -> None:
     data = read_one(tmp_path, {"template": template}, b=pa.array([b"\xff"]))
     assert data.rows[0].error == "prompt holds characters that are not Unicode text (lone surrogate)"
 
 
+@pytest.mark.slow
 def test_an_error_that_quotes_a_lone_surrogate_can_be_written(tmp_path: Path) -> None:
     data = read_one(tmp_path, {"template": "{{ n['\\ud800'] }}"}, n=[{"a": 1}])
     assert r"\ud800" in str(data.rows[0].error)
     part_of(data, plan_of(make_job(tmp_path / "in", tmp_path / "out", input={"template": "{{ n }}"})))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "said"),
     [
@@ -198,12 +204,14 @@ def test_a_giant_prompt_is_an_error_row(tmp_path: Path, template: str, said: str
     assert said in str(data.rows[0].error)
 
 
+@pytest.mark.slow
 def test_formats_and_products_of_a_sensible_size(tmp_path: Path) -> None:
     section = {"template": "{{ '%*d of %d%%' | format(5, n, n) }}{{ '=' * 3 }}{{ n * n }}{{ '%d' % n }}"}
     data = read_one(tmp_path, section, n=[10**9])
     assert data.rows[0].prompt == "1000000000 of 1000000000%===1000000000000000000" + "1000000000"
 
 
+@pytest.mark.slow
 def test_a_cell_that_python_cannot_hold_costs_its_row_alone(tmp_path: Path) -> None:
     when = pa.array([0, 2**62], pa.int64()).cast(pa.timestamp("ms"), safe=False)
     data = read_one(tmp_path, {"template": "{{ when.year }}"}, when=when)
@@ -303,6 +311,7 @@ print(rows, planned - before, early - planned, peak - early)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """2 million rows in one row group, 130 MB of text: planning adds under 30 MiB, reading all 200 units under 90 MiB,

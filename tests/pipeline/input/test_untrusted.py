@@ -92,6 +92,7 @@ def test_a_job_file_without_end(tmp_path: Path) -> None:
         load_job("/dev/zero")
 
 
+@pytest.mark.slow
 def test_a_variable_brings_text_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither YAML nor further variables nor Python come out of the environment; a template is sandboxed as any."""
     monkeypatch.setenv("TT_EVIL", "{{ x.__class__ }}${HOME}\n!!python/name:os.system")
@@ -141,6 +142,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 def test_odd_names_work_from_plan_to_duckdb(tmp_path: Path) -> None:
     """Folders and files of odd names, all in one job: planned, read, named in source_file, and read back by DuckDB."""
     for number, name in enumerate(NAMES):
@@ -186,6 +188,7 @@ def mutated(seeds: list[bytes]) -> st.SearchStrategy[bytes]:
 EXAMPLES = {"job": 60, "template": 150, "prompt": 6, "input": 100}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_readers_of_foreign_bytes_refuse_and_never_break(name: str) -> None:
     target = TARGETS[name]

@@ -79,6 +79,7 @@ def test_given_ids_stay_in_their_column(job: Job, tmp_path: Path) -> None:
     assert [row["key"] for row in retried(tmp_path / "retry")] == [b"k3", b"k11", b"m5", b"m6", b"m7", b"m8"]
 
 
+@pytest.mark.slow
 def test_a_job_with_a_template_keeps_it_and_its_columns(tmp_path: Path) -> None:
     """Columns that only the template reads may have another type in another file."""
     template = "{% if n %}${price} {{ n + 1 }}: {{ original_id }}{% endif %}\n\u2028\u00e9\U0001f600"

@@ -404,6 +404,7 @@ DAMAGES: list[Callable[[Path, st.DataObject], None]] = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(damage=st.sampled_from(DAMAGES), draw=st.data())
 def test_any_damage_is_found(good: Path, damage: Callable[[Path, st.DataObject], None], draw: st.DataObject) -> None:

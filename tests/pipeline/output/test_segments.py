@@ -78,6 +78,7 @@ def spoil(path: Path, flush: Flush) -> None:
         path.unlink()
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.lists(flushes, max_size=8))
 def test_any_flushes_of_two_attempts_with_any_damage(
@@ -144,6 +145,7 @@ def test_every_flipped_byte_and_every_cut_is_found() -> None:
                 from_segment(name, damaged, UNIT, DIGEST)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_no_bytes_get_through_as_rows_of_elsewhere(seed: int) -> None:
     """Bytes that lie about their checksum: they are refused, or are rows of this unit in the right columns."""

@@ -16,6 +16,8 @@ from pipeline.prompts import renderer
 from pipeline.prompts.prompts import PromptMaker
 from pipeline.prompts.template import _environment, template_columns
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory and /proc are Linux's")
 

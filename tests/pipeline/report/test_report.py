@@ -184,6 +184,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path, bytes]:
     return job, part, part.read_bytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(at=st.integers(0, 10**6), bits=st.integers(1, 255), cut=st.booleans())
 def test_whatever_is_damaged_in_a_part_there_is_a_page(

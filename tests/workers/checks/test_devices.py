@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import model.checkpoint.loader
 import model.checkpoint.released
 import model.checks.kernels
-import workers.checks.devices
+import workers.cluster.checks
 import workers.cluster.connection
 from model.builtin.noise import CONFIG
 from model.checkpoint.config import TwoTowerConfig
@@ -32,6 +32,8 @@ from pipeline.core.errors import ClusterError
 from workers.checks.devices import check_gpus, check_plan
 from workers.checks.kernels import check_kernels
 from workers.cluster.checks import check_cluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.server]
 
 JOB = """
 input: {{path: {folder}/in}}
@@ -151,6 +153,7 @@ def job_server(version: str, token: str | None) -> Iterator[str]:
 HERE = metadata.version("ray")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "theirs", "ours", "level", "text"),
     [
@@ -189,6 +192,7 @@ def test_no_job_server_fails() -> None:
     assert "secret" not in str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("child", "gpus", "level", "text"),
     [
@@ -207,8 +211,8 @@ def test_a_cluster_is_joined_by_a_process_that_may_hang(
     monkeypatch: pytest.MonkeyPatch, child: str, gpus: int, level: str, text: str
 ) -> None:
     """By declaration: what the process that joins would print."""
-    monkeypatch.setattr(workers.checks.devices, "JOIN", child)
-    monkeypatch.setattr(workers.checks.devices, "JOIN_S", 2 if "sleep" in child else 60)
+    monkeypatch.setattr(workers.cluster.checks, "JOIN", child)
+    monkeypatch.setattr(workers.cluster.checks, "JOIN_S", 2 if "sleep" in child else 60)
     monkeypatch.setattr(workers.cluster.connection, "check_reachable", lambda _address: None)
     [found] = check_cluster(job_for(gpus), "head:6379")
     assert found.level == level

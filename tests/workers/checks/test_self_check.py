@@ -26,6 +26,8 @@ from workers.checks.self_check import self_check
 from workers.replica.build import make_runner
 from workers.replica.local_pool import LocalPool
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "1, 2, 3, 4, "
 
 

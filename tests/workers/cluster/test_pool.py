@@ -37,6 +37,8 @@ from workers.replica.build import ReplicaSpec
 from workers.replica.replica import LEAVE_S, ReplicaProcess
 from workers.units.runner import UnitRunner
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:

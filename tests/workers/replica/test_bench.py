@@ -28,6 +28,8 @@ from tests.pipeline.cases import load
 from workers.cluster.bench import BenchProcess, Failure, RayBench
 from workers.replica.bench import ReplicaBench
 
+pytestmark = pytest.mark.slow
+
 OWN = Point(Setting("diffusion", 0.02, 4), 4)
 SHORT = ["generation.max_new_tokens=8", "generation.confidence_threshold=0.02", "engine.max_context_tokens=512"]
 FEW = {"sample": 6, "thresholds": (0.02,), "steps": (4,), "rows": (4,)}

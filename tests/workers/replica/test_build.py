@@ -36,6 +36,7 @@ def test_a_replica_says_where_its_memory_goes(tmp_path: Path) -> None:
     assert runner.notes() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "tries"), [("keep", 1), ("retry", 3)])
 def test_a_replica_tries_again_where_the_job_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, tries: int

@@ -44,6 +44,7 @@ def lose_it(small: SmallJob) -> None:
     os._exit(77)
 
 
+@pytest.mark.slow
 def test_the_process_ends_and_has_written_down_what_it_finished(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

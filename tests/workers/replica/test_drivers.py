@@ -16,6 +16,8 @@ import yaml
 from tests.workers.jobs import prompts_of, write_prompts
 from tests.workers.units.engines import finished_rows
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 ROWS = 240
 MAX_ROWS = 4

@@ -77,6 +77,7 @@ def test_a_warning_is_told_listed_and_shown(run: "functools.partial[Result]", tm
     assert verified.exit_code == 0, verified.output
 
 
+@pytest.mark.slow
 def test_a_driver_that_died_before_the_end_takes_no_warning_with_it(
     run: "functools.partial[Result]", tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ class MortalEngine(FakeEngine):
         return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_any_point_nothing_is_lost_and_little_repeated(tmp_path: Path, seed: int) -> None:
     """Attempt after attempt dies after a random number of steps. The rows are those of a run that was left alone, and
@@ -105,6 +106,7 @@ while runner.busy:
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_by_sigkill_leaves_what_it_flushed(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", KILL_SCRIPT, str(tmp_path)])
     folder = tmp_path / "out" / "_job" / "segments"

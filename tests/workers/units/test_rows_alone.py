@@ -17,6 +17,8 @@ from tests.workers.jobs import open_job
 from tests.workers.units.retrying import run_units, runner_of
 from workers.units import tries
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pair() -> TwoTower:

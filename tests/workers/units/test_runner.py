@@ -275,6 +275,7 @@ def test_an_engine_too_large_for_memory_is_refused_by_name(tmp_path: Path, engin
     assert "\n" not in report.fatal
 
 
+@pytest.mark.slow
 def test_more_cpus_than_there_are_make_no_more_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -307,6 +308,7 @@ runner.close()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_memory_does_not_grow_with_the_number_of_units(tmp_path: Path) -> None:
     """Units of 1,000 rows hold about 1 MB each as they pass; 50 more of them may leave less than 2 MB behind."""
