@@ -160,8 +160,8 @@ class Loop(Generic[H]):
             if not overlapping:
                 self._collect(lane)
             self._admit()
-            extended = self._launch_context(lane, overlapping)
-            self._launch_denoiser(lane, extended)
+            self._launch_context(lane, overlapping)
+            self._launch_denoiser(lane)
         finished, self._finished = self._finished, []
         return finished
 
@@ -175,8 +175,8 @@ class Loop(Generic[H]):
         rows = self.scheduler.admit(self._clock())
         self._try("admission", rows, lambda: self.backend.enter(rows))
 
-    def _launch_context(self, lane: Lane, overlapping: bool) -> list[ActiveRow]:
-        """Sends pieces of prompts and the lane's finished blocks to the context -> the rows of these blocks.
+    def _launch_context(self, lane: Lane, overlapping: bool) -> None:
+        """Sends pieces of prompts and the lane's finished blocks to the context; their rows begin a block then.
 
         overlapping: what was launched before is collected after that.
         """
@@ -192,12 +192,12 @@ class Loop(Generic[H]):
         sent = bool(batch) and self._send(lane, "context", items, lambda: self.backend.extend(batch, fill), reading)
         if sent or not batch:
             self.scheduler.prefilled(pieces)
+        lane.extended(extend)  # before anything is collected: that may raise, and the rows must be in a place then
         if overlapping:
             self._collect(lane, self._under_way[-1] if sent else None)
-        return extend
 
-    def _launch_denoiser(self, lane: Lane, extended: list[ActiveRow]) -> None:
-        self._begin(lane, lane.take_fresh(extended))
+    def _launch_denoiser(self, lane: Lane) -> None:
+        self._begin(lane, lane.take_fresh())
         if rows := list(lane.filling):
             self._send(lane, "denoise", rows, lambda: self.backend.denoise(rows))
 

@@ -1,5 +1,6 @@
 """What the engine keeps of a request on its way, and the lanes in which rows share their forwards. Free of torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -174,9 +175,13 @@ class Lane:
         self.extending = {}
         return rows
 
-    def take_fresh(self, extended: list[ActiveRow]) -> list[ActiveRow]:
+    def extended(self, rows: Iterable[ActiveRow]) -> None:
+        """The pending tokens of these rows are on their way; those in AR mode are in no place until they come back."""
+        self.fresh.update(dict.fromkeys(row for row in rows if row.mode != "ar" and not row.ended))
+
+    def take_fresh(self) -> list[ActiveRow]:
         """The rows that begin a block for the denoiser: new ones, and those that were extended."""
-        begin = [*self.fresh, *(row for row in extended if row.mode != "ar" and not row.ended)]
+        begin = list(self.fresh)
         self.fresh = {}
         self.filling.update(dict.fromkeys(begin))
         return begin

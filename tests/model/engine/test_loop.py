@@ -9,8 +9,8 @@ from model.engine.scheduler import ActiveRow, Prefix
 from model.errors import RequestError
 from model.requests import Completion, Request
 from model.runtime.page_allocator import PAGE_SIZE
-from tests.model.engine.cases import make_loop
-from tests.model.engine.runs import Case, Run, cases
+from tests.model.engine.cases import Fault, make_loop
+from tests.model.engine.runs import Case, Drawn, Run, cases
 from tests.model.engine.scripts import Script, request
 
 
@@ -47,6 +47,18 @@ def test_rows_that_go_back_for_want_of_pages_end_as_scripted(case: Case) -> None
 def test_nothing_is_lost_in_cancels_limits_and_failures(case: Case) -> None:
     """Cancels and row limits at any time, forwards that fail or find no memory: named rows come again, and end."""
     Run(case).go()
+
+
+def test_rows_that_are_being_extended_are_kept_if_an_older_forward_fails() -> None:
+    """Where a lane overlaps, the blocks of r2 are on their way to the context when the forward before them fails."""
+    drawn = Drawn("diffusion", 1, 1, 1, 1, Script((1,)), template=0, prefix_tokens=0, turn=0)
+    slow = dataclasses.replace(drawn, block=10, steps_limit=8, script=Script((8,)))
+    two = dataclasses.replace(drawn, limit=2, steps_limit=2, script=Script((2,)))
+    long = dataclasses.replace(drawn, prompt=109, limit=20)
+    requests = [drawn, slow, two, drawn, long, drawn]
+    faults: dict[int, Fault] = {0: "launch", 4: "collect"}
+    case = Case(requests, rows=2, spare_pages=0, budget_pages=1, overlap_rows=1, faults=faults)
+    assert "r2" in Run(case).go().done
 
 
 def drive(loop, requests: list[Request]) -> dict[str, Completion]:  # type: ignore[no-untyped-def]

@@ -219,7 +219,8 @@ def test_halving_ends() -> None:
 def lane_turn(lane: Lane, extend_every: int) -> tuple[list[ActiveRow], list[ActiveRow]]:
     """A turn -> the rows that are extended, and those that begin a block for the denoiser."""
     extended = lane.take_extending() if lane.due(extend_every) else []
-    return extended, lane.take_fresh(extended)
+    lane.extended(extended)
+    return extended, lane.take_fresh()
 
 
 def test_a_lane_does_not_wait_when_it_has_nothing_else() -> None:
