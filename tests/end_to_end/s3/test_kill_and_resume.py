@@ -15,7 +15,7 @@ from tests.chaos.logs import read_lives, times_finished
 from tests.chaos.rows import expected, make_prompts, upload
 from tests.end_to_end.s3.fault_proxy import fault_proxy
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
 
 ROOT = Path(__file__).parents[3]
 ROWS, KILLS = 2_000, 2

@@ -15,7 +15,7 @@ from pipeline.storage import retrying
 from pipeline.storage.storage import Storage
 from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, run, write
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
 
 
 def upload(folder: str, tmp_path: Path, name: str, rows: int, group: int | None = None) -> None:

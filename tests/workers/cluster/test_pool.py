@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,25 +37,7 @@ from workers.replica.build import ReplicaSpec
 from workers.replica.replica import LEAVE_S, ReplicaProcess
 from workers.units.runner import UnitRunner
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 4,
-            "num_gpus": 4,
-            "include_dashboard": False,
-            "object_store_memory": 100 << 20,
-            "_system_config": {"metrics_report_interval_ms": 200},
-        },
-    )
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
 
 class Watcher:
@@ -93,7 +75,7 @@ def check_rows(small: SmallJob, prompts: Sequence[str]) -> None:
     assert [row["completion"] for row in small.rows()] == [prompt[::-1] for prompt in prompts]
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_two_gpu_replicas_get_distinct_pairs(tmp_path: Path) -> None:
     prompts = prompts_of(300)
     small = open_job(tmp_path, prompts, workers={"gpus": 2, "cpus": 1})
@@ -124,7 +106,7 @@ class Killer(Watcher):
             os.kill(int((self.trace / event.replica).read_text().split()[0]), self.signal)
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_replica_is_replaced_and_every_row_leaves_once(tmp_path: Path) -> None:
     prompts = prompts_of(400)
     small = open_job(tmp_path, prompts, rows_per_file=100, workers={"gpus": 0, "cpus": 2, "replicas": 2})
@@ -141,7 +123,7 @@ def test_a_killed_replica_is_replaced_and_every_row_leaves_once(tmp_path: Path) 
     assert {result.attempt for result in results.values()} == {1, 2}
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_replica_that_loses_its_gpu_is_replaced_at_the_first_failure(tmp_path: Path) -> None:
     """No row is tried twice in a process that cannot use its GPU; the next process ends all rows."""
     prompts = prompts_of(40)
@@ -175,10 +157,10 @@ class NodeAdder(Watcher):
             self.cluster.remove_node(self.node, allow_graceful=False)
 
 
-def test_replicas_come_and_go_with_their_nodes(tmp_path: Path, cluster: Cluster) -> None:
+def test_replicas_come_and_go_with_their_nodes(tmp_path: Path, ray_cluster: Cluster) -> None:
     prompts = prompts_of(600)
     small = open_job(tmp_path, prompts, rows_per_file=50, workers={"gpus": 0, "cpus": 3})
-    watcher = NodeAdder(cluster)
+    watcher = NodeAdder(ray_cluster)
     run(small, FakeMaker(small.spec, step_s=0.02), watcher)
     check_rows(small, prompts)
     assert watcher.names(ReplicaReady)[:2] == ["r0", "r1"]
@@ -188,7 +170,7 @@ def test_replicas_come_and_go_with_their_nodes(tmp_path: Path, cluster: Cluster)
 ONE = {"gpus": 0, "cpus": 1, "replicas": 1}
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_row_that_kills_its_process_becomes_an_error_row_and_no_other_does(tmp_path: Path) -> None:
     prompts = prompts_of(60)
     prompts[41] = KILL
@@ -203,7 +185,7 @@ def test_a_row_that_kills_its_process_becomes_an_error_row_and_no_other_does(tmp
     assert not segment_rows(small)
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_replica_that_hangs_is_replaced_and_its_rows_are_done_by_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,7 +215,7 @@ class Stopper(Watcher):
             self.stop.set()
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_stopped_job_writes_down_every_finished_row(tmp_path: Path) -> None:
     small = open_job(tmp_path, prompts_of(200), rows_per_file=100, workers={"gpus": 0, "cpus": 1, "replicas": 2})
     stopper = Stopper()
@@ -258,7 +240,7 @@ class Terminator(Killer):
     signal = signal.SIGTERM
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_replica_that_is_told_to_leave_writes_down_its_rows_and_none_is_suspected(tmp_path: Path) -> None:
     prompts = prompts_of(200)
     small = open_job(tmp_path, prompts, rows_per_file=100, workers=ONE)
@@ -272,7 +254,7 @@ def test_a_replica_that_is_told_to_leave_writes_down_its_rows_and_none_is_suspec
     assert len(finished_rows(tmp_path)) == 200  # none twice
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_the_process_of_a_dead_engine_leaves_though_no_driver_kills_it(tmp_path: Path) -> None:
     prompts = prompts_of(10)
     prompts[5] = BREAK
@@ -291,7 +273,7 @@ def test_the_process_of_a_dead_engine_leaves_though_no_driver_kills_it(tmp_path:
     assert sorted(segment_rows(small)) == sorted(finished_rows(tmp_path))
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_what_does_not_fit_is_said_and_the_job_runs_on_what_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,7 +287,7 @@ def test_what_does_not_fit_is_said_and_the_job_runs_on_what_does(
     assert "4 GPU, 4 CPU" in told
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_more_gpus_than_any_node_has_is_an_error_in_time(tmp_path: Path) -> None:
     small = open_job(tmp_path, prompts_of(10), workers={"gpus": 8, "cpus": 1, "start_timeout_s": 2})
     started = time.monotonic()
@@ -324,7 +306,7 @@ class DyingMaker(FakeMaker):
         os._exit(1)
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_replica_that_cannot_start_ends_the_job_with_its_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,7 +325,7 @@ class HangingMaker(FakeMaker):
         return super().__call__(replica)
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_replica_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers.cluster.pool, "START_S", 6.0)
     monkeypatch.setattr(workers.cluster.pool, "BACKOFF_S", 0.1)
@@ -355,7 +337,7 @@ def test_a_replica_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeyp
     assert (lost.replica, lost.reason) == ("r0", "its model was not loaded within 0.1 minutes")
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_closed_pool_leaves_nothing_behind(tmp_path: Path) -> None:
     small = open_job(tmp_path, prompts_of(10), workers={"gpus": 2, "cpus": 1})
     run(small, FakeMaker(small.spec), Watcher())
@@ -366,7 +348,7 @@ def test_a_closed_pool_leaves_nothing_behind(tmp_path: Path) -> None:
     assert ray.is_initialized()  # a cluster that was there before stays
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 def test_metrics_are_scraped_from_the_nodes_port_and_the_folder_says_who_ran(tmp_path: Path) -> None:
     """A whole job through run_job: every metric that it sets is at the endpoint, with its labels and its value."""
     small = open_job(

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from tests.pipeline.cases import load
 from workers.cluster.bench import BenchProcess, Failure, RayBench
 from workers.replica.bench import ReplicaBench
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 OWN = Point(Setting("diffusion", 0.02, 4), 4)
 SHORT = ["generation.max_new_tokens=8", "generation.confidence_threshold=0.02", "engine.max_context_tokens=512"]
@@ -157,15 +156,8 @@ class MortalBench(FakeBench):
         return super().measure(task, tick)
 
 
-@pytest.fixture
-def _cluster() -> Iterator[None]:
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-    ray.init(address="local", num_cpus=2, object_store_memory=100 << 20, **quiet)
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.usefixtures("_cluster")
+@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("ray_cluster")
 def test_on_ray_one_actor_measures_and_its_death_is_one_line(tmp_path: Path) -> None:
     setup = setup_of(job_file(tmp_path))
     bench = RayBench(setup.measured, MortalBench)
