@@ -187,7 +187,7 @@ def test_rows_that_were_not_taken_are_not_given_to_the_next_table() -> None:
 
 ORPHAN = """
 import os, signal, pyarrow as pa
-from pipeline.prompts import PromptMaker
+from pipeline.prompts.prompts import PromptMaker
 maker = PromptMaker(None, "{% for _ in n*[1] %}{% for _ in n*[1] %}{% endfor %}{% endfor %}{{ n }}")
 list(maker.make(pa.table({"n": [1]})))
 print(maker._renderer._child._process.pid, flush=True)
