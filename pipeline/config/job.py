@@ -4,6 +4,7 @@ Range rules of generation settings and engine limits live in `model.requests` al
 objects to be checked, and pass their messages on.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, model_validator
@@ -15,6 +16,17 @@ from pipeline.prompts.template import template_columns
 Text = Annotated[StrictStr, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], Field(strict=False)]  # YAML knows lists alone: take them for tuples
 Ids = Annotated[tuple[StrictInt, ...], Field(strict=False)]
+
+OLD_KEYS: Mapping[str, str] = {"checkpoint": "flush"}
+"""Keys at the top level of a job that had another name once, which goes on working: old name -> today's."""
+
+
+def rename_old_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts the settings of a job under today's keys. Raises ValueError if one of them stands under both its names."""
+    for old, new in OLD_KEYS.items():
+        if old in settings and new in settings:
+            raise ValueError(f"{old} and {new} are both given: keep one of them; {old} is the old name of {new}")
+    return {OLD_KEYS.get(key, key): value for key, value in settings.items()}
 
 
 def _check_replicas(value: object) -> object:
@@ -232,7 +244,7 @@ class WorkersSection(Section):
     """Seconds to wait for the cluster to have room for the first replica."""
 
 
-class CheckpointSection(Section):
+class FlushSection(Section):
     """How often the finished rows of a unit under way are written down: what a killed replica loses at most."""
 
     seconds: float = Field(default=30.0, gt=0)
@@ -264,5 +276,11 @@ class Job(Section):
     generation: GenerationSection = GenerationSection()
     engine: EngineSection = EngineSection()
     workers: WorkersSection = WorkersSection()
-    checkpoint: CheckpointSection = CheckpointSection()
+    flush: FlushSection = FlushSection()
     retry: RetrySection = RetrySection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_old_keys(cls, data: Any) -> Any:
+        # the plan.json of an older output, and settings made in Python, do not come by the loader
+        return rename_old_keys(data) if isinstance(data, dict) else data

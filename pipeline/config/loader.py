@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.job import Job
+from pipeline.config.job import OLD_KEYS, Job, rename_old_keys
 from pipeline.config.messages import explain, kind_of, shorten, shown
 from pipeline.config.variables import Variables, utc_today
 from pipeline.core.errors import JobError
@@ -69,15 +69,35 @@ def load_job(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Job:
 def read_settings(path: str | PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The settings as they stand in the file, variables not filled in, with the overrides put over them.
 
-    Text that stood without quotes is Plain. Raises JobError where it is no YAML; nothing else is checked.
+    Text that stood without quotes is Plain, old keys have their new names. Raises JobError where it is no YAML, or a
+    section stands under both its names; nothing else is checked.
     """
     return _read(os.fspath(path), overrides)[0]
 
 
 def _read(file: str, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings, and what to call those that were overridden, by dotted key."""
-    settings = _parse_file(file)
-    return settings, {key: f"--set {key}" for key in (_apply(settings, text) for text in overrides)}
+    """The settings under today's keys, and what to call those that the user wrote otherwise, by dotted key."""
+    stands = _parse_file(file)
+    try:
+        settings = rename_old_keys(stands)
+    except ValueError as error:
+        raise JobError(f"{file}: {error}") from None
+    origins: dict[str, str] = {}
+    for old, new in OLD_KEYS.items():
+        if old in stands:
+            origins |= _names(new, old, stands[old])
+    for override in overrides:
+        key, written, value = _apply(settings, override)
+        # what is overridden takes the place of all that stood below it
+        origins = {name: origin for name, origin in origins.items() if not name.startswith(f"{key}.")}
+        origins |= {**_names(key, written, value), key: f"--set {written}"}
+    return settings, origins
+
+
+def _names(key: str, written: str, value: Any) -> dict[str, str]:
+    """Names a setting as the user wrote it, and those in it if it is a section -> by dotted key."""
+    inner = value if isinstance(value, dict) else {}
+    return {key: written, **{f"{key}.{name}": f"{written}.{name}" for name in inner}}
 
 
 def _parse_file(file: str) -> dict[str, Any]:
@@ -167,22 +187,23 @@ class Plain(str):
     __slots__ = ()
 
 
-def _apply(settings: dict[str, Any], override: str) -> str:
-    """Puts one `a.b=value` into the settings and returns its dotted key. Raises JobError."""
+def _apply(settings: dict[str, Any], override: str) -> tuple[str, str, Any]:
+    """Puts one `a.b=value` into the settings -> its dotted key, that as it is written, the value. Raises JobError."""
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    written = key.strip().split(".")
+    if not equals or not all(written):
         raise JobError(f"--set {shorten(override)}: write it as section.key=value, such as engine.max_rows=8")
+    parts = [OLD_KEYS.get(written[0], written[0]), *written[1:]]
     section = settings
     for depth, part in enumerate(parts[:-1], 1):
         inner = section.get(part)
         if inner is None:
             inner = section[part] = {}
         if not isinstance(inner, dict):
-            raise JobError(f"--set {shorten(override)}: {'.'.join(parts[:depth])} is not a section")
+            raise JobError(f"--set {shorten(override)}: {'.'.join(written[:depth])} is not a section")
         section = inner
-    section[parts[-1]] = _parse(text, f"--set {key}")
-    return ".".join(parts)
+    value = section[parts[-1]] = _parse(text, f"--set {key}")
+    return ".".join(parts), ".".join(written), value
 
 
 def _expand_tree(value: Any, key: str, file: str, origins: Mapping[str, str], variables: Variables) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.job import Job
+from pipeline.config.job import Job, rename_old_keys
 from pipeline.core.schema import SCHEMA_VERSION
 from pipeline.core.types import Totals, UnitResult
 from pipeline.output.part import TOTALS_KEY
@@ -61,7 +61,7 @@ class PlanRecord:
     """(size, stamp, rows) by name."""
     created: str
     job: dict[str, Any]
-    """The job's settings, without credentials."""
+    """The job's settings, without credentials, under today's keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +266,11 @@ def read_plan(data: bytes) -> PlanRecord:
         sizes = _count(entry, "size"), _typed(entry, "stamp", str), _count(entry, "rows")
         files[_typed(entry, "name", str)] = sizes
     rows, units = _count(value, "rows"), _count(value, "units")
-    created, job = _typed(value, "created", str), _typed(value, "job", dict)
+    created = _typed(value, "created", str)
+    try:
+        job = rename_old_keys(_typed(value, "job", dict))
+    except ValueError as error:
+        raise NotOursError(f"job: {error}") from None
     if (promised := sum(file_rows for _, _, file_rows in files.values())) != rows:
         raise NotOursError(f"rows is {rows}, its files have {promised}")
     return PlanRecord(Fingerprint(fields, digest), rows, units, files, created, job)

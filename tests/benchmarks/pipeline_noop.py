@@ -43,10 +43,8 @@ class NoOpMaker:
 
     def __call__(self, replica: str) -> UnitRunner:
         """See workers.replica.replica.MakeRunner."""
-        store, checkpoint = PartStore(self.spec, replica), self.spec.job.checkpoint
-        return UnitRunner(
-            NoOpEngine(), FakeTokenizer(), store, GenerationParams(), replica=replica, checkpoint=checkpoint
-        )
+        store, flush = PartStore(self.spec, replica), self.spec.job.flush
+        return UnitRunner(NoOpEngine(), FakeTokenizer(), store, GenerationParams(), replica=replica, flush=flush)
 
 
 def _completion(request: Request) -> Completion:

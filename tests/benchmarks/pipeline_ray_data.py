@@ -30,7 +30,7 @@ from workers.replica.build import ReplicaSpec
 
 ROWS, FILES = 200_000, 20
 REPLICAS = 2
-CHECKPOINT_S = 1.0
+FLUSH_S = 1.0
 """By default 30: no unit of this job takes so long."""
 CPUS = 4
 """Of the cluster, by name: Ray Data's tasks for reading and writing need some beside its actors."""
@@ -68,7 +68,7 @@ def run_pipeline(source: Path, out: Path) -> float:
             "output": {"path": str(out), "rows_per_file": 10_000},
             "model": {"checkpoint": "builtin:noise"},
             "workers": {"gpus": 0, "replicas": REPLICAS},
-            "checkpoint": {"seconds": CHECKPOINT_S},
+            "flush": {"seconds": FLUSH_S},
         }
     )
 

@@ -204,7 +204,7 @@ class Maker:
             PartStore(self.spec, replica),
             params_of(self.spec),
             replica=replica,
-            checkpoint=self.spec.job.checkpoint,
+            flush=self.spec.job.flush,
         )
 
 

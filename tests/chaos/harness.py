@@ -34,7 +34,7 @@ class Schedule:
 
     rows_per_file: int = 500
     turn_s: float = 0.04
-    checkpoint_s: float = 0.4
+    flush_s: float = 0.4
     attempts: int = 3
     """Losses of a lone row until it is condemned: kills at random must not hit an innocent one so often."""
     actor_s: float = 6.0
@@ -137,7 +137,7 @@ def make_job(inputs: str, output: str, schedule: Schedule) -> Job:
             "model": {"checkpoint": "builtin:noise", "dtype": "float32"},
             "generation": {"max_new_tokens": 48},
             "workers": {"gpus": 0, "cpus": 1, "replicas": REPLICAS, "start_timeout_s": 60.0},
-            "checkpoint": {"seconds": schedule.checkpoint_s},
+            "flush": {"seconds": schedule.flush_s},
             "retry": {"attempts": schedule.attempts},
         }
     )

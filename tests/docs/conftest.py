@@ -82,7 +82,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
             def make_runner(replica: str) -> UnitRunner:
                 engine, params = VariedEngine(max_rows=64), job.generation.params(())
                 store = PartStore(spec, replica)
-                return UnitRunner(engine, ShortTokenizer(), store, params, replica=replica, checkpoint=job.checkpoint)
+                return UnitRunner(engine, ShortTokenizer(), store, params, replica=replica, flush=job.flush)
 
             return LocalPool(make_runner)
 

@@ -87,7 +87,7 @@ def test_the_policy_is_enough_for_a_job_and_its_upkeep_and_every_part_of_it_is_n
     """jobs/synth.yaml with its shipped paths and an engine that computes nothing; the checkpoint is read beside it."""
     monkeypatch.setattr(pipeline.cli.compose, "make_pool", functools.partial(fake_pool, LocalPool))
     monkeypatch.setenv("TWOTOWER_OUTPUT", OUTPUT)
-    settings = ["workers.gpus=0", "output.rows_per_file=4", "checkpoint.rows=1", "retry.max_error_rate=0.2"]
+    settings = ["workers.gpus=0", "output.rows_per_file=4", "flush.rows=1", "retry.max_error_rate=0.2"]
     options = [word for setting in settings for word in ("--set", setting)]
     job = ["jobs/synth.yaml", *options]
     monkeypatch.chdir(ROOT)

@@ -127,7 +127,7 @@ class FakeMaker:
             PartStore(self.spec, replica),
             GenerationParams(),
             replica=replica,
-            checkpoint=self.spec.job.checkpoint,
+            flush=self.spec.job.flush,
         )
 
 
@@ -143,8 +143,8 @@ def run_locally(small: SmallJob, pool: LocalPool, attempts: int = 3) -> dict[str
 def make_runner(small: SmallJob, engine: EngineLike, store: PartStore | None = None, replica: str = "r0") -> UnitRunner:
     """A runner of this engine for the job's units."""
     store = store or PartStore(small.spec, replica)
-    params, checkpoint = GenerationParams(), small.job.checkpoint
-    return UnitRunner(engine, FakeTokenizer(), store, params, replica=replica, checkpoint=checkpoint)
+    params, flush = GenerationParams(), small.job.flush
+    return UnitRunner(engine, FakeTokenizer(), store, params, replica=replica, flush=flush)
 
 
 def work_all(runner: UnitRunner) -> list[Outcome]:

@@ -94,7 +94,7 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
         PartStore(spec, replica),
         job.generation.params(tuple(pair.eos_ids)),
         replica=replica,
-        checkpoint=job.checkpoint,
+        flush=job.flush,
         retry_degenerate=job.generation.on_degenerate == "retry",
         notes=[f"model loaded: {', '.join(map(str, pair.loaded))}", checked, *engine.memory.lines()],
         room=partial(engine_room, engine),

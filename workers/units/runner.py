@@ -21,7 +21,7 @@ from dataclasses import replace
 from model.errors import RequestError, TwoTowerError
 from model.requests import Completion, EngineError, GenerationParams, Request
 from model.runtime.device_errors import device_lost
-from pipeline.config.job import CheckpointSection
+from pipeline.config.job import FlushSection
 from pipeline.core.errors import StorageError
 from pipeline.core.events import EngineRoom, RangeDone, ReplicaStats, UnitDone, UnitFailed, UnitProgress
 from pipeline.core.types import Assignment, UnitResult
@@ -58,7 +58,7 @@ class UnitRunner:
         params: GenerationParams,
         *,
         replica: str,
-        checkpoint: CheckpointSection,
+        flush: FlushSection,
         retry_degenerate: bool = False,
         notes: Sequence[str] = (),
         room: Callable[[], EngineRoom] = EngineRoom,
@@ -87,9 +87,7 @@ class UnitRunner:
         )
         # A thread each, not some for all: a reader reads one unit at a time, and no part waits behind a reading.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
-        self._saver = Saver(
-            store, checkpoint, replica=replica, tell=self._notes.append, done=self._wake.set, clock=clock
-        )
+        self._saver = Saver(store, flush, replica=replica, tell=self._notes.append, done=self._wake.set, clock=clock)
         self._units: dict[str, Assignment] = {}  # by id, from add to outcome
         self._to_read: dict[str, Tries] = {}
         self._reading: dict[str, Future[OpenUnit | UnitResult]] = {}

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pyarrow as pa
 
 from model.errors import TwoTowerError
-from pipeline.config.job import CheckpointSection
+from pipeline.config.job import FlushSection
 from pipeline.core.errors import StorageError
 from pipeline.core.events import RangeDone, UnitDone, UnitFailed
 from pipeline.core.types import RowResult, UnitResult
@@ -28,7 +28,7 @@ class Saver:
     def __init__(
         self,
         store: UnitStore,
-        settings: CheckpointSection,
+        settings: FlushSection,
         *,
         replica: str,
         tell: Callable[[str], None],

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
 
 ROOT = Path(__file__).parents[3]
 ROWS, KILLS = 2_000, 2
-CHECKPOINT_S = 0.3
+FLUSH_S = 0.3
 TURN_S = 0.02
 
 
@@ -48,7 +48,7 @@ def test_a_killed_job_goes_on_where_its_segments_end(s3: str, s3_endpoint: str, 
         "model": {"checkpoint": "builtin:noise", "dtype": "float32"},
         "generation": {"max_new_tokens": 48},
         "workers": {"gpus": 0},
-        "checkpoint": {"seconds": CHECKPOINT_S},
+        "flush": {"seconds": FLUSH_S},
     }
     job.write_text(Job.model_validate(settings).model_dump_json())
     with fault_proxy(s3_endpoint) as proxy:

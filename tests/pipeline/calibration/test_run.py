@@ -121,6 +121,19 @@ def test_the_job_file_is_the_users_with_the_chosen_point(file: Path, monkeypatch
     assert load_job(made).output.path == "/elsewhere/out"
 
 
+def test_a_job_file_with_an_old_key_becomes_one_with_todays(tmp_path: Path) -> None:
+    """And the same calibration serves both: it does not depend on that setting."""
+    file = job_file(tmp_path, text=JOB + "checkpoint: {{rows: 7}}\n")
+    finish(run(setup_of(file), FakeBench()), str(file), ["flush.seconds=5"])
+    made = tmp_path / "out-calibration/job.yaml"
+    assert yaml.safe_load(made.read_text())["flush"] == {"rows": 7, "seconds": 5}
+    assert load_job(made).flush == load_job(file, ["checkpoint.seconds=5"]).flush
+    file.write_text(file.read_text().replace("checkpoint: {rows", "flush: {rows"))
+    again = FakeBench()
+    run(setup_of(file), again)
+    assert again.measured == []
+
+
 def test_where_ar_is_faster_the_job_file_says_ar(tmp_path: Path) -> None:
     file = job_file(tmp_path, text=JOB.replace("max_rows: 16", "max_rows: auto").replace("name: small\n", ""))
     lines = finish(run(setup_of(file), FakeBench(speedup=0.4)), str(file), [])

@@ -1,11 +1,13 @@
 """The command line without Ray and torch: what it prints, where, and its exit codes."""
 
 import functools
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from typer.testing import CliRunner, Result
 import pipeline.cli.compose
 import pipeline.cli.signals
 from pipeline.cli.app import app
+from pipeline.config.job import FlushSection
+from pipeline.config.loader import load_job
 from pipeline.core.errors import ClusterError
 from pipeline.core.events import Event
 from pipeline.planning.plan import Plan
@@ -44,10 +48,38 @@ class TerminatedPool(LocalPool):
         return events
 
 
+class HalfDonePool(LocalPool):
+    """The process gets SIGTERM when a unit has its part and another one, far from its end, has segments."""
+
+    killed = False
+
+    def wait(self, timeout_s: float) -> Sequence[Event]:
+        events = super().wait(timeout_s)
+        assert isinstance(self._make_runner, FakeMaker)
+        out = Path(self._make_runner.spec.job.output.path)
+        done = {part.stem.removeprefix("part-") for part in out.glob("part-*")}
+        if done and not self.killed and 0 < len(list_segments(out, but=done)) <= 5:  # a row or more in each
+            self.killed = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return events
+
+
+def list_segments(out: Path, but: Container[str] = ()) -> list[Path]:
+    """Lists the segments, but for those of some units."""
+    return [file for file in out.glob("_job/segments/*/*.parquet") if file.parent.name not in but]
+
+
 def fake_pool(
-    pool_class: type[LocalPool], job: Any, _local: bool, started: Any, plan: Plan, *_: Any, json_logs: bool
+    pool_class: type[LocalPool],
+    job: Any,
+    _local: bool,
+    started: Any,
+    plan: Plan,
+    *_: Any,
+    json_logs: bool,
+    step_s: float = 0.0,
 ) -> LocalPool:
-    pool = pool_class(FakeMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema, json_logs)))
+    pool = pool_class(FakeMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema, json_logs), step_s=step_s))
     started()
     return pool
 
@@ -227,6 +259,63 @@ def test_sigterm_stops_with_143_and_the_next_run_resumes(job: Path, monkeypatch:
     assert "submit the same job again to resume" in status.stdout
     monkeypatch.setattr(pipeline.cli.compose, "make_pool", functools.partial(fake_pool, LocalPool))
     assert "units before)" in call("run", job).stdout
+
+
+def as_of_the_version_before(job: Path) -> None:
+    """Puts what the job's settings stand under in its file and its plan.json as it was: `checkpoint`, not `flush`."""
+    file = job.parent / "out/_job/plan.json"
+    plan = json.loads(file.read_text())
+    plan["job"] = {"checkpoint" if key == "flush" else key: value for key, value in plan["job"].items()}
+    file.write_text(json.dumps(plan))
+    job.write_text(job.read_text().replace("\nflush:", "\ncheckpoint:"))
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "flush"])
+def test_an_output_begun_by_an_older_version_is_read_and_resumed(
+    job: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """Half done, with a part that has an error row and with segments; its job file has the old key still, or the new
+    one. No row that is there is generated again, and plan.json stays as it is."""
+    prompts = [None if i % 8 == 5 else "a" * (1 + i % 40) for i in range(35)]  # whichever unit is done first has one
+    pq.write_table(pa.table({"prompt": prompts}), job.parent / "in" / "a.parquet")
+    job.write_text(f"{job.read_text()}retry: {{max_error_rate: 0.5}}\nflush: {{rows: 1}}\n")
+    half = functools.partial(fake_pool, HalfDonePool, step_s=0.05)
+    monkeypatch.setattr(pipeline.cli.compose, "make_pool", half)
+    assert call("run", job).exit_code == 143
+    as_of_the_version_before(job)
+    job.write_text(re.sub(r"\n(checkpoint|flush):", f"\n{key}:", job.read_text()))
+    out, begun = job.parent / "out", (job.parent / "out/_job/plan.json").read_bytes()
+    finished = {part: part.read_bytes() for part in out.glob("part-*")}
+    assert 1 <= len(finished) < 4
+    assert list_segments(out)
+
+    status = call("status", out)
+    assert (status.exit_code, status.stderr) == (0, "")
+    assert f"units    {len(finished)} of 4" in status.stdout
+    assert call("report", out, "--terminal").exit_code == 0
+    assert call("report", out).exit_code == 0
+    page = (out / "_job/report.html").read_text()
+    assert re.search(r">flush\.rows<.{0,40}>1<", page, re.DOTALL)
+    assert "checkpoint.rows" not in page
+    assert "not complete" in call("verify", out).stdout
+    made = call("retry-errors", out, "--to", job.parent / "again")
+    assert made.exit_code == 0, made.output
+    again = load_job(job.parent / "again/job.yaml")
+    assert again.flush == FlushSection(rows=1)
+    assert f"done       {len(finished)} unit" in call("plan", job).stdout
+
+    monkeypatch.setattr(pipeline.cli.compose, "make_pool", functools.partial(fake_pool, LocalPool))
+    resumed = call("run", job, "--set", "checkpoint.seconds=9")
+    assert resumed.exit_code == 0, resumed.output
+    assert f"({len(finished)} of 4 units before)" in resumed.stdout
+    assert "rows were finished by earlier attempts" in resumed.stderr
+    assert {part: part.read_bytes() for part in finished} == finished
+    assert (out / "_job/plan.json").read_bytes() == begun
+    assert json.loads((out / "_job/manifest.json").read_text())["job"]["flush"] == {"seconds": 9.0, "rows": 1}
+    assert "rows     35 of 35 (31 ok, 4 errors)" in call("status", out).stdout
+    assert call("verify", out).stdout.startswith("verified: 35 rows in 4 parts (")
+    assert "was complete already" in call("run", job).stdout
+    assert call("retry-errors", out, "--to", job.parent / "again2").exit_code == 0
 
 
 def test_handlers_installed_twice_give_the_first_ones_back() -> None:

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.requests import EngineLimits, GenerationParams
-from pipeline.config.job import Job
-from pipeline.config.loader import load_job
+from pipeline.config.job import FlushSection, Job
+from pipeline.config.loader import load_job, read_settings
 from pipeline.core.errors import JobError
 
 GOOD = """\
@@ -232,6 +232,87 @@ def test_overrides(tmp_path: Path) -> None:
 )
 def test_overrides_that_cannot_be(tmp_path: Path, override: str, said: str) -> None:
     assert said in refusal(tmp_path, GOOD, override)
+
+
+@pytest.mark.parametrize(
+    ("extra", "overrides", "seconds", "rows"),
+    [
+        ("checkpoint: {seconds: 5, rows: 7}", [], 5, 7),
+        ("checkpoint:\n  rows: ${TT_UNSET:-7}", [], 30, 7),
+        ("", ["checkpoint.seconds=5"], 5, None),
+        ("checkpoint: {rows: 10}", ["flush.seconds=5"], 5, 10),
+        ("flush: {rows: 10}", ["checkpoint.seconds=5"], 5, 10),
+        ("checkpoint:", ["flush.seconds=5"], 5, None),
+        ("checkpoint: {seconds: 1, rows: 10}", ["checkpoint.seconds=2", "flush.rows=null"], 2, None),
+        ("", ["flush.seconds=1", "checkpoint.seconds=2"], 2, None),
+        ("", ["checkpoint.seconds=2", "flush.seconds=1"], 1, None),
+        ("flush: {rows: 10}", ["checkpoint={seconds: 5}"], 5, None),
+    ],
+)
+def test_checkpoint_is_the_old_name_of_flush(
+    tmp_path: Path, extra: str, overrides: list[str], seconds: float, rows: int | None
+) -> None:
+    """In a file as on the command line, in any mixture; the model's checkpoint is another key."""
+    file = write(tmp_path, f"{GOOD}{extra}\n")
+    job = load_job(file, overrides)
+    assert job.flush == FlushSection(seconds=seconds, rows=rows)
+    assert job.model.checkpoint == "builtin:noise"
+    assert job == load_job(write(tmp_path, GOOD), [f"flush.seconds={seconds}.0", f"flush.rows={rows or 'null'}"])
+    assert "checkpoint" not in job.model_dump()
+
+
+def test_the_settings_of_a_file_stand_under_todays_keys_in_their_order(tmp_path: Path) -> None:
+    settings = read_settings(write(tmp_path, f"checkpoint: {{rows: 7}}\n{GOOD}"), ["flush.seconds=5"])
+    assert list(settings) == ["flush", "input", "output", "model"]
+    assert settings["flush"] == {"rows": 7, "seconds": 5}
+
+
+@pytest.mark.parametrize("overrides", [[], ["flush.seconds=5"], ["checkpoint.seconds=5"]])
+def test_a_file_with_the_old_and_the_new_name_is_refused(tmp_path: Path, overrides: list[str]) -> None:
+    text = GOOD + "checkpoint: {rows: 10}\nflush: {seconds: 5}\n"
+    said = "checkpoint and flush are both given: keep one of them; checkpoint is the old name of flush"
+    assert refusal(tmp_path, text, *overrides) == f"{tmp_path}/nice.yaml: {said}"
+
+
+@pytest.mark.parametrize(
+    ("extra", "overrides", "said"),
+    [
+        ("flush: {rows: 0}", [], "flush.rows is 0: input should be"),
+        ("checkpoint: {rows: 0}", [], "checkpoint.rows is 0: input should be"),
+        ("checkpoint: {rows: 0}", ["flush.seconds=5"], "checkpoint.rows is 0: input should be"),
+        ("flush: {rows: 0}", ["checkpoint.seconds=5"], "flush.rows is 0: input should be"),
+        ("checkpoint: {rows: 7}", ["flush.rows=0"], "--set flush.rows is 0: input should be"),
+        ("checkpoint: {rows: 7}", ["flush={rows: 0}"], "flush.rows is 0: input should be"),
+        ("flush: {rows: 7}", ["checkpoint.rows=0"], "--set checkpoint.rows is 0: input should be"),
+        ("flush: {rows: 7}", ["checkpoint={rows: 0}"], "checkpoint.rows is 0: input should be"),
+        ("", ["checkpoint.seconds=soon"], "--set checkpoint.seconds is 'soon': it must be a number, without quotes"),
+        ("", ["checkpoint=builtin:tiny"], "--set checkpoint is 'builtin:tiny': it must be a section with keys of its"),
+        ("checkpoint: 5", [], "checkpoint is 5: it must be a section with keys of its own"),
+        ("checkpoint:", [], "checkpoint is None: it must be a section with keys of its own"),
+        ("checkpoint: {row: 7}", [], "checkpoint.row is not a key of a job; did you mean flush.rows?"),
+        ("", ["checkpoint.row=7"], "--set checkpoint.row is not a key of a job; did you mean flush.rows?"),
+        ("checkpoint: {rows: '${TT_UNSET}'}", [], "checkpoint.rows: the environment variable TT_UNSET is not set"),
+        ("flush: 5", ["checkpoint.rows=7"], "--set checkpoint.rows=7: checkpoint is not a section"),
+        ("seconds: 5", [], "seconds is not a key of a job; did you mean flush.seconds?"),
+    ],
+)
+def test_faults_name_the_old_key_where_it_was_written(
+    tmp_path: Path, extra: str, overrides: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TT_UNSET", raising=False)
+    message = refusal(tmp_path, f"{GOOD}{extra}\n", *overrides)
+    assert message.removeprefix(f"{tmp_path}/nice.yaml: ").startswith(said)
+
+
+def test_a_job_from_python_or_a_record_may_use_the_old_name() -> None:
+    sections = {"input": {"path": "i"}, "output": {"path": "o"}, "model": {"checkpoint": "c"}}
+    job = Job.model_validate({**sections, "flush": {"rows": 7}})
+    assert Job.model_validate({**sections, "checkpoint": {"rows": 7}}) == job
+    assert Job.model_validate({**sections, "checkpoint": FlushSection(rows=7)}) == job
+    text = job.model_dump_json()
+    assert Job.model_validate_json(text.replace('"flush"', '"checkpoint"')) == job
+    with pytest.raises(ValueError, match="checkpoint and flush are both given: keep one of them"):
+        Job.model_validate({**sections, "checkpoint": {}, "flush": {}})
 
 
 def test_relative_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

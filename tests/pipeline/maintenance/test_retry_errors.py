@@ -56,7 +56,7 @@ def test_the_failed_rows_become_a_job_that_runs(job: Job, tmp_path: Path) -> Non
     new = load_job(made.job_file)
     assert new.name == "job-retry"
     assert new.output.path == str(tmp_path / "retry/output")
-    same = {"engine", "workers", "generation", "model", "checkpoint"}
+    same = {"engine", "workers", "generation", "model", "flush"}
     assert new.model_dump(include=same) == job.model_dump(include=same)
     # that all of its rows fail again is no reason to end it
     assert new.retry == job.retry.model_copy(update={"max_error_rate": 1.0})

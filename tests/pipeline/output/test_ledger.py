@@ -309,6 +309,8 @@ def test_a_job_whose_folder_was_taken_does_not_complete_it(job: Job) -> None:
         ("rows", "x"),
         ("units", -1),
         ("created", None),
+        ("job", []),
+        ("job.checkpoint", {}),  # beside job.flush, of which it is the old name
     ],
 )
 def test_a_damaged_plan_file_is_named(job: Job, path: str, value: object) -> None:

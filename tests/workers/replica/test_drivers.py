@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 ROWS = 240
 MAX_ROWS = 4
-CHECKPOINT_ROWS = 10
+FLUSH_ROWS = 10
 SLOW_S = 0.01
 
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
         "output": {"path": str(tmp_path / "out"), "rows_per_file": 60},
         "model": {"checkpoint": "builtin:noise", "dtype": "float32"},
         "workers": {"gpus": 0},
-        "checkpoint": {"rows": CHECKPOINT_ROWS},
+        "flush": {"rows": FLUSH_ROWS},
     }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     return tmp_path
@@ -94,8 +94,8 @@ def test_a_killed_driver_costs_what_was_not_written_down(folder: Path, start: St
     finish(start(0.0), 0)
     check_output(folder)
     again = len(finished_rows(folder)) - ROWS
-    # a flush of checkpoint.rows under way, as many collected meanwhile, what one step finishes; twice: two open units
-    assert again <= 2 * 2 * (2 * CHECKPOINT_ROWS + MAX_ROWS)
+    # a flush of flush.rows under way, as many collected meanwhile, what one step finishes; twice: two open units
+    assert again <= 2 * 2 * (2 * FLUSH_ROWS + MAX_ROWS)
 
 
 def test_a_stopped_driver_loses_nothing(folder: Path, start: Starter) -> None:

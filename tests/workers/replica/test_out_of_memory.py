@@ -29,8 +29,8 @@ def scripted_runner(small: SmallJob, faults: dict[int, Fault]) -> tuple[UnitRunn
     scripts = {f"a.parquet#{i}": Script((1 + i % 3,)) for i in range(20)}
     loop, backend = make_loop(scripts, rows=8, faults=faults)
     params = GenerationParams(max_new_tokens=20, block_size=8, steps_per_block=8)
-    checkpoint, store = small.job.checkpoint, PartStore(small.spec, "r0")
-    return UnitRunner(loop, FixedTokenizer(), store, params, replica="r0", checkpoint=checkpoint), backend
+    flush, store = small.job.flush, PartStore(small.spec, "r0")
+    return UnitRunner(loop, FixedTokenizer(), store, params, replica="r0", flush=flush), backend
 
 
 @pytest.mark.parametrize("kind", ["launch oom", "collect oom"])

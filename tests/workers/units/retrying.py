@@ -20,7 +20,7 @@ def runner_of(
         PartStore(small.spec, "r0"),
         params,
         replica="r0",
-        checkpoint=small.job.checkpoint,
+        flush=small.job.flush,
         retry_degenerate=retry,
     )
 

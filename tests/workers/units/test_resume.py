@@ -59,11 +59,11 @@ class MortalEngine(FakeEngine):
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_any_point_nothing_is_lost_and_little_repeated(tmp_path: Path, seed: int) -> None:
     """Attempt after attempt dies after a random number of steps. The rows are those of a run that was left alone, and
-    none that a segment held is generated again. A death costs less than checkpoint.rows rows a unit, and one step's."""
+    none that a segment held is generated again. A death costs less than flush.rows rows a unit, and one step's."""
     draw = random.Random(seed)
     at_most = draw.choice([1, 3, 8])
     prompts = with_bad_rows(60)
-    small = open_job(tmp_path, prompts, rows_per_file=30, checkpoint={"seconds": 3600.0, "rows": at_most})
+    small = open_job(tmp_path, prompts, rows_per_file=30, flush={"seconds": 3600.0, "rows": at_most})
     todo, finished, deaths = {unit.id: Assignment(unit) for unit in small.plan.units}, Counter[str](), 0
     while todo:
         store = WatchedStore(small, f"r{deaths}")
@@ -98,7 +98,7 @@ from pipeline.core.types import Assignment
 from tests.workers.fakes import FakeEngine, make_runner
 from tests.workers.jobs import open_job, prompts_of
 
-small = open_job(Path(sys.argv[1]), prompts_of(300), rows_per_file=300, checkpoint={"seconds": 0.01})
+small = open_job(Path(sys.argv[1]), prompts_of(300), rows_per_file=300, flush={"seconds": 0.01})
 runner = make_runner(small, FakeEngine(step_s=0.005))
 runner.add(Assignment(small.plan.units[0]))
 while runner.busy:
@@ -133,7 +133,7 @@ def test_a_process_killed_by_sigkill_leaves_what_it_flushed(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("settings", [{"seconds": 0.001}, {"seconds": 3600.0, "rows": 5}], ids=["seconds", "rows"])
 def test_a_unit_under_way_is_flushed_when_due(tmp_path: Path, settings: dict[str, float]) -> None:
-    small = open_job(tmp_path, prompts_of(200), rows_per_file=200, checkpoint=settings)
+    small = open_job(tmp_path, prompts_of(200), rows_per_file=200, flush=settings)
     runner = make_runner(small, FakeEngine(step_s=0.002))
     runner.add(Assignment(small.plan.units[0]))
     work_until(runner, lambda: len(segments_of(small)) > 3)
