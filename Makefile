@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export TWOTOWER_OUT ?= $(CURDIR)/out
+# compiled once and kept: hundreds of processes of the tests start sooner
+unexport PYTHONDONTWRITEBYTECODE
 
 COSTLY := ray or server or slow
 

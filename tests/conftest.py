@@ -121,4 +121,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in COSTLY])
+    first = "tests/test_architecture.py"  # the longest of the quick ones
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in COSTLY] + [first not in item.nodeid])

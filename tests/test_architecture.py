@@ -1,6 +1,7 @@
 """The floor plan of the project, read off its own source and off what importing really loads."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections import Counter
@@ -52,9 +53,18 @@ OPENS_PATHS = {f"model/checkpoint/{name}.py" for name in ("reader", "writer", "l
 OPENS_PATHS |= {f"pipeline/storage/{name}.py" for name in ("storage", "local", "scratch")}
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
+@functools.cache
+def tree_of(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text())
+
+
+@functools.cache
+def imports(name: str) -> list[tuple[str, bool]]:
     """(module, whether it is imported when the file is) for every import of a file that is not for typing alone."""
-    tree = ast.parse(path.read_text())
+    return list(_imports(tree_of(name), name))
+
+
+def _imports(tree: ast.Module, name: str) -> Iterator[tuple[str, bool]]:
     typing_only = {
         id(node)
         for block in ast.walk(tree)
@@ -69,12 +79,12 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
             for alias in node.names:
                 yield alias.name, id(node) not in lazy
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively"
+            assert node.level == 0, f"{name} imports relatively"
             yield node.module or "", id(node) not in lazy
 
 
 def tops(name: str) -> set[str]:
-    return {module.split(".")[0] for module, _ in imports(FILES[name])}
+    return {module.split(".")[0] for module, _ in imports(name)}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -83,7 +93,7 @@ def test_packages_keep_to_their_side(name: str) -> None:
     package = name.split("/")[0]
     assert not tops(name) & FORBIDDEN[package]
     if package == "pipeline":
-        of_workers = [at_import for module, at_import in imports(FILES[name]) if module.split(".")[0] == "workers"]
+        of_workers = [at_import for module, at_import in imports(name) if module.split(".")[0] == "workers"]
         assert not of_workers or (name == COMPOSITION and not any(of_workers))
     if package == "model":
         assert tops(name) <= MODEL_NEEDS | sys.stdlib_module_names
@@ -102,7 +112,7 @@ def floor(name: str) -> tuple[int, str] | None:
 
 def internal(name: str) -> Iterator[str]:
     """The files of the same package that a file imports, at whatever time, `from package import module` included."""
-    tree = ast.parse(FILES[name].read_text())
+    tree = tree_of(name)
     package = name.split("/")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -146,7 +156,7 @@ def test_no_folder_is_a_drawer() -> None:
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
 def test_what_planning_needs_of_the_model_is_free_of_torch(name: str) -> None:
-    at_import = {module for module, now in imports(FILES[name]) if now}
+    at_import = {module for module, now in imports(name) if now}
     assert not {m for m in at_import if m.split(".")[0] in ("torch", "safetensors")}
     of_model = {m.replace(".", "/") + ".py" for m in at_import if m.startswith("model.")}
     assert of_model <= WITHOUT_TORCH
@@ -171,7 +181,7 @@ def test_only_storage_and_the_checkpoint_open_paths(name: str) -> None:
     """In a few files, and in the makers of the built-in checkpoints: nowhere else is a path opened."""
     if name in OPENS_PATHS or name.startswith("model/builtin/"):
         return
-    for node in ast.walk(ast.parse(FILES[name].read_text())):
+    for node in ast.walk(tree_of(name)):
         if isinstance(node, ast.Call):
             home, _, called = ast.unparse(node.func).rpartition(".")
             opens = called in OPENERS and (home.startswith(OPENER_HOMES) if home else called == "open")

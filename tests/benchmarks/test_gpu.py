@@ -63,6 +63,7 @@ def test_a_large_model_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> N
         bench.main()
 
 
+@pytest.mark.slow
 def test_random_weights_give_finite_logits_and_the_middle_size_is_a_billion() -> None:
     pair = random_pair(SIZES["noise"], torch.bfloat16, [torch.device("cpu")])
     assert pair.denoiser_logits([5, 6, 7], [3] * 4, 1.0).isfinite().all()

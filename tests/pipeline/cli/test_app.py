@@ -270,6 +270,7 @@ def as_of_the_version_before(job: Path) -> None:
     job.write_text(job.read_text().replace("\nflush:", "\ncheckpoint:"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["checkpoint", "flush"])
 def test_an_output_begun_by_an_older_version_is_read_and_resumed(
     job: Path, monkeypatch: pytest.MonkeyPatch, key: str

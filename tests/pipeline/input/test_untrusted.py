@@ -28,6 +28,7 @@ UNSAFE_CALLS |= {"numpy.load", "eval", "exec", "os.system", "os.popen", "subproc
 PACKAGES = ("pipeline", "workers", "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file", [file for top in PACKAGES for file in (ROOT / top).rglob("*.py")], ids=lambda f: str(f.relative_to(ROOT))
 )

@@ -131,6 +131,7 @@ def test_a_process_killed_by_sigkill_leaves_what_it_flushed(tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"seconds": 0.001}, {"seconds": 3600.0, "rows": 5}], ids=["seconds", "rows"])
 def test_a_unit_under_way_is_flushed_when_due(tmp_path: Path, settings: dict[str, float]) -> None:
     small = open_job(tmp_path, prompts_of(200), rows_per_file=200, flush=settings)
