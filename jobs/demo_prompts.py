@@ -5,6 +5,7 @@ Questions that builtin:tiny was not trained on, each with its right answer: what
 
 import sys
 from pathlib import Path
+from typing import Any
 
 # The project's root: `python jobs/demo_prompts.py` puts the folder of this file on the path instead.
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -41,7 +42,8 @@ def main() -> None:
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".parquet")
     table = make_prompts()
     pq.write_table(table, out, row_group_size=ROWS_PER_GROUP, compression="zstd")
-    lengths = sorted(len(prompt) for prompt in table["prompt"].to_pylist())
+    prompts: list[Any] = table["prompt"].to_pylist()
+    lengths = sorted(len(prompt) for prompt in prompts)
     print(f"{out}: {len(lengths)} prompts of {lengths[0]} to {lengths[-1]} characters")
 
 

@@ -1,5 +1,6 @@
 """Clusters and servers that the test files of one process share: `xdist_group` puts such files into one."""
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,10 @@ def ray_cluster() -> "Iterator[Cluster]":
         "_system_config": {"metrics_report_interval_ms": 200},
     }
     cluster = Cluster(initialize_head=True, head_node_args=node)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     yield cluster
     ray.shutdown()
-    cluster.shutdown()
+    cluster.shutdown()  # type: ignore[no-untyped-call]  # Ray has no types there
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,7 @@ def test_the_shipped_file_is_what_the_program_makes(tmp_path: Path) -> None:
 
 def test_they_are_many_and_varied() -> None:
     table = pq.read_table(JOBS / "demo_prompts.parquet")
-    prompts = table["prompt"].to_pylist()
+    prompts: list[Any] = table["prompt"].to_pylist()
     lengths = sorted(len(prompt) for prompt in prompts)
     assert len(set(prompts)) == len(set(table["id"].to_pylist())) == len(prompts) >= 500
     assert len(set(table["task"].to_pylist())) >= 5

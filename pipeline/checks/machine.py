@@ -122,7 +122,7 @@ def check_clock(server: str | None) -> Iterator[Finding]:
 
 def check_credentials(needed: bool) -> Iterator[Finding]:
     """Whether there are any for S3 and from where; never what they are."""
-    import botocore.session  # type: ignore[import-untyped]
+    import botocore.session
 
     session = botocore.session.get_session()
     credentials = session.get_credentials()

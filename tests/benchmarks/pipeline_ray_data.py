@@ -115,7 +115,7 @@ def compare(folder: Path, rows: int = ROWS, rounds: int = 2) -> Compared:
 
 @contextmanager
 def _cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:

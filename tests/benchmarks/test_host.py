@@ -3,13 +3,14 @@
 import pytest
 
 from model import load_model
+from model.engine.engine import AR_TOKENS
 from model.requests import Mode
 from tests.benchmarks import host
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("mode", "most"), [("diffusion", 16 / 5), ("ar", host.AR_TOKENS)])
+@pytest.mark.parametrize(("mode", "most"), [("diffusion", 16 / 5), ("ar", AR_TOKENS)])
 def test_a_turn_is_measured_part_by_part(monkeypatch: pytest.MonkeyPatch, mode: Mode, most: float) -> None:
     """A block of 16 tokens takes 5 steps and its extension, so 4 rows get no more tokens a turn than that."""
     monkeypatch.setattr(host, "WARM_UP", 20)

@@ -78,7 +78,9 @@ class Truth:
 
     def tokens_per_forward(self, reason: str) -> float:
         rows = [row for row in self.rows if row["finish_reason"] == reason]
-        return sum(row["completion_tokens"] for row in rows) / sum(row["denoiser_forwards"] for row in rows)
+        tokens: int = sum(row["completion_tokens"] for row in rows)
+        forwards: int = sum(row["denoiser_forwards"] for row in rows)
+        return tokens / forwards
 
 
 @pytest.fixture(scope="module")

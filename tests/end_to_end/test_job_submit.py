@@ -151,7 +151,7 @@ def test_demo_job_runs_and_its_output_is_read_with_duckdb_and_pandas(head: Head,
     query = (
         f"SELECT finish_reason, count(*), sum(completion_tokens)/sum(latency_s) FROM '{out}/part-*.parquet' GROUP BY 1"
     )
-    reasons = {reason: (count, rate) for reason, count, rate in duckdb.sql(query).fetchall()}
+    reasons = {reason: (count, rate) for reason, count, rate in duckdb.execute(query).fetchall()}
     assert sum(count for count, _ in reasons.values()) == rows
     assert all(rate > 0 for reason, (_, rate) in reasons.items() if reason != "error")
     frame = pd.concat(pd.read_parquet(part) for part in sorted(out.glob("part-*.parquet")))

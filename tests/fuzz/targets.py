@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pyarrow as pa
@@ -218,11 +219,12 @@ def _inputs() -> list[bytes]:
         "word": pa.array(["same"] * 5).dictionary_encode(),
     }
     made = []
-    for options in (
+    ways: list[dict[str, Any]] = [
         {},
         {"compression": "none", "use_dictionary": False},
         {"row_group_size": 2, "data_page_version": "2.0"},
-    ):
+    ]
+    for options in ways:
         sink = io.BytesIO()
         pq.write_table(pa.table(columns), sink, **options)
         made.append(sink.getvalue())

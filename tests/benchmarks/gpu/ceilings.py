@@ -16,7 +16,7 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int = 10)
     """Median time of one call, on the device's own clock where it has one; two unmeasured calls first."""
     for _ in range(2):
         call()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         if device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

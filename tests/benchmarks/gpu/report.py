@@ -20,7 +20,7 @@ def markdown(found: Mapping[str, Any]) -> str:
             "",
         ]
     if forwards := found.get("forwards"):
-        rows = [
+        rows: list[tuple[object, ...]] = [
             (
                 t["kind"],
                 f"{t['context']:,}",

@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -11,6 +12,7 @@ import torch
 
 from model import Completion, Engine, EngineLimits, Request
 from model.checkpoint.config import TwoTowerConfig
+from model.engine.model_runner import ModelRunner
 from model.network.random_weights import random_pair
 from model.network.two_tower import TwoTower
 from model.requests import Mode
@@ -122,7 +124,9 @@ class _Watch:
         self.flights: list[Flight] = []
         self.turns = 0
         self.turning = self.waiting = 0.0
-        launch, step, result = engine.backend.stages.launch, engine.step, Flight.result
+        assert isinstance(engine.backend, ModelRunner)
+        stages = engine.backend.stages
+        launch, step, result = stages.launch, engine.step, Flight.result
 
         def launched(*args: Any) -> Flight:
             self.flights.append(launch(*args))
@@ -142,20 +146,20 @@ class _Watch:
             finally:
                 self.waiting += time.perf_counter() - began
 
-        self._patches = [
-            patch.object(engine.backend.stages, "launch", launched),
+        self._stack = ExitStack()
+        self._patches: list[AbstractContextManager[object]] = [
+            patch.object(stages, "launch", launched),
             patch.object(engine, "step", stepped),
             patch.object(Flight, "result", waited),
         ]
 
     def __enter__(self) -> "_Watch":
         for one in self._patches:
-            one.start()
+            self._stack.enter_context(one)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for one in self._patches:
-            one.stop()
+        self._stack.close()
 
     def idle_share(self, seconds: float) -> float:
         """Of the device, in so many seconds."""

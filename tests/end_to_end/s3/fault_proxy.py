@@ -25,7 +25,7 @@ FAULTS = {
     "short": "half of the answer's body comes, under a length that says so",
     "hang": "the server never sees it, and no answer comes until the client gives up",
 }
-RANDOM_FAULTS = ("503", "500", "reset", "lost", "slow", "cut", "short")
+RANDOM_FAULTS: tuple[str, ...] = ("503", "500", "reset", "lost", "slow", "cut", "short")
 ERRORS = {
     "503": b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
     "500": b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>",

@@ -26,7 +26,7 @@ def test_odd_keys_work_from_plan_to_duckdb(s3: str, tmp_path: Path) -> None:
     parts = Storage(target)
     for part in parts.list_files("", "part-*.parquet"):
         (tmp_path / part.name).write_bytes(parts.read(part.name))
-    found = duckdb.sql(f"SELECT source_file, completion FROM '{tmp_path}/part-*.parquet'").fetchall()
+    found = duckdb.execute(f"SELECT source_file, completion FROM '{tmp_path}/part-*.parquet'").fetchall()
     assert dict(found) == {f"{name}/{name}.parquet": f"answer to p{i}" for i, name in enumerate(NAMES)}
 
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from model import GenerationParams, load_model
 from model.builtin import phase, tasks, trainable
 from model.builtin.bpe import EOS, MASK, train_tokenizer
-from model.builtin.corpus import Batch, Rows, held_out_examples, mask_blocks, training_rows
+from model.builtin.corpus import Batch, Corpus, Rows, held_out_examples, mask_blocks, training_rows
 from model.builtin.parameters import Weights, checkpoint_names, fresh_weights, with_time
 from model.builtin.phase import Phase, run_phase
 from model.builtin.recipe import CONFIG, SEED, VOCAB_SIZE, Recipe
@@ -183,14 +183,14 @@ def test_training_and_engine_compute_the_same(tmp_path: Path, tokenizer: Tokeniz
             torch.testing.assert_close(got, denoised[row, k], atol=2e-4, rtol=1e-3)
 
 
-class _FewRows:
-    """Stands for model.builtin.corpus.Corpus."""
+class _FewRows(Corpus):
+    """Two rows in turns."""
 
     def __init__(self, rows: Batch) -> None:
-        self._rows = rows
+        self._both = rows
 
     def batch(self, step: int, rows: int) -> Batch:
-        return {name: value[step % 2 : step % 2 + rows] for name, value in self._rows.items()}
+        return {name: value[step % 2 : step % 2 + rows] for name, value in self._both.items()}
 
 
 @pytest.fixture

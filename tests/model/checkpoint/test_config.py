@@ -10,7 +10,7 @@ from tests.model.golden_cases import CHECKPOINT
 
 
 def config(**changes: object) -> TwoTowerConfig:
-    return TwoTowerConfig.from_dict(RELEASED | changes)
+    return TwoTowerConfig.from_dict({**RELEASED, **changes})
 
 
 def test_released_shape() -> None:

@@ -13,6 +13,7 @@ from model.checks.kernels import KernelError, check_kernels
 from model.kernels import plain
 from model.kernels.plain import PlainKernels
 from model.network.two_tower import TwoTower, load_model
+from model.runtime.ragged_batch import RaggedBatch
 from tests.model.golden_cases import CHECKPOINT
 from tests.model.reference import Reference
 
@@ -60,32 +61,37 @@ def test_only_what_is_loaded_is_checked_once_a_device() -> None:
     assert len(counted) - both == both // 2 == 3
 
 
+def with_rows(arguments: tuple[Any, ...], **changes: tuple[int, ...]) -> tuple[Any, ...]:
+    """mamba_scan's arguments, the rows changed."""
+    *others, rows = arguments
+    return (*others, replace(rows, **changes, _made={}))
+
+
 class IgnoresSeedsOfShortRows(PlainKernels):
     """As an open chunk scan does with initial_states."""
 
     def mamba_scan(self, *arguments: Any, **options: Any) -> Tensor:
-        *others, rows = arguments
+        rows: RaggedBatch = arguments[-1]
         seeds = tuple(-1 if n < CHUNK else seed for seed, n in zip(rows.seeds, rows.lengths, strict=True))
-        return super().mamba_scan(*others, replace(rows, seeds=seeds, _made={}), **options)
+        return super().mamba_scan(*with_rows(arguments, seeds=seeds), **options)
 
 
 class StoresIntoTheSeeds(PlainKernels):
     """A denoiser's forward, which stores nothing, leaves its states in the context's slots."""
 
     def mamba_scan(self, *arguments: Any, **options: Any) -> Tensor:
-        *others, rows = arguments
         if not options["store"]:
-            rows, options = replace(rows, slots=rows.seeds, _made={}), {"store": True}
-        return super().mamba_scan(*others, rows, **options)
+            arguments, options = with_rows(arguments, slots=arguments[-1].seeds), {"store": True}
+        return super().mamba_scan(*arguments, **options)
 
 
 class ReadsLeftovers(PlainKernels):
     """A row that begins is seeded from what stands in its slot."""
 
     def mamba_scan(self, *arguments: Any, **options: Any) -> Tensor:
-        *others, rows = arguments
+        rows: RaggedBatch = arguments[-1]
         seeds = tuple(slot if seed < 0 else seed for seed, slot in zip(rows.seeds, rows.slots, strict=True))
-        return super().mamba_scan(*others, replace(rows, seeds=seeds, _made={}), **options)
+        return super().mamba_scan(*with_rows(arguments, seeds=seeds), **options)
 
 
 class ForgetsToStore(PlainKernels):

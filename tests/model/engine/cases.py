@@ -8,11 +8,12 @@ AssertionError.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from model.engine.backend import Batch
-from model.engine.loop import BlockReport, Loop
-from model.engine.scheduler import ActiveRow, Prefix, Scheduler
+from model.engine.backend import Batch, BlockReport
+from model.engine.loop import Loop
+from model.engine.scheduler import Scheduler
+from model.engine.sequence import ActiveRow, Prefix
 from model.runtime.page_allocator import PAGE_SIZE, PREFIX_SLOTS, PageAllocator
-from tests.model.engine.launches import Fault, Launch, NoMemoryError, ScriptedError, Ticket, error_of
+from tests.model.engine.launches import Fault, Launch, NoMemoryError, ScriptedError, Ticket, error_of, row_of
 from tests.model.engine.scripts import MASK, Script, confidence, size_of
 
 
@@ -104,7 +105,7 @@ class ScriptedBackend:
         blocks = [(item, count) for item, count in batch if not self._is_read(item)]
         assert pieces + blocks == list(batch), "prompts come first"
         assert [row for row, _ in blocks][len(blocks) - len(fill) :] == list(fill), "AR rows come last"
-        assert [row for row, _ in blocks if row.mode == "ar"] == list(fill)  # type: ignore[union-attr]
+        assert [row for row, _ in blocks if row_of(row).mode == "ar"] == list(fill)
         self._check_pieces(pieces)
         self._check_blocks(blocks)
         ticket = self._launch(Launch("context", pieces, blocks))
@@ -140,7 +141,7 @@ class ScriptedBackend:
                 assert self.slots.length(item.prefix.slot) == whole, "behind a prefix that is not there yet"
 
     def _check_blocks(self, blocks: Batch) -> None:
-        assert len({row.lane for row, _ in blocks}) <= 1, "rows of two lanes"  # type: ignore[union-attr]
+        assert len({row_of(row).lane for row, _ in blocks}) <= 1, "rows of two lanes"
         for row, count in blocks:
             assert isinstance(row, ActiveRow)
             assert 0 < count == len(row.pending), "a finished block goes into the context whole"

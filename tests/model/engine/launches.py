@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from model.engine.loop import Kind
-from model.engine.scheduler import ActiveRow, Prefix
+from model.engine.sequence import ActiveRow, Prefix
 
 Fault = Literal["launch", "collect", "launch oom", "collect oom", "launch interrupt", "collect interrupt"]
 
@@ -42,6 +42,12 @@ class Ticket:
     fault: Fault | None = None
     seconds: float = 1.0
     collected: bool = False
+
+
+def row_of(item: ActiveRow | Prefix) -> ActiveRow:
+    """The item, which is no prefix."""
+    assert isinstance(item, ActiveRow)
+    return item
 
 
 def error_of(ticket: Ticket) -> BaseException:

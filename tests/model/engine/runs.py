@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from model.engine.scheduler import ActiveRow, Prefix, longest_context
+from model.engine.scheduler import longest_context
+from model.engine.sequence import ActiveRow, Prefix
 from model.requests import Completion, EngineError, Request
 from model.runtime.page_allocator import PAGE_SIZE, pages_for
 from tests.model.engine.cases import make_loop

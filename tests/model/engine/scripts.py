@@ -54,7 +54,8 @@ def expected(params: GenerationParams, script: Script) -> Expected:
     """Follows the script by itself, a block and a step at a time."""
     tokens: list[int] = []
     steps: list[int] = []
-    size, number, reason = size_of(params), 0, None
+    size, number = size_of(params), 0
+    reason: FinishReason | None = None
     while reason is None:
         block, needed, step = script.block(len(tokens), size), script.needed(params, number), 0
         while reason is None and step < needed:

@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 
-from model import Engine, EngineLimits, GenerationParams, Request, load_model
+from model import Completion, Engine, EngineLimits, GenerationParams, Request, load_model
 from model.network.two_tower import TwoTower
 from tests.model.engine.test_engine import drain, outcome, prompt, random_requests
 from tests.model.golden_cases import CHECKPOINT
@@ -73,7 +73,7 @@ def test_a_row_gives_the_same_in_any_mix(uri: str) -> None:
         # as on a GPU: several tokens a turn in AR mode, extensions launched before denoiser forwards are collected
         ar_tokens, overlap = rng.choice([1, 4]) if stages == 1 else 1, rng.choice([None, 1, 2])
         engine = Engine(model(uri, stages), limits, ar_tokens=ar_tokens, overlap_rows=overlap)
-        done = {}
+        done: dict[str, Completion] = {}
         for request in requests:
             engine.submit(request)
             if rng.random() < 0.4:
@@ -152,7 +152,7 @@ def test_cancelled_rows_leave_nothing_behind(stages: int) -> None:
     engine = Engine(model(NOISE, stages), EngineLimits(max_rows=3, max_prefill_tokens=128))
     for request in requests:
         engine.submit(request)
-    done = {}
+    done: dict[str, Completion] = {}
     for steps, key in ((0, "r7"), (1, "r0"), (2, "r1"), (6, "r2")):
         for _ in range(steps):
             done |= {completion.key: completion for completion in engine.step()}
@@ -173,7 +173,8 @@ def test_more_and_fewer_rows_while_running() -> None:
     engine = Engine(model(NOISE), EngineLimits(max_rows=2))
     for request in requests:
         engine.submit(request)
-    done, seen = {}, []
+    done: dict[str, Completion] = {}
+    seen: list[int] = []
     for limit in (2, 5, 1):
         engine.set_max_rows(limit)
         for _ in range(4):

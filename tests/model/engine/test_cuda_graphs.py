@@ -93,6 +93,9 @@ class Refusing(TorchDispatchMode):
 
     WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero", "repeat_interleave")
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -323,9 +326,10 @@ def test_more_slots_need_other_graphs() -> None:
         cache.add_slots(2)
         new = cache.allocator.acquire(PAGE_SIZE)
         assert new is not None
+        slots = [new, *twins.slots]
     twins.graphs.clear()
     for _ in range(2):
-        twins.extend([new, *twins.slots], [1, 1], some_tokens(2))
+        twins.extend(slots, [1, 1], some_tokens(2))
 
 
 def test_forwards_that_fit_no_bucket_are_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_the_engine_agrees_with_the_reference(pair: TwoTower, request_: Request)
 
 def drain(engine: Engine) -> dict[str, Completion]:
     """Steps until nothing is left, with an integrity check behind each step -> completions by key."""
-    done = {}
+    done: dict[str, Completion] = {}
     while engine.waiting or engine.active:
         done |= {completion.key: completion for completion in engine.step()}
         engine.check()

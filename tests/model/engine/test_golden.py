@@ -32,7 +32,7 @@ pair = loaded(DEVICES)  # as one stage and as several
 one_stage = loaded([devices for devices in DEVICES if len(devices) == 1])
 
 
-def named(cases: list[dict[str, Any]]) -> Any:
+def named(cases: list[dict[str, Any]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=[case["id"] for case in cases])
 
 

@@ -1,15 +1,19 @@
 """The engine's loop over a scripted backend: whatever comes, in any order, every request ends once, and as told."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 
-from model.engine.scheduler import ActiveRow, Prefix
+from model.engine.backend import Batch
+from model.engine.loop import Loop
+from model.engine.sequence import ActiveRow, Prefix
 from model.errors import RequestError
 from model.requests import Completion, Request
 from model.runtime.page_allocator import PAGE_SIZE
-from tests.model.engine.cases import Fault, make_loop
+from tests.model.engine.cases import ScriptedBackend, make_loop
+from tests.model.engine.launches import Fault, Ticket, row_of
 from tests.model.engine.runs import Case, Drawn, Run, cases
 from tests.model.engine.scripts import Script, request
 
@@ -61,7 +65,7 @@ def test_rows_that_are_being_extended_are_kept_if_an_older_forward_fails() -> No
     assert "r2" in Run(case).go().done
 
 
-def drive(loop, requests: list[Request]) -> dict[str, Completion]:  # type: ignore[no-untyped-def]
+def drive(loop: Loop[Ticket], requests: list[Request]) -> dict[str, Completion]:
     """Submits, steps and checks until nothing is left."""
     for each in requests:
         loop.submit(each)
@@ -89,7 +93,7 @@ def test_a_long_prompt_lets_the_others_go_on() -> None:
         before = len(backend.launches)
         loop.step()
         launched = backend.launches[before:]
-        fed = {item.request.key for launch in launched for item, _ in launch.pieces}
+        fed = {row_of(item).request.key for launch in launched for item, _ in launch.pieces}
         long_turns += "long" in fed
         assert any(launch.kind == "denoise" for launch in launched)
         for key in fed - {"long"}:
@@ -288,18 +292,25 @@ def test_rows_in_ar_mode_make_several_tokens_a_turn_where_nobody_waits() -> None
     assert len([launch for launch in backend.launches if launch.blocks and launch.kind == "context"]) >= 20
 
 
+def denoising_at_extensions(backend: ScriptedBackend) -> list[bool]:
+    """Grows by one with each extension: whether a denoiser forward is under way."""
+    found: list[bool] = []
+    extend = backend.extend
+
+    def watched(batch: Batch, fill: Sequence[ActiveRow]) -> Ticket:
+        found.append(any(ticket.kind == "denoise" and not ticket.collected for ticket in backend.tickets))
+        return extend(batch, fill)
+
+    backend.extend = watched  # type: ignore[method-assign]
+    return found
+
+
 def test_an_overlapping_lane_launches_the_extension_before_it_collects() -> None:
     """From so many rows on, each extension finds the lane's last denoiser forward under way; with fewer, none does."""
     keys = {f"r{i}": Script((1 + i % 4, 3)) for i in range(6)}
     for rows, under_way in ((6, True), (2, False)):
         loop, backend = make_loop(keys, rows=rows, overlap_rows=3)
-        found, extend = [], backend.extend
-
-        def watched(batch, fill, backend=backend, found=found, extend=extend):  # type: ignore[no-untyped-def]
-            found.append(any(ticket.kind == "denoise" and not ticket.collected for ticket in backend.tickets))
-            return extend(batch, fill)
-
-        backend.extend = watched  # type: ignore[method-assign]
+        found = denoising_at_extensions(backend)
         done = drive(loop, [request(key, 20, max_new_tokens=64) for key in keys])
         assert {len(completion.token_ids) for completion in done.values()} == {64}
         assert any(found) is under_way

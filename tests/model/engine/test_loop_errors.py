@@ -5,10 +5,10 @@ import itertools
 import pytest
 
 from model.engine.loop import Loop
-from model.engine.scheduler import Prefix
+from model.engine.sequence import Prefix
 from model.requests import Completion, EngineError, Request
 from tests.model.engine.cases import ScriptedBackend, make_loop
-from tests.model.engine.launches import Fault, NoMemoryError, ScriptedError, Ticket
+from tests.model.engine.launches import Fault, NoMemoryError, ScriptedError, Ticket, row_of
 from tests.model.engine.runs import Case, Drawn, Run
 from tests.model.engine.scripts import Script, expected, request
 
@@ -16,9 +16,9 @@ ABC = {"a": Script((2,)), "b": Script((3, 1)), "c": Script((1,))}
 MODES = {"a": "diffusion", "b": "mock_ar", "c": "ar"}
 
 
-def some(**settings: object) -> list[Request]:
+def some() -> list[Request]:
     """A row of each mode."""
-    return [request(key, 20, max_new_tokens=24, mode=mode, **settings) for key, mode in MODES.items()]
+    return [request(key, 20, max_new_tokens=24, mode=mode) for key, mode in MODES.items()]
 
 
 def resume(loop: Loop[Ticket], again: dict[str, Request]) -> dict[str, Completion]:
@@ -176,8 +176,8 @@ def test_limits_grow_again_when_memory_has_been_enough_for_long(monkeypatch: pyt
     loop, _ = make_loop(scripts, rows=16, budget=256, faults={1: "collect oom", 3: "launch oom"})
     for each in rows:
         loop.submit(each)
-    seen = []
-    done = []
+    seen: list[tuple[int, int]] = []
+    done: list[Completion] = []
     while loop.waiting or loop.active:
         done += loop.step()
         loop.check()
@@ -241,7 +241,7 @@ def test_a_shared_context_forward_fails_for_prompts_and_blocks(kind: Fault) -> N
     except EngineError as error:
         named = error.keys
     failed = next(launch for i, launch in enumerate(backend.launches) if i in backend.faults)
-    assert [item.request.key for item, _ in failed.work] == ["d", "e", "a", "c"]  # type: ignore[union-attr]
+    assert [row_of(item).request.key for item, _ in failed.work] == ["d", "e", "a", "c"]
     assert named == (() if "oom" in kind else ("d", "e", "a", "c"))
     for key in named:
         loop.submit(next(each for each in rows if each.key == key))

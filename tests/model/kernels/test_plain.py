@@ -183,7 +183,9 @@ def scan(parts: Sequence[Tensor], lengths: Sequence[int], seeds: Sequence[int], 
     )
     count = len(lengths)
     rows = RaggedBatch(tuple(range(count)), tuple(seeds), tuple(lengths), (0,) * count, ((),) * count)
-    return PlainKernels().mamba_scan(parts[0], parts[1], weights, *states, rows, store=True)
+    x, dt = parts
+    conv, ssm = states
+    return PlainKernels().mamba_scan(x, dt, weights, conv, ssm, rows, store=True)
 
 
 @pytest.mark.usefixtures("threads")

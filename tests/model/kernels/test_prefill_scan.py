@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.kernels.plain import selective_scan
+from model.kernels.plain import PlainKernels, selective_scan
 from model.kernels.triton import prefill_scan
 
 pytestmark = pytest.mark.slow
@@ -54,6 +54,7 @@ def test_seeded_rows_of_unlike_lengths_give_the_plain_scan(scan: prefill_scan.Sc
 def test_a_block_goes_through_the_kernel_for_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward that reads a prompt of 40 tokens beside blocks of 16."""
     from model.kernels.triton import kernels as cuda
+    from model.kernels.triton import scan as triton_scan
     from model.runtime.ragged_batch import RaggedBatch
 
     seen: list[tuple[str, int]] = []
@@ -69,8 +70,8 @@ def test_a_block_goes_through_the_kernel_for_blocks(monkeypatch: pytest.MonkeyPa
         return xbc.new_zeros(len(xbc), 4)
 
     monkeypatch.setattr(cuda, "prefill_scan_of_mamba_ssm", lambda: prompt_scan)
-    monkeypatch.setattr(cuda.triton_scan, "mamba_scan", block_scan)
-    monkeypatch.setattr(cuda.PlainKernels, "_scan", prompt_scan)
+    monkeypatch.setattr(triton_scan, "mamba_scan", block_scan)
+    monkeypatch.setattr(PlainKernels, "_scan", prompt_scan)
     kernels: Any = cuda.CudaKernels()
     states = torch.zeros(4, 3, 4), torch.zeros(4, 1, 4, 4)
     mixed = RaggedBatch((0, 1, 2), (0, 1, 2), (40, 16, 16), (0,) * 3, ((),) * 3)

@@ -140,7 +140,7 @@ def test_the_start_up_check_passes() -> None:
     """With a model's sizes and the cases of model.checks.kernels."""
 
     class WithTriton(PlainKernels):
-        attend = staticmethod(attend)  # type: ignore[assignment]
+        attend = staticmethod(attend)
 
     pair = load_model("builtin:noise", "bfloat16", devices=[DEVICE], towers="context")
     for layer in pair.context.layers:
@@ -215,7 +215,8 @@ def test_plans_are_those_of_plain_loops() -> None:
 
 def _looped(rows: RaggedBatch, heads: Heads, tile: int) -> tuple[list[list[int]], list[list[int]], list[int]]:
     """What `plan_attention` makes, one by one: items, joins, table."""
-    tiles, table, start = [], [], 0
+    tiles, start = [], 0
+    table: list[int] = []
     for row, (length, context) in enumerate(zip(rows.lengths, rows.context, strict=True)):
         fixed = start, length, context, len(table)
         tiles += [(fixed, first, pages_for(context)) for first in range(0, length, tile)]

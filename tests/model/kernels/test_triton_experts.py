@@ -50,7 +50,7 @@ class Experts:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_experts_are_those_of_the_definition_and_of_the_plain_kernels(
-    case: tuple[int, ...], dtype: torch.dtype
+    case: tuple[int, int, int, int, int], dtype: torch.dtype
 ) -> None:
     given = Experts(*case, dtype)
     got = triton_experts.grouped_experts(*given)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.kernels.logits import Logits, Parts
 from model.kernels.plain import PlainKernels
 from model.kernels.plain_sampling import survey_slice, uniforms
+from model.kernels.protocol import Kernels
 from model.network.sampling import Draws, Head, choose
 from tests.model.kernels.draws import make_draws
 
@@ -37,7 +38,8 @@ def logits_of(x: Tensor, suppress: Tensor, width: int) -> Logits:
     def head(rows: slice | Tensor, columns: slice) -> Tensor:
         return x[rows, columns].clone()
 
-    return Logits(head, *x.shape, suppress, MASK, x.dtype, 2**30, width)
+    count, vocab = x.shape
+    return Logits(head, count, vocab, suppress, MASK, x.dtype, 2**30, width)
 
 
 SETTINGS = [  # temperature, top_k, top_p
@@ -71,9 +73,18 @@ def on_device(draws: Draws) -> Draws:
     return Draws(*(getattr(draws, name).to(DEVICE) for name in Draws.__slots__))
 
 
-def chosen(x: Tensor, suppress: Tensor, draws: Draws | None, kernels: Any, **options: int) -> tuple[Tensor, Tensor]:
+def chosen(
+    x: Tensor,
+    suppress: Tensor,
+    draws: Draws | None,
+    kernels: Kernels,
+    *,
+    workspace: int | None = None,
+    width: int | None = None,
+) -> tuple[Tensor, Tensor]:
     head = Head(lambda rows, columns: x[rows, columns].clone(), x.dtype, kernels)
-    return choose(head, *x.shape, suppress, MASK, draws, **options)
+    count, vocab = x.shape
+    return choose(head, count, vocab, suppress, MASK, draws, workspace, width)
 
 
 def cdf_of(row: Tensor, draws: Draws, i: int) -> Tensor:
@@ -222,6 +233,9 @@ class NoWaiting(TorchDispatchMode):
     """Fails at each operation that, on a GPU, waits for the device: what asks it for a number or a size."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "item", "unique", "masked_select", "repeat_interleave", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -116,7 +116,7 @@ class Case:
         assert torch.equal(self.ssm.nan_to_num(), expected_ssm.nan_to_num())
 
 
-CASES = {
+CASES: dict[str, tuple[Sequence[int], Sequence[int]]] = {
     "one token a row (AR)": ((1, 1, 1), (0, -1, 3)),
     "one row": ((16,), (0,)),
     "blocks": ((16, 16, 16), (0, -1, 3)),
@@ -146,8 +146,12 @@ def test_sizes_that_are_no_powers_of_two_and_bfloat16_inputs(lengths: tuple[int,
 @pytest.mark.parametrize("case", [*CASES, "many blocks", "many single tokens"])
 def test_the_released_sizes(case: str, dtype: torch.dtype, *, store: bool) -> None:
     """Also with rows enough for programs of whole heads."""
-    many = {"many blocks": ((16,) * 9, range(9)), "many single tokens": ((1,) * 9, range(9))}
-    Case(RELEASED, *(CASES | many)[case], dtype).check(store=store)
+    many: dict[str, tuple[Sequence[int], Sequence[int]]] = {
+        "many blocks": ((16,) * 9, range(9)),
+        "many single tokens": ((1,) * 9, range(9)),
+    }
+    lengths, seeds = (CASES | many)[case]
+    Case(RELEASED, lengths, seeds, dtype).check(store=store)
 
 
 def test_programs_of_a_whole_head(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,7 +338,8 @@ def test_forwards_with_the_kernels_of_a_gpu_stay_within_its_workspace(monkeypatc
 def _extend(pair: TwoTower, cache: ContextCache, slots: list[int], lengths: list[int]) -> int:
     """The peak of an extend forward."""
     batch = cache.rows(slots, lengths)
-    with MemoryMeter() as meter:
+    meter = MemoryMeter()
+    with meter:
         pair.extend(cache, batch, torch.full((sum(lengths),), 5))
     return meter.peak
 

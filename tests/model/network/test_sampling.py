@@ -58,7 +58,8 @@ def head_of(logits: Tensor) -> Head:
 def sliced(
     logits: Tensor, suppress: Tensor, given: Draws | None, width: int = SLICE, workspace: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    return choose(head_of(logits), *logits.shape, suppress, MASK, given, workspace, width)
+    count, vocab = logits.shape
+    return choose(head_of(logits), count, vocab, suppress, MASK, given, workspace, width)
 
 
 def free(count: int) -> Tensor:

@@ -10,7 +10,6 @@ import random
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
@@ -154,7 +153,7 @@ class SimulatedCuda:
 
         self.current(device).queue.append(work)
 
-    def value(self, x: Any) -> int:
+    def value(self, x: Tensor) -> int:
         """A tensor's value as it is now."""
         return self._memory[x.cell]
 

@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +29,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def calibrate(file: Path, **options: object) -> None:
+def calibrate(file: Path, **options: Any) -> None:
     """Measures, and writes down what `calibrate` does, but for its report."""
     clock, setup = FakeClock(), setup_of(file, **options)
     with (file.parent / "log").open("w") as log:

@@ -115,7 +115,7 @@ def test_the_job_file_is_the_users_with_the_chosen_point(file: Path, monkeypatch
     assert new.generation.steps_per_block == best.setting.steps
     assert new.engine.max_rows == best.max_rows
     chosen = {"generation": {"confidence_threshold", "steps_per_block", "mode"}, "engine": {"max_rows"}}
-    assert new.model_dump(exclude=chosen) == old.model_dump(exclude=chosen)  # type: ignore[arg-type]
+    assert new.model_dump(exclude=chosen) == old.model_dump(exclude=chosen)
     assert list(yaml.safe_load(text)) == list(yaml.safe_load(file.read_text()))
     monkeypatch.setenv("CASE_OUT", "/elsewhere")
     assert load_job(made).output.path == "/elsewhere/out"
@@ -295,7 +295,8 @@ def test_a_job_that_samples_is_compared_at_temperature_0(tmp_path: Path) -> None
     assert answers.rows[0].text == f"{answers.greedy[0].text}!"
     finish(outcome, str(file), ["generation.temperature=0.7"])
     table = pq.read_table(tmp_path / "out-calibration/completions/ar.parquet")
-    assert sorted(table["greedy"].to_pylist()) == [False] * 24 + [True] * 24
+    greedy: list[Any] = table["greedy"].to_pylist()
+    assert sorted(greedy) == [False] * 24 + [True] * 24
     assert "The job samples (temperature 0.7)" in make_report(outcome).decode()
     again = run(setup_of(file, ["generation.temperature=0.7"]), FakeBench())
     assert again.answers == outcome.answers

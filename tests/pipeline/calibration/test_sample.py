@@ -102,7 +102,7 @@ def test_an_input_without_a_usable_row_is_refused(tmp_path: Path) -> None:
 
 def test_settings_of_a_row_are_its_own(tmp_path: Path) -> None:
     """A row has its threshold whatever the point says, and never more tokens than the calibration allows."""
-    columns = {"prompt": ["a", "b", "c"], "n": [10, None, 900], "g": [None, 0.5, None]}
+    columns: dict[str, Any] = {"prompt": ["a", "b", "c"], "n": [10, None, 900], "g": [None, 0.5, None]}
     write(tmp_path / "in/a.parquet", **columns)
     settings = {"row_settings": {"max_new_tokens": "n", "confidence_threshold": "g"}}
     rows = {row.prompt: row for row in draw(make_job(tmp_path / "in", tmp_path / "out", input=settings)).rows}

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.checks import machine
 from pipeline.checks.findings import Check, Finding, Line, examine, fail, ok, report, warn
 from pipeline.checks.job import job_checks, open_job
 from pipeline.checks.machine import check_authentication, check_clock, check_credentials, check_python, token_source
@@ -31,8 +31,8 @@ def lines_of(*checks: Check) -> dict[str, Line]:
 
 
 def raising(error: BaseException) -> Iterator[Finding]:
+    yield from ()
     raise error
-    yield
 
 
 def test_whatever_a_check_does_there_is_a_line_and_the_next_one_runs() -> None:
@@ -104,14 +104,14 @@ def test_where_the_token_is_taken_from(tmp_path: Path, monkeypatch: pytest.Monke
 def test_packages_are_held_against_what_the_project_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     [here] = check_python()
     assert here.level == "ok"
-    real = machine.metadata.version
+    real = metadata.version
 
     def version(name: str) -> str:
         if name == "s3fs":
-            raise machine.metadata.PackageNotFoundError(name)
+            raise metadata.PackageNotFoundError(name)
         return "2.9.1" if name == "ray" else real(name)
 
-    monkeypatch.setattr(machine.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     [found] = check_python()
     assert found.level == "FAIL"
     assert "ray is 2.9.1, needed is <3,>=2.60" in found.found

@@ -58,7 +58,7 @@ def test_all_engine_settings_reach_the_engine(tmp_path: Path) -> None:
 def test_a_job_is_frozen(tmp_path: Path) -> None:
     job = load_job(write(tmp_path, GOOD))
     with pytest.raises(ValueError, match="frozen"):
-        job.output.rows_per_file = 3  # type: ignore[misc]
+        job.output.rows_per_file = 3
 
 
 @pytest.mark.parametrize(

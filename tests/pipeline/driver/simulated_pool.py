@@ -1,7 +1,7 @@
 """A pool without replicas: rows are finished, written down, lost with the replica that held them, all by chance."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 from pipeline.core.events import Event, RangeDone, ReplicaLost, ReplicaReady, UnitDone, UnitFailed, UnitProgress
@@ -37,8 +37,8 @@ class SimulatedPool:
     """
 
     def __init__(
-        self, replicas: int, seed: int, killers: set[tuple[str, int]] = frozenset(), faults: float = 0
-    ) -> None:  # type: ignore[assignment]
+        self, replicas: int, seed: int, killers: Set[tuple[str, int]] = frozenset(), faults: float = 0
+    ) -> None:
         self.random, self.killers, self.faults = random.Random(seed), killers, faults
         self.lives: dict[str, Life] = {}
         self.segments: dict[str, set[int]] = {}

@@ -122,7 +122,7 @@ def test_a_unit_that_no_replica_can_read_ends_the_job_after_the_attempts_allowed
 class ScriptedPool(FakePool):
     """Tells what it was given, turn by turn."""
 
-    def __init__(self, *turns: list[Event]) -> None:
+    def __init__(self, *turns: Sequence[Event]) -> None:
         super().__init__(0, 0)
         self.turns = list(turns)
         self.held = {"a": [], "b": []}

@@ -52,7 +52,8 @@ def test_absurd_numbers_of_units_are_refused(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_thousands_of_columns_and_empty_groups(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", prompt=["x"], **{f"c{i}": [i] for i in range(3000)})
+    columns: dict[str, Any] = {f"c{i}": [i] for i in range(3000)}
+    write(tmp_path / "a.parquet", prompt=["x"], **columns)
     writer = pq.ParquetWriter(tmp_path / "b.parquet", pa.schema([("prompt", pa.string())]))
     for rows in ([], ["y"], [], [], ["z"], []):
         writer.write_table(pa.table({"prompt": pa.array(rows, pa.string())}))

@@ -92,6 +92,8 @@ def test_numbers_come_in_any_type(tmp_path: Path, kind: pa.DataType) -> None:
 
 @pytest.mark.parametrize("kind", [*TEXTS, *LISTS], ids=str)
 def test_stop_strings_come_in_any_type(tmp_path: Path, kind: pa.DataType) -> None:
+    column: pa.Array[Any]
+    said: tuple[str, ...]
     if kind in TEXTS:
         column, said = pa.array(["ab", None]).cast(kind), ("ab",)
     elif kind == pa.list_(pa.null()):
@@ -101,7 +103,7 @@ def test_stop_strings_come_in_any_type(tmp_path: Path, kind: pa.DataType) -> Non
     assert values(rows_of(tmp_path, {"s": column}, stop="s")) == [{"stop": said}, {}]
 
 
-WRONG: list[tuple[str, pa.Array, str]] = [
+WRONG: list[tuple[str, "pa.Array[Any]", str]] = [
     ("max_new_tokens", pa.array([0]), "column 'c': max_new_tokens is 0: it must be a whole number of at least 1"),
     ("max_new_tokens", pa.array([-3], pa.int8()), "column 'c': max_new_tokens is -3: it must be a whole number"),
     ("max_new_tokens", pa.array([2**31]), "column 'c': max_new_tokens is 2147483648: it must be a whole number"),
@@ -133,7 +135,7 @@ WRONG: list[tuple[str, pa.Array, str]] = [
 
 
 @pytest.mark.parametrize(("setting", "column", "said"), WRONG)
-def test_a_wrong_value_costs_its_row_alone(tmp_path: Path, setting: str, column: pa.Array, said: str) -> None:
+def test_a_wrong_value_costs_its_row_alone(tmp_path: Path, setting: str, column: "pa.Array[Any]", said: str) -> None:
     good: dict[str, Any] = {"stop": "END"}
     cell = good.get(setting, 1)
     fine = pa.array([[cell] if pa.types.is_list(column.type) else cell], column.type)

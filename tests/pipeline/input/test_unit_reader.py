@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,12 @@ def test_bad_prompts_become_error_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["large", "view", "dictionary"])
 def test_bad_prompts_in_every_string_type(tmp_path: Path, kind: str) -> None:
     plain = not_utf8(b"good", b"\xff", None)
-    column = {
+    columns: dict[str, Callable[[], pa.Array[Any]]] = {
         "large": lambda: plain.cast(pa.large_string()),
         "view": lambda: plain.cast(pa.binary()).cast(pa.binary_view()).view(pa.string_view()),
         "dictionary": lambda: pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.int32()), plain.slice(0, 2)),
-    }[kind]()
+    }
+    column = columns[kind]()
     data = read_one(tmp_path, {"carry": ["copy"]}, prompt=column, copy=column)
     assert [row.prompt for row in data.rows] == ["good", None, None]
     assert "not UTF-8 (byte 0)" in str(data.rows[1].error)
@@ -111,7 +113,8 @@ def test_bad_prompts_in_every_string_type(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("index", [pa.int8(), pa.int32()], ids=str)
 def test_bad_bytes_in_dictionaries_cost_their_row_alone(tmp_path: Path, index: pa.DataType) -> None:
     """Other columns keep the types that the writer stored, although pyarrow reads the file without them."""
-    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, None], index), not_utf8(b"good", b"\xff"))
+    indices: pa.Array[Any] = pa.array([0, 1, None], index)
+    column = pa.DictionaryArray.from_arrays(indices, not_utf8(b"good", b"\xff"))
     many = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), column)
     when = pa.array([1, 2, 3], pa.timestamp("us", "Europe/Berlin"))
     gap = pa.array([1, 2, 3], pa.duration("us"))
@@ -318,7 +321,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     of which the last 190 units add under 30 MiB to what the first 10 took."""
     rows = 2_000_000
     numbers = pa.array(range(rows))
-    text = pa.compute.binary_join_element_wise(
+    text = pa.compute.binary_join_element_wise(  # type: ignore[call-overload]  # its types know no plain strings
         numbers.cast(pa.string()), "a prompt of some fifty characters, more or less", " "
     )
     file = tmp_path / "giant.parquet"

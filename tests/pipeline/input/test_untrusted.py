@@ -150,7 +150,7 @@ def test_odd_names_work_from_plan_to_duckdb(tmp_path: Path) -> None:
         write(tmp_path / "in" / name / f"{name}.parquet", prompt=[f"p{number}"])
     for output in ("out #1 50%", "\U0001f600 gr\u00f6\u00dfe", "o" * 250):
         run(make_job(tmp_path / "in", tmp_path / output))
-        found = duckdb.sql(f"SELECT source_file, completion FROM '{tmp_path / output}/part-*.parquet'").fetchall()
+        found = duckdb.execute(f"SELECT source_file, completion FROM '{tmp_path / output}/part-*.parquet'").fetchall()
         assert dict(found) == {f"{name}/{name}.parquet": f"answer to p{i}" for i, name in enumerate(NAMES)}
 
 

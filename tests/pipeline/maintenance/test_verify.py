@@ -316,7 +316,7 @@ def edit_record(out: Path, draw: st.DataObject) -> None:
     part = draw.draw(st.sampled_from(parts_of(out)))
     fields = from_json(record_of(part).read_bytes())
     name = draw.draw(st.sampled_from(sorted(set(fields) - {"seconds"})))
-    value = draw.draw(st.one_of(st.none(), st.integers(-1, 50), st.text(max_size=3), st.just([])))
+    value: object = draw.draw(st.one_of(st.none(), st.integers(-1, 50), st.text(max_size=3), st.just([])))
     if value != fields[name]:
         edit(record_of(part), **{name: value})
     else:
@@ -368,7 +368,7 @@ def take_other(out: Path, draw: st.DataObject) -> None:
         record_of(part).write_bytes(record_of(other).read_bytes())
 
 
-def on_some(what: str, change: Callable[[Path, st.DataObject], None]) -> Callable[[Path, st.DataObject], None]:
+def on_some(what: str, change: Callable[[Path, st.DataObject], object]) -> Callable[[Path, st.DataObject], None]:
     def apply(out: Path, draw: st.DataObject) -> None:
         change(draw.draw(st.sampled_from(sorted(out.glob(what)))), draw)
 
@@ -385,8 +385,8 @@ DAMAGES: list[Callable[[Path, st.DataObject], None]] = [
     on_some("part-*", cut),
     on_some("part-*", append),
     on_some("part-*", remove),
-    on_some("part-*", lambda part, _: shutil.copy(part, part.with_name(ANOTHER)) and None),
-    on_some("part-*", lambda part, _: part.rename(part.with_name(ANOTHER)) and None),
+    on_some("part-*", lambda part, _: shutil.copy(part, part.with_name(ANOTHER))),
+    on_some("part-*", lambda part, _: part.rename(part.with_name(ANOTHER))),
     on_some("_job/units/*", remove),
     on_some("_job/units/*", cut),
     on_some("_job/*.json", remove),

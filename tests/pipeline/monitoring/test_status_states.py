@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -136,7 +137,8 @@ def test_watching_ends_with_the_job_and_reads_one_file_a_look(job: Job, monkeypa
     ledger = open_ledger(job, plan)
     live = live_of(job)
     seen(job, live)
-    shown, looks = io.StringIO(), []
+    shown = io.StringIO()
+    looks: list[float] = []
 
     def sleep(seconds: float) -> None:
         looks.append(seconds)
@@ -145,20 +147,28 @@ def test_watching_ends_with_the_job_and_reads_one_file_a_look(job: Job, monkeypa
             ledger.complete(plan, job, totals, seconds=1.0)
             seen(job, replace(live, ended=COMPLETE))
 
-    before, calls = pipeline.monitoring.status.read_job, []
-    monkeypatch.setattr(pipeline.monitoring.status, "read_job", lambda *given: calls.append(1) or before(*given))
+    before = pipeline.monitoring.status.read_job
+    calls = 0
+
+    def counted(*given: Any) -> JobStatus:
+        nonlocal calls
+        calls += 1
+        return before(*given)
+
+    monkeypatch.setattr(pipeline.monitoring.status, "read_job", counted)
     assert show(job.output.path, watch=True, every_s=7, as_json=True, console=Console(file=shown), sleep=sleep)
     states = [json.loads(line)["state"] for line in shown.getvalue().splitlines()]
     assert states == ["running", "running", "running", "complete"]
-    assert (looks, len(calls)) == ([7, 7, 7], 1)  # the whole folder was read when the driver had ended
+    assert (looks, calls) == ([7, 7, 7], 1)  # the whole folder was read when the driver had ended
 
 
 def test_watching_a_job_that_died_says_so_and_is_no_success(job: Job) -> None:
     open_ledger(job, plan_of(job))
     seen(job, live_of(job, ended="it broke"))
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=80)
     assert not show(job.output.path, watch=True, console=terminal)
-    assert "stopped 0s ago: it broke" in terminal.file.getvalue()
+    assert "stopped 0s ago: it broke" in shown.getvalue()
     assert show(job.output.path, console=Console(file=io.StringIO()))  # a look is no judgement
 
 

@@ -61,8 +61,7 @@ class Run:
 
 
 def done(rows: int, **more: Any) -> ReplicaStats:
-    counts = {"tokens": 30 * rows, "forwards": 10 * rows, "batched": rows, "batch_rows": 7.5 * rows}
-    return ReplicaStats(rows=rows, **counts, **more)
+    return ReplicaStats(rows=rows, tokens=30 * rows, forwards=10 * rows, batched=rows, batch_rows=7.5 * rows, **more)
 
 
 def test_rates_of_a_replica_are_those_of_the_last_minute(tmp_path: Path) -> None:

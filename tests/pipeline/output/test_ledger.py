@@ -104,7 +104,12 @@ def test_a_part_costs_a_resume_one_request(job: Job, monkeypatch: pytest.MonkeyP
         raise AssertionError(f"{name} was read")
 
     open_file = Storage.open
-    monkeypatch.setattr(Storage, "open", lambda self, name, size: opened.append(name) or open_file(self, name, size))
+
+    def noted(self: Storage, name: str, size: int) -> pa.NativeFile:
+        opened.append(name)
+        return open_file(self, name, size)
+
+    monkeypatch.setattr(Storage, "open", noted)
     for method in ("read", "read_range", "read_if_exists", "sha256"):
         monkeypatch.setattr(Storage, method, refuse)
     assert len(ledger.finished(plan)) == 3

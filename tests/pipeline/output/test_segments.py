@@ -115,9 +115,9 @@ def test_any_flushes_of_two_attempts_with_any_damage(
     found = segments.read(UNIT)
     assert len(found.ignored) == spoilt
     assert found.table.schema.equals(RESULT_SCHEMA)
-    rows = found.table.to_pylist()
-    assert [row["source_row"] for row in rows] == [UNIT.first_row + index for index in sorted(expected)]
-    assert {row["source_row"] - UNIT.first_row: row["completion"] for row in rows} == expected
+    read = found.table.to_pylist()
+    assert [row["source_row"] for row in read] == [UNIT.first_row + index for index in sorted(expected)]
+    assert {row["source_row"] - UNIT.first_row: row["completion"] for row in read} == expected
     segments.remove(UNIT)
     assert not list(folder.iterdir() if folder.exists() else [])
 
@@ -157,7 +157,7 @@ def test_no_bytes_get_through_as_rows_of_elsewhere(seed: int) -> None:
             at = draw.randrange(draw.choice([0, len(data) - 4000]), len(data))  # the footer is the last of it
             data[at] = draw.choice([0, 255, data[at] ^ 1 << draw.randrange(8)])
         try:
-            table = from_segment(segment_name(WRITERS[0], 1, data), bytes(data), UNIT, DIGEST)
+            table = from_segment(segment_name(WRITERS[0], 1, bytes(data)), bytes(data), UNIT, DIGEST)
         except NotOursError:
             continue
         assert table.schema.equals(RESULT_SCHEMA)

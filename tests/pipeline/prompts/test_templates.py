@@ -60,7 +60,13 @@ def test_a_prompt_far_too_long_does_not_reach_the_replica(monkeypatch: pytest.Mo
     """It is refused where it is made: 100 MB of it never cross the pipe."""
     read: list[int] = []
     original = os.read
-    monkeypatch.setattr(os, "read", lambda fd, size: read.append(len(data := original(fd, size))) or data)
+
+    def counted(fd: int, size: int) -> bytes:
+        data = original(fd, size)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(os, "read", counted)
     ((prompt, reason),) = rendered("{{ 'x'.ljust(n) }}", n=[100_000_000])
     assert prompt is None
     assert str(reason).startswith("prompt has 100000000 characters")

@@ -119,7 +119,12 @@ def test_a_report_reads_a_bounded_part_of_a_large_output_and_says_so(
     run_job(job)
     opened: list[str] = []
     whole = Storage.open
-    monkeypatch.setattr(Storage, "open", lambda self, name, size: opened.append(name) or whole(self, name, size))
+
+    def noted(self: Storage, name: str, size: int) -> pa.NativeFile:
+        opened.append(name)
+        return whole(self, name, size)
+
+    monkeypatch.setattr(Storage, "open", noted)
     units = read_facts(job.output.path).units
     monkeypatch.setattr(rows, "PARTS_READ", 4)
     opened.clear()
@@ -218,11 +223,12 @@ def test_what_the_driver_said_last_is_there(tmp_path: Path) -> None:
     plan, *_ = run_job(job)
     assert "The last run" not in said(Page(page_of(job)))
     room = EngineRoom(prefill_tokens=75, padded_tokens=100, preemptions=7)
-    nothing = dict.fromkeys(LiveReplica.__dataclass_fields__, 0)
+    nothing: dict[str, Any] = dict.fromkeys(LiveReplica.__dataclass_fields__, 0)
     replica = LiveReplica(**{**nothing, "name": "r0", "doing": "", "stats": ReplicaStats(room=room)})
-    told = {"fingerprint": plan.fingerprint.digest, "ended": HOSTILE, "losses": ["out of memory"], "error_kinds": []}
+    told: dict[str, Any] = dict.fromkeys(Live.__dataclass_fields__, 0)
+    told |= {"fingerprint": plan.fingerprint.digest, "ended": HOSTILE, "losses": ["out of memory"], "error_kinds": []}
     told |= {"replicas": [replica], "replicas_lost": 3, "unit_retries": 11}
-    live = Live(**{**dict.fromkeys(Live.__dataclass_fields__, 0), **told})
+    live = Live(**told)
     Storage(job.output.path).write(LIVE, to_json(asdict(live)))
     words = said(page := Page(page_of(job)))
     assert page.open == []

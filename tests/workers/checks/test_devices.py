@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import model.checkpoint.loader
 import model.checkpoint.released
 import model.checks.kernels
+import workers.checks.kernels
 import workers.cluster.checks
 import workers.cluster.connection
 from model.builtin.noise import CONFIG

@@ -67,7 +67,8 @@ def shuffle_head(pair: Any) -> None:
 
 
 def test_a_checkpoint_that_is_well_passes(checkpoint: Path) -> None:
-    for arguments in ({}, {"dtype": "bfloat16", "towers": "context"}):
+    cases: list[dict[str, Any]] = [{}, {"dtype": "bfloat16", "towers": "context"}]
+    for arguments in cases:
         text = check(checkpoint, **arguments)
         assert text.startswith("self-check passed in ")
         assert text.endswith(" s: kernels are right, 1 prompts of canary.json agree")
@@ -155,7 +156,8 @@ def test_without_a_canary_logits_must_be_finite() -> None:
 class IgnoresSeeds(PlainKernels):
     def mamba_scan(self, *arguments: Any, **options: Any) -> torch.Tensor:
         *others, rows = arguments
-        return super().mamba_scan(*others, replace(rows, seeds=(-1,) * len(rows.seeds), _made={}), **options)
+        changed = (*others, replace(rows, seeds=(-1,) * len(rows.seeds), _made={}))
+        return super().mamba_scan(*changed, **options)
 
 
 def job_of(folder: Path, checkpoint: Path | str) -> SmallJob:

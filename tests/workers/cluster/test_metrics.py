@@ -47,10 +47,8 @@ def metrics(monkeypatch: pytest.MonkeyPatch) -> RayMetrics:
 def live(*replicas: LiveReplica, **more: Any) -> Live:
     counts = {"rows": 5, "total_rows": 9, "errors": 1, "units": 1, "total_units": 3}
     settings = {"replicas_lost": 0, "losses": (), "unit_retries": 0, "error_kinds": (), "eta_s": None, **more}
-    rates = {"rows_per_s": 1.0, "tokens_per_s": 2.0}
-    return Live(
-        time=0, sampled=10, fingerprint="", started=0, ended=None, replicas=replicas, **counts, **rates, **settings
-    )
+    given: dict[str, Any] = {**counts, "rows_per_s": 1.0, "tokens_per_s": 2.0, **settings}
+    return Live(time=0, sampled=10, fingerprint="", started=0, ended=None, replicas=replicas, **given)
 
 
 def replica(name: str, stats: ReplicaStats) -> LiveReplica:

@@ -261,7 +261,8 @@ def test_the_process_of_a_dead_engine_leaves_though_no_driver_kills_it(tmp_path:
     small = open_job(tmp_path, prompts)
     trace = tmp_path / "trace"
     trace.mkdir()
-    actor = ray.remote(concurrency_groups={"control": 1})(ReplicaProcess).remote("r0", MarkedMaker(small.spec, trace))
+    actor_class = ray.remote(concurrency_groups={"control": 1})(ReplicaProcess)  # type: ignore[call-overload]
+    actor = actor_class.remote("r0", MarkedMaker(small.spec, trace))
     ray.get(actor.start.remote())
     ray.get(actor.assign.remote(Assignment(small.plan.units[0])))
     assert ray.get(actor.work.remote(10)).fatal == "RuntimeError: the device fell off the bus"
@@ -342,7 +343,7 @@ def test_a_closed_pool_leaves_nothing_behind(tmp_path: Path) -> None:
     small = open_job(tmp_path, prompts_of(10), workers={"gpus": 2, "cpus": 1})
     run(small, FakeMaker(small.spec), Watcher())
     deadline = time.monotonic() + 10
-    while ray.available_resources().get("GPU") != 4:
+    while ray.available_resources().get("GPU") != 4:  # type: ignore[no-untyped-call]
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert ray.is_initialized()  # a cluster that was there before stays
@@ -376,15 +377,18 @@ def test_metrics_are_scraped_from_the_nodes_port_and_the_folder_says_who_ran(tmp
     assert {f"ray_{name}" for name in always} <= samples.keys()
 
 
-NOT_IN_A_GOOD_RUN = ("retries_total", "lost_total", "preemptions_total", "_batch_rows_total", "batched_rows_total")
-NOT_IN_A_GOOD_RUN += ("prefill_tokens_total", "padded_tokens_total")  # the fake engine says nothing of its room
+NOT_IN_A_GOOD_RUN = (
+    *("retries_total", "lost_total", "preemptions_total", "_batch_rows_total", "batched_rows_total"),
+    *("prefill_tokens_total", "padded_tokens_total"),  # the fake engine says nothing of its room
+)
 
 
 def scrape(enough: Callable[[dict[str, dict[str, float]]], bool]) -> dict[str, dict[str, float]]:
     """What the node's endpoint says of the job "small": value by metric and replica or kind, - where it has neither."""
     deadline = time.monotonic() + 60
     while True:
-        url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+        [node, *_] = ray.nodes()  # type: ignore[no-untyped-call]
+        url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
         with urllib.request.urlopen(url, timeout=30) as answer:
             text = answer.read().decode()
         found: dict[str, dict[str, float]] = {}

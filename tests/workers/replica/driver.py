@@ -20,7 +20,7 @@ from workers.replica.local_pool import LocalPool
 
 
 def main(folder: Path, step_s: float) -> None:
-    pipeline.driver.run.Claim = functools.partial(Claim, check_s=1.0)  # type: ignore[misc,assignment]
+    pipeline.driver.run.Claim = functools.partial(Claim, check_s=1.0)  # type: ignore[attr-defined,assignment]
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda _number, _frame: stop.set())
     job = load_job(str(folder / "job.yaml"), ())

@@ -111,6 +111,7 @@ def test_a_stopped_replica_writes_down_what_it_finished_and_does_no_more(tmp_pat
     small = open_job(tmp_path, prompts_of(100), rows_per_file=100)
     pool = LocalPool(MarkedMaker(small.spec, step_s=0.02))
     [ready, *_] = pool.wait(10)
+    assert isinstance(ready, ReplicaReady)
     pool.assign(ready.replica, Assignment(small.plan.units[0]))
     deadline = time.monotonic() + 30
     while not finished_rows(tmp_path):
@@ -130,12 +131,16 @@ def test_a_report_says_how_far_and_what_for_the_operator(tmp_path: Path) -> None
     replica.assign(Assignment(small.plan.units[0]))
     events = replica.work(10).events
     assert [type(event) for event in events] == [UnitDone, ReplicaActive, ReplicaNote]
-    assert events[1].beats > 0
-    stats = events[1].stats
+    _, active, note = events
+    assert isinstance(active, ReplicaActive)
+    assert isinstance(note, ReplicaNote)
+    assert active.beats > 0
+    stats = active.stats
+    assert stats is not None
     assert (stats.rows, stats.errors, stats.forwards, stats.queue, stats.active) == (10, 0, 30, 0, 0)
     assert stats.tokens == sum(map(len, prompts_of(10)))
     assert 1 <= stats.forward_retries <= 4
-    assert "the forward failed; trying its" in events[2].text
+    assert "the forward failed; trying its" in note.text
 
 
 def test_a_dropped_local_replica_is_lost_with_the_reason_given(tmp_path: Path) -> None:

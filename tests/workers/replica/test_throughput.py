@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from model.requests import Completion, EngineError, GenerationParams, Request
+from pipeline.calibration.bench import Run
 from tests.pipeline.calibration.cases import FakeClock
 from workers.replica import throughput
 
@@ -66,9 +67,7 @@ def no_tick(_done: int, _expected: int) -> None:
     pass
 
 
-def measure(
-    engine: SteadyEngine, lengths: Sequence[int], *, whole: bool = True, window_s: float = 1.0
-) -> throughput.Run:
+def measure(engine: SteadyEngine, lengths: Sequence[int], *, whole: bool = True, window_s: float = 1.0) -> Run:
     run = throughput.measure(
         engine, requests(lengths), whole=whole, window_s=window_s, tick=no_tick, clock=engine.clock
     )

@@ -33,9 +33,15 @@ class OneByOne(FakeEngine):
 
     def step(self) -> list[Completion]:
         done = super().step()
-        slow = {"token_ids": (5,) * 32, "denoiser_forwards": 32, "steps_per_block": (16, 16)}
         return [
-            Completion(**{name: getattr(each, name) for name in ("key", "text", "finish_reason")}, **slow)
+            Completion(
+                key=each.key,
+                token_ids=(5,) * 32,
+                text=each.text,
+                finish_reason=each.finish_reason,
+                denoiser_forwards=32,
+                steps_per_block=(16, 16),
+            )
             for each in done
         ]
 

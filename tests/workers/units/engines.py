@@ -29,7 +29,7 @@ class MarkedEngine(FakeEngine):
     def step(self) -> list[Completion]:
         done = super().step()
         prompts = [bytes(request.prompt_ids).decode() for request, _ in self.slots.values()]
-        for prompt in (*prompts, *(completion.text[::-1] for completion in done)):
+        for prompt in (*prompts, *((completion.text or "")[::-1] for completion in done)):
             match prompt:
                 case "KILL":
                     os._exit(3)

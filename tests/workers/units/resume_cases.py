@@ -16,8 +16,8 @@ from tests.workers.jobs import SmallJob, prompts_of
 from workers.replica.build import PartStore
 from workers.units.runner import UnitRunner
 
-NEVER = {"flush": {"seconds": 3600.0}}
-EACH_ROW = {"flush": {"seconds": 3600.0, "rows": 1}}
+NEVER: dict[str, Any] = {"flush": {"seconds": 3600.0}}
+EACH_ROW: dict[str, Any] = {"flush": {"seconds": 3600.0, "rows": 1}}
 SAME = ("id", "completion", "finish_reason", "error", "prompt_tokens", "completion_tokens", "denoiser_forwards")
 
 

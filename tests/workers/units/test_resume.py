@@ -189,9 +189,9 @@ def test_a_range_ends_in_segments_alone_and_the_whole_unit_after_it_generates_no
     ((done,)) = work_all(runner)
     assert isinstance(done, UnitDone)
     assert (done.kept_rows, done.result.totals.errors, len(engine.order)) == (10, 4, 6)
-    rows = small.rows()
-    assert [row["attempt"] for row in rows] == [5, 5, 5, 5, 6, 7, 7, 7, 7, 7]
-    assert {row["source_row"]: row["error"] for row in rows if row["error"]} == {
+    made = small.rows()
+    assert [row["attempt"] for row in made] == [5, 5, 5, 5, 6, 7, 7, 7, 7, 7]
+    assert {row["source_row"]: row["error"] for row in made if row["error"]} == {
         2: "prompt is null",
         4: "row a.parquet#4 killed 3 replicas",
         5: f"{TOO_LONG + 1} prompt tokens exceed {TOO_LONG}",

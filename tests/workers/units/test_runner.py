@@ -57,6 +57,7 @@ def test_every_row_leaves_once_as_a_completion_or_an_error_row(tmp_path: Path) -
     rows = small.rows()
     for row, prompt in zip(rows, prompts, strict=True):
         if row["finish_reason"] != "error":
+            assert prompt is not None
             assert row["completion"] == prompt[::-1]
             assert row["prompt_tokens"] == len(prompt)
     errors = {row["source_row"]: row["error"] for row in rows if row["error"]}
