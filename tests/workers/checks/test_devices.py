@@ -1,14 +1,8 @@
-"""What `doctor` looks at with torch, and of a Ray cluster; and the command itself."""
+"""What `doctor` looks at with torch, and the command itself."""
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,8 +14,6 @@ import model.checkpoint.loader
 import model.checkpoint.released
 import model.checks.kernels
 import workers.checks.kernels
-import workers.cluster.checks
-import workers.cluster.connection
 from model.builtin.noise import CONFIG
 from model.checkpoint.config import TwoTowerConfig
 from model.checks.kernels import KernelError
@@ -29,12 +21,8 @@ from model.errors import RequestError
 from pipeline.checks.findings import Finding
 from pipeline.cli.app import app
 from pipeline.config.job import Job
-from pipeline.core.errors import ClusterError
 from workers.checks.devices import check_gpus, check_plan
 from workers.checks.kernels import check_kernels
-from workers.cluster.checks import check_cluster
-
-pytestmark = [pytest.mark.ray, pytest.mark.server]
 
 JOB = """
 input: {{path: {folder}/in}}
@@ -129,99 +117,3 @@ def test_a_gpu_is_told_with_what_it_has(
     [found] = check_gpus(None)
     assert found.level == level
     assert text in found.found
-
-
-@contextmanager
-def job_server(version: str, token: str | None) -> Iterator[str]:
-    """Answers as Ray's job server does; its URL."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            given = self.headers.get("Authorization")
-            status = 401 if token and not given else 403 if token and given != f"Bearer {token}" else 200
-            self.send_response(status if self.path == "/api/version" else 404)
-            self.end_headers()
-            self.wfile.write(json.dumps({"ray_version": version}).encode() if status == 200 else b"")
-
-        def log_message(self, *_: Any) -> None: ...
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-HERE = metadata.version("ray")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("version", "theirs", "ours", "level", "text"),
-    [
-        (HERE, "abc", "abc", "ok", "asks for a token and takes that of RAY_AUTH_TOKEN"),
-        (HERE, "abc", "xyz", "FAIL", "refuses the token of RAY_AUTH_TOKEN"),
-        (HERE, "abc", None, "FAIL", "asks for a token, and there is none here"),
-        (HERE, None, None, "warn", "asks for no token"),
-        ("2.9.1", "abc", "abc", "warn", "runs Ray 2.9.1"),
-    ],
-)
-def test_a_job_server_is_asked_as_a_submission_would(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    version: str,
-    theirs: str | None,
-    ours: str | None,
-    level: str,
-    text: str,
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    if ours:
-        monkeypatch.setenv("RAY_AUTH_TOKEN", ours)
-    with job_server(version, theirs) as address:
-        [found] = check_cluster(None, address)
-    assert found.level == level
-    assert text in found.found
-    assert ours is None or ours not in found.found + found.fix
-
-
-def test_no_job_server_fails() -> None:
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
-        port = server.server_port
-    [found] = check_cluster(None, f"http://user:secret@127.0.0.1:{port}")
-    assert found.level == "FAIL"
-    assert "no job server answers at" in found.found
-    assert "secret" not in str(found)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("child", "gpus", "level", "text"),
-    [
-        (
-            'print(\'hello\'); print(\'[{"CPU": 8.0}, {"CPU": 4.0, "GPU": 2.0}]\')',
-            2,
-            "ok",
-            "0 GPU, 8 CPU; 2 GPU, 4 CPU",
-        ),
-        ('print(\'[{"CPU": 8.0}, {"CPU": 4.0, "GPU": 2.0}]\')', 4, "FAIL", "no node has 4 GPU, 1 CPU for a replica"),
-        ("raise SystemExit('no token')", 2, "FAIL", "cannot be joined: no token"),
-        ("import time; time.sleep(60)", 2, "FAIL", "was not joined within 2 s"),
-    ],
-)
-def test_a_cluster_is_joined_by_a_process_that_may_hang(
-    monkeypatch: pytest.MonkeyPatch, child: str, gpus: int, level: str, text: str
-) -> None:
-    """By declaration: what the process that joins would print."""
-    monkeypatch.setattr(workers.cluster.checks, "JOIN", child)
-    monkeypatch.setattr(workers.cluster.checks, "JOIN_S", 2 if "sleep" in child else 60)
-    monkeypatch.setattr(workers.cluster.connection, "check_reachable", lambda _address: None)
-    [found] = check_cluster(job_for(gpus), "head:6379")
-    assert found.level == level
-    assert text in found.found
-
-
-def test_a_cluster_where_nobody_answers_is_told_at_once() -> None:
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
-        port = server.server_port
-    with pytest.raises(ClusterError, match="no Ray cluster answers there"):
-        list(check_cluster(None, f"127.0.0.1:{port}"))
