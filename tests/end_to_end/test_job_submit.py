@@ -2,12 +2,11 @@
 
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,36 +20,37 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.loader import load_job
+from tests.ports import held_ports
+from tests.waiting import PATIENCE_S, wait_until
 
-pytestmark = pytest.mark.ray
+# alone the longest takes a minute; each wait in it has a deadline of its own
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef" * 4
-PORT_OPTIONS = (
+OWN_CHOICE = (
     "--port",
     "--dashboard-port",
     "--dashboard-agent-listen-port",
     "--dashboard-agent-grpc-port",
     "--runtime-env-agent-port",
     "--metrics-export-port",
-    "--ray-client-server-port",
+    "--min-worker-port",
+    "--max-worker-port",
 )
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
+"""Options whose value 0 lets each process of the head bind a free port and tell the others its number: a number that
+was chosen before could be lost by then."""
+ANSWER_S = 60.0
+"""For one answer of the head."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """A running head, and the environment of who submits to it."""
+    """A head whose jobs run, and the environment of who submits to it."""
 
     environment: dict[str, str]
+    log: Path
 
     def submit(
         self, *entrypoint: str, variables: dict[str, str], wait: bool = True
@@ -67,73 +67,107 @@ class Head:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=200,
+            timeout=600,
         )
 
-    def ask(self, path: str) -> dict[str, Any]:
-        """What the job server says of a job; `ray job status` and `logs` take seconds to start."""
-        url = f"{self.environment['RAY_ADDRESS']}/api/jobs/{path}"
-        with urllib.request.urlopen(request_of(url), timeout=10) as answer:
+    def ask(self, path: str, content: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What the job server answers to a GET, or to a POST of `content`: `ray job status`, `logs` and `stop` do the
+        same, and take seconds to start."""
+        data = None if content is None else json.dumps(content).encode()
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.environment['RAY_ADDRESS']}/api/jobs/{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
             said: dict[str, Any] = json.load(answer)
         return said
+
+    def log_of(self, job_id: str) -> str:
+        """What a job has printed."""
+        return str(self.ask(f"{job_id}/logs")["logs"])
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     # A short path: sockets below it may not be longer than 107 characters.
-    with tempfile.TemporaryDirectory(prefix="tt", ignore_cleanup_errors=True) as home:
+    with (
+        tempfile.TemporaryDirectory(prefix="tt", ignore_cleanup_errors=True) as home,
+        held_ports(1) as [client_port],  # the one port that Ray does not choose by itself
+    ):
         (Path(home) / ".ray").mkdir()
         (Path(home) / ".ray" / "auth_token").write_text(TOKEN)
-        ports = free_ports(len(PORT_OPTIONS))
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TWOTOWER_"))}
         environment |= {
             "HOME": home,
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "NO_COLOR": "1",
         }
         command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
         command += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir={home}/r"]
         command += ["--object-store-memory=104857600", "--disable-usage-stats"]
-        command += [f"{option}={port}" for option, port in zip(PORT_OPTIONS, ports, strict=True)]
+        command += [*(f"{option}=0" for option in OWN_CHOICE), f"--ray-client-server-port={client_port}"]
         log = Path(home) / "head.log"
         with log.open("w") as out:
             process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
         try:
-            address = f"http://127.0.0.1:{ports[1]}"
-            wait_for_server(address, process, log)
-            yield Head({**environment, "RAY_ADDRESS": address})
+            found = Head({**environment, "RAY_ADDRESS": address_of(process, log)}, log)
+            wait_until_jobs_run(found, process)
+            yield found
         finally:
             process.terminate()  # `ray start --block` takes its processes with it
             try:
-                process.wait(20)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
-def request_of(url: str) -> urllib.request.Request:
-    return urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
+def address_of(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Where the head that writes this log has its job server."""
+
+    def look() -> re.Match[str] | None:
+        ended = process.poll() is not None
+        found = re.search(r"RAY_(?:API_SERVER_)?ADDRESS='(http://[\d.]+:\d+)' ray job submit", log.read_text())
+        assert found or not ended, log.read_text()
+        return found
+
+    found = wait_until(look, log.read_text)
+    assert found is not None
+    return found[1]
 
 
-def wait_for_server(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    request = request_of(f"{address}/api/jobs/")
-    while True:
+def wait_until_jobs_run(head: Head, process: subprocess.Popen[bytes]) -> None:
+    """The server answers before it has an agent that takes jobs: it is ready once a job has come to its end."""
+    last: list[object] = []
+
+    def submit() -> str:
+        assert process.poll() is None, head.log.read_text()
         try:
-            with urllib.request.urlopen(request, timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-            if isinstance(error, urllib.error.HTTPError):
-                error.close()
-            assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
+            return str(head.ask("", {"entrypoint": "true"})["submission_id"])
+        except urllib.error.HTTPError as error:
+            with error:
+                last.append(f"{error.code}: {error.read().decode(errors='replace')}")
+        except OSError as error:
+            last.append(error)
+        return ""
+
+    def told() -> str:
+        return f"{last[-1:]} {head.log.read_text()}"
+
+    job_id = wait_until(submit, told, pause_s=0.2)
+    ended = wait_until(lambda: job_ended(head, job_id), told, pause_s=0.2)
+    assert ended == "SUCCEEDED", head.log_of(job_id)
+
+
+def job_ended(head: Head, job_id: str) -> str:
+    """How a job ended; "" while it runs."""
+    status = str(head.ask(job_id)["status"])
+    return status if status in ("SUCCEEDED", "FAILED", "STOPPED") else ""
 
 
 def test_the_server_wants_the_token(head: Head) -> None:
     with pytest.raises(urllib.error.HTTPError) as raised:
-        urllib.request.urlopen(f"{head.environment['RAY_ADDRESS']}/api/jobs/", timeout=10)
+        urllib.request.urlopen(f"{head.environment['RAY_ADDRESS']}/api/jobs/", timeout=ANSWER_S)
     assert raised.value.code == 401
     raised.value.close()
 
@@ -176,20 +210,22 @@ def test_a_failing_job_fails_with_one_line(head: Head, tmp_path: Path) -> None:
 
 def test_a_stopped_job_says_how_to_resume_and_does(head: Head, tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    variables = {"TWOTOWER_OUT": str(tmp_path), "RAY_JOB_STOP_WAIT_TIME_S": "20"}
+    # seconds until Ray kills a job that it has asked to stop
+    variables = {"TWOTOWER_OUT": str(tmp_path), "RAY_JOB_STOP_WAIT_TIME_S": f"{PATIENCE_S:g}"}
     command = ["python", "-m", "pipeline", "run", "jobs/demo.yaml", "--set", "output.rows_per_file=10"]
     command += ["--set", "generation.max_new_tokens=16", "--set", "engine.max_rows=2"]
     submitted = head.submit(*command, variables=variables, wait=False)
     job_id = next(word.strip("'") for word in submitted.stdout.split() if word.startswith("'raysubmit_"))
-    deadline = time.monotonic() + 120
-    while not list(out.glob("part-*.parquet")):
-        assert time.monotonic() < deadline, head.ask(f"{job_id}/logs")["logs"]
-        time.sleep(0.2)
-    head.call([str(BIN / "ray"), "job", "stop", job_id])
-    while head.ask(job_id)["status"] != "STOPPED":
-        assert time.monotonic() < deadline, head.ask(f"{job_id}/logs")["logs"]
-        time.sleep(0.2)
-    assert "submit the same job again to resume" in head.ask(f"{job_id}/logs")["logs"]
+
+    def first_part() -> bool:
+        assert not job_ended(head, job_id), head.log_of(job_id)
+        return bool(list(out.glob("part-*.parquet")))
+
+    wait_until(first_part, lambda: head.log_of(job_id))
+    head.ask(f"{job_id}/stop", {})  # at once: `ray job stop` might start up for as long as the job takes
+    ended = wait_until(lambda: job_ended(head, job_id), lambda: head.log_of(job_id))
+    assert ended == "STOPPED", head.log_of(job_id)
+    assert "submit the same job again to resume" in head.log_of(job_id)
     assert not (out / "_SUCCESS").exists()
     before = {part.name: part.stat().st_mtime_ns for part in out.glob("part-*.parquet")}
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from tests.waiting import PATIENCE_S, last_words, wait_for
 from tests.workers.fakes import run_locally
 from tests.workers.jobs import SmallJob, open_job
 from workers.replica import build
@@ -23,7 +23,8 @@ from workers.replica.local_pool import LocalPool
 from workers.units import loader
 from workers.units.runner import UnitRunner
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
+# jobs one after the other, some on Ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("ray")]
 
 ROOT = Path(__file__).parents[2]
 ROWS = 60
@@ -78,7 +79,10 @@ def start(job_file: Path, out: Path, *options: str, cluster: str = "") -> "subpr
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
-    text, _ = process.communicate(timeout=240)
+    try:
+        text, _ = process.communicate(timeout=600)
+    finally:
+        process.kill()
     assert process.returncode == 0, text
     return text
 
@@ -134,13 +138,9 @@ def test_a_killed_job_resumes_to_the_same_rows(job_file: Path, tmp_path: Path, e
     """kill -9 of the driver in the middle; the same command again does the rest, and no finished part changes."""
     out = tmp_path / "out"
     process = start(job_file, out, "--local", "--set", "engine.max_rows=1")
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("part-*.parquet"))) < 2:
-        assert process.poll() is None, "the job ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(process, lambda: len(list(out.glob("part-*.parquet"))) >= 2)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    last_words(process)
     survived = {part: part.stat().st_mtime_ns for part in out.glob("part-*.parquet")}
     assert 2 <= len(survived) < 7
     assert not (out / "_SUCCESS").exists()
@@ -157,13 +157,9 @@ def test_a_stopped_job_says_how_to_go_on(job_file: Path, tmp_path: Path) -> None
     """SIGTERM: exit code 143 and one line that tells what is done and what to do."""
     out = tmp_path / "out"
     process = start(job_file, out, "--local", "--set", "engine.max_rows=1")
-    deadline = time.monotonic() + 120
-    while not list(out.glob("part-*.parquet")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(process, lambda: list(out.glob("part-*.parquet")))
     process.terminate()
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 143, text
     assert "submit the same job again to resume" in text.splitlines()[-1]
     assert "Traceback" not in text

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import pipeline.cli.app
 import pipeline.cli.compose
 from pipeline.output.ledger import read_status
 from tests.pipeline.cli.test_app import fake_pool, files_of
+from tests.waiting import PATIENCE_S, wait_for
 from tests.workers.jobs import prompts_of, write_prompts
 from tests.workers.units.engines import finished_rows
 from workers.replica.local_pool import LocalPool
@@ -80,7 +80,7 @@ def test_files_that_came_late_are_run_alone(folder: Path) -> None:
 def test_a_day_without_a_folder_as_cron_sees_it(folder: Path) -> None:
     """The file started as a program."""
     environment = {**os.environ, "DATE": SUNDAY, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run([str(NIGHTLY)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(NIGHTLY)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stderr) == (
         1,
         f"error: input {folder}/prompts/{SUNDAY} does not exist: give a Parquet file, a folder or a glob\n",
@@ -137,24 +137,25 @@ def test_one_growing_folder_takes_what_was_added_since_the_last_run(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_tonights_run_leaves_last_nights_alone_and_both_complete(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Last night's is a process of its own on a slow engine; stopped, it goes on when started with its date."""
+    """Last night's is a process of its own, slow after ten rows; stopped, it goes on when started with its date."""
     (folder / "job.yaml").write_text(NIGHTLY.read_text())
-    add(folder, SATURDAY, "b", 2000)
+    add(folder, SATURDAY, "b", 2000)  # far more than are done before it is stopped
     add(folder, SUNDAY, "a", 5)
     completions = folder / "completions"
-    command = [sys.executable, "-m", "tests.workers.replica.driver", str(folder), "0.05"]
+    command = [sys.executable, "-m", "tests.workers.replica.driver", str(folder), "0.5", "10"]
     last_night = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        while not ((completions / "finished").exists() and len(finished_rows(completions)) >= 5):
-            assert last_night.poll() is None, last_night.communicate()[0]
-            time.sleep(0.02)
+        wait_for(last_night, lambda: (completions / "finished").exists() and len(finished_rows(completions)) >= 5)
         monkeypatch.setenv("DATE", SUNDAY)
         assert f"job nightly-{SUNDAY} is complete: 5 rows: 5 ok, 0 errors" in call("run").stdout
         assert last_night.poll() is None
-    finally:
         last_night.terminate()
-        said, _ = last_night.communicate(timeout=60)
+        said, _ = last_night.communicate(timeout=PATIENCE_S)
+    finally:
+        last_night.kill()
+        last_night.wait()
     assert re.search("stopped; [01] of 2 units are done", said), said
     monkeypatch.setenv("DATE", SATURDAY)
     assert f"job nightly-{SATURDAY} is complete: 2,020 rows" in call("run").stdout

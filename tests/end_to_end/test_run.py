@@ -1,17 +1,22 @@
 """`python -m pipeline run` as a process with a Ray cluster of its own: Ctrl-C on a terminal, and a dead address."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-pytestmark = pytest.mark.ray
+from tests.ports import held_ports
+from tests.waiting import PATIENCE_S, last_words, wait_for
+
+# a Ray each; each wait in them has a deadline of its own
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 JOB = """
 input: {{path: {folder}/in}}
@@ -44,15 +49,19 @@ def start(job: Path, **variables: str) -> subprocess.Popen[str]:
     )
 
 
+def end_of(process: subprocess.Popen[str]) -> str:
+    """What a process printed that was told to end, and does."""
+    try:
+        return process.communicate(timeout=PATIENCE_S)[0]
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"it does not end: {last_words(process)}") from None
+
+
 def test_ctrl_c_stops_the_job_and_its_cluster(job: Path) -> None:
     process = start(job)
-    deadline = time.monotonic() + 90
-    while not list((job.parent / "out").glob("part-*.parquet")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for(process, lambda: list((job.parent / "out").glob("part-*.parquet")))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the job
-    output, _ = process.communicate(timeout=30)
+    output = end_of(process)
     assert process.returncode == 130, output
     first, *progress, last = output.splitlines()
     assert first == f"job job: {job.parent}/in -> {job.parent}/out"
@@ -62,23 +71,47 @@ def test_ctrl_c_stops_the_job_and_its_cluster(job: Path) -> None:
 
 
 def test_a_dead_ray_address_is_one_line(job: Path) -> None:
-    process = start(job, RAY_ADDRESS="127.0.0.1:1")
-    output, _ = process.communicate(timeout=60)
+    with held_ports(1) as [port]:
+        process = start(job, RAY_ADDRESS=f"127.0.0.1:{port}")
+        output = end_of(process)
     assert process.returncode == 1
-    assert output.splitlines()[-1].startswith("error: RAY_ADDRESS is 127.0.0.1:1, and no Ray cluster answers there")
+    said = f"error: RAY_ADDRESS is 127.0.0.1:{port}, and no Ray cluster answers there"
+    assert output.splitlines()[-1].startswith(said), output
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 1.5, 3.0])
-def test_sigterm_while_ray_starts_is_a_stop(job: Path, delay_s: float) -> None:
+def catches(process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own for the signal."""
+    found = re.search(r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
+
+
+def descendants(pid: int) -> Iterator[str]:
+    """Names of the processes that a process has started, and of those which these have started."""
+    children: dict[int, list[tuple[int, str]]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            number, _, rest = stat.read_text().partition(" (")
+        except OSError:  # it has just ended
+            continue
+        name, _, fields = rest.rpartition(") ")
+        children.setdefault(int(fields.split()[1]), []).append((int(number), name))
+    waiting = [pid]
+    while waiting:
+        for child, name in children.get(waiting.pop(), []):
+            waiting.append(child)
+            yield name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
+@pytest.mark.parametrize("moment", ["before Ray", "gcs_server", "raylet", "ray::"])
+def test_sigterm_while_ray_starts_is_a_stop(job: Path, moment: str) -> None:
+    """When the handler is in place, when the first and the second process of Ray are there, and a worker's."""
     process = start(job)
-    deadline = time.monotonic() + 60
-    while not (job.parent / "out/_job/plan.json").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    time.sleep(0.2 + delay_s)
+    wait_for(process, lambda: catches(process, signal.SIGTERM))
+    if moment != "before Ray":
+        wait_for(process, lambda: any(name.startswith(moment) for name in descendants(process.pid)))
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output = end_of(process)
     assert process.returncode == 143, output
     last = output.splitlines()[-1]
     assert last.startswith("stopped; ")

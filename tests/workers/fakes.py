@@ -6,7 +6,9 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 from model.errors import RequestError
@@ -16,6 +18,7 @@ from pipeline.driver.dispatcher import dispatch
 from pipeline.driver.retry import RetryPolicy
 from pipeline.monitoring.meter import Meter
 from pipeline.monitoring.progress import LogProgress
+from tests.waiting import PATIENCE_S, wait_until
 from tests.workers.jobs import SmallJob
 from workers.replica.build import PartStore, ReplicaSpec
 from workers.replica.local_pool import LocalPool
@@ -37,11 +40,19 @@ class FakeTokenizer:
 class FakeEngine:
     """Ends each row after 1 to 7 steps, depending on its key alone. The completion is the prompt reversed.
 
+    step_s: what a step takes, once the engine has finished `free_rows` rows: so one that is to be caught at work soon
+    has something to show, and is not done before whoever is to catch it has its turn on a busy machine.
     fail_at: steps, from 1, whose rows are lost to an EngineError.
     """
 
-    def __init__(self, max_rows: int = 4, step_s: float = 0.0, fail_at: Container[int] = ()) -> None:
-        self.max_rows, self.step_s, self.fail_at = max_rows, step_s, fail_at
+    def __init__(
+        self, max_rows: int = 4, step_s: float = 0.0, fail_at: Container[int] = (), free_rows: int = 0
+    ) -> None:
+        self.max_rows, self.step_s, self.fail_at, self.free_rows = max_rows, step_s, fail_at, free_rows
+        self.before_step: Callable[[], object] | None = None
+        """Called before each step, for tests that put what happens in order."""
+        self.ended = 0
+        """Rows."""
         self.queue: deque[Request] = deque()
         self.slots: dict[str, tuple[Request, int]] = {}
         self.steps = 0
@@ -70,8 +81,10 @@ class FakeEngine:
         self.prefixes[tuple(request.prompt_ids[: request.prefix_tokens])] += 1
 
     def step(self) -> list[Completion]:
+        if self.before_step:
+            self.before_step()
         self.steps += 1
-        if self.step_s:
+        if self.step_s and self.ended >= self.free_rows:
             time.sleep(self.step_s)
         while self.queue and len(self.slots) < self.max_rows:
             request = self.queue.popleft()
@@ -84,6 +97,7 @@ class FakeEngine:
                 continue
             del self.slots[key]
             done.append(_complete(request))
+        self.ended += len(done)
         if self.steps in self.fail_at:
             lost = tuple(self.slots)
             self.slots.clear()
@@ -105,14 +119,51 @@ def _complete(request: Request) -> Completion:
     )
 
 
+@dataclass
+class Meeting:
+    """Called before each step of engines in several processes: none makes its first step until `count` are there."""
+
+    folder: Path
+    """Empty at first; a file a process."""
+    count: int
+    met: bool = False
+
+    def __call__(self) -> None:
+        if not self.met:
+            (self.folder / str(os.getpid())).touch()
+            wait_until(lambda: len(list(self.folder.iterdir())) >= self.count)
+            self.met = True
+
+
+@dataclass
+class Gate:
+    """Called before each step: holds the engine up until the file is there."""
+
+    file: Path
+
+    def __call__(self) -> None:
+        wait_until(self.file.exists)
+
+
 class FakeMaker:
     """Makes runners with a fake engine; picklable, so that Ray actors can make theirs.
 
     `trace` is a folder in which each runner leaves a file named after its replica, holding its process id and GPUs.
+    step_s, free_rows: of the engines, see FakeEngine; those of replicas that take the place of a lost one are never
+    slow. before_step: see FakeEngine.
     """
 
-    def __init__(self, spec: ReplicaSpec, trace: Path | None = None, step_s: float = 0.0, max_rows: int = 4) -> None:
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        trace: Path | None = None,
+        step_s: float = 0.0,
+        max_rows: int = 4,
+        free_rows: int = 0,
+        before_step: Callable[[], object] | None = None,
+    ) -> None:
         self.spec, self.trace, self.step_s, self.max_rows = spec, trace, step_s, max_rows
+        self.free_rows, self.before_step = free_rows, before_step
         self.on_start: Callable[[str], None] | None = None
 
     def __call__(self, replica: str) -> UnitRunner:
@@ -120,15 +171,32 @@ class FakeMaker:
             self.on_start(replica)
         if self.trace:
             gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            (self.trace / replica).write_text(f"{os.getpid()} {gpus}")
+            write_at_once(self.trace / replica, f"{os.getpid()} {gpus}")
         return UnitRunner(
-            FakeEngine(self.max_rows, self.step_s),
+            self.make_engine(replica),
             FakeTokenizer(),
             PartStore(self.spec, replica),
             GenerationParams(),
             replica=replica,
             flush=self.spec.job.flush,
         )
+
+    def make_engine(self, replica: str) -> FakeEngine:
+        """The engine of a replica; r0.2 is the one that takes the place of r0."""
+        engine = FakeEngine(self.max_rows, **self.pace(replica))
+        engine.before_step = self.before_step
+        return engine
+
+    def pace(self, replica: str) -> dict[str, Any]:
+        """Arguments of an engine: how fast it is."""
+        return {"step_s": 0.0 if "." in replica else self.step_s, "free_rows": self.free_rows}
+
+
+def write_at_once(file: Path, text: str) -> None:
+    """For readers who wait until the file is there: it is never there without its content."""
+    hidden = file.parent.with_name(f"{file.parent.name}-{file.name}")
+    hidden.write_text(text)
+    hidden.replace(file)
 
 
 def run_locally(small: SmallJob, pool: LocalPool, attempts: int = 3) -> dict[str, UnitResult]:
@@ -148,9 +216,9 @@ def make_runner(small: SmallJob, engine: EngineLike, store: PartStore | None = N
 
 
 def work_all(runner: UnitRunner) -> list[Outcome]:
-    """Works until the runner's units are finished, 30 s at most, and closes it."""
+    """Works until the runner's units are finished, PATIENCE_S at most, and closes it."""
     outcomes: list[Outcome] = []
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while runner.busy:
         assert time.monotonic() < deadline
         outcomes += runner.work(0.5)

@@ -1,19 +1,26 @@
 """A real S3 server: SeaweedFS from its wheel, on free ports, with its own folder, gone at the end."""
 
+import http.client
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
+from tests.ports import held_ports
+from tests.waiting import PATIENCE_S
+
 BUCKET = "test"
 KEY, SECRET = "key-of-the-tests", "marker-secret-that-nothing-may-show"
-START_S = 30.0
+REGION = "us-east-1"
+GRPC = 10_000
+"""So far above each of its ports the server has one for gRPC."""
 
 
 def weed_binary() -> str | None:
@@ -28,69 +35,69 @@ def aws_variables(endpoint: str) -> dict[str, str]:
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_ENDPOINT_URL": endpoint,
-        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": REGION,
         "AWS_EC2_METADATA_DISABLED": "true",
     }
 
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
-    """The URL of a running server with one bucket. Raises RuntimeError where it does not start."""
-    s3, master, volume, filer, admin = _free_ports(5)
-    command = [
-        *(str(weed_binary()), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={BUCKET}"),
-        *(f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"),
-        *(f"-admin.port={admin}", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-admin.ui=false"),
-        "-master.telemetry=false",
-    ]
-    log = folder / "log.txt"
-    environment = {
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "HOME": str(folder),
-        "PATH": "/usr/bin:/bin",
-    }
-    with log.open("wb") as output:
-        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
-        try:
-            _wait_until_up(f"http://127.0.0.1:{s3}", server, log)
-            yield f"http://127.0.0.1:{s3}"
-        finally:
-            server.terminate()
+    """The URL of a running server with one bucket, which can be written to. Raises RuntimeError where it does not
+    start."""
+    with held_ports(5, (0, GRPC)) as (s3, master, volume, filer, admin):
+        command = [
+            *(str(weed_binary()), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={BUCKET}"),
+            *(f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"),
+            *(f"-admin.port={admin}", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-admin.ui=false"),
+            "-master.telemetry=false",
+        ]
+        environment = {
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "HOME": str(folder),
+            "PATH": "/usr/bin:/bin",
+        }
+        log = folder / "log.txt"
+        with log.open("wb") as output:
+            server = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
             try:
-                server.wait(2)  # nothing of it is kept, so there is no need to wait for a clean end
-            except subprocess.TimeoutExpired:
-                server.kill()
+                _wait_until_it_serves(s3, server, log)
+                yield f"http://127.0.0.1:{s3}"
+            finally:
+                server.kill()  # nothing of it is kept, so there is no need for a clean end
                 server.wait()
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free, and free again 10,000 above, where the server puts its gRPC."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as probe, socket.socket() as above:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-            if port + 10_000 > 65_535 or port in found:
-                continue
-            try:
-                above.bind(("127.0.0.1", port + 10_000))
-            except OSError:
-                continue
-            found.append(port)
-    return found
+def _wait_until_it_serves(port: int, server: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Until an object can be written, read and removed: the credentials are known, the bucket and its disk are there.
 
-
-def _wait_until_up(endpoint: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + START_S
+    An answer alone says nothing: the server gives some before that.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    last: object = None
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            urllib.request.urlopen(f"{endpoint}/{BUCKET}", timeout=1).close()
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code in (401, 403):  # it answers, and wants credentials
-                    return
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise RuntimeError(f"the S3 server did not start: {log.read_text()[-2000:]}")
+            answers = [_ask(port, method, data) for method, data in (("PUT", b"ready"), ("GET", b""), ("DELETE", b""))]
+        except OSError as error:  # it does not answer yet
+            last = error
+        else:
+            if answers[:2] == [(200, b""), (200, b"ready")] and answers[2][0] in (200, 204):
+                return
+            last = answers
+        time.sleep(0.05)
+    raise RuntimeError(f"the S3 server did not start (last: {last}): {log.read_text()[-2000:]}")
+
+
+def _ask(port: int, method: str, data: bytes) -> tuple[int, bytes]:
+    """Status and body of a signed request for one object."""
+    request = AWSRequest(method=method, url=f"http://127.0.0.1:{port}/{BUCKET}/of-the-start", data=data)
+    S3SigV4Auth(Credentials(KEY, SECRET), "s3", REGION).add_auth(request)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request(method, f"/{BUCKET}/of-the-start", data or None, dict(request.headers.items()))
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except http.client.HTTPException as error:  # it hung up
+        raise OSError(str(error)) from error
+    finally:
+        connection.close()

@@ -13,6 +13,7 @@ from pipeline.storage import retrying
 from pipeline.storage.storage import Storage
 from tests.end_to_end.s3.server import KEY, SECRET
 from tests.pipeline.cases import make_job, plan_of, prompts, write
+from tests.ports import held_ports
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
 
@@ -41,7 +42,7 @@ def test_a_whole_job_with_a_profile_shows_no_secret(s3: str, s3_endpoint: str, t
     )
     environment = use_profile(tmp_path, s3_endpoint)
     command = [sys.executable, "-m", "pipeline", "run", str(job), "--local", "--debug"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     shown = [done.stdout.encode(), done.stderr.encode(), *(output.read(info.name) for info in output.find())]
     assert len(shown) > 8
@@ -55,7 +56,7 @@ def test_a_whole_job_with_a_profile_shows_no_secret(s3: str, s3_endpoint: str, t
     [
         ("AWS_SECRET_ACCESS_KEY", "wrong-secret-marker"),
         ("AWS_ACCESS_KEY_ID", "unknown-marker"),
-        ("AWS_ENDPOINT_URL", "http://user:password-marker@127.0.0.1:9"),
+        ("AWS_ENDPOINT_URL", "http://user:password-marker@127.0.0.1:{silent_port}"),
         ("AWS_SESSION_TOKEN", "token-marker"),
     ],
     ids=["secret", "key", "endpoint", "token"],
@@ -68,23 +69,24 @@ def test_no_error_shows_a_secret(
 
     monkeypatch.setattr(retrying, "PATIENCE_S", 0.2)
     monkeypatch.setattr(retrying, "NOTICE_S", 0.0)
-    monkeypatch.setenv(setting, value)
-    S3FileSystem.clear_instance_cache()
-    job = make_job(f"{s3}/in/*.parquet", f"{s3}/out")
-    store = Storage(f"{s3}/in")
-    local = make_job(write(tmp_path / "a.parquet", prompt=prompts(3)), f"{s3}/out")
     texts = []
-    for call in (
-        lambda: plan_of(job),
-        lambda: store.read("x"),
-        lambda: store.write("x", b"data"),
-        lambda: store.create("x", b"data"),
-        lambda: store.remove("x"),
-        lambda: check_writable(local.output.path),
-    ):
-        with pytest.raises(TwoTowerError) as caught:
-            call()
-        texts.append(str(caught.value))
+    with held_ports(1) as [silent_port]:
+        monkeypatch.setenv(setting, value.format(silent_port=silent_port))
+        S3FileSystem.clear_instance_cache()
+        job = make_job(f"{s3}/in/*.parquet", f"{s3}/out")
+        store = Storage(f"{s3}/in")
+        local = make_job(write(tmp_path / "a.parquet", prompt=prompts(3)), f"{s3}/out")
+        for call in (
+            lambda: plan_of(job),
+            lambda: store.read("x"),
+            lambda: store.write("x", b"data"),
+            lambda: store.create("x", b"data"),
+            lambda: store.remove("x"),
+            lambda: check_writable(local.output.path),
+        ):
+            with pytest.raises(TwoTowerError) as caught:
+                call()
+            texts.append(str(caught.value))
     for text in [*texts, *caplog.messages]:
         assert "\n" not in text
         assert "marker" not in text

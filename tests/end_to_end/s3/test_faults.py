@@ -13,6 +13,7 @@ from pipeline.storage import storage as storage_module
 from pipeline.storage.storage import Storage
 from tests.end_to_end.s3.fault_proxy import RANDOM_FAULTS, FaultProxy, fault_proxy
 from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, write
+from tests.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
 
@@ -110,10 +111,17 @@ def test_a_lost_acknowledgement_is_settled(s3: str, proxy: FaultProxy, tmp_path:
 
 def test_hanging_and_dripping_answers_are_cut_off(s3: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A try is bounded by size and time, not only by silence: a byte now and then keeps no replica waiting."""
-    store = Storage(s3)
+    store, limit = Storage(s3), Storage._limit
     store.write("x", b"data" * 100)
     store.write("y", b"data")
-    monkeypatch.setattr(storage_module, "ANSWER_S", 1.0)
+
+    def short_where_it_fails(self: Storage, size: int) -> dict[str, float]:
+        """A second for a try that meets a fault; for the others all the time that a busy machine may take."""
+        with monkeypatch.context() as patch:
+            patch.setattr(storage_module, "ANSWER_S", 1.0 if proxy.faults else 60.0)
+            return limit(self, size)
+
+    monkeypatch.setattr(Storage, "_limit", short_where_it_fails)
     proxy.fail("GET", "/x", ["hang"])
     assert store.read("x") == b"data" * 100
     proxy.drip_s = 30.0
@@ -137,8 +145,13 @@ def test_a_store_that_stays_down_is_one_line(s3: str, proxy: FaultProxy, monkeyp
 
 
 @pytest.mark.parametrize("fault", ["lost", "500"])
-def test_a_large_file_leaves_no_pending_upload(s3: str, proxy: FaultProxy, fault: str) -> None:
+def test_a_large_file_leaves_no_pending_upload(
+    s3: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     """It goes up in one request, refused or not: uploads in several leave parts behind that nobody sees and all pay."""
+    # the server may take its time for so large a file: a try that was cut off would find its own file at the next one
+    patient = {**storage_module._S3_OPTIONS["config_kwargs"], "read_timeout": PATIENCE_S}  # type: ignore[dict-item]
+    monkeypatch.setitem(storage_module._S3_OPTIONS, "config_kwargs", patient)
     store, data = Storage(s3), bytes(110 << 20)  # s3fs by itself would cut it up
     proxy.fail("PUT", "/big", [fault])
     assert store.create("big", data) == (fault != "lost")

@@ -19,6 +19,7 @@ ROWS = 100  # the first row group of the demo's prompts
 SOURCE = ["source_file", "source_row"]
 
 
+@pytest.mark.timeout(900)
 def test_the_production_job_runs_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
     """Only what this machine lacks is overridden: the GPUs, and the length of the completions."""
     prompts = pq.ParquetFile(ROOT / "jobs/demo_prompts.parquet").read_row_group(0)
@@ -39,7 +40,7 @@ def test_the_production_job_runs_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline", "run", "jobs/synth.yaml"]
     for setting in small:
         command += ["--set", setting]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert environment["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
 

@@ -14,6 +14,7 @@ from pipeline.output.ledger import read_status
 from pipeline.storage import retrying
 from pipeline.storage.storage import Storage
 from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, run, write
+from tests.ports import held_ports
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
 
@@ -69,10 +70,12 @@ def test_an_endpoint_that_does_not_answer_is_one_line(s3: str, monkeypatch: pyte
     monkeypatch.setattr(retrying, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(retrying, "LONGEST_WAIT_S", 0.01)
     monkeypatch.setattr(retrying, "STRANGER_PATIENCE_S", 0.3)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    S3FileSystem.clear_instance_cache()
-    with pytest.raises(StorageError, match=rf"cannot read {s3}/x: .*\(tried \d+ times in 0.3 s\)") as caught:
-        Storage(s3).read("x")
+    said = rf"cannot read {s3}/x: .*\(tried \d+ times in 0.3 s\)"
+    with held_ports(1) as [silent_port]:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent_port}")
+        S3FileSystem.clear_instance_cache()
+        with pytest.raises(StorageError, match=said) as caught:
+            Storage(s3).read("x")
     assert "\n" not in str(caught.value)
 
 

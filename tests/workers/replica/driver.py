@@ -1,7 +1,7 @@
-"""A driver process with one replica on a marked engine: `python -m tests.workers.replica.driver FOLDER STEP_S`.
+"""A driver process with one replica on a marked engine: `python -m tests.workers.replica.driver FOLDER STEP_S ROWS`.
 
-FOLDER/job.yaml is the job. Ends as the command line does: 0, or 1 with one line on stderr; SIGTERM stops it. It looks
-for newer drivers every second.
+FOLDER/job.yaml is the job. A step of the engine takes STEP_S once it has finished ROWS rows. Ends as the command line
+does: 0, or 1 with one line on stderr; SIGTERM stops it. It looks for newer drivers every second.
 """
 
 import functools
@@ -19,7 +19,7 @@ from workers.replica.build import ReplicaSpec
 from workers.replica.local_pool import LocalPool
 
 
-def main(folder: Path, step_s: float) -> None:
+def main(folder: Path, step_s: float, free_rows: int) -> None:
     pipeline.driver.run.Claim = functools.partial(Claim, check_s=1.0)  # type: ignore[attr-defined,assignment]
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda _number, _frame: stop.set())
@@ -28,7 +28,12 @@ def main(folder: Path, step_s: float) -> None:
         pipeline.driver.run.run_job(
             job,
             lambda plan, _units, _tell: LocalPool(
-                MarkedMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema), step_s=step_s)
+                MarkedMaker(
+                    ReplicaSpec(job, plan.fingerprint.digest, plan.schema),
+                    step_s=step_s,
+                    free_rows=free_rows,
+                    flushed=True,
+                )
             ),
             stop,
         )
@@ -37,4 +42,4 @@ def main(folder: Path, step_s: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main(Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))

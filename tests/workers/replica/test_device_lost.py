@@ -12,6 +12,7 @@ import workers.replica.replica
 from model.requests import EngineError
 from pipeline.core.errors import JobFailed
 from pipeline.core.types import Assignment
+from tests.waiting import PATIENCE_S
 from tests.workers.fakes import FakeEngine, run_locally
 from tests.workers.jobs import SmallJob, open_job, prompts_of
 from tests.workers.units.engines import LOSE_GPU, MarkedMaker, finished_rows, segment_rows
@@ -39,8 +40,8 @@ def lose_it(small: SmallJob) -> None:
     replica = ReplicaProcess("r0", MarkedMaker(small.spec, max_rows=2))
     replica.start()
     replica.assign(Assignment(small.plan.units[0]))
-    assert replica.work(30).fatal == TOLD
-    time.sleep(60)
+    assert replica.work(PATIENCE_S).fatal == TOLD
+    time.sleep(PATIENCE_S)
     os._exit(77)
 
 
@@ -51,7 +52,7 @@ def test_the_process_ends_and_has_written_down_what_it_finished(
     small = small_job(tmp_path)
     process = multiprocessing.get_context("spawn").Process(target=lose_it, args=(small,))
     process.start()
-    process.join(60)
+    process.join(PATIENCE_S)
     assert process.exitcode == DEAD_EXIT
     assert finished_rows(tmp_path)
     assert sorted(segment_rows(small)) == sorted(finished_rows(tmp_path))
@@ -81,7 +82,7 @@ def test_its_engine_is_not_stepped_again_and_not_let_go(tmp_path: Path, capsys: 
     replica = Replica("r0", make)
     replica.start()
     replica.assign(Assignment(small.plan.units[0]))
-    first, second = replica.work(10), replica.work(10)
+    first, second = replica.work(PATIENCE_S), replica.work(PATIENCE_S)
     assert first.fatal == second.fatal is not None
     assert (first.device_lost, second.device_lost) == (True, True)
     assert capsys.readouterr().err.count("\n") == 1

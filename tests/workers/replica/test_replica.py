@@ -1,6 +1,5 @@
 """A replica that dies, with the pool that lives in this process: why it did, and who does its work then."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from model.errors import CheckpointError
 from pipeline.core.errors import JobFailed
 from pipeline.core.events import ReplicaActive, ReplicaLost, ReplicaNote, ReplicaReady, ReplicaStats, UnitDone
 from pipeline.core.types import Assignment
+from tests.waiting import PATIENCE_S, wait_until
 from tests.workers.fakes import FakeEngine, FakeMaker, make_runner, run_locally
 from tests.workers.jobs import open_job, prompts_of
 from tests.workers.units.engines import BREAK, MarkedMaker, finished_rows, segment_rows
@@ -24,7 +24,7 @@ def test_what_the_engine_raises_ends_the_replica_with_a_reason(
     replica = Replica("r0", lambda _name: make_runner(small, FakeEngine(fail_at=range(2, 100))))
     assert replica.start().fatal is None
     replica.assign(Assignment(small.plan.units[0], 1))
-    report = replica.work(10)
+    report = replica.work(PATIENCE_S)
     assert (report.fatal, report.refused) == ("the forward failed", False)
     assert replica.work(1).fatal == "the forward failed"
     assert "EngineError: the forward failed" in capsys.readouterr().err
@@ -101,7 +101,7 @@ def test_a_dead_replica_has_written_down_what_it_finished(tmp_path: Path) -> Non
     replica = Replica("r0", MarkedMaker(small.spec, max_rows=2))
     replica.start()
     replica.assign(Assignment(small.plan.units[0]))
-    assert replica.work(10).fatal == "RuntimeError: the device fell off the bus"
+    assert replica.work(PATIENCE_S).fatal == "RuntimeError: the device fell off the bus"
     finished = finished_rows(tmp_path)
     assert finished
     assert sorted(segment_rows(small)) == sorted(finished)
@@ -110,13 +110,10 @@ def test_a_dead_replica_has_written_down_what_it_finished(tmp_path: Path) -> Non
 def test_a_stopped_replica_writes_down_what_it_finished_and_does_no_more(tmp_path: Path) -> None:
     small = open_job(tmp_path, prompts_of(100), rows_per_file=100)
     pool = LocalPool(MarkedMaker(small.spec, step_s=0.02))
-    [ready, *_] = pool.wait(10)
+    [ready, *_] = pool.wait(PATIENCE_S)
     assert isinstance(ready, ReplicaReady)
     pool.assign(ready.replica, Assignment(small.plan.units[0]))
-    deadline = time.monotonic() + 30
-    while not finished_rows(tmp_path):
-        assert time.monotonic() < deadline
-        pool.wait(0.05)
+    wait_until(lambda: pool.wait(0.05) and finished_rows(tmp_path))
     pool.close()
     assert len(finished_rows(tmp_path)) < 100
     assert sorted(segment_rows(small)) == sorted(finished_rows(tmp_path))
@@ -129,7 +126,7 @@ def test_a_report_says_how_far_and_what_for_the_operator(tmp_path: Path) -> None
     [active] = replica.work(0).events
     assert active == ReplicaActive("r0", 0, "idle", ReplicaStats(max_rows=4))
     replica.assign(Assignment(small.plan.units[0]))
-    events = replica.work(10).events
+    events = replica.work(PATIENCE_S).events
     assert [type(event) for event in events] == [UnitDone, ReplicaActive, ReplicaNote]
     _, active, note = events
     assert isinstance(active, ReplicaActive)
@@ -145,10 +142,10 @@ def test_a_report_says_how_far_and_what_for_the_operator(tmp_path: Path) -> None
 
 def test_a_dropped_local_replica_is_lost_with_the_reason_given(tmp_path: Path) -> None:
     pool = LocalPool(FakeMaker(open_job(tmp_path, prompts_of(10)).spec))
-    pool.wait(10)
+    pool.wait(PATIENCE_S)
     pool.drop("local-1", "it stood still")
-    assert pool.wait(10) == [ReplicaLost("local-1", "it stood still")]
-    assert ReplicaReady("local-2") in pool.wait(10)
+    assert pool.wait(PATIENCE_S) == [ReplicaLost("local-1", "it stood still")]
+    assert ReplicaReady("local-2") in pool.wait(PATIENCE_S)
     pool.close()
 
 

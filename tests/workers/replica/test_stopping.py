@@ -10,10 +10,17 @@ import pytest
 
 from model.requests import Completion
 from pipeline.core.types import Assignment, UnitResult
+from tests.waiting import PATIENCE_S, wait_until
 from tests.workers.fakes import FakeEngine, make_runner, work_all
 from tests.workers.jobs import open_job, prompts_of
 from tests.workers.units.resume_cases import NEVER, WatchedStore, work_units, work_until
 from workers.replica.build import PartStore
+from workers.units.runner import UnitRunner
+
+
+def told_to_stop(runner: UnitRunner) -> None:
+    """Returns once somebody has called the runner's `stop`."""
+    wait_until(lambda: runner._stopped, pause_s=0.001)
 
 
 def test_stop_from_another_thread_saves_all_that_is_finished(tmp_path: Path) -> None:
@@ -23,17 +30,19 @@ def test_stop_from_another_thread_saves_all_that_is_finished(tmp_path: Path) -> 
     for unit in small.plan.units:
         runner.add(Assignment(unit))
     flushed: list[int] = []
-    stopper = threading.Thread(target=lambda: flushed.append(runner.stop(20)))
+    stopper = threading.Thread(target=lambda: flushed.append(runner.stop(PATIENCE_S)))
     work_until(runner, lambda: sum(report.rows for report in runner.progress()) > 40)
+    engine.before_step = lambda: told_to_stop(runner)  # it is stopped in the middle of a step
     stopper.start()
-    assert runner.work(20) == []
+    assert runner.work(PATIENCE_S) == []
     stopper.join()
     finished = sum(report.rows for report in runner.progress())
     assert flushed == [finished]
-    started = time.monotonic()
-    assert runner.work(20) == []
-    assert time.monotonic() - started < 10
-    assert runner.stop(20) == 0
+    steps, started = engine.steps, time.monotonic()
+    assert runner.work(PATIENCE_S) == []
+    assert time.monotonic() - started < PATIENCE_S / 2  # at once, that is
+    assert engine.steps == steps
+    assert runner.stop(PATIENCE_S) == 0
     runner.close()
     again = FakeEngine()
     outcomes = work_units(small, again)
@@ -42,29 +51,41 @@ def test_stop_from_another_thread_saves_all_that_is_finished(tmp_path: Path) -> 
     assert [row["completion"] for row in small.rows()] == [prompt[::-1] for prompt in prompts_of(400)]
 
 
+class Impatient(threading.Event):
+    """Notes how long it was to be waited for, and does not wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits.append(timeout)
+        return self.is_set()
+
+
 def test_stop_does_not_wait_for_a_step_that_hangs(tmp_path: Path) -> None:
-    """What was finished before it is saved, and whoever asks meanwhile is answered."""
+    """But for half of its time. What was finished before it is saved, and whoever asks meanwhile is answered."""
     small = open_job(tmp_path, prompts_of(30), rows_per_file=30, **NEVER)
     engine, hang, hangs = FakeEngine(max_rows=2), threading.Event(), threading.Event()
-    step = engine.step
 
-    def step_or_hang() -> Sequence[Completion]:
+    def hang_in_the_middle() -> None:
         if engine.steps == 20:
             hangs.set()
-            assert hang.wait(20)
-        return step()
+            assert hang.wait(PATIENCE_S)
 
-    engine.step = step_or_hang  # type: ignore[method-assign,assignment]
+    engine.before_step = hang_in_the_middle
     runner = make_runner(small, engine)
+    idle = runner._idle = Impatient()
     runner.add(Assignment(small.plan.units[0]))
-    worker = threading.Thread(target=runner.work, args=(20,))
+    worker = threading.Thread(target=runner.work, args=(PATIENCE_S,))
     worker.start()
-    assert hangs.wait(20)
+    assert hangs.wait(PATIENCE_S)
     (progress,) = runner.progress()
     assert progress.rows
     text = f"generating unit {small.plan.units[0].id}: {progress.rows} of 30 rows, "
     assert runner.doing().startswith(text)
-    assert runner.stop(1) == progress.rows
+    assert runner.stop(PATIENCE_S) == progress.rows
+    assert idle.waits == [PATIENCE_S / 2]
     hang.set()
     worker.join()
     runner.close()
@@ -79,16 +100,17 @@ def test_stop_waits_for_the_step_under_way(tmp_path: Path) -> None:
 
     def slow_step() -> Sequence[Completion]:
         stepping.set()
-        time.sleep(0.5)
+        told_to_stop(runner)
+        time.sleep(0.2)  # the one who stops is waiting by now, or does so later: it must wait in both cases
         return [row for _ in range(7) for row in step()]
 
     engine.step = slow_step  # type: ignore[method-assign,assignment]
     runner = make_runner(small, engine)
     runner.add(Assignment(small.plan.units[0]))
-    worker = threading.Thread(target=runner.work, args=(20,))
+    worker = threading.Thread(target=runner.work, args=(PATIENCE_S,))
     worker.start()
-    assert stepping.wait(20)
-    assert runner.stop(30) == 30
+    assert stepping.wait(PATIENCE_S)
+    assert runner.stop(PATIENCE_S) == 30
     worker.join()
     runner.close()
 
@@ -103,7 +125,7 @@ def test_stop_tries_until_its_time_is_up(tmp_path: Path, monkeypatch: pytest.Mon
     work_until(runner, lambda: sum(report.rows for report in runner.progress()) > 5)
     finished = sum(report.rows for report in runner.progress())
     store.refuse_segments = failures
-    assert runner.stop(20 if failures == 2 else 0.2) == (finished if failures == 2 else 0)
+    assert runner.stop(PATIENCE_S if failures == 2 else 0.2) == (finished if failures == 2 else 0)
     runner.close()
 
 
@@ -113,7 +135,7 @@ def test_what_an_idle_runner_and_a_busy_one_are_doing(tmp_path: Path) -> None:
     publish = store.publish
 
     def publish_later(*args: Any, **of_attempt: Any) -> UnitResult:
-        assert gate.wait(20)
+        assert gate.wait(PATIENCE_S)
         return publish(*args, **of_attempt)
 
     store.publish = publish_later  # type: ignore[method-assign]

@@ -2,12 +2,14 @@
 
 import os
 import time
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from model.requests import Completion, EngineError
+from tests.waiting import PATIENCE_S
 from tests.workers.fakes import FakeEngine, FakeMaker
 from tests.workers.jobs import SmallJob
 from workers.replica.build import ReplicaSpec
@@ -34,7 +36,8 @@ class MarkedEngine(FakeEngine):
                 case "KILL":
                     os._exit(3)
                 case "HANG" if self.replica == "r0":
-                    time.sleep(600)
+                    (self.log.parent / "hangs").touch()
+                    time.sleep(3600)
                 case "BREAK":
                     self.broken = True
                 case "LOSE GPU" if not (gpu := self.log.parent / "gpu lost").exists():
@@ -57,17 +60,41 @@ def raise_lost_gpu(keys: tuple[str, ...], done: tuple[Completion, ...]) -> None:
 
 
 class MarkedMaker(FakeMaker):
-    """Makes runners with marked engines; the log is the folder `finished` beside the output."""
+    """Makes runners with marked engines; the log is the folder `finished` beside the output.
 
-    def __init__(self, spec: ReplicaSpec, trace: Path | None = None, step_s: float = 0.0, max_rows: int = 4) -> None:
-        super().__init__(spec, trace, step_s, max_rows)
+    flushed: each step waits until what the runner writes is written, so that a kill loses no more than the settings
+    of checkpoints say, however slow the disk is.
+    """
+
+    def __init__(self, spec: ReplicaSpec, *arguments: Any, flushed: bool = False, **settings: Any) -> None:
+        super().__init__(spec, *arguments, **settings)
+        self.flushed = flushed
         self.log = Path(spec.job.output.path).parent / "finished"
         self.log.mkdir(exist_ok=True)
 
     def __call__(self, replica: str) -> UnitRunner:
         runner = super().__call__(replica)
-        runner._engine = MarkedEngine(self.log, replica, max_rows=self.max_rows, step_s=self.step_s)
+        if self.flushed:
+            wait_for_flushes(runner)
         return runner
+
+    def make_engine(self, replica: str) -> FakeEngine:
+        """See FakeMaker."""
+        engine = MarkedEngine(self.log, replica, max_rows=self.max_rows, **self.pace(replica))
+        engine.before_step = self.before_step
+        return engine
+
+
+def wait_for_flushes(runner: UnitRunner) -> None:
+    """From now on each step of the runner's fake engine waits until what the runner is writing is written."""
+    engine = runner._engine
+    assert isinstance(engine, FakeEngine)
+
+    def wait_for_them() -> None:
+        flushes = [opened.flush for opened in list(runner._open.values()) if opened.flush]
+        assert not wait(flushes, PATIENCE_S).not_done
+
+    engine.before_step = wait_for_them
 
 
 def finished_rows(folder: Path) -> list[str]:

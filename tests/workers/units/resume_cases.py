@@ -11,6 +11,7 @@ import pyarrow as pa
 from pipeline.core.errors import StorageError
 from pipeline.core.types import Assignment, UnitResult, WorkUnit
 from pipeline.output.segments import SegmentRows
+from tests.waiting import PATIENCE_S
 from tests.workers.fakes import TOO_LONG, FakeEngine, make_runner, work_all
 from tests.workers.jobs import SmallJob, prompts_of
 from workers.replica.build import PartStore
@@ -63,19 +64,13 @@ def segments_of(small: SmallJob) -> list[Path]:
 
 
 def work_until(runner: UnitRunner, met: Callable[[], object]) -> list[Any]:
-    """Works until something is so, 20 s at most -> what became of units meanwhile."""
-    outcomes, deadline = [], time.monotonic() + 20
+    """Works until something is so, PATIENCE_S at most -> what became of units meanwhile."""
+    deadline = time.monotonic() + PATIENCE_S
+    outcomes: list[Any] = []
     while not met():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"{runner.doing()}; ended: {outcomes}"
         outcomes += runner.work(0.01)
     return outcomes
-
-
-def wait_until(met: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not met():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def with_bad_rows(count: int) -> list[str | None]:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,20 @@ import pytest
 from model.requests import Completion
 from pipeline.core.events import RangeDone, UnitDone
 from pipeline.core.types import Assignment
+from tests.waiting import PATIENCE_S, wait_until
 from tests.workers.fakes import TOO_LONG, FakeEngine, make_runner, work_all
 from tests.workers.jobs import open_job, prompts_of
+from tests.workers.units.engines import wait_for_flushes
 from tests.workers.units.resume_cases import (
     EACH_ROW,
     NEVER,
     WatchedStore,
     same,
     segments_of,
-    wait_until,
     with_bad_rows,
     work_units,
     work_until,
 )
-from workers.units.runner import UnitRunner
 
 
 class Killed(Exception):  # noqa: N818
@@ -37,17 +36,16 @@ class Killed(Exception):  # noqa: N818
 
 
 class MortalEngine(FakeEngine):
-    """Dies in its step `dies_at`; each step waits until what the runner is writing is written."""
+    """Dies in its step `dies_at`."""
 
     def __init__(self, dies_at: int) -> None:
         super().__init__()
         self.dies_at = dies_at
-        self.runner: UnitRunner | None = None
         self.finished: list[str] = []
 
     def step(self) -> list[Completion]:
-        assert self.runner is not None
-        wait([opened.flush for opened in self.runner._open.values() if opened.flush], 20)
+        if self.before_step:
+            self.before_step()
         if self.steps == self.dies_at:
             raise Killed
         done = super().step()
@@ -68,7 +66,8 @@ def test_killed_at_any_point_nothing_is_lost_and_little_repeated(tmp_path: Path,
     while todo:
         store = WatchedStore(small, f"r{deaths}")
         engine = MortalEngine(draw.randrange(1, 25))
-        runner = engine.runner = make_runner(small, engine, store, f"r{deaths}")
+        runner = make_runner(small, engine, store, f"r{deaths}")
+        wait_for_flushes(runner)
         for work in todo.values():
             runner.add(work)
         try:
@@ -99,7 +98,7 @@ from tests.workers.fakes import FakeEngine, make_runner
 from tests.workers.jobs import open_job, prompts_of
 
 small = open_job(Path(sys.argv[1]), prompts_of(300), rows_per_file=300, flush={"seconds": 0.01})
-runner = make_runner(small, FakeEngine(step_s=0.005))
+runner = make_runner(small, FakeEngine(step_s=0.2))
 runner.add(Assignment(small.plan.units[0]))
 while runner.busy:
     runner.work(1)
@@ -108,11 +107,15 @@ while runner.busy:
 
 @pytest.mark.slow
 def test_a_process_killed_by_sigkill_leaves_what_it_flushed(tmp_path: Path) -> None:
+    """Its unit would take a minute."""
     process = subprocess.Popen([sys.executable, "-c", KILL_SCRIPT, str(tmp_path)])
     folder = tmp_path / "out" / "_job" / "segments"
-    wait_until(lambda: len(list(folder.glob("*/*.parquet"))) > 5 or process.poll() is not None)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        wait_until(lambda: len(list(folder.glob("*/*.parquet"))) > 5 or process.poll() is not None)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, "it ended by itself"
     small = open_job(tmp_path, None, rows_per_file=300)
     store, engine = WatchedStore(small), FakeEngine()
     runner = make_runner(small, engine, store)
@@ -136,6 +139,7 @@ def test_a_process_killed_by_sigkill_leaves_what_it_flushed(tmp_path: Path) -> N
 def test_a_unit_under_way_is_flushed_when_due(tmp_path: Path, settings: dict[str, float]) -> None:
     small = open_job(tmp_path, prompts_of(200), rows_per_file=200, flush=settings)
     runner = make_runner(small, FakeEngine(step_s=0.002))
+    wait_for_flushes(runner)
     runner.add(Assignment(small.plan.units[0]))
     work_until(runner, lambda: len(segments_of(small)) > 3)
     (progress,) = runner.progress()
@@ -150,7 +154,7 @@ def test_a_suspect_is_reported_as_read_before_a_row_of_it_is_generated(tmp_path:
     engine = FakeEngine()
     runner = make_runner(small, engine)
     runner.add(Assignment(small.plan.units[0], 4, (3, 4)))
-    assert runner.work(20) == []
+    assert runner.work(PATIENCE_S) == []
     assert [progress.key for progress in runner.progress()] == [(small.plan.units[0].id, (3, 4))]
     assert engine.steps == 0
     work_all(runner)
@@ -160,6 +164,7 @@ def test_a_suspect_is_reported_as_read_before_a_row_of_it_is_generated(tmp_path:
 def test_a_suspect_unit_is_flushed_at_once_and_others_are_not(tmp_path: Path) -> None:
     small = open_job(tmp_path, prompts_of(120), rows_per_file=60, **NEVER)
     runner = make_runner(small, FakeEngine(step_s=0.001))
+    wait_for_flushes(runner)
     first, second = small.plan.units
     runner.add(Assignment(first, 2, losses=1))
     runner.add(Assignment(second))
@@ -265,10 +270,14 @@ def test_two_attempts_at_the_same_time(tmp_path: Path) -> None:
     """One wins, the other says so; every row is there once and no segment stays."""
     small = open_job(tmp_path, prompts_of(60), rows_per_file=60, **EACH_ROW)
     (unit,) = small.plan.units
-    runners = [make_runner(small, FakeEngine(step_s=0.001), replica=f"r{i}") for i in range(2)]
+    both = threading.Barrier(2, timeout=PATIENCE_S)  # before each one's first step: the other has read the unit, too
+    runners = []
     outcomes: list[Any] = []
-    for attempt, runner in enumerate(runners, 1):
-        runner.add(Assignment(unit, attempt))
+    for number in range(2):
+        engine = FakeEngine(step_s=0.001)
+        engine.before_step = lambda engine=engine: engine.steps or both.wait()
+        runners.append(make_runner(small, engine, replica=f"r{number}"))
+        runners[-1].add(Assignment(unit, number + 1))
     threads = [threading.Thread(target=lambda r=runner: outcomes.extend(work_all(r))) for runner in runners]
     for thread in threads:
         thread.start()

@@ -109,10 +109,17 @@ def test_what_failed_waits_before_it_is_tried_again(tmp_path: Path, monkeypatch:
     first, second = small.plan.units
     runner.add(Assignment(first, 2, (0, 10)))
     runner.add(Assignment(second))
-    work_until(runner, lambda: len(engine.order) == 20 and not engine.slots)
+    waiting = f"saving rows 0-9 of unit {first.id}; publishing unit {second.id}"
+
+    def refused() -> bool:
+        """The first one's flush, and the second one's part, whose rows were saved then."""
+        return store.tried == {"segment": 2, "part": 1} and runner.doing() == waiting
+
+    assert work_until(runner, refused) == []
+    assert len(engine.order) == 20
+    assert not engine.slots
     assert runner.work(0.2) == []
-    assert store.tried == {"segment": 2, "part": 1}, "the second one's rows were saved when its part was refused"
-    assert runner.doing() == f"saving rows 0-9 of unit {first.id}; publishing unit {second.id}"
+    assert refused(), (store.tried, runner.doing())
     runner.close()
 
 
