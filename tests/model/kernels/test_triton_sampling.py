@@ -235,7 +235,7 @@ class NoWaiting(TorchDispatchMode):
     WAITS = ("_local_scalar_dense", "nonzero", "item", "unique", "masked_select", "repeat_interleave", "bincount")
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives its modes no types
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -343,7 +343,7 @@ def test_a_closed_pool_leaves_nothing_behind(tmp_path: Path) -> None:
     small = open_job(tmp_path, prompts_of(10), workers={"gpus": 2, "cpus": 1})
     run(small, FakeMaker(small.spec), Watcher())
     deadline = time.monotonic() + 10
-    while ray.available_resources().get("GPU") != 4:  # type: ignore[no-untyped-call]
+    while ray.available_resources().get("GPU") != 4:  # type: ignore[no-untyped-call]  # Ray has no types for it
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert ray.is_initialized()  # a cluster that was there before stays
@@ -387,7 +387,7 @@ def scrape(enough: Callable[[dict[str, dict[str, float]]], bool]) -> dict[str, d
     """What the node's endpoint says of the job "small": value by metric and replica or kind, - where it has neither."""
     deadline = time.monotonic() + 60
     while True:
-        [node, *_] = ray.nodes()  # type: ignore[no-untyped-call]
+        [node, *_] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types for it
         url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
         with urllib.request.urlopen(url, timeout=30) as answer:
             text = answer.read().decode()
