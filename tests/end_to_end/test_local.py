@@ -24,7 +24,7 @@ from workers.units import loader
 from workers.units.runner import UnitRunner
 
 # jobs one after the other, some on Ray
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 ROWS = 60

@@ -29,6 +29,7 @@ def python(*arguments: str, folder: Path = ROOT) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_ones_own_file(tmp_path: Path) -> None:
     """The job file, the commands and the query of "Your own file", those of "Watch it", with /data put elsewhere."""
     texts = [f"A text of one's own, number {i}." for i in range(30)]

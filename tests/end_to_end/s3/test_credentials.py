@@ -15,7 +15,7 @@ from tests.end_to_end.s3.server import KEY, SECRET
 from tests.pipeline.cases import make_job, plan_of, prompts, write
 from tests.ports import held_ports
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
+pytestmark = [pytest.mark.server]
 
 ROOT = Path(__file__).parents[3]
 AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")

@@ -8,7 +8,7 @@ from pipeline.checks.machine import machine_checks
 from pipeline.config.job import Job
 from pipeline.storage.storage import Storage
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
+pytestmark = [pytest.mark.server]
 
 
 def test_s3_is_written_to_once_and_left_empty(s3: str) -> None:

@@ -15,7 +15,7 @@ from tests.end_to_end.s3.fault_proxy import RANDOM_FAULTS, FaultProxy, fault_pro
 from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, write
 from tests.waiting import PATIENCE_S
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
+pytestmark = [pytest.mark.server]
 
 LOSSES = ["503", "500", "reset", "lost", "cut", "short", "slow"]
 

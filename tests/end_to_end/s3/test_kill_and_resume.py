@@ -17,7 +17,7 @@ from tests.chaos.rows import expected, make_prompts, upload
 from tests.end_to_end.s3.fault_proxy import fault_proxy
 from tests.waiting import PATIENCE_S, wait_until
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
+pytestmark = [pytest.mark.server]
 
 ROOT = Path(__file__).parents[3]
 ROWS = 2_000

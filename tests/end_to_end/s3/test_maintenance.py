@@ -11,7 +11,7 @@ from pipeline.maintenance.verify import verify
 from pipeline.storage.storage import Storage
 from tests.pipeline.cases import make_job, prompts, run, write
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
+pytestmark = [pytest.mark.server]
 
 
 def test_a_job_on_s3_is_verified_retried_and_cleaned(s3: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pipeline.core.errors import InputError
 from pipeline.storage.storage import Storage
 from tests.pipeline.cases import make_job, plan_of, run, write
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
+pytestmark = [pytest.mark.server]
 
 NAMES = [
     *("with space", "a#b", "50%", "%2e%2e", "what?x", "a+b", "c:d", "'quote'", "semi;colon&", "~", "a..b"),

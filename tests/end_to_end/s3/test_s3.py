@@ -16,7 +16,7 @@ from pipeline.storage.storage import Storage
 from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, run, write
 from tests.ports import held_ports
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3")]
+pytestmark = [pytest.mark.server]
 
 
 def upload(folder: str, tmp_path: Path, name: str, rows: int, group: int | None = None) -> None:

@@ -37,7 +37,7 @@ from workers.replica.build import ReplicaSpec
 from workers.replica.replica import LEAVE_S, ReplicaProcess
 from workers.units.runner import UnitRunner
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray]
 
 
 class Watcher:

@@ -1,33 +1,28 @@
-"""`calibrate` with the real model in one process, and on Ray with a bench that computes nothing."""
+"""`calibrate` with the real model in one process."""
 
 import os
 import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 from typer.testing import CliRunner, Result
 
 import pipeline.cli.compose
 from model import Engine, Request, load_model
-from model.errors import CheckpointError
-from pipeline.calibration.bench import Replica, Run, Task, Tick
+from pipeline.calibration.bench import Task
 from pipeline.calibration.points import AR, Point, Setting
 from pipeline.calibration.sample import SampleRow
 from pipeline.cli.app import app
 from pipeline.config.job import Job
 from pipeline.config.loader import load_job
-from pipeline.core.errors import JobFailed
 from tests.pipeline.calibration.cases import FakeBench, job_file, setup_of
 from tests.pipeline.cases import load
-from workers.cluster.bench import BenchProcess, Failure, RayBench
 from workers.replica.bench import ReplicaBench
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 OWN = Point(Setting("diffusion", 0.02, 4), 4)
 SHORT = ["generation.max_new_tokens=8", "generation.confidence_threshold=0.02", "engine.max_context_tokens=512"]
@@ -139,58 +134,3 @@ def test_a_replica_that_fails_is_an_error_with_all_that_was_measured(
     assert (tmp_path / "out-calibration/job.yaml").exists()
     wrong = call("calibrate", tmp_path / "small.yaml", "--steps", "a")
     assert (wrong.exit_code, wrong.stderr) == (1, "error: --steps a: give whole numbers such as 4,16\n")
-
-
-class MortalBench(FakeBench):
-    """Its process is killed at 1 row; at 2 rows it is slow to end, and says how far it is."""
-
-    def __init__(self, _job: Job) -> None:
-        super().__init__()
-
-    def measure(self, task: Task, tick: Tick) -> Run:
-        if task.point.max_rows == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if task.point.max_rows == 2:
-            tick(3, 24)
-            threading.Event().wait(1.5)
-        return super().measure(task, tick)
-
-
-@pytest.mark.xdist_group("ray")
-@pytest.mark.usefixtures("ray_cluster")
-def test_on_ray_one_actor_measures_and_its_death_is_one_line(tmp_path: Path) -> None:
-    setup = setup_of(job_file(tmp_path))
-    bench = RayBench(setup.measured, MortalBench)
-    replica = bench.start(setup.sample.rows, (1, "auto"), no_tick)
-    assert replica.row_limits == ((1, 1), ("auto", 32))
-    run = bench.measure(Task(Point(AR, 32), True, 1.0), no_tick)
-    assert [done.text for done in run.rows] == [row.prompt for row in setup.sample.rows]
-
-    def stop(done: int, expected: int) -> None:
-        if (done, expected) == (3, 24):
-            raise TimeoutError
-
-    with pytest.raises(TimeoutError):
-        bench.measure(Task(Point(AR, 2), True, 1.0), stop)
-    with pytest.raises(JobFailed, match="the replica died: ") as error:
-        bench.measure(Task(Point(AR, 1), True, 1.0), no_tick)
-    assert "\n" not in str(error.value)
-    bench.close()
-    bench.close()
-    assert ray.is_initialized()  # it was not the bench's own cluster
-
-
-def test_errors_of_a_bench_leave_its_process_as_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    class Refusing(FakeBench):
-        def start(self, *_: Any) -> Replica:
-            raise CheckpointError("2 shards\nare missing")
-
-        def measure(self, *_: Any) -> Run:
-            raise ZeroDivisionError("a fault of ours")
-
-    job = setup_of(job_file(tmp_path)).measured
-    process = BenchProcess(lambda _: Refusing(), job)
-    assert process.start((), (1,)) == Failure("2 shards are missing")
-    assert not capsys.readouterr().err
-    assert process.measure(Task(OWN, True, 1.0)) == Failure("ZeroDivisionError: a fault of ours")
-    assert "Traceback" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""`calibrate` on Ray, with a bench that computes nothing."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from model.errors import CheckpointError
+from pipeline.calibration.bench import Replica, Run, Task, Tick
+from pipeline.calibration.points import AR, Point
+from pipeline.config.job import Job
+from pipeline.core.errors import JobFailed
+from tests.pipeline.calibration.cases import FakeBench, job_file, setup_of
+from workers.cluster.bench import BenchProcess, Failure, RayBench
+
+pytestmark = pytest.mark.ray
+
+
+def no_tick(_done: int, _expected: int) -> None:
+    pass
+
+
+class MortalBench(FakeBench):
+    """Its process is killed at 1 row; at 2 rows it is slow to end, and says how far it is."""
+
+    def __init__(self, _job: Job) -> None:
+        super().__init__()
+
+    def measure(self, task: Task, tick: Tick) -> Run:
+        if task.point.max_rows == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task.point.max_rows == 2:
+            tick(3, 24)
+            threading.Event().wait(1.5)
+        return super().measure(task, tick)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_on_ray_one_actor_measures_and_its_death_is_one_line(tmp_path: Path) -> None:
+    setup = setup_of(job_file(tmp_path))
+    bench = RayBench(setup.measured, MortalBench)
+    replica = bench.start(setup.sample.rows, (1, "auto"), no_tick)
+    assert replica.row_limits == ((1, 1), ("auto", 32))
+    run = bench.measure(Task(Point(AR, 32), True, 1.0), no_tick)
+    assert [done.text for done in run.rows] == [row.prompt for row in setup.sample.rows]
+
+    def stop(done: int, expected: int) -> None:
+        if (done, expected) == (3, 24):
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        bench.measure(Task(Point(AR, 2), True, 1.0), stop)
+    with pytest.raises(JobFailed, match="the replica died: ") as error:
+        bench.measure(Task(Point(AR, 1), True, 1.0), no_tick)
+    assert "\n" not in str(error.value)
+    bench.close()
+    bench.close()
+    assert ray.is_initialized()  # it was not the bench's own cluster
+
+
+def test_errors_of_a_bench_leave_its_process_as_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Refusing(FakeBench):
+        def start(self, *_: Any) -> Replica:
+            raise CheckpointError("2 shards\nare missing")
+
+        def measure(self, *_: Any) -> Run:
+            raise ZeroDivisionError("a fault of ours")
+
+    job = setup_of(job_file(tmp_path)).measured
+    process = BenchProcess(lambda _: Refusing(), job)
+    assert process.start((), (1,)) == Failure("2 shards are missing")
+    assert not capsys.readouterr().err
+    assert process.measure(Task(Point(AR, 32), True, 1.0)) == Failure("ZeroDivisionError: a fault of ours")
+    assert "Traceback" in capsys.readouterr().err
