@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.clusters import start_patiently
 from tests.end_to_end.s3.server import s3_server, weed_binary
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _cluster() -> "Iterator[Cluster]":
         "object_store_memory": 100 << 20,
         "_system_config": {"metrics_report_interval_ms": 200},
     }
-    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster = start_patiently(lambda: Cluster(initialize_head=True, head_node_args=node))
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     yield cluster
     ray.shutdown()

@@ -106,5 +106,5 @@ def read_output(storage: Storage) -> Iterable[tuple[str, tuple[object, ...]]]:
 def verify(output: str) -> tuple[bool, str]:
     """Whether `python -m pipeline verify` finds nothing, and what it says."""
     command = [sys.executable, "-m", "pipeline", "verify", output]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     return done.returncode == 0, (done.stdout + done.stderr).strip()

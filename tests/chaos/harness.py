@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.config.job import Job
 from tests.chaos.logs import Life, heads, log_bytes
+from tests.clusters import start_patiently
 from tests.end_to_end.s3.fault_proxy import FaultProxy, fault_proxy
 from tests.end_to_end.s3.server import BUCKET, aws_variables, s3_server
 
@@ -34,6 +35,8 @@ class Schedule:
 
     rows_per_file: int = 500
     turn_s: float = 0.04
+    first_turn_s: float | None = None
+    """Of the first run, where that is to be another one: slow, so that its driver is killed before it is done."""
     flush_s: float = 0.4
     attempts: int = 3
     """Losses of a lone row until it is condemned: kills at random must not hit an innocent one so often."""
@@ -84,7 +87,8 @@ class World:
         self.nodes = [self._add_node() for _ in range(NODES)]
 
     def _add_node(self) -> Any:
-        return self.cluster.add_node(num_cpus=CPUS_A_NODE, **NODE_CONFIG)
+        # not `wait`: the node is in the cluster when its constructor returns, and Ray would wait for 30 s at most
+        return start_patiently(lambda: self.cluster.add_node(num_cpus=CPUS_A_NODE, wait=False, **NODE_CONFIG))
 
     def pick_node(self, rng: random.Random) -> Any:
         return rng.choice(self.nodes)
@@ -108,7 +112,7 @@ def world(folder: Path) -> Iterator[World]:
         proxy = stack.enter_context(fault_proxy(stack.enter_context(s3_server(folder / "s3"))))
         stack.enter_context(_environment(aws_variables(proxy.url)))
         head = {"num_cpus": 0, "_system_config": HEALTH, **NODE_CONFIG}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster = start_patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         stack.callback(cluster.shutdown)
         yield World(cluster, proxy, folder)
 
@@ -136,7 +140,7 @@ def make_job(inputs: str, output: str, schedule: Schedule) -> Job:
             "output": {"path": output, "rows_per_file": schedule.rows_per_file},
             "model": {"checkpoint": "builtin:noise", "dtype": "float32"},
             "generation": {"max_new_tokens": 48},
-            "workers": {"gpus": 0, "cpus": 1, "replicas": REPLICAS, "start_timeout_s": 60.0},
+            "workers": {"gpus": 0, "cpus": 1, "replicas": REPLICAS, "start_timeout_s": 300.0},
             "flush": {"seconds": schedule.flush_s},
             "retry": {"attempts": schedule.attempts},
         }
@@ -185,8 +189,11 @@ class Torment:
 
     def _submit(self) -> None:
         self.history.runs += 1
+        turn_s = self._schedule.turn_s
+        if self.history.runs == 1 and self._schedule.first_turn_s is not None:
+            turn_s = self._schedule.first_turn_s
         command = [sys.executable, "-m", "tests.chaos.driver"]
-        command += [str(self._job), str(self.history.logs), str(self.history.runs), str(self._schedule.turn_s)]
+        command += [str(self._job), str(self.history.logs), str(self.history.runs), str(turn_s)]
         with self._said.open("ab") as said:
             self._driver = subprocess.Popen(
                 command,

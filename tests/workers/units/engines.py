@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+import workers.replica.replica
 from model.requests import Completion, EngineError
 from tests.waiting import PATIENCE_S
 from tests.workers.fakes import FakeEngine, FakeMaker
@@ -63,16 +64,26 @@ class MarkedMaker(FakeMaker):
     """Makes runners with marked engines; the log is the folder `finished` beside the output.
 
     flushed: each step waits until what the runner writes is written, so that a kill loses no more than the settings
-    of checkpoints say, however slow the disk is.
+    of checkpoints say, however slow the disk is. leave_s: what a replica's process has for each part of its leaving,
+    in place of FLUSH_S and LEAVE_S; for processes of their own alone.
     """
 
-    def __init__(self, spec: ReplicaSpec, *arguments: Any, flushed: bool = False, **settings: Any) -> None:
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        *arguments: Any,
+        flushed: bool = False,
+        leave_s: float | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(spec, *arguments, **settings)
-        self.flushed = flushed
+        self.flushed, self.leave_s = flushed, leave_s
         self.log = Path(spec.job.output.path).parent / "finished"
         self.log.mkdir(exist_ok=True)
 
     def __call__(self, replica: str) -> UnitRunner:
+        if self.leave_s is not None:
+            workers.replica.replica.FLUSH_S = workers.replica.replica.LEAVE_S = self.leave_s
         runner = super().__call__(replica)
         if self.flushed:
             wait_for_flushes(runner)
@@ -80,9 +91,7 @@ class MarkedMaker(FakeMaker):
 
     def make_engine(self, replica: str) -> FakeEngine:
         """See FakeMaker."""
-        engine = MarkedEngine(self.log, replica, max_rows=self.max_rows, **self.pace(replica))
-        engine.before_step = self.before_step
-        return engine
+        return MarkedEngine(self.log, replica, max_rows=self.max_rows, **self.pace(replica))
 
 
 def wait_for_flushes(runner: UnitRunner) -> None:

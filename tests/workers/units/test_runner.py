@@ -19,6 +19,7 @@ from pipeline.core.errors import OutputError
 from pipeline.core.events import UnitDone, UnitFailed
 from pipeline.core.types import Assignment, UnitResult, WorkUnit
 from pipeline.input.unit_reader import UnitData
+from tests import memory
 from tests.waiting import PATIENCE_S
 from tests.workers.fakes import TOO_LONG, FakeEngine, make_runner, work_all
 from tests.workers.jobs import SmallJob, open_job, prompts_of
@@ -339,7 +340,7 @@ runner.close()
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_memory_does_not_grow_with_the_number_of_units(tmp_path: Path) -> None:
     """Units of 1,000 rows hold about 1 MB each as they pass; 50 more of them may leave less than 2 MB behind."""
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    environment = memory.environment()
     command = [sys.executable, "-c", MEMORY_SCRIPT, str(tmp_path)]
     output = subprocess.run(
         command, env=environment, check=True, capture_output=True, text=True, timeout=PATIENCE_S
