@@ -53,6 +53,7 @@ def _cluster() -> "Iterator[Cluster]":
         "num_cpus": 4,
         "num_gpus": 4,
         "include_dashboard": False,
+        "dashboard_port": 0,
         "object_store_memory": 100 << 20,
         "_system_config": {"metrics_report_interval_ms": 200},
     }

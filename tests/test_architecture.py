@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 ROOT = Path(__file__).parents[1]
 FILES = {
     p.relative_to(ROOT).as_posix(): p for top in ("model", "pipeline", "workers") for p in (ROOT / top).rglob("*.py")
@@ -210,5 +212,5 @@ def test_only_storage_and_the_checkpoint_open_paths(name: str) -> None:
 def test_importing_loads_no_more_than_it_must(module: str, unwanted: list[str]) -> None:
     """In a fresh interpreter: planning and --help start without torch, Ray, and what else they do not need."""
     code = f"import sys, {module}; print([m for m in {unwanted!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.stdout.strip() == "[]", done.stderr

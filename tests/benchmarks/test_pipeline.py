@@ -1,5 +1,7 @@
 """The simulated driver of `make bench-pipeline` in small, and what its file says."""
 
+import gc
+
 import pytest
 
 from tests.benchmarks.pipeline_dispatcher import run_simulated
@@ -8,16 +10,24 @@ from tests.benchmarks.pipeline_results import Compared, Dispatched, Overhead, fi
 REPLICAS, UNITS = 64, 1_000
 
 
+def simulated(*, longest_first: bool) -> Dispatched:
+    """Without what the tests before left in memory: looking through that for garbage would be the driver's time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        return run_simulated(UNITS, REPLICAS, longest_first=longest_first)
+    finally:
+        gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def runs() -> dict[str, dict[int, Dispatched]]:
-    return {
-        order: {UNITS: run_simulated(UNITS, REPLICAS, longest_first=order == "longest_first")}
-        for order in ("longest_first", "arrival")
-    }
+    return {order: {UNITS: simulated(longest_first=order == "longest_first")} for order in ("longest_first", "arrival")}
 
 
 def test_the_driver_keeps_up_with_the_replicas(runs: dict[str, dict[int, Dispatched]]) -> None:
-    """100 units a second; processor time, so that neighbours do not count. The bounds are the aims."""
+    """100 units a second; processor time, so that neighbours do not count. The bounds are the aims, more than ten times
+    what is measured beside four busy processes on two cores."""
     run = runs["longest_first"][UNITS]
     assert run.driver_share < 0.2
     assert run.driver_ms_a_unit < 2
@@ -31,7 +41,7 @@ def test_units_longest_first_end_the_job_evenly(runs: dict[str, dict[int, Dispat
 
 def test_a_simulated_job_is_the_same_every_time(runs: dict[str, dict[int, Dispatched]]) -> None:
     """But for the driver's own time, which shifts what follows."""
-    again = run_simulated(UNITS, REPLICAS, longest_first=True)
+    again = simulated(longest_first=True)
     assert again.tail_ratio == pytest.approx(runs["longest_first"][UNITS].tail_ratio, rel=0.05)
 
 

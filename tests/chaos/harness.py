@@ -21,7 +21,7 @@ from tests.end_to_end.s3.server import BUCKET, aws_variables, s3_server
 
 ROOT = Path(__file__).parents[2]
 REPLICAS, NODES, CPUS_A_NODE = 4, 3, 2
-NODE_CONFIG = {"include_dashboard": False, "object_store_memory": 80 << 20}
+NODE_CONFIG = {"include_dashboard": False, "dashboard_port": 0, "object_store_memory": 80 << 20}
 HEALTH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 2000}
 ROWS_BYTES = 1_000
 """More than the heads of the logs: rows have ended."""

@@ -11,6 +11,7 @@ import pytest
 
 from tests.infra.files import INFRA, ROOT
 from tests.infra.test_readme import COMMANDS
+from tests.waiting import PATIENCE_S
 from workers.cluster.metrics import COUNTERS, GAUGES, JOB
 
 DASHBOARD = json.loads((INFRA / "grafana/twotower.json").read_text())
@@ -78,5 +79,5 @@ def test_variables_ask_for_labels_that_there_are() -> None:
 def test_the_command_installs_it(tmp_path: Path) -> None:
     [command] = [command for command in COMMANDS if command.startswith("cp ")]
     words = shlex.split(command)
-    subprocess.run([*words[:-1], str(tmp_path)], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([*words[:-1], str(tmp_path)], cwd=ROOT, check=True, timeout=PATIENCE_S)
     assert json.loads((tmp_path / "twotower.json").read_text()) == DASHBOARD

@@ -12,6 +12,7 @@ import typer
 
 from pipeline.cli.app import app
 from tests.infra.files import IMAGE, INFRA, ROOT
+from tests.waiting import PATIENCE_S
 
 README = (INFRA / "README.md").read_text()
 COMMANDS = [
@@ -51,7 +52,7 @@ def test_the_files_are_copied(command: str, tmp_path: Path) -> None:
     for folder in ("systemd/system", "cron.d"):
         (tmp_path / folder).mkdir(parents=True)
     words = shlex.split(command.removeprefix("sudo ").replace("/etc/", f"{tmp_path}/"))
-    subprocess.run(words, cwd=ROOT, check=True, timeout=60)
+    subprocess.run(words, cwd=ROOT, check=True, timeout=PATIENCE_S)
     assert any(path.is_file() for path in tmp_path.rglob("*"))
 
 
@@ -60,7 +61,8 @@ def test_a_token_is_made(tmp_path: Path) -> None:
     [command] = [c for c in COMMANDS if kind_of(c) == "ray get-auth-token"]
     environment = {**os.environ, "HOME": str(tmp_path)}
     ray = Path(sys.executable).with_name("ray")
-    subprocess.run([str(ray), *shlex.split(command)[1:]], env=environment, check=True, timeout=120, capture_output=True)
+    ray_command = [str(ray), *shlex.split(command)[1:]]
+    subprocess.run(ray_command, env=environment, check=True, timeout=PATIENCE_S, capture_output=True)
     assert (tmp_path / ".ray/auth_token").read_text()
 
 

@@ -24,6 +24,7 @@ from pipeline.config.loader import load_job
 from pipeline.core.errors import ClusterError
 from pipeline.core.events import Event
 from pipeline.planning.plan import Plan
+from tests.waiting import PATIENCE_S
 from tests.workers.fakes import FakeMaker
 from workers.replica.build import ReplicaSpec
 from workers.replica.local_pool import LocalPool
@@ -470,11 +471,13 @@ except SystemExit as error:
 heavy = [name for name in ("ray", "torch", *(["pyarrow"] if {len(arguments)} == 1 else [])) if name in sys.modules]
 assert not heavy, heavy
 """
-        subprocess.run([sys.executable, "-c", script], check=True, timeout=60, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE_S, stdout=subprocess.DEVNULL)
 
 
 def test_python_m_pipeline_is_the_command_line() -> None:
-    result = subprocess.run([sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert result.returncode == 0
     assert "twotower" in result.stdout
     assert all(command in result.stdout for command in ("run", "plan", "status", "verify", "retry-errors", "clean"))
@@ -486,9 +489,9 @@ def test_a_thread_that_waits_for_storage_does_not_keep_the_process() -> None:
 import sys, threading
 from concurrent.futures import ThreadPoolExecutor
 import pipeline.__main__
-ThreadPoolExecutor().submit(threading.Event().wait, 300)
+ThreadPoolExecutor().submit(threading.Event().wait, 3600)
 pipeline.__main__.LEAVE_S = 0.1
 pipeline.__main__.app = lambda **_: sys.exit(143)
 pipeline.__main__.main()
 """
-    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 143
+    assert subprocess.run([sys.executable, "-c", script], timeout=PATIENCE_S).returncode == 143

@@ -1,7 +1,6 @@
 """What a run says of itself while it goes: the picture, live.json and the sinks."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from pipeline.monitoring.meter import Meter
 from pipeline.monitoring.telemetry import SAMPLE_S, Watch
 from pipeline.output.layout import LIVE
 from pipeline.storage.storage import Storage
+from tests.waiting import PATIENCE_S, wait_until
 
 
 class Clock:
@@ -43,9 +43,10 @@ class Run:
         self.clock, self.pictures, self.told = Clock(), list[Live](), list[str]()
         self.meter = Meter(100, clock=self.clock)
         settings = {"sinks": [self.pictures.append], **settings}
+        self.file = LiveFile(str(folder), interval_s=0.02)
         self.watch = Watch(
             self.meter,
-            LiveFile(str(folder), interval_s=0.02),
+            self.file,
             fingerprint="ours",
             units=1,
             total_units=10,
@@ -115,13 +116,13 @@ def test_the_file_is_written_without_the_loop_and_says_how_the_run_ended(tmp_pat
 
 
 def wait_for(storage: Storage, wanted: Any) -> Live:
-    deadline = time.monotonic() + 30
-    while True:
+    def look() -> Live | None:
         live = read_live(storage, "ours")
-        if live is not None and wanted(live):
-            return live
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        return live if live is not None and wanted(live) else None
+
+    live = wait_until(look, pause_s=0.01)
+    assert live is not None
+    return live
 
 
 def test_where_another_driver_took_over_nothing_more_is_written(tmp_path: Path) -> None:
@@ -129,7 +130,8 @@ def test_where_another_driver_took_over_nothing_more_is_written(tmp_path: Path) 
     wait_for(Storage(str(tmp_path)), lambda _live: True)
     run.watch.close(None)
     (tmp_path / LIVE).write_text("the newer driver's")
-    time.sleep(0.1)
+    run.file._thread.join(PATIENCE_S)
+    assert not run.file._thread.is_alive()  # nobody is left who could write
     assert (tmp_path / LIVE).read_text() == "the newer driver's"
 
 

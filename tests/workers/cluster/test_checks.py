@@ -14,6 +14,8 @@ import pytest
 import workers.cluster.checks
 import workers.cluster.connection
 from pipeline.core.errors import ClusterError
+from tests.ports import held_ports
+from tests.waiting import PATIENCE_S
 from tests.workers.checks.test_devices import job_for
 from workers.cluster.checks import check_cluster
 
@@ -79,9 +81,8 @@ def test_a_job_server_is_asked_as_a_submission_would(
 
 
 def test_no_job_server_fails() -> None:
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
-        port = server.server_port
-    [found] = check_cluster(None, f"http://user:secret@127.0.0.1:{port}")
+    with held_ports(1) as [port]:
+        [found] = check_cluster(None, f"http://user:secret@127.0.0.1:{port}")
     assert found.level == "FAIL"
     assert "no job server answers at" in found.found
     assert "secret" not in str(found)
@@ -98,7 +99,7 @@ def test_no_job_server_fails() -> None:
         ),
         ('print(\'[{"CPU": 8.0}, {"CPU": 4.0, "GPU": 2.0}]\')', 4, "FAIL", "no node has 4 GPU, 1 CPU for a replica"),
         ("raise SystemExit('no token')", 2, "FAIL", "cannot be joined: no token"),
-        ("import time; time.sleep(60)", 2, "FAIL", "was not joined within 2 s"),
+        ("import time; time.sleep(3600)", 2, "FAIL", "was not joined within 2 s"),
     ],
 )
 def test_a_cluster_is_joined_by_a_process_that_may_hang(
@@ -106,7 +107,7 @@ def test_a_cluster_is_joined_by_a_process_that_may_hang(
 ) -> None:
     """By declaration: what the process that joins would print."""
     monkeypatch.setattr(workers.cluster.checks, "JOIN", child)
-    monkeypatch.setattr(workers.cluster.checks, "JOIN_S", 2 if "sleep" in child else 60)
+    monkeypatch.setattr(workers.cluster.checks, "JOIN_S", 2 if "sleep" in child else PATIENCE_S)
     monkeypatch.setattr(workers.cluster.connection, "check_reachable", lambda _address: None)
     [found] = check_cluster(job_for(gpus), "head:6379")
     assert found.level == level
@@ -114,7 +115,5 @@ def test_a_cluster_is_joined_by_a_process_that_may_hang(
 
 
 def test_a_cluster_where_nobody_answers_is_told_at_once() -> None:
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
-        port = server.server_port
-    with pytest.raises(ClusterError, match="no Ray cluster answers there"):
+    with held_ports(1) as [port], pytest.raises(ClusterError, match="no Ray cluster answers there"):
         list(check_cluster(None, f"127.0.0.1:{port}"))
