@@ -91,7 +91,7 @@ def descendants(pid: int) -> Iterator[str]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             number, _, rest = stat.read_text().partition(" (")
-        except OSError:  # it has just ended
+        except OSError:  # it went while its file was read
             continue
         name, _, fields = rest.rpartition(") ")
         children.setdefault(int(fields.split()[1]), []).append((int(number), name))

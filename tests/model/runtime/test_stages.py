@@ -16,6 +16,7 @@ from model.requests import Request
 from model.runtime.stages import Flight, Part, Stages
 from tests.model.engine.test_engine import outcome, random_requests
 from tests.model.runtime.simulated_cuda import CUDA0, SimulatedCuda
+from tests.waiting import PATIENCE_S
 
 CUDA1 = torch.device("cuda:1")
 LAYOUTS = [(CUDA0,), (CUDA0, CUDA0), (CUDA0, CUDA1), (CUDA0, CUDA1, CUDA0), (CUDA0, CUDA0, CUDA1, CUDA1)]
@@ -212,7 +213,7 @@ def test_threads_overlap_and_keep_the_order() -> None:
         return x
 
     def second(x: str) -> str:
-        assert passed.wait(60)
+        assert passed.wait(PATIENCE_S)
         order.append(x)
         return x * 2
 

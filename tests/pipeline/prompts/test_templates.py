@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pipeline.core.errors import InputError
 from pipeline.prompts import renderer
 from pipeline.prompts.prompts import PromptMaker
 from pipeline.prompts.template import _environment, template_columns
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -206,7 +206,11 @@ def test_the_process_ends_with_its_parent() -> None:
     done = subprocess.run([sys.executable, "-c", ORPHAN], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
     stat = Path(f"/proc/{int(done.stdout)}/stat")
-    deadline = time.monotonic() + 20
-    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+
+    def gone() -> bool:
+        try:
+            return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+        except (FileNotFoundError, ProcessLookupError):  # the second: it went while its file was read
+            return True
+
+    wait_until(gone)

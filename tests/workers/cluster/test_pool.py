@@ -300,7 +300,7 @@ def test_a_stopped_job_writes_down_every_finished_row(tmp_path: Path, monkeypatc
 def gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second: it went while its file was read
         return True
 
 

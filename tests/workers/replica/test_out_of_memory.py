@@ -11,6 +11,7 @@ from pipeline.core.types import Assignment
 from tests.model.engine.cases import ScriptedBackend, make_loop
 from tests.model.engine.launches import Fault
 from tests.model.engine.scripts import FIRST, Script
+from tests.waiting import PATIENCE_S
 from tests.workers.fakes import FakeEngine, make_runner, work_all
 from tests.workers.jobs import SmallJob, open_job, prompts_of
 from tests.workers.units.resume_cases import NEVER, WatchedStore
@@ -55,7 +56,7 @@ def test_memory_that_runs_out_for_good_ends_the_replica_and_loses_nothing(tmp_pa
         work_all(runner)
     (progress,) = runner.progress()
     assert 0 < progress.rows < 20
-    assert runner.stop(20) == progress.rows
+    assert runner.stop(PATIENCE_S) == progress.rows
     runner.close()
     assert len(backend.launches) < 200
     runner, _ = scripted_runner(small, {})
@@ -74,7 +75,7 @@ def test_rows_that_ended_in_the_step_that_failed_for_good_are_kept(tmp_path: Pat
     with pytest.raises(EngineError) as caught:
         work_all(runner)
     ended = {completion.key for completion in caught.value.completions}
-    assert runner.stop(20) > 0
+    assert runner.stop(PATIENCE_S) > 0
     runner.close()
     store = WatchedStore(small)
     store.read_segments(small.plan.units[0])

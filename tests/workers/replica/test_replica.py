@@ -113,7 +113,12 @@ def test_a_stopped_replica_writes_down_what_it_finished_and_does_no_more(tmp_pat
     [ready, *_] = pool.wait(PATIENCE_S)
     assert isinstance(ready, ReplicaReady)
     pool.assign(ready.replica, Assignment(small.plan.units[0]))
-    wait_until(lambda: pool.wait(0.05) and finished_rows(tmp_path))
+
+    def some_rows() -> list[str]:
+        pool.wait(0.05)
+        return finished_rows(tmp_path)
+
+    wait_until(some_rows)
     pool.close()
     assert len(finished_rows(tmp_path)) < 100
     assert sorted(segment_rows(small)) == sorted(finished_rows(tmp_path))

@@ -12,6 +12,7 @@ import pytest
 from model.requests import Completion, EngineError, GenerationParams, Request
 from pipeline.core.repetition import DEGENERATE
 from pipeline.core.types import Assignment
+from tests.waiting import PATIENCE_S
 from tests.workers.fakes import FakeEngine
 from tests.workers.jobs import open_job
 from tests.workers.units.resume_cases import EACH_ROW, NEVER
@@ -168,10 +169,10 @@ def test_killed_between_tries_a_row_begins_with_its_first(tmp_path: Path, dies_a
     runner = runner_of(small, MortalEngine(dies_at), PARAMS)
     runner.add(Assignment(small.plan.units[0], 1))
     with pytest.raises(Killed):
-        runner.work(60)
+        runner.work(PATIENCE_S)
     under_way = {key for key, (_, row) in runner._in_engine.items() if row.tries}
     assert under_way, "some row should have been in its second try"
-    runner.stop(10)
+    runner.stop(PATIENCE_S)
     runner.close()
     saved = {
         f"{row['source_file']}#{row['source_row']}"
