@@ -1,11 +1,14 @@
 """What the replicas' own logs say: who lived when and where, which rows ended how often, how long a gap was."""
 
 import os
-import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+CLOCKS_S = 30.0
+"""By so much the machine's clock may be set while a process runs."""
 
 
 @dataclass(slots=True)
@@ -48,12 +51,20 @@ class Life:
         return life
 
     def alive(self) -> bool:
-        """Whether the process is there, and is still the one of the log."""
+        """Whether the process is there, and is still the one of the log: numbers of processes are used again, and the
+        next one with this number may be another test's, on Ray as well."""
         try:
             command = Path(f"/proc/{self.pid}/cmdline").read_bytes()
+            age = age_of(self.pid)
         except OSError:
             return False
-        return re.match(rb"ray::", command) is not None
+        return command.startswith(b"ray::") and time.time() - age < self.started + CLOCKS_S
+
+
+def age_of(pid: int) -> float:
+    """Seconds since the process began. Raises OSError where it is gone."""
+    began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return float(Path("/proc/uptime").read_text().split()[0]) - began
 
 
 def read_lives(folder: Path) -> list[Life]:
