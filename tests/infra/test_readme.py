@@ -57,6 +57,7 @@ def test_the_files_are_copied(command: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_token_is_made(tmp_path: Path) -> None:
     [command] = [c for c in COMMANDS if kind_of(c) == "ray get-auth-token"]
     environment = {**os.environ, "HOME": str(tmp_path)}
