@@ -89,18 +89,22 @@ def tops(name: str) -> set[str]:
     return {module.split(".")[0] for module, _ in imports(name)}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_packages_keep_to_their_side(name: str) -> None:
+def files_of(package: str) -> list[str]:
+    return [name for name in FILES if name.startswith(f"{package}/")]
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_packages_keep_to_their_side(package: str) -> None:
     """model knows neither ray nor the pipeline; pipeline knows neither ray nor torch, and workers in one file only."""
-    package = name.split("/")[0]
-    assert not tops(name) & FORBIDDEN[package]
-    if package == "pipeline":
-        of_workers = [at_import for module, at_import in imports(name) if module.split(".")[0] == "workers"]
-        assert not of_workers or (name == COMPOSITION and not any(of_workers))
-    if package == "model":
-        assert tops(name) <= MODEL_NEEDS | sys.stdlib_module_names
-    if package == "workers" and name not in KNOW_RAY:
-        assert "ray" not in tops(name)
+    for name in files_of(package):
+        assert not tops(name) & FORBIDDEN[package], name
+        if package == "pipeline":
+            of_workers = [at_import for module, at_import in imports(name) if module.split(".")[0] == "workers"]
+            assert not of_workers or (name == COMPOSITION and not any(of_workers)), name
+        if package == "model":
+            assert tops(name) <= MODEL_NEEDS | sys.stdlib_module_names, name
+        if package == "workers" and name not in KNOW_RAY:
+            assert "ray" not in tops(name), name
 
 
 def floor(name: str) -> tuple[int, str] | None:
@@ -129,16 +133,16 @@ def internal(name: str) -> Iterator[str]:
                 yield from (file for file in (f"{path}.py", f"{path}/__init__.py") if file in FILES)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_no_import_points_up(name: str) -> None:
+@pytest.mark.parametrize("package", FLOORS)
+def test_no_import_points_up(package: str) -> None:
     """A folder imports itself and the folders below it: also inside functions, and for types alone."""
-    own = floor(name)
-    if own is None:
-        return
-    for other in internal(name):
-        below = floor(other)
-        assert below is not None, f"{name} imports the face of its own package: name the module"
-        assert below[0] < own[0] or below[1] == own[1], f"{name} imports {other}"
+    for name in files_of(package):
+        own = floor(name)
+        for other in internal(name) if own else ():
+            below = floor(other)
+            assert below is not None, f"{name} imports the face of its own package: name the module"
+            assert own is not None
+            assert below[0] < own[0] or below[1] == own[1], f"{name} imports {other}"
 
 
 def test_every_floor_is_there() -> None:
@@ -178,16 +182,14 @@ OPENERS = {
 OPENER_HOMES = ("os", "io", "pa", "Path", "path", "fsspec", "tempfile", "pathlib.Path")
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_only_storage_and_the_checkpoint_open_paths(name: str) -> None:
+def test_only_storage_and_the_checkpoint_open_paths() -> None:
     """In a few files, and in the makers of the built-in checkpoints: nowhere else is a path opened."""
-    if name in OPENS_PATHS or name.startswith("model/builtin/"):
-        return
-    for node in ast.walk(tree_of(name)):
-        if isinstance(node, ast.Call):
-            home, _, called = ast.unparse(node.func).rpartition(".")
-            opens = called in OPENERS and (home.startswith(OPENER_HOMES) if home else called == "open")
-            assert not opens, f"{name}:{node.lineno}"
+    others = [name for name in FILES if name not in OPENS_PATHS and not name.startswith("model/builtin/")]
+    calls = ((name, node) for name in others for node in ast.walk(tree_of(name)) if isinstance(node, ast.Call))
+    for name, node in calls:
+        home, _, called = ast.unparse(node.func).rpartition(".")
+        opens = called in OPENERS and (home.startswith(OPENER_HOMES) if home else called == "open")
+        assert not opens, f"{name}:{node.lineno}"
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,7 @@ class LateCopies(HostCopies):
         return wait
 
 
+@pytest.mark.slow
 def test_the_towers_are_loaded_in_turn_and_each_is_timed() -> None:
     """Of a model with stages on any devices: every weight once, the context tower's before the denoiser's."""
     pair = load_model("builtin:noise", devices=["cpu", "cpu"])

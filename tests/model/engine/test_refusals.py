@@ -11,6 +11,7 @@ def pair() -> TwoTower:
     return load_model("builtin:noise")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_", "text"),
     [

@@ -182,6 +182,7 @@ def test_another_jobs_output_is_refused(job: Path) -> None:
         assert "belongs to another job; what differs (there -> here): generation.seed: 0 -> 2" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["file", "foreign part", "no plan", "extra part", "truncated part"])
 def test_plan_refuses_what_run_refuses_with_the_same_words(job: Path, damage: str) -> None:
     out = job.parent / "out"

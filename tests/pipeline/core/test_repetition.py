@@ -34,6 +34,7 @@ def by_definition(tokens: Sequence[int]) -> float:
     return len(looped) / len(tokens) if tokens else 0.0
 
 
+@pytest.mark.slow
 @given(st.lists(PIECES, max_size=4))
 def test_the_fast_measure_is_the_definition(pieces: list[list[int]]) -> None:
     tokens = [token for piece in pieces for token in piece]

@@ -213,6 +213,7 @@ SAID: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", SAID)
 def test_what_is_wrong_is_named(job: Job, damage: str) -> None:
     run(job)
