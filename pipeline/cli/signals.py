@@ -53,7 +53,8 @@ class StopSignals:
         except TwoTowerError as error:
             if self.received is None:
                 raise
-            typer.echo(str(error), err=True)
+            said = str(error)
+            typer.echo(said if said.startswith("stopped; ") else f"stopped; {said}", err=True)
             raise typer.Exit(128 + self.received) from None
         except KeyboardInterrupt:
             typer.echo(f"stopped at once; {at_once}", err=True)

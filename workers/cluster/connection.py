@@ -45,6 +45,15 @@ def connect() -> bool:
         raise ClusterError("stopped; Ray was still starting; submit the same job again to resume") from None
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"Ray at {address or 'this machine'} cannot be used: {one_line(str(error))}") from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # Ray raises this very class if a node is not there within 30 s, which no setting raises.
+        ray.shutdown()
+        raise ClusterError(
+            f"Ray did not start on this machine: {one_line(str(error))} See what else keeps the machine busy, then "
+            "submit the same job again to resume"
+        ) from error
     return True
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 import workers.cluster.checks
 import workers.cluster.connection
@@ -117,3 +118,20 @@ def test_a_cluster_is_joined_by_a_process_that_may_hang(
 def test_a_cluster_where_nobody_answers_is_told_at_once() -> None:
     with held_ports(1) as [port], pytest.raises(ClusterError, match="no Ray cluster answers there"):
         list(check_cluster(None, f"127.0.0.1:{port}"))
+
+
+def test_a_ray_that_does_not_start_in_time_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises a plain Exception then; a fault of the program is none of that kind and stays what it is."""
+
+    def raising(error: Exception) -> Any:
+        def init(**_: Any) -> None:
+            raise error
+
+        return init
+
+    monkeypatch.setattr(ray, "init", raising(Exception("The node timed out\nduring startup.")))
+    with pytest.raises(ClusterError, match=r"^Ray did not start on this machine: The node timed out during startup\."):
+        workers.cluster.connection.connect()
+    monkeypatch.setattr(ray, "init", raising(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError):
+        workers.cluster.connection.connect()
