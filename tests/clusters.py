@@ -8,8 +8,8 @@ TRIES = 4
 
 
 def start_patiently(start: Callable[[], T]) -> T:
-    """What `start` gives, which starts a node of Ray or a cluster. Ray gives a node 30 s for that, which no setting
-    raises and a busy machine may need: then it is started once more."""
+    """Return what `start` gives, which starts a node of Ray or a cluster. Ray gives a node 30 s for that, which no
+    setting raises and a busy machine may need: then it is started once more."""
     import ray
 
     for number in range(1, TRIES):

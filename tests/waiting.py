@@ -13,7 +13,8 @@ PAUSE_S = 0.02
 
 
 def wait_until(met: Callable[[], T], said: Callable[[], object] | None = None, pause_s: float = PAUSE_S) -> T:
-    """What `met` gives, as soon as that is true. Fails after PATIENCE_S and shows what `said` gives, such as a log."""
+    """Return what `met` gives, as soon as that is true. Fails after PATIENCE_S, with what `said`
+    gives, such as a log."""
     deadline = time.monotonic() + PATIENCE_S
     while not (found := met()):
         if time.monotonic() >= deadline:

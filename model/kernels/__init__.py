@@ -1,4 +1,4 @@
-"""The seam behind which the heavy operations stand: one protocol, implementations chosen once at start."""
+"""Choose the kernels of a device: one protocol (model.kernels.protocol), its implementations chosen once at start."""
 
 import torch
 

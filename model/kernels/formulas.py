@@ -1,4 +1,4 @@
-"""Activations that give an element the same bits wherever it lies in a tensor.
+"""Formulas in plain torch: activations and norms that give an element the same bits wherever it lies in a tensor.
 
 torch's own silu, softplus and sigmoid compute the last few elements of a CPU tensor by another formula than the rest
 (measured with torch 2.13), so that a row's result would depend on how many rows there are. exp and log1p do not.

@@ -1,4 +1,4 @@
-"""The memory plan: how many rows, and how many tokens of their contexts, fit beside the weights. Made once at start.
+"""Make the memory plan: how many rows, and how many tokens of their contexts, fit beside the weights, once at start.
 
 A device holds, beside its weights: the Mamba states of every slot, the pages of keys and values, what one forward needs
 while it runs, what CUDA graphs keep, and logits that are being reduced. The tightest device decides for all.

@@ -1,4 +1,5 @@
-"""What the completions of a setting are worth: how far they are AR's, how they loop, what they cost."""
+"""What the completions of a setting are worth: how far they are AR's, how they loop, what they cost; and what a sample
+of rows can say about all of them."""
 
 import math
 from collections.abc import Callable, Collection, Sequence

@@ -1,4 +1,4 @@
-"""What commands get from workers: pools, benches, checks. The one file that brings pipeline and workers together."""
+"""Get from workers what commands need: pools, benches, checks. No other file of pipeline imports workers."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,6 +23,7 @@ def make_pool(
     *,
     json_logs: bool,
 ) -> "Pool":
+    """Return the pool that a plan runs on. Signals are caught again afterwards: Ray takes the handlers."""
     catch_signals()
     from workers.replica.build import ReplicaSpec, make_runner
 
@@ -41,6 +42,7 @@ def make_pool(
 
 
 def make_bench(local: bool, catch_signals: Callable[[], None], job: "Job") -> "Bench":
+    """Return the bench that a calibration measures with. Signals are caught again, since Ray takes the handlers."""
     catch_signals()
     from workers.replica.bench import ReplicaBench
 
@@ -54,7 +56,7 @@ def make_bench(local: bool, catch_signals: Callable[[], None], job: "Job") -> "B
 
 
 def make_sinks(job: "Job", local: bool) -> "list[Sink]":
-    """Who else is told how a run goes: Ray's metrics, where there is a Ray."""
+    """Return who else is told how a run goes: Ray's metrics, if there is a Ray."""
     if local:
         return []
     from workers.cluster.metrics import RayMetrics
@@ -65,14 +67,14 @@ def make_sinks(job: "Job", local: bool) -> "list[Sink]":
 def make_canary(
     checkpoint: str, *, prompts: Sequence[str], tokens: int, dtype: str, gpus: int, out: str | None, force: bool
 ) -> list[str]:
-    """Write canary.json: see workers.checks.canary."""
+    """Write canary.json as workers.checks.canary does, which takes the same arguments."""
     from workers.checks.canary import make_canary
 
     return make_canary(checkpoint, prompts=prompts, tokens=tokens, dtype=dtype, gpus=gpus, out=out, force=force)
 
 
 def device_and_cluster_checks(job: "Job | None") -> "list[Check]":
-    """What doctor looks at with torch and with Ray."""
+    """Return the checks of doctor that need torch or Ray."""
     from workers.checks.devices import device_checks
     from workers.cluster.checks import cluster_checks
 

@@ -1,4 +1,4 @@
-"""Numbers as a report shows them."""
+"""Numbers, times and durations as a person reads them."""
 
 import math
 

@@ -1,7 +1,8 @@
 """What a run shows while it goes: rows, tokens a second, errors, time left. Counts only, never a prompt.
 
-`Meter` adds up the dispatch loop's events; `LogProgress` prints a plain line every few seconds, `BarProgress` keeps a
-live bar on a terminal, `JsonProgress` logs records. All are called with every event, and with None once a turn.
+`Meter` (pipeline.monitoring.meter) adds up the dispatch loop's events; `LogProgress` prints a plain line every few
+seconds, `BarProgress` keeps a live bar on a terminal, `JsonProgress` logs records. All are called with every event, and
+with None once a turn. A calibration has a bar and lines of its own, `BarShow` and `LogShow`.
 """
 
 import logging

@@ -1,4 +1,5 @@
-"""Where things stand in an output folder; names are relative to it, and those of the job's own records begin with _."""
+"""Names in an output folder, relative to it (those of the job's own records begin with _), and whether it can be
+written to."""
 
 from contextlib import suppress
 

@@ -1,4 +1,4 @@
-"""The one place that opens paths: local files and any fsspec URL behind the few operations that the pipeline needs.
+"""Storage: the operations that the pipeline needs of local files and of any fsspec URL. No other folder opens paths.
 
 Transient failures are tried again (pipeline.storage.retrying); what is left becomes one line that names the operation,
 the path, the cause and what to do. What is read is whole: fewer bytes than there are, or were asked for, are a failure,

@@ -1,4 +1,4 @@
-"""How canary.json is made: what a checkpoint that is known to be well generates."""
+"""Make canary.json from a checkpoint that is known to be right."""
 
 import os
 from collections.abc import Sequence

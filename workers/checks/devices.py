@@ -1,4 +1,4 @@
-"""What `doctor` looks at with torch and with Ray: devices, kernels, the memory plan of a job, the cluster."""
+"""The checks of `doctor` that need torch: devices, their memory, the memory plan of a job."""
 
 import functools
 import os
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.checks.findings import Check, Finding, fail, ok, warn
-from pipeline.checks.machine import installed_version
+from pipeline.checks.machine import GIB, installed_version
 from pipeline.config.job import Job
-from workers.checks.kernels import GIB, check_kernels
+from workers.checks.kernels import check_kernels
 
 if TYPE_CHECKING:
     pass

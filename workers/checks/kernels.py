@@ -1,4 +1,4 @@
-"""What `doctor` looks at of kernels: which ones a device would use, and whether they compute what they must."""
+"""The checks of `doctor` for kernels: which ones a device would use, and whether they compute what they must."""
 
 import os
 import time
@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 from model.errors import TwoTowerError
 from model.runtime.device_errors import first_line
 from pipeline.checks.findings import Finding, fail, ok, warn
-from pipeline.checks.machine import installed_version
+from pipeline.checks.machine import GIB, installed_version
 
 if TYPE_CHECKING:
     from model import TwoTower
 
-GIB = 1 << 30
 
 RELEASED_LAYERS = 4 * GIB
 """Free memory of a GPU below which layers of the released size cannot be checked: weights, and what checking takes."""

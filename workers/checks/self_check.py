@@ -1,4 +1,4 @@
-"""What a replica checks of the model that it has loaded, before it takes work; and how canary.json is made.
+"""The checks of a loaded model that a replica makes before it takes work.
 
 1. Its kernels against their definitions in float64 (model.checks.kernels).
 2. canary.json beside the weights, if there is one (model.checks.canary). Without: that logits are finite.

@@ -1,4 +1,4 @@
-"""What `doctor` looks at of Ray: the cluster or job server that RAY_ADDRESS names."""
+"""The check of `doctor` for Ray: the cluster or the job server that RAY_ADDRESS names."""
 
 import functools
 import json
