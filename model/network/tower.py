@@ -61,18 +61,17 @@ class Tower(nn.Module):
         super().__init__()
         self.devices = tuple(devices)
         self.causal = causal
-        with torch.device("meta"):
-            self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-            self.layers = nn.ModuleList(
-                Layer(config, i, dtype, kernels_for(device)) for i, device in enumerate(devices)
-            )
+        with devices[0]:
+            # made from a tensor, because the initialization of its own imports a compiler, which takes seconds
+            table = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+            self.embeddings = nn.Embedding.from_pretrained(table)
+        self.layers = nn.ModuleList()
+        for i, device in enumerate(devices):
+            with device:
+                self.layers.append(Layer(config, i, dtype, kernels_for(device)))
+        with devices[-1]:
             self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, kernels_for(devices[-1]))
             self.head = Linear(config.hidden_size, config.vocab_size, dtype, kernels_for(devices[-1]))
-        self.embeddings.to_empty(device=devices[0])
-        for layer, device in zip(self.layers, devices, strict=True):
-            layer.to_empty(device=device)
-        self.norm_f.to_empty(device=devices[-1])
-        self.head.to_empty(device=devices[-1])
         self.requires_grad_(False)
 
     def embed(self, tokens: Tensor) -> Tensor:

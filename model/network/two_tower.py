@@ -106,12 +106,11 @@ class TwoTower(nn.Module):
         if towers == "both":
             devices_of_layers = [stage.device for stage in self.stages for _ in stage.denoiser]
             self.denoiser = Tower(config, devices_of_layers, dtype, causal=False)
-            with torch.device("meta"):
-                self.times = nn.ModuleList(
-                    TimeConditioning(config, dtype, kernels_for(stage.device)) for stage in self.stages
-                )
-            for stage, time in zip(self.stages, self.times, strict=True):
-                time.to_empty(device=stage.device).requires_grad_(False)
+            self.times = nn.ModuleList()
+            for stage in self.stages:
+                with stage.device:
+                    self.times.append(TimeConditioning(config, dtype, kernels_for(stage.device)))
+            self.times.requires_grad_(False)
             self.tables = nn.ParameterList(  # (layers of the stage, 3, H) each
                 nn.Parameter(
                     torch.empty(len(stage.denoiser), 3, config.hidden_size, dtype=dtype, device=stage.device),
