@@ -4,7 +4,9 @@ Three markers say why a test is not in `make check`: `ray` starts or imports Ray
 computes or waits for long. A test without the first two that does such a thing fails.
 """
 
+import atexit
 import contextlib
+import gc
 import itertools
 import os
 import re
@@ -161,6 +163,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest groups come first, so that none of them is begun when the others are at their end."""
     order = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(group_of(item.nodeid), len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay in memory anyway: leave them out of every later search for garbage."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else some libraries print that they have leaked objects
 
 
 @pytest.hookimpl(trylast=True)

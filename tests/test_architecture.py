@@ -66,23 +66,20 @@ def imports(name: str) -> list[tuple[str, bool]]:
     return list(_imports(tree_of(name), name))
 
 
-def _imports(tree: ast.Module, name: str) -> Iterator[tuple[str, bool]]:
-    typing_only = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
-        for node in ast.walk(block)
-    }
-    lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
+def _imports(tree: ast.AST, name: str, at_import: bool = True) -> Iterator[tuple[str, bool]]:
+    for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.name, id(node) not in lazy
+                yield alias.name, at_import
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} imports relatively"
-            yield node.module or "", id(node) not in lazy
+            yield node.module or "", at_import
+        elif not isinstance(node, ast.expr) and not (isinstance(node, ast.If) and is_for_typing(node)):
+            yield from _imports(node, name, at_import and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def is_for_typing(block: ast.If) -> bool:
+    return isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
 
 
 def tops(name: str) -> set[str]:
@@ -192,6 +189,7 @@ def test_only_storage_and_the_checkpoint_open_paths() -> None:
         assert not opens, f"{name}:{node.lineno}"
 
 
+@pytest.mark.slow  # a process a module, a second each
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [

@@ -44,6 +44,7 @@ def test_one_row_takes_the_sum_of_its_forwards(roofline: Roofline) -> None:
     assert computed - 2 * max(seconds for _, seconds in calls) <= run.seconds < computed
 
 
+@pytest.mark.slow
 def test_two_lanes_keep_both_devices_busy(roofline: Roofline) -> None:
     """Even work: with one lane a device waits while the other computes, with two they compute at once."""
     mix, layers = same(512, prompt=256, completion=128), Layers(roofline)
@@ -68,6 +69,7 @@ def test_a_handover_delays_the_rows_that_it_carries(roofline: Roofline) -> None:
     assert fast_run.tokens_per_s > 1.05 * slow_run.tokens_per_s
 
 
+@pytest.mark.slow
 def test_replay_commits_every_token_once() -> None:
     """Without devices no time passes; each request still gets its completion and each prompt token its place."""
     mix = Mix.draw(300)

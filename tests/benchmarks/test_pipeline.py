@@ -7,6 +7,7 @@ import pytest
 from tests.benchmarks.pipeline_dispatcher import run_simulated
 from tests.benchmarks.pipeline_results import Compared, Dispatched, Overhead, figures
 
+pytestmark = pytest.mark.slow
 REPLICAS, UNITS = 64, 1_000
 
 

@@ -28,6 +28,7 @@ def test_a_request_that_can_never_run_is_refused(pair: TwoTower, request_: Reque
     assert engine.waiting == 0
 
 
+@pytest.mark.slow
 def test_what_a_request_exceeds_is_named(pair: TwoTower) -> None:
     """The context, whatever the number of rows; kv_tokens only where it was given and is less."""
     request = Request("r", [4] * 100, GenerationParams(max_new_tokens=100))
@@ -38,6 +39,7 @@ def test_what_a_request_exceeds_is_named(pair: TwoTower) -> None:
         Engine(pair, EngineLimits(kv_tokens=128)).submit(request)
 
 
+@pytest.mark.slow
 def test_a_key_in_use_is_refused(pair: TwoTower) -> None:
     engine = Engine(pair)
     engine.submit(Request("same", [5], GenerationParams(max_new_tokens=1)))
@@ -48,6 +50,7 @@ def test_a_key_in_use_is_refused(pair: TwoTower) -> None:
     engine.submit(Request("same", [5], GenerationParams()))
 
 
+@pytest.mark.slow
 def test_generate_runs_all_or_none(pair: TwoTower) -> None:
     """One request that can never run, or a key given twice: nothing is queued."""
     engine = Engine(pair)
@@ -62,6 +65,7 @@ def test_generate_runs_all_or_none(pair: TwoTower) -> None:
     assert [c.key for c in engine.step()] == ["a"] or engine.active == 1  # what was there is untouched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limits", "text"),
     [

@@ -308,6 +308,7 @@ def test_memory_stays_within_the_workspace(kind: str, workspace: int) -> None:
     assert meter.peak <= workspace + 100 * len(range(0, vocab, VOCAB_SLICE)) * rows
 
 
+@pytest.mark.slow
 def test_the_meter_counts_storages_once_until_they_are_freed() -> None:
     """Views add nothing, a tensor from before the meter does not count, and a freed one stays in the peak only."""
     older = torch.zeros(1000)

@@ -44,6 +44,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.slow
 def test_the_command_looks_at_the_machine_and_at_the_job(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "in" / "a.parquet")

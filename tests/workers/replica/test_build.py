@@ -21,6 +21,7 @@ def test_gpus_that_are_not_there_are_named_by_the_setting(tmp_path: Path, monkey
         build.make_runner(small.spec, "r0")
 
 
+@pytest.mark.slow
 def test_a_replica_says_where_its_memory_goes(tmp_path: Path) -> None:
     """And how fast its weights were loaded, a tower at a time; the engine runs as many rows as the plan came to."""
     engine = {"max_rows": "auto", "max_context_tokens": 256}
