@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 COSTLY := ray or server or slow
 
-.PHONY: help demo check test lint format types unit costly bench bench-gpu kernels bench-scale bench-pipeline chaos fuzz quality tiny noise clean
+.PHONY: help demo check test lint format types unit bench bench-gpu kernels bench-scale bench-pipeline chaos fuzz quality tiny noise clean
 
 help: ## show the targets and what they do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,7 +20,9 @@ demo: $(VENV)/.runtime ## run jobs/demo.yaml; completions land in out/demo
 
 check: lint types unit ## format, types, floor plan and quick tests: a minute, before each commit
 
-test: check costly ## everything CI runs
+# three processes: tests wait for clusters and servers, so two cores are busy with three
+test: lint types ## everything CI runs
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -36,10 +38,6 @@ types: $(VENV)/.dev
 # tests that start no Ray and no server and compute little
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m 'not ($(COSTLY))'
-
-# three processes: tests wait for clusters and servers, so two cores are busy with three
-costly: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder -m '$(COSTLY)'
 
 bench: $(VENV)/.dev ## the engine against lockstep, layouts on simulated GPUs: tests/benchmarks/out/engine.json
 	$(BIN)/python -m tests.benchmarks.engine

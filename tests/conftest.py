@@ -20,6 +20,8 @@ from tests.servers import SHARED, ray_cluster, s3_endpoint
 
 __all__ = ["ray_cluster", "s3_endpoint"]  # fixtures
 
+# for torch here and in every process of the tests: threads that wait for each other's small operations waste a core
+os.environ["OMP_NUM_THREADS"] = "1"
 if not Path("/dev/nvidiactl").exists():
     # without a GPU Triton's kernels run in its interpreter, asked for before import
     os.environ["TRITON_INTERPRET"] = "1"

@@ -10,7 +10,7 @@ from tests.end_to_end.s3.server import weed_binary
 
 pytestmark = [pytest.mark.ray, pytest.mark.server]
 
-ROWS = 2_000
+ROWS = 1_000
 SCHEDULE = Schedule(
     rows_per_file=20,
     turn_s=0.1,

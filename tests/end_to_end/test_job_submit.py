@@ -210,10 +210,14 @@ def test_a_failing_job_fails_with_one_line(head: Head, tmp_path: Path) -> None:
 
 def test_a_stopped_job_says_how_to_resume_and_does(head: Head, tmp_path: Path) -> None:
     out = tmp_path / "demo"
+    prompts = tmp_path / "prompts.parquet"
+    pq.write_table(pq.read_table(ROOT / "jobs" / "demo_prompts.parquet").slice(0, 120), prompts)
     # seconds until Ray kills a job that it has asked to stop
     variables = {"TWOTOWER_OUT": str(tmp_path), "RAY_JOB_STOP_WAIT_TIME_S": f"{PATIENCE_S:g}"}
-    command = ["python", "-m", "pipeline", "run", "jobs/demo.yaml", "--set", "output.rows_per_file=10"]
-    command += ["--set", "generation.max_new_tokens=16", "--set", "engine.max_rows=2"]
+    command = ["python", "-m", "pipeline", "run", "jobs/demo.yaml"]
+    settings = [f"input.path={prompts}", "output.rows_per_file=10", "generation.max_new_tokens=16"]
+    settings += ["workers.replicas=1", "engine.max_rows=2"]
+    command += [word for setting in settings for word in ("--set", setting)]
     submitted = head.submit(*command, variables=variables, wait=False)
     job_id = next(word.strip("'") for word in submitted.stdout.split() if word.startswith("'raysubmit_"))
 

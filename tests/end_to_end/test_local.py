@@ -54,7 +54,8 @@ def job_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "output": {"path": "${OUT}", "rows_per_file": 10},
         "model": {"checkpoint": "builtin:noise", "dtype": "float32"},
         "generation": {
-            "max_new_tokens": 40,
+            "max_new_tokens": 24,  # a block and a half
+            "steps_per_block": 8,
             "confidence_threshold": 0.8,
             "temperature": 1.0,
             "top_p": 0.95,

@@ -22,6 +22,7 @@ JOB = """
 input: {{path: {folder}/in}}
 output: {{path: {folder}/out, rows_per_file: 5}}
 model: {{checkpoint: "builtin:noise", dtype: float32}}
+generation: {{max_new_tokens: 32}}
 engine: {{max_rows: 1}}
 workers: {{gpus: 0, cpus: 1, replicas: 1}}
 """
