@@ -1,4 +1,4 @@
-"""The command calibrate."""
+"""Defines the command that measures before a job runs: calibrate."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ from pipeline.cli import compose
 from pipeline.cli.options import Debug, JobFile, Local, LogEvery, Overrides
 from pipeline.cli.signals import StopSignals, one_line_errors
 
-if TYPE_CHECKING:  # everything heavier is imported by the command that needs it: --help and status start fast
+if TYPE_CHECKING:  # heavy modules are imported inside the command that needs them, so that --help and status start fast
     from pipeline.calibration.options import Options
     from pipeline.config.job import Job
 
@@ -48,10 +48,10 @@ def calibrate(
     log_every: LogEvery = 5.0,
     debug: Debug = False,
 ) -> None:
-    """Measure before you spend: quality and speed of AR and diffusion on a sample of the job's own prompts.
+    """Measure quality and speed of AR and diffusion on a sample of the job's own prompts, before you pay for the job.
 
-    Writes all measurements, a report and the job file with the fastest settings that keep AR's quality. Run it again to
-    go on after any stop.
+    Writes all measurements, a report, and a job file with the fastest settings that keep the quality of AR. To continue
+    after any stop, run it again.
     """
     with one_line_errors(debug):
         from pipeline.calibration import options
@@ -85,7 +85,7 @@ def _calibrate(
         show = open_show(interval_s=log_every)
         closing.callback(show.close)
         with signals.one_line("the points measured so far are kept"):
-            outcome = measure(setup, functools.partial(compose.make_bench, local, signals.install), show, signals.stop)
+            outcome = measure(setup, functools.partial(compose.make_bench, local, signals), show, signals.stop)
     for line in finish(outcome, job_file, overrides):
         typer.echo(line)
     if outcome.failure is not None:

@@ -1,12 +1,13 @@
-"""Get from workers what commands need: pools, benches, checks. No other file of pipeline imports workers."""
+"""Gives commands the pools, benches and checks of package workers. No other file of pipeline imports workers."""
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # everything heavier is imported by the command that needs it: --help and status start fast
+if TYPE_CHECKING:  # heavy modules are imported inside the command that needs them, so that --help and status start fast
     from pipeline.calibration.bench import Bench
     from pipeline.checks.findings import Check
+    from pipeline.cli.signals import StopSignals
     from pipeline.config.job import Job
     from pipeline.driver.dispatcher import Pool
     from pipeline.monitoring.telemetry import Sink
@@ -16,15 +17,15 @@ if TYPE_CHECKING:  # everything heavier is imported by the command that needs it
 def make_pool(
     job: "Job",
     local: bool,
-    catch_signals: Callable[[], None],
+    signals: "StopSignals",
     plan: "Plan",
     units: int,
     tell: Callable[[str], None],
     *,
     json_logs: bool,
 ) -> "Pool":
-    """Return the pool that a plan runs on. Signals are caught again afterwards: Ray takes the handlers."""
-    catch_signals()
+    """Return the pool that a plan runs on. Signals are caught again afterwards, because Ray replaces the handlers."""
+    signals.install()
     from workers.replica.build import ReplicaSpec, make_runner
 
     maker = functools.partial(make_runner, ReplicaSpec(job, plan.fingerprint.digest, plan.schema, json_logs))
@@ -36,27 +37,27 @@ def make_pool(
     else:
         from workers.cluster.pool import RayPool
 
-        pool = RayPool(maker, job.workers, units, tell)
-    catch_signals()
+        pool = RayPool(maker, job.workers, units, tell, signals.stop.is_set)
+    signals.install()
     return pool
 
 
-def make_bench(local: bool, catch_signals: Callable[[], None], job: "Job") -> "Bench":
-    """Return the bench that a calibration measures with. Signals are caught again, since Ray takes the handlers."""
-    catch_signals()
+def make_bench(local: bool, signals: "StopSignals", job: "Job") -> "Bench":
+    """Return the bench that measures a calibration. Signals are caught again, because Ray replaces the handlers."""
+    signals.install()
     from workers.replica.bench import ReplicaBench
 
     if local:
         return ReplicaBench(job)
     from workers.cluster.bench import RayBench
 
-    bench = RayBench(job, ReplicaBench)
-    catch_signals()
+    bench = RayBench(job, ReplicaBench, signals.stop.is_set)
+    signals.install()
     return bench
 
 
 def make_sinks(job: "Job", local: bool) -> "list[Sink]":
-    """Return who else is told how a run goes: Ray's metrics, if there is a Ray."""
+    """Return the sinks that receive the state of a run: Ray's metrics, or none if the job runs locally without Ray."""
     if local:
         return []
     from workers.cluster.metrics import RayMetrics
@@ -67,14 +68,15 @@ def make_sinks(job: "Job", local: bool) -> "list[Sink]":
 def make_canary(
     checkpoint: str, *, prompts: Sequence[str], tokens: int, dtype: str, gpus: int, out: str | None, force: bool
 ) -> list[str]:
-    """Write canary.json as workers.checks.canary does, which takes the same arguments."""
+    """Write canary.json by the function of the same name in workers.checks.canary, and return its lines for the
+    user."""
     from workers.checks.canary import make_canary
 
     return make_canary(checkpoint, prompts=prompts, tokens=tokens, dtype=dtype, gpus=gpus, out=out, force=force)
 
 
 def device_and_cluster_checks(job: "Job | None") -> "list[Check]":
-    """Return the checks of doctor that need torch or Ray."""
+    """Return the checks of the command doctor that need torch or Ray."""
     from workers.checks.devices import device_checks
     from workers.cluster.checks import cluster_checks
 

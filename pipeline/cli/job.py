@@ -1,4 +1,4 @@
-"""Commands that take a job file: run, plan, doctor."""
+"""Defines the commands that take a job file: run, plan, doctor."""
 
 import functools
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +9,7 @@ from pipeline.cli import compose
 from pipeline.cli.options import Debug, JobFile, Local, LogEvery, LogFormat, Overrides
 from pipeline.cli.signals import StopSignals, one_line_errors
 
-if TYPE_CHECKING:  # everything heavier is imported by the command that needs it: --help and status start fast
+if TYPE_CHECKING:  # heavy modules are imported inside the command that needs them, so that --help and status start fast
     from pipeline.config.job import Job
     from pipeline.driver.run import Outcome
 
@@ -33,7 +33,7 @@ def run(
         typer.echo(f"job {settings.name}: {safe_url(settings.input.path)} -> {safe_url(settings.output.path)}")
         with StopSignals() as signals:
             as_json = log_format == "json"
-            make_pool = functools.partial(compose.make_pool, settings, local, signals.install, json_logs=as_json)
+            make_pool = functools.partial(compose.make_pool, settings, local, signals, json_logs=as_json)
             make_progress = functools.partial(open_progress, interval_s=log_every, as_json=as_json)
             sinks = compose.make_sinks(settings, local)
             with signals.one_line("what was not written down is generated again at the next run"):
@@ -53,7 +53,7 @@ def plan(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show what a job would do, and write nothing. Exit code 1 where input files cannot be read."""
+    """Show what a job would do, and write nothing. The exit code is 1 if input files cannot be read."""
     with one_line_errors(debug):
         from pipeline.cli.plan_view import preview
         from pipeline.config.loader import load_job
@@ -72,7 +72,8 @@ def doctor(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
 ) -> None:
-    """Check what this machine can run: a line each, with the fix. Exit code 1 where anything is FAIL."""
+    """Check what this machine can run, one line for each check, with the fix. The exit code is 1 if anything is
+    FAIL."""
     from pipeline.checks.findings import examine, report
     from pipeline.checks.job import job_checks, open_job
     from pipeline.checks.machine import machine_checks

@@ -1,4 +1,4 @@
-"""A replica on Ray that measures points of a calibration: one actor, in a placement group with the job's resources."""
+"""Measures the points of a calibration on a Ray cluster, in one actor that has the resources of the job's replica."""
 
 import contextlib
 import time
@@ -22,19 +22,19 @@ from workers.cluster.pool import death_of
 
 T = TypeVar("T")
 LOOK_S = 0.5
-"""How often the actor is asked how far it is."""
+"""Seconds between two questions to the actor about its progress."""
 MakeBench = Callable[[Job], Bench]
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a call could not be answered: Ray would send the error with its traceback as text."""
+    """The reason why a call failed. It is returned as a value, because Ray would turn an exception into a long text."""
 
     text: str
 
 
 class BenchProcess:
-    """A bench in an actor's process. `progress` is called while another call runs."""
+    """A bench in an actor's process. Only `progress` may be called while another call runs."""
 
     def __init__(self, make_bench: MakeBench, job: Job) -> None:
         self._bench = make_bench(job)
@@ -50,7 +50,7 @@ class BenchProcess:
         return _answer(lambda: self._bench.measure(task, self._tick))
 
     def progress(self) -> tuple[int, int]:
-        """(rows done, rows expected) of the call that runs."""
+        """Return (rows done, rows expected) of the running call."""
         return self._progress
 
     def _tick(self, done: int, expected: int) -> None:
@@ -58,17 +58,20 @@ class BenchProcess:
 
 
 class RayBench:
-    """Implements pipeline.calibration.bench.Bench. What a tick raises ends the actor with all that it holds."""
+    """A pipeline.calibration.bench.Bench on Ray. After a tick has raised, the bench can only be closed."""
 
-    def __init__(self, job: Job, make_bench: MakeBench) -> None:
-        """make_bench: picklable; makes the bench in the actor's process. Raises ClusterError."""
+    def __init__(self, job: Job, make_bench: MakeBench, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Connect to Ray. `make_bench` must be picklable; the actor calls it. Raises ClusterError."""
         self._job, self._make_bench = job, make_bench
-        self._ours = connect()
+        self._ours = connect(stopped)
         self._group: PlacementGroup | None = None
         self._actor: Any = None
 
     def start(self, rows: Sequence[SampleRow], limits: Sequence[RowLimit], tick: Tick) -> Replica:
-        """See Bench. Raises ClusterError where there is no room within workers.start_timeout_s."""
+        """See Bench. Raises ClusterError if no node has room within workers.start_timeout_s, or if Ray is lost.
+
+        Raises JobFailed if the actor dies or its bench fails.
+        """
         workers = self._job.workers
         try:
             self._group = _wait_for_room(workers, tick)
@@ -88,7 +91,7 @@ class RayBench:
         return found
 
     def measure(self, task: Task, tick: Tick) -> Run:
-        """See Bench. Raises JobFailed where the replica dies."""
+        """See Bench. Raises JobFailed if the actor dies or its bench fails, and ClusterError if Ray is lost."""
         try:
             run: Run = self._call(self._actor.measure, (task,), tick)
         except RayError as error:
@@ -96,7 +99,7 @@ class RayBench:
         return run
 
     def close(self) -> None:
-        """See Bench. A cluster that this bench started goes too."""
+        """See Bench. Also shuts down the Ray cluster if this bench started it."""
         if ray.is_initialized():
             with contextlib.suppress(RayError):
                 if self._actor is not None:
@@ -109,12 +112,15 @@ class RayBench:
             self._ours = False
 
     def _call(self, method: Any, arguments: tuple[Any, ...], tick: Tick) -> Any:
-        """The answer of the actor, which is asked how far it is meanwhile."""
+        """Call a method of the actor and return its answer; meanwhile ask the actor for its progress for `tick`.
+
+        Raises JobFailed if the actor dies or answers with a failure.
+        """
         call = method.remote(*arguments)
         try:
             while not ray.wait([call], timeout=LOOK_S)[0]:
                 look = self._actor.progress.options(concurrency_group="control").remote()
-                # it answers late while the interpreter is in a long call, such as loading
+                # The actor answers late while its interpreter is in a long call, such as loading the model.
                 tick(*ray.get(look)) if ray.wait([look], timeout=LOOK_S)[0] else tick(0, 0)
             answer = ray.get(call)
         except RayActorError as error:
@@ -143,7 +149,7 @@ def _wait_for_room(workers: WorkersSection, tick: Tick) -> PlacementGroup:
 def _answer(function: Callable[[], T]) -> "T | Failure":
     try:
         return function()
-    except Exception as error:  # the worker's boundary: the reason goes to the driver
+    except Exception as error:  # catches everything: the driver gets the reason
         text = " ".join(str(error).split())
         if isinstance(error, TwoTowerError):
             return Failure(text)

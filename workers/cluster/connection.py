@@ -1,9 +1,10 @@
-"""The Ray cluster: joined or started, and what its nodes have."""
+"""Joins or starts the Ray cluster, and describes the resources of its nodes."""
 
 import json
 import os
 import signal
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -12,14 +13,17 @@ from ray.exceptions import RayError
 from pipeline.core.errors import ClusterError
 
 CONNECT_S = 10.0
+STARTS = 4
+"""How often this process tries to start a node of Ray before it gives up."""
 OBJECT_STORE_BYTES = 100 << 20
-"""For a cluster of our own: only reports go through it."""
+"""Size of the object store, in bytes, of a cluster started here; it only has to hold small reports."""
 
 
-def connect() -> bool:
-    """Join the cluster at RAY_ADDRESS (a submitted job has it), or start one on this machine for the time of the job.
+def connect(stopped: Callable[[], bool] = lambda: False) -> bool:
+    """Join the cluster at RAY_ADDRESS (set in a submitted job), or start one on this machine for the time of the job.
 
-    Returns whether this call connected, and so whether `ray.shutdown` is ours. Raises ClusterError.
+    Returns True if this call connected, so that the caller must call `ray.shutdown`. `stopped` returns whether the job
+    is being stopped: Ray is then not started once more. Raises ClusterError.
     """
     if ray.is_initialized():
         return False
@@ -30,15 +34,15 @@ def connect() -> bool:
             f"RAY_ADDRESS is {address}, a job server: use `ray job submit`, or unset it to run on this machine alone"
         )
     if not address:
-        # "local", or Ray would silently join whatever cluster was started on this machine before.
+        # Without "local", Ray would silently join any cluster that was started on this machine before.
         quiet |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     else:
         check_reachable(address)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**quiet)
-    except SystemExit:  # ray.init() has a handler of its own for SIGTERM: hand the signal on to ours
-        signal.alarm(0)  # and one in C++ that aborts the process three seconds later
+        _start(quiet, stopped)
+    except SystemExit:  # from ray.init()'s own SIGTERM handler: pass the signal on to ours
+        signal.alarm(0)  # cancels the alarm by which Ray's C++ handler aborts the process three seconds later
         ray.shutdown()
         signal.signal(signal.SIGTERM, on_sigterm)
         signal.raise_signal(signal.SIGTERM)
@@ -48,17 +52,32 @@ def connect() -> bool:
     except Exception as error:
         if type(error) is not Exception:
             raise
-        # Ray raises this very class if a node is not there within 30 s, which no setting raises.
         ray.shutdown()
         raise ClusterError(
-            f"Ray did not start on this machine: {one_line(str(error))} See what else keeps the machine busy, then "
+            f"Ray did not start on this machine: {one_line(str(error))} See what else keeps the machine busy; "
             "submit the same job again to resume"
         ) from error
     return True
 
 
+def _start(settings: dict[str, Any], stopped: Callable[[], bool]) -> None:
+    """Call `ray.init`, and call it again if a node that it starts here is not ready in time.
+
+    Ray gives its node 30 s, which no setting changes and a busy machine may exceed. It then raises a plain Exception.
+    """
+    for tries_left in reversed(range(STARTS)):
+        try:
+            ray.init(**settings)
+        except Exception as error:
+            if type(error) is not Exception or stopped() or not tries_left:
+                raise
+            ray.shutdown()
+        else:
+            return
+
+
 def check_reachable(address: str) -> None:
-    """Raises ClusterError where nobody answers. Ray itself tries that for minutes, with a page of warnings."""
+    """Raise ClusterError if nothing answers at the address. Ray itself would try for minutes, with many warnings."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         try:
@@ -71,24 +90,24 @@ def check_reachable(address: str) -> None:
 
 
 def print_nodes() -> None:
-    """Joins the cluster and prints what its nodes have as JSON; for a process of its own, which may be ended."""
+    """Join the cluster and print its nodes' resources as JSON. Meant for a separate process that may be killed."""
     connect()
     print(json.dumps([node["Resources"] for node in ray.nodes() if node["Alive"]]))  # type: ignore[no-untyped-call]
     ray.shutdown()
 
 
 def describe_nodes() -> str:
-    """What each node of the cluster has in all, used or not."""
+    """Return a text with the total GPUs and CPUs of each node, whether they are in use or not."""
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     texts = [f"{node['NodeManagerAddress']}: {amounts(node['Resources'])}" for node in nodes]
     return f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'} ({'; '.join(texts)})"
 
 
 def amounts(resources: dict[str, Any]) -> str:
-    """GPUs and CPUs as messages show them."""
+    """Return the numbers of GPUs and CPUs as messages show them."""
     return ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in ("GPU", "CPU"))
 
 
 def one_line(text: str) -> str:
-    """Ray's pages of text in one line."""
+    """Return a text of Ray as one line of at most 1000 characters."""
     return " ".join(text.split())[:1000]

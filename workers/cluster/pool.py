@@ -1,7 +1,8 @@
-"""A pool of replicas on Ray: one placement group and one actor each, replaced when lost, more as nodes join.
+"""Runs a pool of replicas on Ray. A lost replica is replaced, and more replicas start when nodes join the cluster.
 
-A slot is a place for a replica: its group waits for room, then holds one actor after the other (r0, then r0.2 after a
-loss). The driver keeps two `work` calls outstanding on every actor, so that none idles for a round trip.
+In this module a slot is a place for a replica. It has one placement group, which waits for room and then holds one
+actor after the other (r0, then r0.2 after a loss). The driver keeps two `work` calls outstanding on every actor, so
+that no actor idles while its report travels.
 """
 
 import contextlib
@@ -24,18 +25,21 @@ from workers.cluster.connection import amounts, connect, describe_nodes, one_lin
 from workers.replica.replica import FLUSH_S, MakeRunner, ReplicaProcess, Report
 
 WORK_S = 2.0
-"""A `work` call returns at the latest after this: how old the progress may be."""
+"""Seconds after which a `work` call returns; the driver learns of progress at most this late."""
 CALLS_AHEAD = 2
 LOOK_S = 5.0
-"""A replica that has not reported for so long is asked what it is doing, beside the call that does not return."""
+"""If a replica has not reported for this many seconds, it is asked what it is doing, while its `work` call still
+runs."""
 CHECK_S = 0.5
-"""How often groups that wait for room are looked at."""
+"""Seconds between two looks at the placement groups that wait for room."""
 NOTICE_S = 5.0
-"""After this long without room for all that was asked, the operator is told what the cluster has."""
+"""If there is no room for all wanted replicas after this many seconds, a message says what the cluster has."""
 START_S = 3600.0
-"""A replica whose model is not loaded after so long is thrown away: it holds no work, so no stall watch sees it."""
+"""A replica that has not loaded its model after this many seconds is replaced. The stall watch cannot do that, because
+it only watches replicas that hold work."""
 BACKOFF_S, MAX_BACKOFF_S = 2.0, 60.0
-"""Before a replica that could not start is tried again; doubled each time, up to the second."""
+"""Seconds to wait before a replica that failed to start is started again: the first pause, doubled after each failure,
+and the longest pause."""
 
 
 @dataclass
@@ -47,15 +51,15 @@ class _Slot:
     actor: Any = None
     lives: int = 0
     started_at: float = 0.0
-    """When its actor was asked for."""
+    """Time at which its actor was requested."""
     ready: bool = False
     calls: deque[Any] = field(default_factory=deque)
-    """Outstanding calls, oldest first; `start` alone until the replica is ready."""
+    """Outstanding `work` calls, oldest first; until the replica is ready, its `start` call."""
     looks: list[Any] = field(default_factory=list)
-    """The call that asks what it is doing."""
+    """The outstanding `look` call, which asks the replica what it is doing, if there is one."""
     heard_at: float = 0.0
     failures: int = 0
-    """Starts that failed since it was last ready."""
+    """Number of failed starts since the replica was last ready."""
     not_before: float = 0.0
 
     @property
@@ -64,15 +68,23 @@ class _Slot:
 
 
 class RayPool:
-    """Implements pipeline.driver.dispatcher.Pool. `units` bounds the replicas; `tell` gets messages for the
-    operator."""
+    """A pipeline.driver.dispatcher.Pool on Ray.
+
+    It starts at most `units` replicas; `tell` is called with messages for the operator; `stopped` returns whether the
+    job is being stopped.
+    """
 
     def __init__(
-        self, make_runner: MakeRunner, settings: WorkersSection, units: int, tell: Callable[[str], None]
+        self,
+        make_runner: MakeRunner,
+        settings: WorkersSection,
+        units: int,
+        tell: Callable[[str], None],
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._ours = connect()
+        self._ours = connect(stopped)
         self._make_runner, self._settings, self._tell = make_runner, settings, tell
-        # Two threads of calls: `work` one at a time, and all others beside it.
+        # Two concurrency groups: `start` and `work` run one at a time, and the other calls run beside them.
         self._actor_class = ray.remote(concurrency_groups={"control": 1})(ReplicaProcess)  # type: ignore[call-overload]
         self._limit = units if settings.replicas == "auto" else min(units, settings.replicas)
         self._slots: list[_Slot] = []
@@ -88,7 +100,7 @@ class RayPool:
                 slot.actor.assign.options(concurrency_group="control").remote(work)
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
-        """See Pool. Raises ClusterError where `start_timeout_s` passed without room for a single replica."""
+        """See Pool. Raises ClusterError if Ray is lost, or if no node has room for a replica within start_timeout_s."""
         if self._dropped:
             events, self._dropped = self._dropped, []
             return events
@@ -105,7 +117,7 @@ class RayPool:
                 self._dropped.append(self._lose(slot, Report(fatal=reason)))
 
     def close(self) -> None:
-        """See Pool. A cluster that this pool started goes too."""
+        """See Pool. Also shuts down the Ray cluster if this pool started it."""
         if ray.is_initialized():
             with contextlib.suppress(RayError):
                 self._flush()
@@ -119,14 +131,14 @@ class RayPool:
             self._ours = False
 
     def _flush(self) -> None:
-        """Has all replicas write down what they finished: all at once, as whoever stops a job soon kills it."""
+        """Let all replicas save their finished rows at the same time, because a stopped job is often killed soon."""
         calls = [
             slot.actor.stop.options(concurrency_group="control").remote(FLUSH_S) for slot in self._slots if slot.ready
         ]
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=FLUSH_S + 1) if calls else ([], [])
         rows = 0
         for call in done:
-            with contextlib.suppress(RayError):  # it is dead
+            with contextlib.suppress(RayError):  # the replica is dead
                 rows += ray.get(call)
         if rows:
             self._tell(f"finished rows of units under way that were written down: {rows:,}")
@@ -138,17 +150,17 @@ class RayPool:
         if not by_call:
             time.sleep(min(timeout_s, CHECK_S))
             return events
-        # The first to return ends the waiting; whatever else has returned by then comes with it.
+        # Wait until one call has returned, then collect all calls that have returned by then.
         ray.wait(list(by_call), num_returns=1, timeout=timeout_s, fetch_local=False)
         done, _ = ray.wait(list(by_call), num_returns=len(by_call), timeout=0, fetch_local=False)
         for call in done:
             slot = by_call[call]
-            if call in slot.calls:  # not one of a replica that was lost a moment ago
+            if call in slot.calls:  # false if the replica was lost earlier in this loop
                 slot.calls.remove(call)
                 events += self._hear(slot, call)
             elif call in slot.looks:
                 slot.looks.remove(call)
-                with contextlib.suppress(RayError):  # its `work` fails as well
+                with contextlib.suppress(RayError):  # its `work` call fails too, and reports the loss
                     events += ray.get(call)
         return events
 
@@ -160,12 +172,12 @@ class RayPool:
                 slot.looks.append(slot.actor.look.options(concurrency_group="control").remote())
 
     def _hear(self, slot: _Slot, call: Any) -> list[Event]:
-        """The events of one call that has returned."""
+        """Return the events of one call that has returned, and keep enough `work` calls outstanding."""
         try:
             report: Report = ray.get(call)
         except RayActorError as error:
             report = Report(fatal=death_of(error))
-        except RayError as error:  # the replica could not even report: its code or environment is broken
+        except RayError as error:  # the replica could not report at all: its code or its environment is broken
             report = Report(fatal=one_line(str(error)))
         events = list(report.events)
         if report.fatal is not None:
@@ -197,7 +209,7 @@ class RayPool:
         slot.looks.clear()
 
     def _fill_slots(self) -> None:
-        """Ask for groups, and put an actor into every group that has room."""
+        """Request placement groups, and start an actor in every group that has room."""
         now = time.monotonic()
         if now - self._checked < CHECK_S:
             return
@@ -216,12 +228,13 @@ class RayPool:
         slot = _Slot(len(self._slots), placement_group([bundle], strategy="STRICT_PACK"))
         self._slots.append(slot)
         if self._settings.replicas == "auto":
-            # The next group is asked for only when this one has its room: one at a time waits for nodes to join.
+            # Give the group time to get its room: the next one is requested only after that, so that just one group
+            # at a time waits for nodes to join.
             slot.group.wait(1)
         return slot
 
     def _settle(self, slot: _Slot, now: float) -> bool:
-        """Start an actor in the slot's group; False where the group waits for room."""
+        """Return whether the slot's group has room. If so, start an actor, unless a pause after a failed start runs."""
         if placement_group_table(slot.group).get("state") != "CREATED":
             return False
         if now >= slot.not_before:
@@ -236,7 +249,10 @@ class RayPool:
         return True
 
     def _check_room(self, without_room: int, now: float) -> None:
-        """Tell the operator, or give up, where groups wait for room."""
+        """Tell the operator if groups wait for room.
+
+        Raises ClusterError if there was no room for any replica for `start_timeout_s`.
+        """
         if without_room < len(self._slots):
             self._empty_since = None
         elif self._empty_since is None:
@@ -265,7 +281,7 @@ def _is_overdue(slot: _Slot) -> bool:
 
 
 def death_of(error: RayActorError) -> str:
-    """Ray's lines of text about a dead actor as one line: the cause without ids and advice."""
+    """Return Ray's message about a dead actor as one line that gives the cause, without ids and advice."""
     text = one_line(str(error))
     for start in ("The actor is dead because ", "The actor died because "):
         text = text[text.index(start) + len(start) :] if start in text else text

@@ -1,4 +1,4 @@
-"""The command line without Ray and torch: what it prints, where, and its exit codes."""
+"""Tests of the command line without Ray and torch: its output and its exit codes."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ workers: {{gpus: 0}}
 
 
 class TerminatedPool(LocalPool):
-    """The process gets SIGTERM when the first unit is done."""
+    """A pool that sends SIGTERM to its own process when the first unit is done."""
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
         events = super().wait(timeout_s)
@@ -50,7 +50,8 @@ class TerminatedPool(LocalPool):
 
 
 class HalfDonePool(LocalPool):
-    """The process gets SIGTERM when a unit has its part and another one, far from its end, has segments."""
+    """A pool that sends SIGTERM to its own process when one unit has its part and another one, far from its end, has
+    segments."""
 
     killed = False
 
@@ -59,14 +60,14 @@ class HalfDonePool(LocalPool):
         assert isinstance(self._make_runner, FakeMaker)
         out = Path(self._make_runner.spec.job.output.path)
         done = {part.stem.removeprefix("part-") for part in out.glob("part-*")}
-        if done and not self.killed and 0 < len(list_segments(out, but=done)) <= 5:  # a row or more in each
+        if done and not self.killed and 0 < len(list_segments(out, but=done)) <= 5:  # each has at least one row
             self.killed = True
             os.kill(os.getpid(), signal.SIGTERM)
         return events
 
 
 def list_segments(out: Path, but: Container[str] = ()) -> list[Path]:
-    """Lists the segments, but for those of some units."""
+    """List the segments, except those of the units in `but`."""
     return [file for file in out.glob("_job/segments/*/*.parquet") if file.parent.name not in but]
 
 
@@ -74,14 +75,14 @@ def fake_pool(
     pool_class: type[LocalPool],
     job: Any,
     _local: bool,
-    started: Any,
+    signals: Any,
     plan: Plan,
     *_: Any,
     json_logs: bool,
     step_s: float = 0.0,
 ) -> LocalPool:
     pool = pool_class(FakeMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema, json_logs), step_s=step_s))
-    started()
+    signals.install()
     return pool
 
 
@@ -239,7 +240,8 @@ def test_wrong_usage_exits_with_2(job: Path) -> None:
 
 @pytest.mark.parametrize("command", ["status", "report", "verify", "clean"])
 def test_an_empty_output_is_not_the_current_directory(job: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    """An unset shell variable, called in an output folder."""
+    """The argument is empty, as from a shell variable that is not set, and the current directory is an output
+    folder."""
     assert call("run", job).exit_code == 0
     monkeypatch.chdir(job.parent / "out")
     result = call(command, "")
@@ -264,7 +266,8 @@ def test_sigterm_stops_with_143_and_the_next_run_resumes(job: Path, monkeypatch:
 
 
 def as_of_the_version_before(job: Path) -> None:
-    """Puts what the job's settings stand under in its file and its plan.json as it was: `checkpoint`, not `flush`."""
+    """Change the job file and plan.json to the form of the version before, in which the section `flush` was named
+    `checkpoint`."""
     file = job.parent / "out/_job/plan.json"
     plan = json.loads(file.read_text())
     plan["job"] = {"checkpoint" if key == "flush" else key: value for key, value in plan["job"].items()}
@@ -277,9 +280,9 @@ def as_of_the_version_before(job: Path) -> None:
 def test_an_output_begun_by_an_older_version_is_read_and_resumed(
     job: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    """Half done, with a part that has an error row and with segments; its job file has the old key still, or the new
-    one. No row that is there is generated again, and plan.json stays as it is."""
-    prompts = [None if i % 8 == 5 else "a" * (1 + i % 40) for i in range(35)]  # whichever unit is done first has one
+    """The job is half done: it has a part with an error row, and segments. Its job file has the old or the new name of
+    the section. No finished row is generated again, and plan.json stays as it is."""
+    prompts = [None if i % 8 == 5 else "a" * (1 + i % 40) for i in range(35)]  # each of the first 3 units has one
     pq.write_table(pa.table({"prompt": prompts}), job.parent / "in" / "a.parquet")
     job.write_text(f"{job.read_text()}retry: {{max_error_rate: 0.5}}\nflush: {{rows: 1}}\n")
     half = functools.partial(fake_pool, HalfDonePool, step_s=0.05)
@@ -325,7 +328,7 @@ def test_handlers_installed_twice_give_the_first_ones_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pipeline.cli.signals.StopSignals() as signals:
         signals.install()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as ray.init() puts its own in place
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ray.init() installs its own handler like this
         signals.install()
         signal.raise_signal(signal.SIGTERM)
         assert signals.stop.is_set()
@@ -359,7 +362,8 @@ def test_plan_tells_what_would_run_and_writes_nothing(job: Path) -> None:
 
 
 def test_plan_counts_tokens_by_the_rows_own_settings(job: Path) -> None:
-    """Rows that would be error rows count for nothing: a limit below 1, one that no context has room for."""
+    """Rows that would become error rows are not counted: those whose limit is below 1, or more than any context can
+    hold."""
     columns = {"prompt": ["p"] * 6, "n": [100, 50, None, 2**31 - 1, 0, 2], "t": [0.5] * 6}
     pq.write_table(pa.table(columns), job.parent / "in" / "a.parquet")
     options = ["input.row_settings={max_new_tokens: n, temperature: t}", "generation.on_degenerate=retry"]
@@ -485,7 +489,8 @@ def test_python_m_pipeline_is_the_command_line() -> None:
 
 
 def test_a_thread_that_waits_for_storage_does_not_keep_the_process() -> None:
-    """After a stop, say: Python joins the threads of executors at its end, and storage may be tried for minutes."""
+    """When Python exits, it joins the threads of executors, and such a thread may retry a storage for minutes after a
+    stop."""
     script = """
 import sys, threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""`calibrate` with the real model in one process."""
+"""Tests of `calibrate` with the real model in one process."""
 
 import os
 import signal
@@ -68,7 +68,7 @@ def test_the_command_measures_the_real_model(tmp_path: Path) -> None:
 
 
 def test_its_completions_are_those_of_the_job(tmp_path: Path) -> None:
-    """Row by row what the engine makes of the same prompt, settings and key, in AR and in diffusion."""
+    """Each row is what the engine gives for the same prompt, settings and key, in AR and in diffusion."""
     setup = setup_of(job_file(tmp_path, rows=12), SHORT, **FEW)
     bench = ReplicaBench(setup.measured)
     replica = bench.start(setup.sample.rows, (4, "auto", 10**6), no_tick)
@@ -110,8 +110,8 @@ def test_a_signal_leaves_what_was_measured_and_a_report(tmp_path: Path, monkeypa
 
     bench = FakeBench(before=terminate)
 
-    def make_bench(_local: bool, catch_signals: Any, _job: Job) -> FakeBench:
-        catch_signals()
+    def make_bench(_local: bool, signals: Any, _job: Job) -> FakeBench:
+        signals.install()
         return bench
 
     monkeypatch.setattr(pipeline.cli.compose, "make_bench", make_bench)

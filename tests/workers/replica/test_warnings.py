@@ -1,4 +1,4 @@
-"""A warning on its way: replica, operator, manifest, `status`, summary; and past a driver that died."""
+"""Tests that a warning reaches the operator, the manifest, `status` and the summary, even if a driver dies."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ FIRST = "its first 200 blocks took a denoiser forward for each token"
 
 
 class OneByOne(FakeEngine):
-    """Commits one token a step: what a wrong scan looks like."""
+    """An engine that commits one token per step, as with a wrong scan."""
 
     def step(self) -> list[Completion]:
         done = super().step()
@@ -53,8 +53,8 @@ class SlowMaker(FakeMaker):
         return runner
 
 
-def slow_pool(job: Any, _local: bool, started: Any, plan: Plan, *_: Any, **_named: Any) -> LocalPool:
-    started()
+def slow_pool(job: Any, _local: bool, signals: Any, plan: Plan, *_: Any, **_named: Any) -> LocalPool:
+    signals.install()
     return LocalPool(SlowMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema)))
 
 
@@ -87,7 +87,7 @@ def test_a_warning_is_told_listed_and_shown(run: "functools.partial[Result]", tm
 def test_a_driver_that_died_before_the_end_takes_no_warning_with_it(
     run: "functools.partial[Result]", tmp_path: Path
 ) -> None:
-    """The one after it reads it off the parts."""
+    """The next driver reads it from the parts."""
     run()
     for name in ("_SUCCESS", "_job/manifest.json"):
         (tmp_path / "out" / name).unlink()
@@ -100,7 +100,7 @@ def test_a_driver_that_died_before_the_end_takes_no_warning_with_it(
 
 
 def test_a_manifest_of_an_earlier_version_is_read(run: "functools.partial[Result]", tmp_path: Path) -> None:
-    """It has no warnings; a job that is complete stays so."""
+    """It has no warnings. A complete job stays complete."""
     run()
     file = tmp_path / "out/_job/manifest.json"
     manifest = json.loads(file.read_text())
@@ -108,4 +108,4 @@ def test_a_manifest_of_an_earlier_version_is_read(run: "functools.partial[Result
     file.write_text(json.dumps(manifest))
     words = Counter(run().stdout.split() + CliRunner().invoke(app, ["status", str(tmp_path / "out")]).stdout.split())
     assert words["warning"] == 0
-    assert words["complete"] == 3  # of `status` twice: the state, and since when
+    assert words["complete"] == 3  # twice from `status`: the state, and since when
