@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to do, done."""
+"""Does what the README and docs/ tell a newcomer to do."""
 
 import re
 import subprocess
@@ -13,11 +13,13 @@ import pytest
 pytestmark = pytest.mark.timeout(900)  # whole commands, one after the other
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+RUNNING = (ROOT / "docs/running.md").read_text()
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 
 
-def block(language: str, holding: str) -> str:
-    """The README's one code block of a language that holds a text."""
-    found = [b for b in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if holding in b]
+def block(language: str, holding: str, page: str = README) -> str:
+    """Return the page's one code block of a language that holds a text."""
+    found = [b for b in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL) if holding in b]
     assert len(found) == 1, f"{len(found)} {language} blocks hold {holding!r}"
     return str(found[0])
 
@@ -31,7 +33,7 @@ def python(*arguments: str, folder: Path = ROOT) -> str:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_ones_own_file(tmp_path: Path) -> None:
-    """The job file, the commands and the query of "Your own file", those of "Watch it", with /data put elsewhere."""
+    """Runs the job file, commands and query of "Your own file", and those of "Watching a job", with /data elsewhere."""
     texts = [f"A text of one's own, number {i}." for i in range(30)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "prompts.parquet")
     (tmp_path / "mine.yaml").write_text(block("yaml", "prompt_column: text").replace("/data", str(tmp_path)))
@@ -45,7 +47,7 @@ def test_ones_own_file(tmp_path: Path) -> None:
     assert "is complete: 30 rows: 30 ok, 0 errors" in printed["run"]
     assert "30 of 30" in printed["status"]
     assert printed["verify"].startswith("verified: 30 rows")
-    for verb, rest in re.findall(r"^twotower (\w+) (.+?) #", block("sh", "--watch"), re.MULTILINE):
+    for verb, rest in re.findall(r"^twotower (\w+) (.+?) #", block("sh", "--watch", RUNNING), re.MULTILINE):
         printed[verb] = python("-m", "pipeline", verb, *rest.replace("/data", str(tmp_path)).split())
     assert "30 of 30" in printed["status"]
     assert (tmp_path / "completions/_job/report.html").stat().st_size > 10_000
@@ -59,27 +61,23 @@ def test_the_engine_from_python() -> None:
     assert python("-c", block("python", "engine.generate")).strip().endswith("The sum is 085.")
 
 
-def test_the_settings_and_variables_it_names_exist(tmp_path: Path) -> None:
-    """The template line and the --set example load."""
+def test_the_settings_it_names_exist(tmp_path: Path) -> None:
+    """The lines about a template and the --set example load."""
     from pipeline.config.loader import load_job
 
-    template = re.search(r'`(template: ".*?")`', README)
-    assert template is not None
-    job = block("yaml", "prompt_column: text").replace("prompt_column: text", template[1])
+    lines = block("yaml", "template:", RUNNING).partition("input:\n")[2]
+    job = re.sub(r"input:\n(  .*\n)+", f"input:\n{lines}".replace("\\", r"\\"), block("yaml", "prompt_column: text"))
     (tmp_path / "job.yaml").write_text(job)
     setting = re.search(r"--set (\S+=\S+)`", README)
     assert setting is not None
-    assert load_job(tmp_path / "job.yaml", [setting[1]]).input.template is not None
-
-
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([\w/]+\.py)`", README))))
-def test_every_file_it_lists_is_there(name: str) -> None:
-    assert (ROOT / name).is_file()
+    read = load_job(tmp_path / "job.yaml", [setting[1]])
+    assert read.input.template is not None
+    assert read.input.carry == ("reader",)
 
 
 @pytest.mark.parametrize("package", ["model", "pipeline", "workers"])
-def test_its_map_is_complete(package: str) -> None:
+def test_the_map_is_complete(package: str) -> None:
     """Every folder of a package has its place in the package's table, and no other is named there."""
-    [table] = re.findall(rf"^\| `{package}/`: .*?\n((?:\|.*\n)+)", README, re.MULTILINE)
+    [table] = re.findall(rf"^\| `{package}/`: .*?\n((?:\|.*\n)+)", ARCHITECTURE, re.MULTILINE)
     named = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines()))
     assert sorted(named) == sorted(folder.parent.name for folder in (ROOT / package).glob("*/__init__.py"))

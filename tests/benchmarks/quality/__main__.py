@@ -1,7 +1,9 @@
-"""`make quality`: how good builtin:tiny is, as tests/benchmarks/out/quality.json, a table, and the plot of the README.
+"""`make quality`: measures the quality of builtin:tiny.
 
-Held-out prompts, greedy, float32, one thread: AR, diffusion over thresholds and steps at blocks of 16, and
-with blocks of 32 and 64, which the denoiser was not trained on. `--checkpoint` measures another one, `--rows` fewer.
+Writes tests/benchmarks/out/quality.json and the plot of docs/quality.md, and prints a table. The prompts are held out
+from training; decoding is greedy, in float32, on one thread. It measures AR, diffusion with blocks of 16 over several
+thresholds and steps, and diffusion with blocks of 32 and 64, which the denoiser was not trained on. `--checkpoint`
+measures another checkpoint, `--rows` fewer prompts.
 """
 
 import argparse
@@ -30,11 +32,11 @@ POINTS = (
     *((0.99, 16, steps) for steps in (1, 2, 4)),
     *((0.8, size, size) for size in (32, 64)),
 )
-"""(threshold, block size, steps a block at most)."""
+"""The settings of diffusion that are measured: (threshold, block size, maximum steps per block)."""
 
 
 def main() -> None:
-    """The command."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.quality")
     parser.add_argument("--checkpoint", default="builtin:tiny")
     parser.add_argument("--rows", type=int, default=ROWS)

@@ -1,4 +1,4 @@
-"""The curve of the README: quality against tokens a forward."""
+"""Draws the curve of docs/quality.md: quality against tokens per forward."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 SHOWN_BLOCKS = {16: "#1f6feb", 32: "#d29922", 64: "#cf222e"}
 HEADLINE_SHARE, HEADLINE_RATE = 0.987, 2.42
-"""What the released model keeps of its AR quality, and the speed at which it does (arXiv 2606.26493)."""
+"""The share of its AR quality that the released model keeps, and its speed over that of AR there (arXiv 2606.26493)."""
 
 
 def draw(ar: float, points: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """One line a block size over its thresholds; AR and the published point beside them."""
+    """Draw one line per block size over its thresholds, with AR and the published point beside them."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -36,7 +36,7 @@ def draw(ar: float, points: Sequence[Mapping[str, Any]], file: Path) -> None:
         line = sorted(
             (p for p in points if p["block_size"] == size and p["steps"] == size), key=lambda p: p["threshold"]
         )
-        if line and max(p["exact_match"] for p in line) < low:  # below the picture: named in the legend alone
+        if line and max(p["exact_match"] for p in line) < low:  # below the picture: only named in the legend
             best = max(p["exact_match"] for p in line)
             axes.plot([], [], marker="o", color=colour, label=f"blocks of {size}: {best:.0%}")
         elif line:
