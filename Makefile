@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 COSTLY := ray or server or slow
 
-.PHONY: help demo check test lint format types unit bench bench-gpu kernels bench-scale bench-pipeline chaos fuzz quality tiny noise clean
+.PHONY: help demo check test lint format types unit bench bench-gpu kernels bench-scale bench-pipeline chaos fuzz quality tiny noise docs clean
 
 help: ## show the targets and what they do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.dev ## sort imports, mend what ruff can mend, format
+format: $(VENV)/.dev ## sort imports, fix what ruff can fix, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -68,6 +68,9 @@ tiny: $(VENV)/.runtime ## train builtin:tiny again, from the seed; stopped, it g
 
 noise: $(VENV)/.runtime ## make builtin:noise again, bit for bit
 	$(BIN)/python -m model.builtin.noise
+
+docs: $(VENV)/.runtime ## make docs/configuration.md again from the settings of a job
+	$(BIN)/python -m pipeline.config.reference > docs/configuration.md
 
 clean: ## remove the environment and the demo's output
 	rm -rf $(VENV) out

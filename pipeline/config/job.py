@@ -1,7 +1,7 @@
-"""The job: what a job file may say. Every field is explained where it stands; unknown keys and wrong types are refused.
+"""Defines the settings of a job file and refuses unknown keys and wrong types. Each field is explained below it.
 
-Range rules of generation settings and engine limits live in `model.requests` alone; the sections here build those
-objects to be checked, and pass their messages on.
+The limits of generation settings and engine limits are defined only in `model.requests`. The sections here build those
+objects to have them checked, and pass their messages on.
 """
 
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ from model.requests import EngineLimits, GenerationParams, Mode
 from pipeline.prompts.template import template_columns
 
 Text = Annotated[StrictStr, Field(min_length=1)]
-Names = Annotated[tuple[Text, ...], Field(strict=False)]  # YAML knows lists alone: take them for tuples
+Names = Annotated[tuple[Text, ...], Field(strict=False)]  # YAML has only lists: accept them as tuples
 Ids = Annotated[tuple[StrictInt, ...], Field(strict=False)]
 
 OLD_KEYS: Mapping[str, str] = {"checkpoint": "flush"}
-"""Keys at the top level of a job that had another name once, which goes on working: old name -> today's."""
+"""Top-level keys that had a different name in earlier versions, which still works: old name -> current name."""
 
 
 def rename_old_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Puts the settings of a job under today's keys. Raises ValueError if one of them stands under both its names."""
+    """Return the settings of a job under their current keys. Raises ValueError if a key is given under both names."""
     for old, new in OLD_KEYS.items():
         if old in settings and new in settings:
             raise ValueError(f"{old} and {new} are both given: keep one of them; {old} is the old name of {new}")
@@ -42,7 +42,8 @@ def _check_max_rows(value: object) -> object:
 
 
 class Section(BaseModel):
-    """What all parts of a job share: frozen, no unknown keys, no guessing of types ("16" is not a number)."""
+    """The base of all sections of a job: frozen, without unknown keys, without conversion of types ("16" is not a
+    number)."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -50,49 +51,60 @@ class Section(BaseModel):
 
 
 class RowSettingsSection(Section):
-    """Columns that give each row generation settings of its own, by setting. A null cell is the job's value; a value
-    that cannot be makes its row an error row."""
+    """Input columns that give each row generation settings of its own. In a null cell, and for settings without a
+    column, the job's value applies. An impossible value makes its row an error row."""
 
     max_new_tokens: Text | None = None
-    """A column of integers."""
+    """The integer column with the largest number of completion tokens of each row; null: generation.max_new_tokens for
+    all rows."""
     temperature: Text | None = None
-    """A column of numbers."""
+    """The integer or float column with the sampling temperature of each row; null: generation.temperature for all
+    rows."""
     confidence_threshold: Text | None = None
-    """A column of numbers."""
+    """The integer or float column with the confidence threshold of each row; null: generation.confidence_threshold for
+    all rows."""
     seed: Text | None = None
-    """A column of integers."""
+    """The integer column with the seed of each row; null: generation.seed for all rows."""
     stop: Text | None = None
-    """A column of strings or of lists of strings; they replace those of generation.stop, an empty list by none."""
+    """The column of strings, or of lists of strings, with the stop strings of each row; null: generation.stop for all
+    rows. A cell replaces generation.stop, and an empty list means no stop strings."""
 
     @property
     def columns(self) -> dict[str, str]:
-        """Setting -> column, of those in use."""
+        """Return the column of each setting that has one, by setting."""
         return self.model_dump(exclude_none=True)
 
 
 class InputSection(Section):
-    """Where the prompts come from."""
+    """The source of the prompts."""
 
     path: Text
-    """A Parquet file, a folder (all *.parquet below it) or a glob; local or any fsspec URL such as s3://bucket/prompts/.
-    Local links to files and folders are followed."""
+    """The Parquet file, the folder (all *.parquet files below it) or the glob to read: a local path or any fsspec URL,
+    such as s3://bucket/prompts/. Names that begin with _ or . are left out. Local links are followed. The job is
+    refused if nothing is found."""
     prompt_column: Text | None = None
-    """The column that holds the prompt, of a string type. "prompt" where no template is given either."""
+    """The string column that holds the prompt; null: the template is used, or the column `prompt` if there is no
+    template. A row with a null or empty prompt becomes an error row."""
     template: Text | None = None
-    """A jinja2 template over the columns of a row, instead of prompt_column: "Summarise: {{ title }}\\n{{ body }}"."""
+    """A jinja2 template that makes the prompt from the columns of a row, such as "Summarise: {{ title }}\\n{{ body }}".
+    It cannot be combined with prompt_column. A row that takes more than 2 s of computing or 1 GiB of memory becomes an
+    error row."""
     id_column: Text | None = None
-    """The column that becomes `id` in the output, of an integer or string type; null: ids are `<file>#<row>`."""
+    """The integer or string column that becomes `id` in the output; null: ids are `<file>#<row>`. Repeated ids are kept
+    and counted."""
     carry: Names = ()
-    """Columns copied to the output as they are."""
+    """The columns that are copied to the output unchanged."""
     row_settings: RowSettingsSection = RowSettingsSection()
-    """Generation settings that stand in columns of the input."""
+    """The columns of the input that hold generation settings."""
     on_change: Literal["error", "extend"] = "error"
-    """What to do where the input is not that of the output folder's plan. error: refuse, naming the files. extend: take
-    files that were added, and refuse where others were removed or rewritten; for scheduled jobs."""
+    """The reaction to an input that has changed since the output folder was first planned. error: the job is refused
+    with the names of the files. extend: added files are taken as well, but the job is refused if planned files were
+    removed or rewritten; this is meant for scheduled jobs."""
 
     @property
     def columns(self) -> list[str]:
-        """All that is read of a row, each once: what the prompt is made of, the id, what is carried, its settings."""
+        """Return each column that is read, once: those of the prompt, the id, the carried columns and the row
+        settings."""
         prompt = template_columns(self.template) if self.template is not None else (self.prompt_column,)
         names = [*prompt, self.id_column, *self.carry, *self.row_settings.columns.values()]
         return [name for name in dict.fromkeys(names) if name is not None]
@@ -114,22 +126,23 @@ class InputSection(Section):
 
 
 class OutputSection(Section):
-    """Where the completions go."""
+    """The destination of the completions."""
 
     path: Text
-    """A folder of this job's own; local or any fsspec URL. Submitting the job again resumes what is there."""
+    """The folder for the output of this job alone: a local path or any fsspec URL. Submitting the same job again
+    resumes from what is there. The output of another job is refused."""
     rows_per_file: int | None = Field(default=None, ge=1)
-    """Rows in one output file at most: the unit of work, of retry and of resume. 10,000 where target_mb is not given
-    either."""
+    """The largest number of rows in one output file, which is the unit of work, of retry and of resume; null: target_mb
+    is used, or 10,000 rows if that is null too."""
     target_mb: float | None = Field(default=None, gt=0, le=2000)
-    """Instead of rows_per_file: about how large an output file is to be, in millions of bytes. The rows that make one
-    are estimated before anything is generated, from the input's footers and max_new_tokens
-    (pipeline.planning.part_size): files are smaller where completions end early. None holds rows of two input files. At
-    most 2000: a part is built in memory."""
+    """The approximate size of one output file in MB (millions of bytes); it cannot be combined with rows_per_file. The
+    number of rows, at most 1,000,000, is estimated from the input's footers and max_new_tokens before anything is
+    generated (pipeline.planning.part_size), so files are smaller if completions end early. No file holds rows of two
+    input files. At most 2000, because a part is built in memory."""
 
     @property
     def part_limit(self) -> str:
-        """How large a part may be, in words."""
+        """Return the limit on the size of a part in words."""
         return f"at most {self.rows_per_file:,} rows" if self.rows_per_file else f"about {self.target_mb:,g} MB"
 
     @model_validator(mode="before")
@@ -147,43 +160,56 @@ class OutputSection(Section):
 
 
 class ModelSection(Section):
-    """Which checkpoint, and how its weights are held."""
+    """The checkpoint, and the type of its weights in memory."""
 
     checkpoint: Text
-    """A folder (local or any fsspec URL) with config.json, safetensors and tokenizer.json, or "builtin:tiny"."""
+    """The folder (a local path or any fsspec URL) with config.json, the safetensors files and tokenizer.json, or
+    `builtin:tiny` for the small model that comes with this project."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the weights in memory."""
+    """The type of the weights in memory. bfloat16 takes half the memory of float32, and rounds more."""
 
 
 class GenerationSection(Section):
-    """How a row is generated: the fields of model.requests.GenerationParams, explained there, and when once more."""
+    """The settings for generating a row (the fields of model.requests.GenerationParams), and the treatment of loops."""
 
     mode: Mode = "diffusion"
-    """diffusion: blocks by the denoiser. ar: the context tower alone. mock_ar: the denoiser, a token at a time."""
+    """The way to generate. diffusion: the denoiser tower fills blocks of tokens. ar: the context tower alone generates
+    one token at a time, and a replica loads only half of the weights. mock_ar: the denoiser tower generates one token
+    at a time."""
     max_new_tokens: int = 256
-    """Tokens of a completion at most."""
+    """The largest number of tokens in a completion, at least 1; a completion that reaches it ends with finish_reason
+    `length`. It need not be a multiple of block_size. If the prompt and so many tokens exceed the context, the row
+    becomes an error row."""
     block_size: int = 16
-    """Tokens a block (S)."""
+    """The number of tokens in a block (S), at least 1. The released model was trained with 16, and its text degenerates
+    with larger blocks."""
     steps_per_block: int = 16
-    """Denoiser forwards a block at most (T)."""
+    """The largest number of denoiser forwards for a block (T), at least 1. Each forward commits enough tokens to finish
+    the block within this number; at 1, it commits all of them."""
     confidence_threshold: float = 0.9
-    """Predictions with a probability strictly above it are committed at once (gamma, 0 to 1)."""
+    """The probability (gamma, 0 to 1) above which a predicted token is committed at once. A lower value takes fewer
+    forwards; at 1 no prediction is above it, and each forward commits only as many tokens as it must."""
     temperature: float = 0.0
-    """0 is greedy; above it, tokens are sampled."""
+    """The sampling temperature, at least 0. At 0 the likeliest token is always chosen (greedy); above 0, tokens are
+    sampled from softmax(logits / temperature)."""
     top_k: int | None = None
-    """Sample among the k likeliest tokens only; null or 0 for all."""
+    """The number of likeliest tokens to sample from, at least 0; null or 0: all tokens."""
     top_p: float | None = None
-    """Sample among the fewest likeliest tokens that together reach this probability; null or 1 for all."""
+    """The probability, above 0 and at most 1, that the tokens to sample from must reach together: the fewest likeliest
+    tokens that do so are taken. null or 1: all tokens."""
     seed: int = 0
-    """The same seed gives the same tokens, whatever the batch, the replica or the attempt."""
+    """The seed of the sampling, 0 to 2**63 - 1. A sampled token depends on the seed, the file and row, and the
+    position, but not on the batch, the replica or the attempt."""
     eos_ids: Ids | None = None
-    """Token ids that end a row; null: the checkpoint's own; []: none."""
+    """The token ids that end a completion; null: those of the checkpoint; []: none."""
     stop: Names = ()
-    """Strings that end a row; the completion ends before the first of them."""
+    """The strings that end a completion, which is cut off before the first of them: at most 256, each of 1 to 4096
+    characters."""
     on_degenerate: Literal["keep", "retry"] = "keep"
-    """What to do with a completion of which a quarter or more is a loop (`repetition`, see pipeline.core.repetition).
-    keep: it is written like any other. retry: the row is generated again, in diffusion at a threshold half way to 1,
-    then in AR; the first try that is no loop is kept, else the one that loops least."""
+    """The treatment of a completion of which a quarter or more is a loop (column `repetition`). keep: it is written
+    like any other. retry: the row is generated again, in mode diffusion with a confidence_threshold half way to 1, then
+    in mode ar. The first completion below a quarter is kept, else the one with the smallest share of loop. In mode
+    mock_ar only ar is left to try, in mode ar nothing."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -192,11 +218,12 @@ class GenerationSection(Section):
 
     @property
     def towers(self) -> Towers:
-        """What of the checkpoint a replica needs: AR runs on the context tower alone, half of the weights."""
+        """Return the towers that a replica needs. Mode ar runs on the context tower alone, which is half of the
+        weights."""
         return "context" if self.mode == "ar" else "both"
 
     def params(self, default_eos: tuple[int, ...]) -> GenerationParams:
-        """The engine's settings, with `default_eos` where the job names no EOS ids. Raises RequestError."""
+        """Return the settings for the engine, with `default_eos` if the job names no EOS ids. Raises RequestError."""
         fields = self.model_dump(exclude={"on_degenerate"})
         if fields["eos_ids"] is None:
             fields["eos_ids"] = default_eos
@@ -204,22 +231,30 @@ class GenerationSection(Section):
 
 
 class EngineSection(Section):
-    """How much one replica's engine holds at once; changes speed and memory, never the completions."""
+    """The limits of what the engine of one replica holds at once. They change speed and memory, not the completions;
+    only a row that is too long for them becomes an error row."""
 
     max_rows: Annotated[int | Literal["auto"], BeforeValidator(_check_max_rows)] = 16
-    """Rows generated together; auto: as many as the memory holds and the device makes use of."""
+    """The largest number of rows that are generated together, at least 1; auto: as many as fit in memory, but at most
+    256 on GPUs and 32 on a CPU, because more would not be faster. If memory runs out, the replica continues with
+    fewer."""
     max_prefill_tokens: int = 4096
-    """Prompt tokens put through the context tower in one forward, padding counted; at least 64. A longer prompt goes in
-    pieces."""
+    """The largest number of prompt tokens, with padding, in one forward of the context tower; at least 64, one page of
+    the KV cache. A longer prompt is split over several forwards."""
     max_context_tokens: int | None = None
-    """Prompt + completion of one row at most, in tokens; null: what the checkpoint allows."""
+    """The largest number of tokens in prompt and completion of one row together, at least 2; null: as many as the
+    checkpoint allows. A row whose prompt and max_new_tokens exceed it becomes an error row. The job is refused if it is
+    above what the checkpoint allows or leaves no room for a prompt."""
     kv_tokens: int | None = None
-    """Tokens of attention context for all rows together; null: sized from the above, within memory."""
+    """The number of tokens in the KV cache for all rows together, at least 2 and at least max_context_tokens; null:
+    enough for max_rows rows of full length, or as many as fit in memory. If the pages run out, the youngest row is
+    preempted and generated again later. A row that needs more tokens than this becomes an error row."""
     lanes: int | None = None
-    """Groups of rows that take turns, so that every stage has work while the others compute; null: one a stage."""
+    """The number of lanes, at least 1 and at most max_rows: groups of rows that take turns, so that each stage has work
+    while the others compute. null: one for each stage."""
     extend_every: int = 2
-    """Turns of a lane from one context forward to the next: with 2 a finished block may wait for one turn, and more of
-    them share a forward."""
+    """The number of turns of a lane from one context forward to the next, at least 1. With 2, a finished block may wait
+    for one turn, and more blocks share a forward."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -227,49 +262,57 @@ class EngineSection(Section):
         return self
 
     def limits(self) -> EngineLimits:
-        """The engine's limits. Raises RequestError."""
+        """Return the limits for the engine. Raises RequestError if they are impossible."""
         return EngineLimits(**self.model_dump())
 
 
 class WorkersSection(Section):
-    """The pool of replicas; each holds the whole model."""
+    """The pool of replicas. Each replica holds the whole model."""
 
     replicas: Annotated[int | Literal["auto"], BeforeValidator(_check_replicas)] = "auto"
-    """How many; auto: as many as fit, more as nodes join."""
+    """The number of replicas, at least 1; auto: as many as the cluster has room for, and more as nodes join. There are
+    never more replicas than units left. If the cluster has room for fewer, the job runs on those."""
     gpus: int = Field(default=2, ge=0)
-    """GPUs of a replica; 0: it computes on the CPU."""
+    """The number of GPUs of one replica, over which the layers are split; 0: it computes on the CPU."""
     cpus: int = Field(default=1, ge=1)
-    """CPU cores of a replica."""
+    """The number of CPU cores of one replica."""
     start_timeout_s: float = Field(default=300.0, gt=0)
-    """Seconds to wait for the cluster to have room for the first replica."""
+    """Seconds to wait while the cluster has no room for a single replica; then the job ends with an error."""
 
 
 class FlushSection(Section):
-    """How often the finished rows of a unit under way are written down: what a killed replica loses at most."""
+    """The times at which the finished rows of a unit are flushed to segments before its part is complete. A replica
+    that is killed loses what it finished since the last flush, and the rows in its engine."""
 
     seconds: float = Field(default=30.0, gt=0)
-    """Seconds from one flush of a unit to the next."""
+    """Seconds from one flush of a unit to the next. With a lower value, a replica that dies loses less, but more
+    segments are written."""
     rows: int | None = Field(default=None, ge=1)
-    """Finished rows after which a unit is flushed, however little time has passed; null: any number."""
+    """The number of finished rows after which a unit is flushed even if flush.seconds have not passed; null: only the
+    time counts."""
 
 
 class RetrySection(Section):
-    """What is tried again, and when the job gives up."""
+    """The number of retries, and the conditions under which the job gives up."""
 
     attempts: int = Field(default=3, ge=1)
-    """Tries of a unit whose replica died, until it is split to find the row that kills; tries of one that cannot be
-    read or published, until the job ends."""
+    """The number of attempts at a unit, at least 1. If its replica dies so many times, the unit is split until the row
+    that kills replicas is found, which becomes an error row. If reading or publishing a unit fails so many times, the
+    job ends."""
     stall_minutes: float = Field(default=30.0, gt=0)
-    """Minutes without any progress after which a replica is replaced, or the job ended where none gets further."""
+    """Minutes without any progress after which a replica is replaced. If replacements make no progress either and no
+    row is generated for twice as long, the job ends."""
     max_error_rate: float = Field(default=0.1, ge=0, le=1)
-    """Share of error rows (0 to 1) above which the job ends with an error."""
+    """The share of error rows (0 to 1) above which the job ends with an error. 0 allows no error row, 1 any number.
+    While the job runs, it is checked once units with at least 100 rows have begun; at the end it is always checked."""
 
 
 class Job(Section):
-    """One job file, checked whole."""
+    """The settings of a job."""
 
     name: Text | None = None
-    """Shown in progress lines and reports; null: the job file's name without its ending."""
+    """The name of the job in progress lines, reports and the manifest; null: the name of the job file without its
+    ending."""
     input: InputSection
     output: OutputSection
     model: ModelSection
@@ -282,5 +325,5 @@ class Job(Section):
     @model_validator(mode="before")
     @classmethod
     def _rename_old_keys(cls, data: Any) -> Any:
-        # the plan.json of an older output, and settings made in Python, do not come by the loader
+        # for the plan.json of an older output and for settings made in Python, which the loader does not see
         return rename_old_keys(data) if isinstance(data, dict) else data
