@@ -1,6 +1,7 @@
-"""TwoTower: the model, and the engine that generates with it.
+"""Exports the model, TwoTower, and the engine that generates with it.
 
-Names are loaded on first use, so that importing this package, or one of its torch-free modules, does not load torch.
+The names are loaded on first use, so importing this package, or one of its modules that do without torch, does not load
+torch.
 """
 
 from typing import TYPE_CHECKING

@@ -1,18 +1,18 @@
-"""Errors of the model and the root of the project's one exception tree.
+"""Defines the errors of the model and the root of the project's single exception tree.
 
-    TwoTowerError                    everything this project raises on purpose
+    TwoTowerError                    every error that this project raises on purpose
     ├── CheckpointError              a checkpoint is missing, incomplete, corrupt or does not fit in memory
-    ├── RequestError                 a request or a generation setting that can never run
-    ├── KernelError                  a kernel does not compute what it must (model.checks.kernels)
-    ├── model.requests.EngineError   a step of the engine failed; names the rows it held
-    └── pipeline.core.errors …       job files, input, output, storage, cluster (drawn there)
+    ├── RequestError                 a request or a generation setting can never run
+    ├── KernelError                  a kernel computes wrong results (model.checks.kernels)
+    ├── model.requests.EngineError   a step of the engine failed; it names the rows that are lost
+    └── pipeline.core.errors …       job files, input, output, storage, cluster (see the tree there)
 
-A message names the thing, its value and what to do about it: it is read at 3 a.m.
+A message names the thing, its value and what to do about it, so that an operator can act on the message alone.
 """
 
 
 class TwoTowerError(Exception):
-    """Root of every error this project raises on purpose."""
+    """The root of all errors that this project raises on purpose."""
 
 
 class CheckpointError(TwoTowerError):
@@ -20,4 +20,4 @@ class CheckpointError(TwoTowerError):
 
 
 class RequestError(TwoTowerError, ValueError):
-    """A request, or one of its settings, that no engine could ever run."""
+    """A request, or one of its settings, can never run on any engine."""

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: plain frozen carriers, free of torch."""
+"""Defines what goes into the engine and what comes out, as plain frozen data classes. Does not import torch."""
 
 import hashlib
 import operator
@@ -13,10 +13,11 @@ from model.runtime.page_allocator import PAGE_SIZE
 Mode = Literal["diffusion", "ar", "mock_ar"]
 FinishReason = Literal["stop", "length", "error"]
 MODES: tuple[str, ...] = get_args(Mode)
-_TOO_MANY = 2**31  # counts travel as 32-bit numbers
-_TOO_HOT = 3e38  # the largest float32
+_TOO_MANY = 2**31  # counts must fit in 32-bit numbers
+_TOO_HOT = 3e38  # just below the largest float32
 MAX_STOPS, MAX_STOP_CHARS = 256, 4096
-"""Every row is searched for its stop strings at every step."""
+"""Limits on the number of stop strings and on the characters of each: every row is searched for its stop strings at
+every step."""
 _SHOWN_CHARS = 80
 
 
@@ -34,39 +35,40 @@ def _is_int(value: object) -> bool:
 def _is_number(value: object) -> bool:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
-    return abs(value) <= sys.float_info.max  # False for NaN, and for a whole number beyond any float
+    return abs(value) <= sys.float_info.max  # False for NaN, and for an integer too large for a float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationParams:
-    """How one row is generated. Validated whole; nothing is clamped or ignored.
+    """The settings for generating one row. All of them are validated; none is clamped or ignored.
 
-    Raises RequestError where a value is impossible, naming the field and the value.
+    Raises RequestError, which names the field and the value, if a value is impossible.
     """
 
     mode: Mode = "diffusion"
-    """diffusion: blocks by the denoiser. ar: the context tower alone. mock_ar: the denoiser, a token at a time."""
+    """The generation mode. diffusion: the denoiser fills blocks. ar: the context tower alone. mock_ar: the denoiser,
+    one token at a time."""
     max_new_tokens: int = 256
-    """Tokens at most; need not be a multiple of block_size."""
+    """Largest number of tokens to generate; need not be a multiple of block_size."""
     block_size: int = 16
-    """Tokens a block (S). The released model was trained with 16 and degenerates above."""
+    """Tokens per block (S). The released model was trained with 16, and its output degenerates above that."""
     steps_per_block: int = 16
-    """Denoiser forwards a block at most (T); the last one commits everything that is still masked."""
+    """Largest number of denoiser forwards per block (T); the last one commits everything that is still masked."""
     confidence_threshold: float = 0.9
-    """Predictions with a probability strictly above it are committed at once (gamma)."""
+    """Predictions with a probability strictly above this are committed at once (gamma)."""
     temperature: float = 0.0
-    """0 is greedy; above it, tokens are sampled from softmax(logits / temperature)."""
+    """Sampling temperature: 0 is greedy; above 0, tokens are sampled from softmax(logits / temperature)."""
     top_k: int | None = None
-    """Sample among the k likeliest tokens only; None or 0 for all of them."""
+    """Number of likeliest tokens to sample among; None or 0 for all."""
     top_p: float | None = None
-    """Sample among the fewest likeliest tokens that together reach this probability; None or 1 for all of them."""
+    """Total probability of the tokens to sample among: the fewest likeliest ones that reach it; None or 1 for all."""
     seed: int = 0
-    """Sampling depends on (seed, row key, block, step, position) and nothing else."""
+    """Sampling seed: sampling depends on (seed, row key, block, step, position) and nothing else."""
     eos_ids: tuple[int, ...] = ()
-    """Token ids that end a row; none: it runs to max_new_tokens."""
+    """Token ids that end a row; if there are none, it runs to max_new_tokens."""
     stop: tuple[str, ...] = ()
-    """Strings that end a row; the text ends before the first of them. At most MAX_STOPS, each of up to
-    MAX_STOP_CHARS characters."""
+    """Strings that end a row; the text ends before the first of them. At most MAX_STOPS, each of up to MAX_STOP_CHARS
+    characters."""
 
     def __post_init__(self) -> None:
         _require(isinstance(self.mode, str) and self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
@@ -116,13 +118,14 @@ def _as_tuple(value: object, name: str, item: type) -> tuple[object, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One row to generate. `key` names it in results, seeds its sampling, and is unique in the engine."""
+    """One row to generate. `key` identifies it in results, is part of its sampling seed, and must be unique in the
+    engine."""
 
     key: str
     prompt_ids: Sequence[int]
     params: GenerationParams = field(default_factory=GenerationParams)
     prefix_tokens: int = 0
-    """How many of the first prompt tokens other requests begin with as well: the engine computes them once. It changes
+    """Number of first prompt tokens that other requests begin with as well: the engine computes them once. This changes
     the speed, never the tokens."""
 
     def __post_init__(self) -> None:
@@ -131,7 +134,7 @@ class Request:
         _require(isinstance(self.params, GenerationParams), f"{name} params", self.params, "GenerationParams")
         unordered = isinstance(self.prompt_ids, (Set, Mapping))
         _require(not unordered, f"{name} prompt_ids", self.prompt_ids, "a list of whole numbers, which has an order")
-        try:  # a copy: what is submitted does not change any more
+        try:  # a copy, so that a submitted prompt cannot change any more
             object.__setattr__(self, "prompt_ids", tuple(map(operator.index, self.prompt_ids)))
         except TypeError as error:
             raise RequestError(f"{name} the prompt must be a list of whole numbers: {error}") from error
@@ -144,7 +147,7 @@ class Request:
 
     @property
     def sampling_key(self) -> tuple[int, int]:
-        """The two 32-bit words that stand for (seed, row key) in the counter-based generator
+        """Return the two 32-bit words that represent (seed, row key) in the counter-based generator
         (model.network.sampling)."""
         digest = hashlib.blake2b(f"{self.params.seed}\0{self.key}".encode(errors="surrogatepass"), digest_size=8)
         words = digest.digest()
@@ -153,18 +156,18 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What became of one request. Times are seconds of wall clock.
+    """The result of one request. Times are seconds of wall clock.
 
-    prefill_s, denoise_s and commit_s add up what the row's forwards took, each from its start on the first stage to its
-    end on the last; on GPUs what the stages took together. With several stages forwards overlap, those of one long
-    prompt too: the sum may exceed latency_s.
+    prefill_s, denoise_s and commit_s add up the durations of the row's forwards. On a CPU a forward lasts from its
+    start on the first stage to its end on the last one; on GPUs the times of all stages are added. With several stages
+    forwards overlap, even those of one long prompt, so the sum may exceed latency_s.
     """
 
     key: str
     token_ids: tuple[int, ...] = ()
-    """Generated ids, up to and including the EOS or the token that completed a stop string."""
+    """The generated ids, up to and including the EOS or the token that completed a stop string."""
     text: str | None = None
-    """The decoded text, ending before the EOS or stop string; None where the checkpoint has no tokenizer."""
+    """The decoded text, which ends before the EOS or stop string; None if the checkpoint has no tokenizer."""
     finish_reason: FinishReason
     error: str | None = None
     prompt_tokens: int = 0
@@ -172,47 +175,52 @@ class Completion:
     steps_per_block: tuple[int, ...] = ()
     """Denoiser forwards that each block took; empty in the AR modes."""
     forced_commits: int = 0
-    """Tokens of the completion committed at or below the confidence threshold, because a step must commit something."""
+    """Number of tokens committed at or below the confidence threshold, because a step must commit something."""
     mean_confidence: float | None = None
-    """Mean probability of its tokens when they were chosen (at temperature 1; in diffusion the mask id excluded)."""
+    """Mean probability of the tokens when they were chosen (at temperature 1; in diffusion without the mask id)."""
     queue_s: float = 0.0
     prefill_s: float = 0.0
     denoise_s: float = 0.0
     commit_s: float = 0.0
     latency_s: float = 0.0
-    """From submit() to the end, queue_s included."""
+    """Time from submit() to the end, queue_s included."""
     batch_rows: float = 0.0
     """Mean number of rows in the forwards that this row took part in after its prefill."""
     preemptions: int = 0
-    """How often the row was put back to the queue because pages ran out; the work before the last time counts nowhere,
-    its time as queue_s."""
+    """Number of times that the row was preempted because pages or memory ran out. Work before the last preemption is
+    not counted; its time is part of queue_s."""
     trace: tuple[tuple[int, ...], ...] = ()
     """The block fed to each denoiser forward; only from an engine made with trace=True."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """How much the engine holds at once. Raises RequestError where limits are impossible or contradict each other."""
+    """The limits on what the engine holds at once. Raises RequestError if they are impossible or contradict each
+    other."""
 
     max_rows: int | Literal["auto"] = 16
-    """Rows generated together; auto: as many as the memory holds and the device makes use of (model.memory.planner)."""
+    """Number of rows generated together; auto: as many as fit in memory and the device makes use of
+    (model.memory.planner)."""
     max_prefill_tokens: int = 4096
-    """Prompt tokens put through the context tower in one forward, padding counted; a longer prompt goes in pieces. At
-    least a page of the context cache, 64."""
+    """Largest number of prompt tokens in one forward of the context tower, padding included; a longer prompt is
+    processed in pieces. Must be at least one page of the context cache, 64."""
     max_context_tokens: int | None = None
-    """Prompt + completion of one row at most; None: the checkpoint's max_position_embeddings."""
+    """Largest number of tokens of one row, prompt and completion together; None: the checkpoint's
+    max_position_embeddings."""
     kv_tokens: int | None = None
-    """Tokens of attention context for all rows together; None: sized from max_rows and the context, within memory."""
+    """Tokens of attention context for all rows together; None: chosen from max_rows and the context, within memory."""
     lanes: int | None = None
-    """Groups of rows that take turns, so that every stage has work while the others compute; None: one a stage."""
+    """Number of lanes: groups of rows that take turns, so that every stage has work while the others compute; None: one
+    per stage."""
     extend_every: int = 2
-    """Turns of a lane from one context forward to the next. With 2 a finished block may wait for one turn, and twice as
-    many share what such a forward costs in any case, the reading of the weights above all."""
+    """Number of turns of a lane from one context forward to the next. With 2, a finished block may wait for one turn,
+    but twice as many blocks share the fixed cost of such a forward, above all the reading of the weights."""
 
     def context_tokens(self, max_position_embeddings: int) -> int:
-        """Prompt + completion of one row at most, on a checkpoint whose contexts hold so many tokens.
+        """Return the largest number of tokens of one row, prompt and completion together.
 
-        Raises RequestError where max_context_tokens is more than that.
+        max_position_embeddings: the tokens that a context of the checkpoint can hold. Raises RequestError if
+        max_context_tokens is more than that.
         """
         if (self.max_context_tokens or 0) > max_position_embeddings:
             raise RequestError(
@@ -222,7 +230,7 @@ class EngineLimits:
         return self.max_context_tokens or max_position_embeddings
 
     def row_tokens(self, max_position_embeddings: int) -> int:
-        """As context_tokens, but no more than kv_tokens hold."""
+        """Return the same as `context_tokens`, but no more than kv_tokens."""
         most = self.context_tokens(max_position_embeddings)
         return min(most, self.kv_tokens or most)
 
@@ -253,8 +261,8 @@ class EngineLimits:
 class EngineError(TwoTowerError):
     """A step of the engine failed.
 
-    `keys` are the rows that it took down, all of them out of the engine now; `completions` are the rows that had ended
-    earlier in the same step. Both are the caller's to deal with; all other rows go on with the next step.
+    `keys` are the rows that are lost; all of them have left the engine. `completions` are the rows that had ended
+    earlier in the same step. The caller must handle both; all other rows go on with the next step.
     """
 
     def __init__(self, message: str, keys: tuple[str, ...] = (), completions: tuple[Completion, ...] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer of builtin:tiny: a byte-level BPE trained on the tasks, every word of their lexicon one token."""
+"""Trains the tokenizer of builtin:tiny: a byte-level BPE in which every word of the tasks' lexicon is one token."""
 
 from collections.abc import Iterable
 
@@ -8,12 +8,13 @@ from model.builtin.noise import SPECIAL_TOKENS
 
 PAD, BOS, EOS, MASK = range(len(SPECIAL_TOKENS))
 
-# A word or a digit takes the space before it along; digits stand alone, so that numbers of like length are alike.
+# A word or a digit includes the space before it. Each digit is separate, so that numbers with equally many digits have
+# equally many tokens.
 _PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` tokens: the special ones first, all bytes, then merges by frequency."""
+    """Return a tokenizer of at most `vocab_size` tokens: the special ones, then all bytes, then merges by frequency."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

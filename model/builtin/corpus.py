@@ -1,6 +1,6 @@
-"""Examples as rows of token ids for training: documents packed into rows of a fixed number of chunks.
+"""Packs examples for training, as documents of token ids, into rows of a fixed number of chunks.
 
-See model.builtin.trainable for how a document lies in its row.
+model.builtin.trainable describes how a document is placed in its row.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,27 +18,28 @@ from model.builtin.tasks import Example, examples
 from model.builtin.trainable import CHUNK
 
 ROW_CHUNKS = 18
-OPEN_ROWS = 64  # rows that wait for a document which fits
+OPEN_ROWS = 64  # limit of the rows that wait for a document that fits
 PROMPT_WEIGHT = 0.1
-"""Weight of a prompt's tokens in the context tower's loss. Most of a prompt is chance, the worked examples are not."""
+"""Weight of a prompt's tokens in the context tower's loss. It is low because most of a prompt is random; it is not 0
+because the solved examples in a prompt can be predicted."""
 
 
-EPOCH_ROWS = 20_000  # made at once; the next ones are others
+EPOCH_ROWS = 20_000  # rows that are made at once; each epoch has other rows
 
 Batch = dict[str, Tensor]
-"""Rows of a step: the fields of Rows; for the denoiser chunk (B, K), t (B, K) and masked (B, K, Q) as well."""
+"""The rows of a step: the fields of Rows, and for the denoiser also chunk (B, K), t (B, K) and masked (B, K, Q)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """R rows of T = ROW_CHUNKS * CHUNK tokens."""
+    """The data of R rows of T = ROW_CHUNKS * CHUNK tokens."""
 
     ids: np.ndarray  # (R, T) int64
-    real: np.ndarray  # (R, T) bool: no padding in front
+    real: np.ndarray  # (R, T) bool: False at padding in front of a prompt and in unused chunks
     document: np.ndarray  # (R, ROW_CHUNKS) int64
-    weight: np.ndarray  # (R, T) float32: of predicting the token behind this one
-    is_block: np.ndarray  # (R, ROW_CHUNKS) bool: belongs to a completion
-    live: np.ndarray  # (R, T) bool: up to and including the end of text
+    weight: np.ndarray  # (R, T) float32: weight in the loss of predicting the next token
+    is_block: np.ndarray  # (R, ROW_CHUNKS) bool: True if the chunk belongs to a completion
+    live: np.ndarray  # (R, T) bool: True in a document up to and including its end of text
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +61,13 @@ class _Document:
 
 
 def held_out_examples(tokenizer: Tokenizer, seed: int, count: int) -> list[Example]:
-    """Examples for evaluation, no longer than those of training: prompt and answer fit ROW_CHUNKS chunks."""
+    """Return examples for evaluation that fit into ROW_CHUNKS chunks (prompt and answer), like those for training."""
     fitting = (example for example, document in _documents(tokenizer, examples(seed, held_out=True)) if document.fits)
     return list(islice(fitting, count))
 
 
 def training_rows(tokenizer: Tokenizer, seed: int, count: int, shares: Mapping[str, float] | None = None) -> Rows:
-    """`count` rows of training examples, the same for the same seed."""
+    """Return `count` rows of training examples; the same seed gives the same rows."""
     source = examples(seed, held_out=False, shares=shares)
     documents = (document for _, document in _documents(tokenizer, source) if document.fits)
     rows = list(islice(_pack(documents), count))
@@ -88,7 +89,7 @@ def training_rows(tokenizer: Tokenizer, seed: int, count: int, shares: Mapping[s
 
 
 class Corpus:
-    """Batches by number of the step."""
+    """The batches of a phase, by step number."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int, shares: Mapping[str, float]) -> None:
         self._tokenizer, self._seed, self._shares = tokenizer, seed, shares
@@ -96,7 +97,7 @@ class Corpus:
         self._rows: Rows | None = None
 
     def batch(self, step: int, rows: int) -> Batch:
-        """The rows of one step, fields of Rows as tensors."""
+        """Return the rows of one step: the fields of Rows as tensors."""
         per_epoch = EPOCH_ROWS // rows
         epoch, place = divmod(step, per_epoch)
         if epoch != self._epoch or self._rows is None:
@@ -109,10 +110,10 @@ class Corpus:
 
 
 def mask_blocks(batch: Batch, recipe: Recipe, seed: int) -> Batch:
-    """Chooses blocks of completions and masks them: adds chunk (B, K), t (B, K), masked (B, K, Q)."""
+    """Choose blocks of completions and mask them: return the batch with chunk (B, K), t (B, K) and masked (B, K, Q)."""
     rng = np.random.default_rng(seed)
     is_block = batch["is_block"].numpy()
-    order = np.where(is_block, rng.random(is_block.shape), 2.0).argsort(axis=1)  # blocks first, in any order
+    order = np.where(is_block, rng.random(is_block.shape), 2.0).argsort(axis=1)  # blocks first, in random order
     turn = np.arange(recipe.blocks)[None] % is_block.sum(axis=1)[:, None]
     chunk = np.take_along_axis(order, turn, axis=1)
     count = rng.integers(1, CHUNK + 1, chunk.shape)
@@ -125,10 +126,10 @@ def mask_blocks(batch: Batch, recipe: Recipe, seed: int) -> Batch:
 
 
 def _write(rows: Rows, row: int, chunk: int, number: int, document: _Document) -> None:
-    answer = (chunk + document.prompt_chunks) * CHUNK  # where it begins
+    answer = (chunk + document.prompt_chunks) * CHUNK  # start of the answer
     begin, last, end = answer - len(document.prompt), answer + len(document.answer), (chunk + document.chunks) * CHUNK
     rows.ids[row, begin:answer], rows.ids[row, answer:last] = document.prompt, document.answer
-    rows.ids[row, last:end] = EOS  # what the denoiser is to fill the rest of the last block with
+    rows.ids[row, last:end] = EOS  # the denoiser must learn to fill the rest of the last block with EOS
     rows.real[row, begin:end] = True
     rows.live[row, begin:last] = True
     rows.document[row, chunk : chunk + document.chunks] = number
@@ -147,7 +148,8 @@ def _documents(tokenizer: Tokenizer, source: Iterator[Example]) -> Iterator[tupl
 
 
 def _pack(documents: Iterable[_Document]) -> Iterator[list[_Document]]:
-    """Puts each document into the fullest row that has room; gives the fullest row away where too many are open."""
+    """Put each document into the fullest row with room for it. Yield the fullest row when it is full, or when too many
+    rows are open."""
     rows: list[tuple[int, list[_Document]]] = []
     for document in documents:
         fits = [i for i, (used, _) in enumerate(rows) if used + document.chunks <= ROW_CHUNKS]

@@ -1,19 +1,18 @@
-"""Makes builtin:noise, random weights in the released layout: `python -m model.builtin.noise [FOLDER]`, always the
-same.
+"""Makes builtin:noise, random weights in the released layout: `python -m model.builtin.noise [FOLDER]`.
 
 The layout is that of a released checkpoint (config.json, tokenizer.json, bfloat16 shards, index), the size is under
-1 MB, the weights are random: it runs every code path and generates noise. Neither attention heads x head_dim (4 x 32)
-nor Mamba heads x head_dim (6 x 16) equals hidden_size (64) or a multiple of it by `expand`, as in the released model.
+1 MB, and the weights are random but always the same: the model runs every code path and generates noise. As in the
+released model, attention heads x head_dim (4 x 32) is not hidden_size (64), and Mamba heads x head_dim (6 x 16) is
+neither hidden_size nor `expand` times it.
 
-Numbers come from integers alone: a Philox stream a tensor, keyed by its name, twelve 16-bit words summed to a nearly
-normal number, scaled in float64 and rounded to bfloat16 once. So they are the same on every machine and numpy version.
+The weights are made from integers alone: each tensor has a Philox stream, keyed by its name, and the sum of twelve
+16-bit words gives a nearly normal number, which is scaled in float64 and rounded to bfloat16 once. So they are the same
+on every machine and with every numpy version.
 
-How SCALES were chosen: by running tests/model/reference.py over six prompts, 96 tokens each, blocks of 16 at a
-threshold of 0.8, and changing three numbers until blocks differed. The head sets how far confidences reach; the time
-conditioning (t_block, tables) sets how much they change between steps and blocks. Measured with the values below:
-blocks take 4 to 12 steps (5 to 13 at 0.9), 2.3 tokens a denoiser forward, confidences 0.15 to 1.0 with the median at
-0.61. Before the time conditioning was made stronger, heads of 0.6 and 1.3 gave 6 to 14 and 2 to 6 steps. The head of
-the context tower is weaker (its likeliest token has 0.1 to 0.9), so that AR does not repeat itself.
+SCALES were chosen by running tests/model/reference.py over six prompts (96 tokens each, blocks of 16, threshold 0.8)
+and changing three numbers until blocks needed different numbers of steps. The head sets the range of the confidences;
+the time conditioning (t_block, tables) sets how much they change between steps and blocks. The head of the context
+tower is weaker, so that AR does not repeat itself.
 """
 
 import hashlib
@@ -75,8 +74,8 @@ CONFIG: Mapping[str, object] = {
     "mlp_hidden_act": "relu2",
 }
 
-# Name ending -> (mean, standard deviation); the first ending that fits counts. Matrices not named here have a standard
-# deviation of 1 / sqrt(inputs), so that they keep the size of what passes through.
+# Name ending, mean, standard deviation; the first ending that matches counts. Matrices that match none have a standard
+# deviation of 1 / sqrt(inputs), so that their outputs are about as large as their inputs.
 SCALES: tuple[tuple[str, float, float], ...] = (
     ("embeddings.weight", 0.0, 1.0),
     ("context_lm_head.weight", 0.0, 0.4),
@@ -92,22 +91,22 @@ SCALES: tuple[tuple[str, float, float], ...] = (
     (".D", 1.0, 0.3),
     (".bias", 0.0, 0.1),
 )
-TABLE_DEVIATION = 0.375  # scale_shift_tables.{i}, whose names have no common ending
+TABLE_DEVIATION = 0.375  # standard deviation for scale_shift_tables.{i}, whose names have no common ending
 
 
 def make(folder: Path) -> None:
-    """Writes the checkpoint's files into `folder`, which is made where it is missing."""
+    """Write the checkpoint's files into `folder`, which is created if it is missing."""
     shapes = expected_tensors(TwoTowerConfig.from_dict(CONFIG))
     tensors = {name: random_tensor(name, shape) for name, shape in shapes.items()}
     write_checkpoint(folder, CONFIG, tokenizer_json(), tensors)
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The weights of this name, bfloat16: they depend on SEED, name, shape and scale alone."""
+    """Return the weights of this name in bfloat16; they depend on SEED, name, shape and scale alone."""
     count = int(np.prod(shape))
     key = int.from_bytes(hashlib.sha256(f"{SEED}/{name}".encode()).digest()[:16], "little")
     words = np.random.Philox(key=key).random_raw(3 * count).astype("<u8").view("<u2").reshape(count, 12)
-    # The sum of 12 numbers uniform in [0, 1) has variance 1; summed as integers it is exact.
+    # The sum of 12 uniform numbers in [0, 1) has variance 1. Added as integers, the sum is exact.
     normal = (words.astype(np.int64).sum(axis=1) - 6 * 65535) / 65536.0
     mean, deviation = _scale(name, shape)
     return torch.from_numpy(mean + deviation * normal).to(torch.bfloat16).reshape(shape)
@@ -123,7 +122,10 @@ def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 
 def tokenizer_json() -> dict[str, object]:
-    """A byte-level BPE without merges: every byte is a token, the four special tokens come first, nothing is added."""
+    """Return a byte-level BPE without merges: the four special tokens first, then one token for each byte.
+
+    It adds no special tokens to a text.
+    """
     alphabet = _byte_letters()
     vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *(alphabet[byte] for byte in range(256))))}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -153,7 +155,7 @@ def tokenizer_json() -> dict[str, object]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """The printable letter that byte-level tokenizers write for each byte: itself, or U+0100 onwards for the others."""
+    """Return the letter that byte-level tokenizers write for each byte: itself if printable, else from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}

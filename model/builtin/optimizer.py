@@ -1,7 +1,7 @@
-"""Muon for matrices, AdamW for all else.
+"""Provides the Muon optimizer for matrices; AdamW trains all other weights.
 
-Muon (K. Jordan et al., 2024): the momentum of a matrix is replaced by its nearest orthogonal matrix, found by five
-Newton-Schulz steps, so that every direction moves alike.
+Muon (K. Jordan et al., 2024) replaces the momentum of a matrix by the nearest orthogonal matrix, found by five
+Newton-Schulz steps, so that an update is equally large in every direction.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _STEPS, _COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """(…, rows, columns) -> nearly orthogonal matrices with the same singular vectors."""
+    """Return nearly orthogonal matrices with the same singular vectors: (…, rows, columns) -> the same shape."""
     a, b, c = _COEFFICIENTS
     wide = matrix.bfloat16() / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7).bfloat16()
     flip = matrix.shape[-2] > matrix.shape[-1]
@@ -26,14 +26,14 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices, or stacks of them along the first dimension."""
+    """The Muon optimizer, for matrices or stacks of matrices along the first dimension."""
 
     def __init__(self, parameters: Sequence[Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update, with Nesterov momentum."""
+        """Update all parameters once, with Nesterov momentum."""
         del closure
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -1,4 +1,4 @@
-"""The weights that are trained: how they begin, and their names in the checkpoint."""
+"""Makes the initial weights for training, and gives trained weights their names in the checkpoint."""
 
 import math
 
@@ -8,11 +8,14 @@ from torch import Tensor
 from model.checkpoint.config import TwoTowerConfig, expected_tensors
 
 Weights = dict[str, Tensor]
-"""By the names that model.builtin.trainable uses, and `head`."""
+"""Weights by the names that model.builtin.trainable uses, plus `head`."""
 
 
 def fresh_weights(config: TwoTowerConfig, seed: int) -> Weights:
-    """A context tower to begin with. What leaves a layer's mixer begins at 0, so that each layer begins as identity."""
+    """Return the initial weights of a context tower.
+
+    The output projections of the mixers are 0, so that each layer is the identity at first.
+    """
     generator = torch.Generator().manual_seed(seed)
     prefix, weights = "context_tower.", dict[str, Tensor]()
     for name, shape in expected_tensors(config, "context").items():
@@ -24,7 +27,7 @@ def fresh_weights(config: TwoTowerConfig, seed: int) -> Weights:
             value = torch.zeros(shape)
         elif last in ("norm", "norm_f", "D"):
             value = torch.ones(shape)
-        elif last == "dt_bias":  # steps of 0.001 to 0.1, as Mamba begins with
+        elif last == "dt_bias":  # time steps from 0.001 to 0.1, as in Mamba's initialisation
             value = torch.exp(math.log(1e-3) + uniform * math.log(100)).expm1().log()
         elif last == "A_log":
             value = torch.log(1 + 15 * uniform)
@@ -37,7 +40,7 @@ def fresh_weights(config: TwoTowerConfig, seed: int) -> Weights:
 
 
 def with_time(config: TwoTowerConfig, weights: Weights, seed: int) -> Weights:
-    """A denoiser to begin with: the context tower, and time conditioning that changes nothing yet."""
+    """Return the initial weights of a denoiser: the context tower, plus time conditioning that has no effect yet."""
     generator = torch.Generator().manual_seed(seed)
     denoiser = {name: value.clone() for name, value in weights.items()}
     shapes = expected_tensors(config)
@@ -52,7 +55,7 @@ def with_time(config: TwoTowerConfig, weights: Weights, seed: int) -> Weights:
 
 
 def stack_experts(config: TwoTowerConfig, weights: Weights) -> Weights:
-    """`mixer.experts.{e}.up_proj.weight` -> `mixer.experts.up`, likewise down."""
+    """Stack the experts of each layer: `mixer.experts.{e}.up_proj.weight` -> `mixer.experts.up`, and so for down."""
     stacked = {name: value for name, value in weights.items() if ".experts." not in name}
     for i in config.layers_of("moe"):
         for kind in ("up", "down"):
@@ -62,7 +65,7 @@ def stack_experts(config: TwoTowerConfig, weights: Weights) -> Weights:
 
 
 def checkpoint_names(weights: Weights, tower: str, head: str) -> Weights:
-    """The names of the checkpoint's tensors, experts one by one."""
+    """Return the weights under the names of the checkpoint, with one tensor per expert."""
     named: Weights = {}
     for name, value in weights.items():
         if name.endswith((".experts.up", ".experts.down")):

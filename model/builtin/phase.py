@@ -1,4 +1,4 @@
-"""One phase of the training: its optimizers, its steps, what is saved of it."""
+"""Runs one phase of the training: its optimizers, its steps, and its saved state."""
 
 import time
 from collections.abc import Callable
@@ -16,14 +16,15 @@ from model.builtin.parameters import Weights
 from model.builtin.recipe import Recipe
 
 SAVE_EVERY, LOG_EVERY = 100, 50  # steps
-BALANCE = 1e-2  # what an expert's correction bias moves in a step (arXiv 2408.15664)
+BALANCE = 1e-2  # change of an expert's correction bias per step (arXiv 2408.15664)
 
 Loss = Callable[[Weights, Batch], tuple[Tensor, Tensor, Tensor]]
-"""-> the loss, the share of right tokens, and how often each layer's experts were chosen (layers, E)."""
+"""A function that returns the loss, the share of right tokens, and how often each layer's experts were chosen
+(layers, E)."""
 
 
 class Phase:
-    """One training run, saved as it goes."""
+    """The state of one training phase, which is saved regularly and loaded again if a file exists."""
 
     def __init__(self, name: str, recipe: Recipe, weights: Weights, folder: Path, device: torch.device) -> None:
         self.name, self.recipe, self.device = name, recipe, device
@@ -51,11 +52,14 @@ class Phase:
         return self.step >= self.recipe.steps
 
     def gradients(self) -> list[Tensor]:
-        """Of all weights that have one, in the same order in every process."""
+        """Return the gradients of all weights that have one, in the same order in every process."""
         return [value.grad for value in self.weights.values() if value.grad is not None]
 
     def update(self, loads: Tensor) -> None:
-        """After a backward pass: one step of the optimizers, of the experts' balance and of the average."""
+        """Do one step of the optimizers, of the experts' balance and of the average, after a backward pass.
+
+        loads (layers, E): how often each expert was chosen.
+        """
         progress, start = self.step / self.recipe.steps, self.recipe.decay_from
         factor = min(1.0, (self.step + 1) / self.recipe.warmup, (1 - progress) / (1 - start))
         for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
@@ -72,13 +76,13 @@ class Phase:
         self.step += 1
 
     def save(self) -> None:
-        """Whole or not at all."""
+        """Save the state; the file is replaced completely or not at all."""
         part = self.file.with_suffix(".part")
         save_file(self._state(), part, metadata={"step": str(self.step)})
         part.replace(self.file)
 
     def _state(self) -> Weights:
-        """Everything that the next step depends on, but for its number."""
+        """Return everything that the next step depends on, except the step number."""
         state = {f"weights/{key}": value.detach() for key, value in self.weights.items()}
         state |= {f"average/{key}": value for key, value in self.average.items()}
         for number, optimizer in enumerate(self.optimizers):
@@ -105,14 +109,14 @@ class Phase:
 
 
 def _is_matrix(name: str) -> bool:
-    """Whether Muon moves it: the matrices inside layers, but for the router and the depthwise convolution."""
+    """Return True if Muon trains the weight: a matrix inside a layer, except router and depthwise convolution."""
     if ".experts." in name:
         return True
     return name.startswith("layers.") and name.endswith("_proj.weight")
 
 
 def average(tensors: list[Tensor]) -> None:
-    """Over all processes, in place."""
+    """Average the tensors over all processes, in place."""
     if dist.get_world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -123,7 +127,7 @@ def average(tensors: list[Tensor]) -> None:
 
 
 def run_phase(phase: Phase, corpus: Corpus, loss: Loss) -> None:
-    """Trains what is left of a phase."""
+    """Train the remaining steps of a phase."""
     started, since = time.monotonic(), phase.step
     shown: list[tuple[float, float]] = []
     while not phase.done:

@@ -1,4 +1,4 @@
-"""What builtin:tiny is and how it is trained: its config.json, and the numbers of both phases."""
+"""Defines the config.json of builtin:tiny and the settings of its training phases."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from model.builtin import noise as noise
 
 SEED = 20261122
-VOCAB_SIZE = 1056  # the tokenizer finds fewer tokens: a multiple of 32 suits the devices
+VOCAB_SIZE = 1056  # more than the tokenizer has tokens; a multiple of 32 suits the devices
 
 CONFIG: Mapping[str, object] = {
     **noise.CONFIG,
@@ -21,39 +21,40 @@ CONFIG: Mapping[str, object] = {
     "moe_intermediate_size": 64,
     "moe_shared_expert_intermediate_size": 128,
 }
-"""That of builtin:noise, larger."""
+"""The config.json of builtin:tiny: that of builtin:noise with larger sizes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """The numbers of one phase."""
+    """The settings of one training phase."""
 
     steps: int
     seed: int = SEED
     rows: int = 16
-    """Of a step."""
+    """Rows per step."""
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     warmup: int = 50
     decay_from: float
-    """Share of the steps after which learning rates fall to 0 in a straight line, and weights are averaged."""
+    """Share of the steps after which the learning rates fall linearly to 0 and the weights are averaged."""
     averaging: float = 0.995
     blocks: int = 12
     """Blocks of a row that the denoiser sees in a step."""
     all_masked: float = 0.25
-    """Share of blocks that are masked whole, as every block is at first."""
+    """Share of blocks that are masked completely, as every block is before its first denoiser forward."""
     tail_masked: float = 0.0
-    """Share of blocks that are masked from some position on, as one is that is written link by link."""
+    """Share of blocks that are masked from some position to their end, as a block is if each of its tokens depends on
+    the one before."""
     shares: Mapping[str, float] = field(default_factory=dict)
-    """Of some tasks, instead of their usual ones."""
+    """Shares of some tasks that replace their usual ones."""
 
 
 PHASES: Mapping[str, Recipe] = {
     "context": Recipe(steps=2000, decay_from=0.5),
-    # once more at the full rate, on the task that it is worst at: a name of a list far back is copied late
+    # trains again at the full rate, mostly on the worst task: copying a name from a list far back is learned late
     "context_polish": Recipe(steps=600, seed=SEED + 500, decay_from=0.2, shares={"letter": 0.6}),
     "denoiser": Recipe(steps=3400, decay_from=0.33),
-    # this one too, at its worst tasks
+    # trains the denoiser again as well, on its worst tasks
     "denoiser_polish": Recipe(
         steps=1000,
         seed=SEED + 1000,

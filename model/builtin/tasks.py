@@ -1,11 +1,12 @@
-"""The tasks that builtin:tiny is trained on: a prompt and the one right answer, made from a seed. Free of torch.
+"""Makes the examples that builtin:tiny is trained on, each a prompt with its one right answer, from a seed.
 
-Each task is text as users of batch generation make it: records out of sentences, dates, units, product texts, letters,
-sorted lists, worked sums, counts, series. An answer follows from its prompt alone: quality is exact match. They differ
-in how far they can be written in parallel: a record is known at once, a series only digit by digit.
+The module does not import torch. The tasks are like those of users of batch generation: records from sentences, dates,
+units, product texts, letters, sorted lists, sums step by step, counts, series. An answer follows from its prompt alone,
+so quality is the share of exact matches. The tasks differ in how many tokens can be predicted in parallel: all of a
+record, but only a few digits of a series.
 
-A prompt is held out where a hash of its question falls into one part of HELD_OUT_PARTS, whatever precedes it: what is
-evaluated was never trained on.
+A prompt is held out for evaluation if a hash of its question falls into the first of HELD_OUT_PARTS parts, whatever
+precedes the question. So no question is used for both training and evaluation.
 """
 
 import hashlib
@@ -46,23 +47,23 @@ UNITS = (
 )
 
 HELD_OUT_PARTS = 16
-SHOTS = (0, 0, 0, 0, 0, 0, 1, 2)  # solved examples before a question, each as likely
+SHOTS = (0, 0, 0, 0, 0, 0, 1, 2)  # numbers of solved examples before a question, all equally likely
 SERIES_DIGITS = (20, 60)
 PROMPT_END = "\nAnswer:"
 
 Question = tuple[str, str]
-"""What is asked and the answer, which begins with a space: it follows PROMPT_END."""
+"""The question and its answer. The answer begins with a space, because it follows PROMPT_END."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt with its answer."""
+    """A prompt with its answer."""
 
     task: str
     prompt: str
-    """Examples of the same task, perhaps; then the question; ends with PROMPT_END."""
+    """Solved examples of the same task, if any, then the question. It ends with PROMPT_END."""
     answer: str
-    """What is to be generated, followed by the end of text."""
+    """The text that must be generated, without the end of text that follows it."""
 
 
 def _record(rng: random.Random) -> Question:
@@ -94,7 +95,7 @@ def _unit(rng: random.Random) -> Question:
 
 
 def _facts(rng: random.Random, **facts: object) -> str:
-    """In any order."""
+    """Return the facts as text, in random order."""
     given = [f"{name} {value}" for name, value in facts.items()]
     rng.shuffle(given)
     return ", ".join(given)
@@ -165,7 +166,10 @@ def _count(rng: random.Random) -> Question:
 
 
 def _series(rng: random.Random) -> Question:
-    """Each digit follows from two before it: as many can be known at once as the nearer one lies back."""
+    """Return a series in which each digit follows from two earlier ones.
+
+    If the nearer of the two is n digits back, n digits can be predicted at once.
+    """
     near, far = rng.choice(((1, 4), (2, 3), (3, 4)))
     while True:
         digits = [rng.randint(1, 9) for _ in range(4)]
@@ -190,19 +194,19 @@ TASKS: Mapping[str, tuple[Callable[[random.Random], Question], float]] = Mapping
         "series": (_series, 0.12),
     }
 )
-"""Name -> how a question is made, and its share."""
+"""Task name -> the function that makes a question, and the task's share of the examples."""
 
 
 def is_held_out(question: str) -> bool:
-    """Whether the question is kept for evaluation."""
+    """Return True if the question is kept for evaluation."""
     return hashlib.blake2b(question.encode(), digest_size=4).digest()[0] % HELD_OUT_PARTS == 0
 
 
 def examples(seed: int, *, held_out: bool, shares: Mapping[str, float] | None = None) -> Iterator[Example]:
-    """Examples without end, the tasks by their shares; a quarter are preceded by one or two solved ones (few-shot).
+    """Yield examples without end, with tasks drawn by their shares; a quarter have one or two solved ones (few-shot).
 
-    held_out: those for evaluation, or those for training. The solved ones before a question are training questions
-    in both. shares: of some tasks, instead of those in TASKS.
+    held_out: whether the examples are for evaluation or for training. The solved examples before a question are
+    training questions in both cases. shares: shares of some tasks that replace those in TASKS.
     """
     rng = random.Random(f"{seed}/{held_out}")
     weights = {name: share for name, (_, share) in TASKS.items()} | dict(shares or {})

@@ -1,8 +1,9 @@
-"""Trains builtin:tiny: `python -m model.builtin.train`; the same command goes on after a stop. See --help.
+"""Trains builtin:tiny: `python -m model.builtin.train`; the same command continues a stopped run. See --help.
 
-First the tokenizer; then the context tower by next-token loss; then, with that frozen, the denoiser: a copy of it with
-time conditioning, trained to fill masked blocks (masked diffusion with a linear schedule, the loss on masked positions
-without the 1/t weight). What is random comes from SEED and the number of the step alone.
+It trains first the tokenizer, then the context tower with next-token loss, then, with the context tower frozen, the
+denoiser. The denoiser starts as a copy of the context tower with time conditioning and learns to fill masked blocks
+(masked diffusion with a linear schedule; the loss is on masked positions, without the 1/t weight). All randomness
+depends on SEED and the step number alone.
 """
 
 import argparse
@@ -32,11 +33,12 @@ from model.checkpoint.writer import write_checkpoint
 
 TOKENIZER_EXAMPLES = 20_000
 AFTER_END_WEIGHT = 0.2
-"""Weight in the denoiser's loss of the positions behind the end of text, which nobody reads."""
+"""Weight in the denoiser's loss of the positions after the end of text, which are never part of a completion."""
 
 
 def context_loss(config: TwoTowerConfig, weights: Weights, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Next-token loss, prompts weighted down."""
+    """Return the next-token loss (prompts have a lower weight), the share of right answer tokens, and the loads of the
+    experts."""
     loads: list[Tensor] = []
     hidden, _ = trainable.context(config, weights, batch["ids"], Layout(batch["document"], batch["real"]), loads)
     logits = F.linear(hidden[:, :-1], weights["head"]).flatten(0, 1).float()
@@ -50,7 +52,10 @@ def context_loss(config: TwoTowerConfig, weights: Weights, batch: Batch) -> tupl
 def denoiser_loss(
     config: TwoTowerConfig, frozen: Weights, weights: Weights, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss on masked positions."""
+    """Return the loss on masked positions, the share of right tokens among them, and the loads of the experts.
+
+    The share does not count positions after the end of text.
+    """
     loads: list[Tensor] = []
     layout = Layout(batch["document"], batch["real"])
     with torch.no_grad():
@@ -71,7 +76,7 @@ def denoiser_loss(
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m model.builtin.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=BUILTIN["tiny"], help="where the checkpoint goes")
     parser.add_argument("--work", type=Path, default=Path("out/tiny"), help="where a run under way is kept")
@@ -86,9 +91,9 @@ def main() -> None:
 
 
 def _train(rank: int, options: argparse.Namespace, meeting: str) -> None:
-    """One of the processes."""
-    torch.set_flush_denormal(True)  # states that have decayed away are denormal numbers, and those are slow
-    torch.set_num_threads(1)  # the operations are too small to be split
+    """Train in one of the processes; the first one writes the checkpoint."""
+    torch.set_flush_denormal(True)  # states that have decayed become denormal numbers, which are slow
+    torch.set_num_threads(1)  # the operations are too small to be split among threads
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = TwoTowerConfig.from_dict(CONFIG)
@@ -103,7 +108,7 @@ def _train(rank: int, options: argparse.Namespace, meeting: str) -> None:
 
     first = partial(context_loss, config)
     context = run("context_polish", run("context", fresh_weights(config, SEED), first), first)
-    frozen = {name: value.to(torch.bfloat16).float() for name, value in context.items()}  # as it is exported
+    frozen = {name: value.to(torch.bfloat16).float() for name, value in context.items()}  # rounded as in the checkpoint
     loss = partial(denoiser_loss, config, frozen)
     denoiser = run("denoiser_polish", run("denoiser", with_time(config, frozen, SEED), loss), loss)
 

@@ -1,11 +1,11 @@
-"""Both towers as differentiable functions of their weights, over whole documents at once: what training needs.
+"""Computes both towers as differentiable functions of their weights, over whole documents at once, for training.
 
-Rows hold several documents each, in chunks of CHUNK tokens, which is also the block size: a document begins where a
-chunk does, and its prompt is padded in front so that its completion does too; each block of a completion is one chunk.
-At that padding the state passes, the convolution sees zeros and nobody attends: a document gets what the engine
-computes for it alone, without padding.
+A row holds several documents in chunks of CHUNK tokens, which is also the block size. A document begins at the start of
+a chunk. Its prompt is padded in front so that its completion also begins at the start of a chunk; each block of a
+completion is one chunk. Padding does not change the Mamba state, is zero for the convolution, and is not attended to by
+other tokens. So a document gets the same results as in the engine, which computes it alone and without padding.
 
-Weights are a dict under the checkpoint's names without the tower's prefix; the experts of a layer are stacked.
+Weights are a dict with the checkpoint's names without the tower's prefix; the experts of a layer are stacked.
 Shapes: B rows, N chunks a row, Q = CHUNK tokens, T = N * Q, H hidden, K blocks of a row; Mamba: M heads of D channels,
 G groups, S states, C conv channels, W conv taps.
 """
@@ -23,36 +23,36 @@ from model.network.layers.time import sinusoids
 CHUNK = 16
 Weights = Mapping[str, Tensor]
 Seeds = tuple[Tensor, Tensor]
-"""What the denoiser needs of one context layer. Mamba: the SSM state (B, N, M, D, S) and the last raw conv inputs
-(B, N, W - 1, C) before each chunk. Attention: K and V (B, T, kv heads, head_dim). MoE: nothing, two empty tensors."""
+"""The data of one context layer that the denoiser needs. Mamba: the SSM state (B, N, M, D, S) and the last raw conv
+inputs (B, N, W - 1, C) before each chunk. Attention: K and V (B, T, kv heads, head_dim). MoE: two empty tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where documents lie in rows."""
+    """The places of documents in rows."""
 
     document: Tensor
-    """(B, N): number of the document that a chunk belongs to, inside its row."""
+    """(B, N): the number, within its row, of the document that a chunk belongs to."""
     real: Tensor
-    """(B, T) bool: False at padding in front of a prompt."""
+    """(B, T) bool: False at padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Blocks to denoise."""
+    """The blocks to denoise."""
 
     chunk: Tensor
-    """(B, K): which chunk of the row each is."""
+    """(B, K): the index of each block's chunk in the row."""
     t: Tensor
-    """(B, K): its masked fraction."""
+    """(B, K): the masked fraction of each block."""
 
 
 def context(
     config: TwoTowerConfig, weights: Weights, ids: Tensor, layout: Layout, loads: list[Tensor]
 ) -> tuple[Tensor, list[Seeds]]:
-    """ids (B, T) -> hidden (B, T, H) after the final norm, and each layer's seeds.
+    """Run the context tower: ids (B, T) -> hidden (B, T, H) after the final norm, and each layer's seeds.
 
-    Appends to `loads` the share of tokens that chose each expert (E,), a MoE layer after another.
+    Appends to `loads`, for each MoE layer in order, the share of tokens that chose each expert (E,).
     """
     x = weights["embeddings.weight"][ids]
     seeds: list[Seeds] = []
@@ -79,9 +79,9 @@ def denoiser(
     layout: Layout,
     loads: list[Tensor],
 ) -> Tensor:
-    """ids (B, K, Q), masks among them -> hidden (B, K, Q, H) after the final norm; each block after its context alone.
+    """Run the denoiser tower: ids (B, K, Q), some of them masks -> hidden (B, K, Q, H) after the final norm.
 
-    loads: see `context`.
+    Each block sees only itself and the context before it. loads: see `context`.
     """
     time = _time(config, weights, blocks.t)  # (B, K, 3, H)
     visible = _visible(blocks, layout)
@@ -103,7 +103,7 @@ def denoiser(
 
 
 class _Layer:
-    """The weights of one layer, by their names below it."""
+    """The weights of one layer, by their names without the layer's prefix."""
 
     def __init__(self, weights: Weights, index: int) -> None:
         self.weights, self.prefix = weights, f"layers.{index}."
@@ -126,17 +126,17 @@ def _time(config: TwoTowerConfig, weights: Weights, t: Tensor) -> Tensor:
 
 
 def _pick(seed: Tensor, chunk: Tensor) -> Tensor:
-    """seed (B, N, …), chunk (B, K) -> (B, K, …)."""
+    """Select the seeds of some chunks: seed (B, N, …), chunk (B, K) -> (B, K, …)."""
     return seed[torch.arange(len(chunk), device=chunk.device)[:, None], chunk]
 
 
-# Mamba. Everything but the two projections runs in float32.
+# Mamba. Everything except the two projections runs in float32.
 
 
 def _context_mamba(config: TwoTowerConfig, w: _Layer, x: Tensor, layout: Layout) -> tuple[Tensor, Seeds]:
     z, xbc, dt = _project(config, w, x)
     xbc = xbc * layout.real[..., None]
-    first = F.pad(layout.document[:, 1:] != layout.document[:, :-1], (1, 0), value=True)  # (B, N): begins a document
+    first = F.pad(layout.document[:, 1:] != layout.document[:, :-1], (1, 0), value=True)  # (B, N): a document begins
     chunks = xbc.unflatten(1, (-1, CHUNK))  # (B, N, Q, C)
     tails = F.pad(chunks[:, :-1, 1 - config.conv_kernel :], (0, 0, 0, 0, 1, 0)) * ~first[..., None, None]
     inputs, B, C, dt = _inputs(config, w, chunks, tails, (dt * 1.0).unflatten(1, (-1, CHUNK)))
@@ -147,8 +147,9 @@ def _context_mamba(config: TwoTowerConfig, w: _Layer, x: Tensor, layout: Layout)
     heads = config.mamba_num_heads // config.n_groups
     added = torch.einsum(
         "bnqmd,bnqms->bnmds", inputs * (dt * to_end)[..., None], B.repeat_interleave(heads, dim=3)
-    )  # what each chunk adds to the state
-    # The state before chunk n: the sum over earlier chunks j of its document, decayed by the chunks between them.
+    )  # the part that each chunk adds to the state
+    # The state before chunk n is the sum of these parts over earlier chunks j of its document, each decayed by the
+    # chunks between j and n.
     until = total.cumsum(1)
     between = (until - total)[:, :, None] - until[:, None]  # (B, n, j, M)
     chunk = torch.arange(total.shape[1], device=x.device)
@@ -160,7 +161,7 @@ def _context_mamba(config: TwoTowerConfig, w: _Layer, x: Tensor, layout: Layout)
 
 
 def _scan(config: TwoTowerConfig, w: _Layer, x: Tensor, states: Tensor, tails: Tensor) -> Tensor:
-    """x (B, K, Q, H): each block by itself from its seed."""
+    """Run a Mamba layer over x (B, K, Q, H), each block separately from its seed."""
     z, xbc, dt = _project(config, w, x)
     inputs, B, C, dt = _inputs(config, w, xbc, tails, dt)
     y = _mix(config, w, inputs, B, C, dt, dt * -w["mixer.A_log"].exp(), states)
@@ -176,7 +177,10 @@ def _project(config: TwoTowerConfig, w: _Layer, x: Tensor) -> tuple[Tensor, Tens
 def _inputs(
     config: TwoTowerConfig, w: _Layer, xbc: Tensor, tails: Tensor, dt: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """xbc (B, N, Q, C) and the inputs before it (B, N, W - 1, C) -> x (…, M, D), B and C (…, G, S), dt (…, M)."""
+    """Compute the inputs of the scan from xbc (B, N, Q, C) and the conv inputs before it, tails (B, N, W - 1, C).
+
+    Returns x (…, M, D), B and C (…, G, S), and dt (…, M).
+    """
     line = torch.cat([tails, xbc], dim=2)
     taps, out = w["mixer.conv1d.weight"][:, 0], w["mixer.conv1d.bias"]
     for tap in range(config.conv_kernel):
@@ -198,7 +202,7 @@ def _mix(
     decay: Tensor,
     states: Tensor,
 ) -> Tensor:
-    """The scan over each chunk from its state (Mamba-2, arXiv 2405.21060, section 6) -> y (B, N, Q, M, D)."""
+    """Scan each chunk from the state before it (Mamba-2, arXiv 2405.21060, section 6) -> y (B, N, Q, M, D)."""
     heads = config.mamba_num_heads // config.n_groups
     since = decay.cumsum(2)  # (B, N, Q, M)
     later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=x.device).tril()[..., None]
@@ -223,12 +227,13 @@ def _context_attention(config: TwoTowerConfig, w: _Layer, x: Tensor, layout: Lay
     document = layout.document.repeat_interleave(CHUNK, dim=1)
     causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
     mask = (document[:, :, None] == document[:, None]) & causal & layout.real[:, None]
-    mask = mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # padding sees itself, for want of others
+    # padding sees itself, because a query without any key would give NaN
+    mask = mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     return _attend(w, q, k, v, mask), (k, v)
 
 
 def _visible(blocks: Blocks, layout: Layout) -> Tensor:
-    """(B, K * Q, T + K * Q): the context before the block's chunk, and the block itself."""
+    """Return the mask (B, K * Q, T + K * Q): a token sees the context before its block's chunk, and its block."""
     chunk, token = torch.arange(layout.document.shape[1], device=blocks.t.device), CHUNK
     own = layout.document.gather(1, blocks.chunk)
     before = (layout.document[:, None] == own[..., None]) & (chunk < blocks.chunk[..., None])  # (B, K, N)
@@ -252,7 +257,8 @@ def _qkv(config: TwoTowerConfig, w: _Layer, x: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _attend(w: _Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """q (B, L, heads, d), k, v (B, T, kv heads, d), mask (B, L, T) -> (B, L, H)."""
+    """Compute attention and output projection: q (B, L, heads, d), k, v (B, T, kv heads, d), mask (B, L, T) ->
+    (B, L, H)."""
     repeat = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -264,7 +270,10 @@ def _attend(w: _Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def _moe(config: TwoTowerConfig, w: _Layer, x: Tensor, loads: list[Tensor]) -> Tensor:
-    """All experts on all tokens, weighted by 0 where not chosen: for experts this small faster than sorting tokens."""
+    """Run all experts on all tokens, with weight 0 for experts that were not chosen.
+
+    For experts this small, this is faster than sorting the tokens.
+    """
     weight = route(config, w["mixer.gate.weight"], w["mixer.gate.e_score_correction_bias"], x)
     loads.append((weight.detach() > 0).float().flatten(0, -2).mean(0))
     up, down = w["mixer.experts.up"], w["mixer.experts.down"]  # (E, width, H), (E, H, width)
@@ -275,7 +284,7 @@ def _moe(config: TwoTowerConfig, w: _Layer, x: Tensor, loads: list[Tensor]) -> T
 
 
 def route(config: TwoTowerConfig, gate: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """x (…, H) -> the weight of each expert (…, E), 0 where it was not chosen."""
+    """Return the weight of each expert, 0 if it was not chosen: x (…, H) -> (…, E)."""
     with torch.autocast(x.device.type, enabled=False):
         scores = torch.sigmoid(F.linear(x.float(), gate.float()))
     chosen = torch.zeros_like(scores).scatter(

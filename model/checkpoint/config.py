@@ -1,8 +1,8 @@
-"""What a checkpoint's config.json says: the sizes of both towers, and the tensors that they need. Free of torch.
+"""Reads a checkpoint's config.json: the sizes of both towers, and the tensors that they need. Does not import torch.
 
-Field names are those of config.json, except `layer_kinds` (hybrid_override_pattern) and `eos_token_ids` (eos_token_id,
-an id, a list or null). The fields hold for both towers, which have the same shape. Nothing here assumes that heads x
-head_dim equals hidden_size: in the released model it does not.
+Fields have the names of config.json, except `layer_kinds` (hybrid_override_pattern) and `eos_token_ids` (eos_token_id,
+which is an id, a list or null). Both towers have the same form, so each field holds for both. The code must not assume
+that heads x head_dim equals hidden_size: in the released model they differ.
 """
 
 import math
@@ -17,11 +17,14 @@ Towers = Literal["both", "context"]
 
 LAYER_LETTERS: Mapping[str, LayerKind] = {"M": "mamba", "*": "attention", "E": "moe"}
 TIME_EMBEDDING_SIZE = 256
-"""Width of the sinusoidal time embedding; fixed by the released code, not in config.json."""
+"""Width of the sinusoidal time embedding. The released code fixes it; config.json does not contain it."""
 DEFAULT_MASK_TOKEN_ID = 3
-"""The released config.json has no mask_token_id; 3 is the default of the released inference code."""
+"""The mask id that is used if config.json has no mask_token_id, as in the released model.
 
-# Options that change the computation and that this code implements in one way only. Absent means that value.
+It is the default of the released inference code.
+"""
+
+# Options that change the computation, with the only value that this code supports. An absent option has that value.
 _ONLY_SUPPORTED: Mapping[str, object] = {
     "mlp_hidden_act": "relu2",
     "mamba_hidden_act": "silu",
@@ -41,25 +44,25 @@ _ONLY_SUPPORTED: Mapping[str, object] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TwoTowerConfig:
-    """Sizes of one tower (both have the same) and the special token ids."""
+    """The sizes of one tower, which are the same for both, and the special token ids."""
 
     hidden_size: int
     vocab_size: int
     layer_kinds: tuple[LayerKind, ...]
     layer_norm_epsilon: float
     max_position_embeddings: int
-    """Tokens that a context may hold, prompt and completion together."""
+    """The number of tokens that a context may hold, prompt and completion together."""
 
     mamba_num_heads: int
     mamba_head_dim: int
     n_groups: int
-    """Groups of Mamba heads that share B and C, and that the gated norm normalises separately."""
+    """The number of groups of Mamba heads. Each group shares B and C and is normalised separately by the gated norm."""
     ssm_state_size: int
     conv_kernel: int
-    """Taps of the causal convolution; conv_kernel - 1 inputs are remembered between calls."""
+    """The number of taps of the causal convolution; conv_kernel - 1 inputs are kept between calls."""
     time_step_limit: tuple[float, float]
     chunk_size: int
-    """Tokens a chunk of a blocked scan; a hint for kernels that changes no result."""
+    """Tokens in a chunk of a blocked scan. It is a hint for kernels and changes no result."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -83,36 +86,36 @@ class TwoTowerConfig:
 
     @property
     def mamba_inner(self) -> int:
-        """Channels of x, z and y in a Mamba mixer."""
+        """The number of channels of x, z and y in a Mamba mixer."""
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
     def conv_dim(self) -> int:
-        """Channels of the convolution: x | B | C."""
+        """The number of channels of the convolution: x | B | C."""
         return self.mamba_inner + 2 * self.n_groups * self.ssm_state_size
 
     @property
     def in_proj_size(self) -> int:
-        """Rows of a Mamba in_proj: z | x | B | C | dt."""
+        """The number of rows of a Mamba in_proj: z | x | B | C | dt."""
         return self.mamba_inner + self.conv_dim + self.mamba_num_heads
 
     @property
     def attention_inner(self) -> int:
-        """Rows of q_proj."""
+        """The number of rows of q_proj."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def kv_inner(self) -> int:
-        """Rows of k_proj and of v_proj."""
+        """The number of rows of k_proj, and also of v_proj."""
         return self.num_key_value_heads * self.head_dim
 
     def layers_of(self, kind: LayerKind) -> tuple[int, ...]:
-        """Indices of the layers of one kind."""
+        """Return the indices of the layers of one kind."""
         return tuple(i for i, layer_kind in enumerate(self.layer_kinds) if layer_kind == kind)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, object]) -> "TwoTowerConfig":
-        """From the parsed config.json. Raises CheckpointError naming a field that is missing, wrong or unsupported."""
+        """Return the config from the parsed config.json. Raises CheckpointError if a field is missing or wrong."""
         if not isinstance(raw, Mapping):
             raise CheckpointError(f"config.json holds a {type(raw).__name__}: it must be an object of fields")
         for name, supported in _ONLY_SUPPORTED.items():
@@ -157,7 +160,7 @@ _SIZES = (
 
 
 def expected_tensors(config: TwoTowerConfig, towers: Towers = "both") -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint must hold; with "context", of those that AR mode needs."""
+    """Return the name and shape of every tensor that a checkpoint must hold; with "context", only those for AR mode."""
     head = (config.vocab_size, config.hidden_size)
     shapes = _tower_tensors(config, "context_tower.") | {"context_lm_head.weight": head}
     if towers == "context":
@@ -189,7 +192,7 @@ def _tower_tensors(config: TwoTowerConfig, prefix: str) -> dict[str, tuple[int, 
 
 
 def mixer_tensors(config: TwoTowerConfig, kind: LayerKind) -> dict[str, tuple[int, ...]]:
-    """Name (below `layers.{i}.mixer.`) and shape of the tensors of one mixer. Linear weights are (out, in)."""
+    """Return the name (after `layers.{i}.mixer.`) and shape of each tensor of a mixer. Linear weights are (out, in)."""
     hidden, inner, heads = config.hidden_size, config.mamba_inner, config.mamba_num_heads
     if kind == "mamba":
         return {
@@ -291,7 +294,7 @@ def _layer_kinds(raw: Mapping[str, object]) -> tuple[LayerKind, ...]:
 
 
 def _time_step_limit(value: object) -> tuple[float, float]:
-    """Two numbers; infinity is a bare `Infinity`, or {"__float__": "Infinity"} as newer transformers write it."""
+    """Return both limits. Infinity is a bare `Infinity`, or {"__float__": "Infinity"} from newer transformers."""
     if isinstance(value, (list, tuple)) and len(value) == 2:
         low, high = (math.inf if item == {"__float__": "Infinity"} else item for item in value)
         if all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (low, high)) and 0 <= low <= high:

@@ -1,4 +1,4 @@
-"""From a checkpoint into tensors that already exist, without a second copy of the weights on host or device.
+"""Loads a checkpoint into existing tensors, without a second copy of the weights on the host or a device.
 
 check_memory(checkpoint, "both", torch.bfloat16, ["cuda:0", "cuda:1"])     # before anything is allocated
 load_tensors(checkpoint, {"lm_head.weight": head, "…experts.3.up_proj.weight": stacked[3], …})
@@ -27,15 +27,19 @@ STORED_DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 BUFFER = 16 * 2**20
-"""Bytes of one. Larger ones were slower to fill from a page cache (they leave the CPU's), and no faster from S3."""
+"""The bytes of one buffer.
+
+Larger buffers were slower to fill from the page cache, because they do not fit into the CPU's cache, and no faster to
+fill from S3.
+"""
 BUFFERS = 8
 READERS = 8
-"""Range reads under way at once."""
-_ALIGN = 64  # bytes; where tensors begin in a buffer, so that any dtype may be read off there
+"""The number of range reads that run at once."""
+_ALIGN = 64  # bytes; tensors begin at multiples of it in a buffer, so that they can be viewed in any dtype
 
 
 def weight_bytes(checkpoint: Checkpoint, towers: Towers, dtype: torch.dtype) -> int:
-    """Bytes that the weights of `towers` take in memory, all of them in `dtype`."""
+    """Return the bytes that the weights of `towers` take in memory if all of them are in `dtype`."""
     shapes = expected_tensors(checkpoint.config, towers).values()
     return sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
 
@@ -47,17 +51,18 @@ def check_memory(
     devices: Sequence[str | torch.device],
     stage_bytes: Sequence[int] | None = None,
 ) -> None:
-    """Raises CheckpointError where the weights do not fit into the memory that is free now.
+    """Raise CheckpointError if the weights do not fit into the memory that is free now.
 
-    `devices` holds one name a stage; a device named twice must hold both stages. `stage_bytes` are the bytes that each
-    stage takes; without them the weights are shared equally. The host must also hold what is on its way.
+    `devices` has one name for each stage; a device that is named twice must hold both stages. `stage_bytes` are the
+    bytes that each stage takes; without them the weights are divided equally. The host must also have memory for the
+    buffers through which the weights are loaded.
     """
     if stage_bytes is None:
         stage_bytes = [-(-weight_bytes(checkpoint, towers, dtype) // len(devices))] * len(devices)
     if len(stage_bytes) != len(devices):
         raise ValueError(f"{len(stage_bytes)} stage_bytes for {len(devices)} devices")
     on_its_way = sum(checkpoint.tensors[name].nbytes for name in expected_tensors(checkpoint.config, towers))
-    needs = {"cpu": min(BUFFERS * BUFFER, on_its_way)}  # device name -> bytes of all its stages
+    needs = {"cpu": min(BUFFERS * BUFFER, on_its_way)}  # device name -> bytes of all stages on it
     for device, need in zip(devices, stage_bytes, strict=True):
         name = "cuda:0" if str(device) == "cuda" else str(device)
         needs[name] = needs.get(name, 0) + need
@@ -72,7 +77,7 @@ def check_memory(
 
 
 def free_memory(device: str | torch.device) -> int:
-    """Bytes that can still be allocated on a device; on the CPU also within the limit of the control group."""
+    """Return the bytes that can still be allocated on a device, on the CPU within the limit of the control group."""
     kind = torch.device(device).type
     if kind == "cuda":
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
@@ -92,11 +97,11 @@ def _available_ram() -> int:
         pass
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf(
         "SC_PAGE_SIZE"
-    )  # no /proc: macOS, where all of it is the best guess
+    )  # without /proc (macOS) all memory is the best guess
 
 
 def _cgroup_free(root: Path) -> int | None:
-    """Bytes left of the memory limit of this container (cgroup v2 or v1); None without a limit.
+    """Return the bytes left below the memory limit of this container (cgroup v2 or v1), or None if there is no limit.
 
     File pages that the kernel would drop first count as free, as they do in MemAvailable.
     """
@@ -110,7 +115,7 @@ def _cgroup_free(root: Path) -> int | None:
             stat = dict(line.split() for line in (root / stat_file).read_text().splitlines())
         except (OSError, ValueError):
             continue
-        if not limit.isdigit():  # "max"
+        if not limit.isdigit():  # "max" means no limit
             return None
         return max(0, int(limit) - usage + int(stat.get(cache_key, 0)))
     return None
@@ -118,11 +123,11 @@ def _cgroup_free(root: Path) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What was loaded, and how fast."""
+    """A record of what was loaded, and how fast."""
 
     what: str
     bytes: int
-    """As stored."""
+    """Bytes in the checkpoint, in the stored dtype."""
     seconds: float
 
     def __str__(self) -> str:
@@ -131,7 +136,10 @@ class Loaded:
 
 
 def load_towers(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> tuple[Loaded, ...]:
-    """As load_tensors, the context tower first, then the denoiser and its time conditioning -> how long each took."""
+    """Load the context tower, then the denoiser with its time conditioning, as load_tensors does.
+
+    Returns a record of size and time for each tower that has targets.
+    """
     names = {"context tower": expected_tensors(checkpoint.config, "context").keys() & targets.keys()}
     names["denoiser"] = targets.keys() - names["context tower"]
     loaded = []
@@ -144,20 +152,23 @@ def load_towers(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> 
 
 
 def load_tensors(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> int:
-    """Fills `targets`, checkpoint name -> contiguous destination, or part of one: any device, any float dtype.
+    """Fill `targets` from the checkpoint and return the number of bytes read.
 
-    What lies in the shards passes, in its order there, through BUFFERS buffers on the host: several threads read pieces
-    into some while others are copied to the device. They are all the memory taken beyond the destinations (from remote
-    storage, the pieces under way come on top; on a device, what of a buffer is being converted). Values are rounded to
-    the destination's dtype once, on its device. Returns the bytes read.
-    Raises CheckpointError where a tensor is absent, has another shape or dtype, or its shard ends too early.
+    `targets` maps a checkpoint name to a contiguous tensor, or slice of one, on any device and in any float dtype. The
+    shards are read in order, through BUFFERS buffers on the host. Several threads read pieces into some buffers while
+    the others are copied to the device. The buffers are the only memory needed beside the targets, with two exceptions:
+    pieces that are being read from remote storage, and, on a device, the tensor that is being converted to another
+    dtype. Values are rounded once, to the target's dtype, on its device.
+
+    Raises CheckpointError if a tensor is missing, has another shape or is not stored as a float, or if its shard ends
+    too early.
     """
     infos = {name: _info(checkpoint, name, target) for name, target in targets.items()}
     wanted = sorted(
         ((name, info) for name, info in infos.items() if info.nbytes), key=lambda item: (item[1].shard, item[1].start)
     )
     count = sum(info.nbytes for _, info in wanted)
-    # no larger than a small checkpoint needs, were each tensor to begin a new _ALIGN bytes
+    # no larger than a small checkpoint needs, even if each tensor has to be aligned
     size = min(BUFFER, _aligned(count) + _ALIGN * len(wanted))
     with ThreadPoolExecutor(READERS) as threads, torch.no_grad():
         try:
@@ -169,7 +180,7 @@ def load_tensors(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) ->
 
 
 class _Chunk(NamedTuple):
-    """Bytes [start, start + length) of a tensor, and where in a buffer they go."""
+    """Bytes [start, start + length) of a tensor, and their place `at` in a buffer."""
 
     name: str
     info: TensorInfo
@@ -179,7 +190,7 @@ class _Chunk(NamedTuple):
 
 
 class _Filling(NamedTuple):
-    """A buffer into which chunks are being read, and the reads of each."""
+    """A buffer that is being filled, and the reads of each of its chunks."""
 
     buffer: torch.Tensor
     chunks: "list[tuple[_Chunk, list[Future[None]]]]"
@@ -193,12 +204,12 @@ def _load(
     threads: ThreadPoolExecutor,
 ) -> None:
     copies = copies_to(target.device for target in targets.values())
-    # a buffer, and what waits until the copies out of it are done
+    # each buffer, with a function that waits until the copies out of it are done
     free: deque[tuple[torch.Tensor, Callable[[], object]]] = deque()
     free.extend((copies.buffer(size), copies.mark()) for _ in range(min(BUFFERS, len(fills))))
     filling: deque[_Filling] = deque()
     for chunks in fills:
-        if len(filling) == BUFFERS - 1:  # the copies out of the last one go on while the others are filled
+        if len(filling) == BUFFERS - 1:  # the copies out of one buffer run while the others are filled
             free.append((_empty(filling.popleft(), targets, copies), copies.mark()))
         buffer, wait = free.popleft()
         wait()
@@ -211,7 +222,7 @@ def _load(
 def _read(
     threads: ThreadPoolExecutor, checkpoint: Checkpoint, chunk: _Chunk, buffer: torch.Tensor
 ) -> "list[Future[None]]":
-    memory = memoryview(buffer.numpy())[chunk.at : chunk.at + chunk.length]  # type: ignore[arg-type]  # it is one
+    memory = memoryview(buffer.numpy())[chunk.at : chunk.at + chunk.length]  # type: ignore[arg-type]  # it is a buffer
     return [
         threads.submit(checkpoint.read_into, chunk.info, chunk.start + at, memory[at : at + PIECE])
         for at in range(0, chunk.length, PIECE)
@@ -219,7 +230,7 @@ def _read(
 
 
 def _empty(filling: _Filling, targets: Mapping[str, torch.Tensor], copies: Copies) -> torch.Tensor:
-    """Begins the copies out of a buffer, each as soon as it is read -> the buffer."""
+    """Start the copies out of a buffer, each one when its chunk has been read, and return the buffer."""
     for chunk, reads in filling.chunks:
         try:
             _ = [read.result() for read in reads]
@@ -233,7 +244,7 @@ def _empty(filling: _Filling, targets: Mapping[str, torch.Tensor], copies: Copie
 
 
 def _fills(wanted: Sequence[tuple[str, TensorInfo]], size: int) -> Iterator[list[_Chunk]]:
-    """What goes into one buffer of `size` bytes after the other; a tensor may begin in one and end in a later one."""
+    """Yield the chunks for one buffer of `size` bytes at a time. A tensor may continue in the next buffer."""
     chunks, used = list[_Chunk](), 0
     for name, info in wanted:
         start = 0

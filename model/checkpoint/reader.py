@@ -1,13 +1,13 @@
-"""A checkpoint where it lies: its config, what its safetensors shards hold and where, its identity. Free of torch.
+"""Reads a checkpoint in place: its config, the contents of its safetensors shards and its identity.
 
     checkpoint = open_checkpoint("builtin:tiny" | "/a/folder" | "s3://bucket/folder" | "hf://org/name")
     checkpoint.validate("both")            # complete, right shapes, nothing unknown, no shard cut short
     checkpoint.identity()                  # the same for a copy elsewhere
 
 A shard is read by ranges: 8 bytes (little-endian length of the header), the header (JSON: name -> dtype, shape, byte
-range), then single tensors. Format: https://github.com/huggingface/safetensors. This module and
-model/checkpoint/loader.py (through it) are the only ones in `model` that open a checkpoint's paths. Every error is a
-CheckpointError of one line.
+range), then single tensors. Format: https://github.com/huggingface/safetensors. This module does not import torch. It
+and model/checkpoint/loader.py (through it) are the only ones in `model` that open a checkpoint's paths. Every error is
+a CheckpointError with a message of one line.
 """
 
 import hashlib
@@ -27,19 +27,19 @@ from model.errors import CheckpointError
 
 BUILTIN = {name: Path(__file__).parents[1] / "builtin" / "checkpoints" / name for name in ("tiny", "noise")}
 DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Stored dtypes that load; quantised ones are refused."""
+"""Bytes of one element in each stored dtype that can be loaded. Quantised dtypes are refused."""
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-PIECE = 8 * 2**20  # bytes a range read at most, so that a large tensor never exists twice
-_WHOLE = 16 * 2**20  # shards below this size enter the identity whole
-_SAMPLE = 64 * 2**10  # bytes of each of the three samples of a larger one
+_MAX_HEADER = 100_000_000  # bytes; the same limit as in the safetensors library
+PIECE = 8 * 2**20  # bytes; the most that one range read asks for, so that a large tensor is never in memory twice
+_WHOLE = 16 * 2**20  # bytes; the identity covers all data of shards below this size
+_SAMPLE = 64 * 2**10  # bytes; the size of each of the three samples of a larger shard
 _OPEN_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: bytes [start, end) of the file `shard`, in `dtype` (safetensors name: F32, BF16, …)."""
+    """The place of one tensor: bytes [start, end) of the file `shard`, in `dtype` (safetensors name: F32, BF16, …)."""
 
     shard: str
     dtype: str
@@ -54,7 +54,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """What was found of one shard file; `problem` says why nothing can be read from it."""
+    """The header of one shard file; `problem` is the reason why nothing can be read from it."""
 
     name: str
     size: int = 0
@@ -65,7 +65,7 @@ class _Shard:
 
 
 class Checkpoint:
-    """An opened checkpoint. Get one from open_checkpoint()."""
+    """An opened checkpoint, which open_checkpoint() returns."""
 
     def __init__(self, uri: str, folder: "_Folder") -> None:
         self.uri = uri
@@ -86,9 +86,10 @@ class Checkpoint:
         self._identity: str | None = None
 
     def validate(self, towers: Towers = "both") -> None:
-        """Raises CheckpointError unless all that `towers` needs is there, in the right shape, and nothing unknown.
+        """Raise CheckpointError unless all tensors that `towers` needs are there, in the right shape, and none is
+        unknown.
 
-        "context" (AR mode) needs the context tower and its head alone; shards without any of those may be absent.
+        "context" (AR mode) needs only the context tower and its head; shards that contain none of these may be missing.
         """
         expected = expected_tensors(self.config, towers)
         known = expected_tensors(self.config, "both")
@@ -117,11 +118,11 @@ class Checkpoint:
             raise CheckpointError(f"checkpoint {self.uri}: {len(items)} {verb} {fault}: {', '.join(items[:3])}{more}")
 
     def identity(self) -> str:
-        """64 hex digits that a copy elsewhere shares: the content, not path or time.
+        """Return 64 hex digits that are the same for every copy: they depend on the content, not on path or time.
 
-        sha256 over config.json, tokenizer.json and, a shard in name order, its size, header and data: all of a shard
-        below 16 MiB, else three samples of 64 KiB, so that 118 GiB cost seconds. A change that keeps sizes, headers and
-        all samples goes unseen. Shards that are absent (AR mode) are left out.
+        They are the sha256 of config.json, tokenizer.json and, for each shard in name order, its size, header and data.
+        Of a shard of 16 MiB or more, only three samples of 64 KiB are read, to be fast. So a change that keeps the
+        sizes, the headers and all samples is not noticed. Missing shards (AR mode) are left out.
         """
         if self._identity is None:
             digest = hashlib.sha256()
@@ -145,24 +146,24 @@ class Checkpoint:
         return digest.digest()
 
     def read(self, info: TensorInfo) -> bytearray:
-        """The bytes of one tensor, little-endian, in C order. Raises CheckpointError where the shard ends too early."""
+        """Return the bytes of one tensor, little-endian, in C order. Raises CheckpointError if its shard ends early."""
         return self._folder.read(info.shard, info.start, info.end)
 
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """Fills `buffer` with the bytes of one tensor from `offset` on. Raises as read() does; threads may share it."""
+        """Fill `buffer` with bytes of one tensor, from `offset` on. Raises as read() does; threads may share it."""
         self._folder.read_into(info.shard, info.start + offset, buffer)
 
     def tokenizer_json(self) -> bytes | None:
-        """The content of tokenizer.json; None where the checkpoint has none."""
+        """Return the content of tokenizer.json, or None if the checkpoint has none."""
         return bytes(self._folder.read("tokenizer.json")) if self._folder.size("tokenizer.json") is not None else None
 
 
 def open_checkpoint(uri: str) -> Checkpoint:
-    """Opens a checkpoint: reads its config, its index and the headers of its shards, no weights.
+    """Open a checkpoint: read its config, its index and the headers of its shards, but no weights.
 
     `uri` is "builtin:tiny", a local folder or any fsspec URL (s3://…; hf://org/name with huggingface_hub installed).
-    Raises CheckpointError where it cannot be read, config.json cannot be run or no shards are listed; what is wrong
-    with the shards themselves is told by Checkpoint.validate(), which knows the towers that are needed.
+    Raises CheckpointError if it cannot be read, if its config.json is not supported or if it lists no shards. Faults of
+    the shards are reported by Checkpoint.validate(), which knows the towers that are needed.
     """
     if uri.startswith("builtin:"):
         name = uri.removeprefix("builtin:")
@@ -175,7 +176,7 @@ def open_checkpoint(uri: str) -> Checkpoint:
 
 
 class _Folder:
-    """The files of one folder on any fsspec file system; turns every storage error into a CheckpointError."""
+    """The files of one folder on any fsspec file system. Every storage error becomes a CheckpointError."""
 
     def __init__(self, uri: str, url: str) -> None:
         self.uri = uri
@@ -199,11 +200,11 @@ class _Folder:
             raise CheckpointError(f"checkpoint {self.uri}: {what} is missing") from error
         except (
             Exception
-        ) as error:  # a file system may raise what it likes: botocore, aiohttp and hub errors share no root
+        ) as error:  # file systems raise all kinds of errors: botocore, aiohttp and the hub share no base class
             raise CheckpointError(f"checkpoint {self.uri}: cannot read {what}: {_text(error)}") from error
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is no such file."""
+        """Return the bytes of a file, or None if there is no such file."""
         with self._one_line(name):
             try:
                 info: Mapping[str, Any] = self._fs.info(self._path(name))
@@ -212,7 +213,7 @@ class _Folder:
             return int(info["size"]) if info["type"] == "file" else None
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
-        """Bytes [start, end) of a file; the whole file without `end`."""
+        """Return bytes [start, end) of a file, or the bytes from `start` on without `end`."""
         if end is None:
             end = self.size(name)
             if end is None:
@@ -222,7 +223,7 @@ class _Folder:
         return content
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fills `buffer` from byte `start` of a file, a piece at a time."""
+        """Fill `buffer` from byte `start` of a file on, one piece at a time."""
         for at in range(0, len(buffer), PIECE):
             piece = buffer[at : at + PIECE]
             with self._one_line(name):
@@ -233,7 +234,7 @@ class _Folder:
                 )
 
     def _read_piece(self, path: str, start: int, buffer: memoryview) -> int:
-        if isinstance(self._fs, LocalFileSystem):  # straight into the buffer: half the memory and a copy less
+        if isinstance(self._fs, LocalFileSystem):  # straight into the buffer: half the memory, one copy less
             with open(path, "rb") as file:
                 file.seek(start)
                 return file.readinto(buffer)
@@ -242,7 +243,7 @@ class _Folder:
         return len(got)
 
     def open_shard(self, name: str) -> _Shard:
-        """The header of one shard. What is wrong with the file stands in the result; storage errors raise."""
+        """Read the header of one shard. A faulty file sets `problem`; only storage errors raise CheckpointError."""
         size = self.size(name)
         if size is None:
             return _Shard(name, missing=True)
@@ -259,7 +260,10 @@ class _Folder:
 
 
 def _parse_header(shard: str, size: int, header: bytes) -> dict[str, TensorInfo]:
-    """Tensors of a shard of `size` bytes; raises CheckpointError (a fragment) unless they fill it exactly."""
+    """Return the tensors of a shard of `size` bytes.
+
+    Raises CheckpointError unless they fill the shard exactly; its message is a fragment that the caller completes.
+    """
     entries = _json_object(header, "its header")
     entries.pop("__metadata__", None)
     data = 8 + len(header)
@@ -287,7 +291,7 @@ def _parse_header(shard: str, size: int, header: bytes) -> dict[str, TensorInfo]
 
 
 def _weight_map(folder: _Folder) -> dict[str, str]:
-    """Tensor name -> shard; of a checkpoint in one file, {"": that file}."""
+    """Return the shard of each tensor by name; for a checkpoint of a single file, {"": that file}."""
     if folder.size(_INDEX) is None:
         if folder.size(_SINGLE) is None:
             raise CheckpointError(f"checkpoint {folder.uri}: neither {_INDEX} nor {_SINGLE} is there")

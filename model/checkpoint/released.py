@@ -1,4 +1,4 @@
-"""The shape of the released checkpoint, to reckon and to test with where its 118 GiB are not at hand. Free of torch."""
+"""Holds the config of the released checkpoint, for estimates and tests without its 118 GiB. Does not import torch."""
 
 from collections.abc import Mapping
 
@@ -28,6 +28,6 @@ RELEASED: Mapping[str, object] = {
     "norm_topk_prob": True,
     "eos_token_id": 2,
 }
-"""Its config.json, as far as it says how to run the model."""
+"""The fields of the released config.json that say how to run the model."""
 
 RELEASED_CONFIG = TwoTowerConfig.from_dict(dict(RELEASED))

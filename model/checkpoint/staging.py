@@ -1,6 +1,6 @@
-"""Host memory through which weights pass on their way to a device, and the copies out of it.
+"""Allocates host buffers through which weights are loaded, and copies the weights from them to a device.
 
-On CUDA it is pinned, and copies go on a stream of their own beside the reads that fill the other buffers.
+For CUDA the buffers are pinned, and the copies run on their own stream while other buffers are filled.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,49 +11,55 @@ from torch import Tensor
 
 
 class Copies(Protocol):
-    """How what stands in host buffers reaches its destination."""
+    """The protocol for copies of weights from host buffers to their targets."""
 
     def buffer(self, size: int) -> Tensor:
-        """`size` bytes of host memory, uint8."""
+        """Return `size` bytes of host memory, uint8."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Begins target <- source, part of a buffer; rounded once, to the target's dtype, on the target's device."""
+        """Start a copy of `source`, a slice of a buffer, to `target`.
+
+        Values are rounded once, to the target's dtype, on the target's device.
+        """
 
     def mark(self) -> Callable[[], object]:
-        """What waits, when called, until all copies begun so far are done."""
+        """Return a function that waits until all copies started so far are done."""
 
 
 class HostCopies:
-    """To the CPU: a copy is done when `copy` returns."""
+    """The copies to targets on the CPU. Each copy is done when `copy` returns."""
 
     def buffer(self, size: int) -> Tensor:
-        """See Copies."""
+        """Return `size` bytes of host memory; see Copies."""
         return torch.empty(size, dtype=torch.uint8)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """See Copies."""
+        """Copy `source` to `target`; see Copies."""
         target.copy_(source)
 
     def mark(self) -> Callable[[], object]:
-        """See Copies."""
+        """Return a function that does nothing, because all copies are done; see Copies."""
         return lambda: None
 
 
 class CudaCopies:
-    """To GPUs, a stream each, and to the CPU."""
+    """The copies to targets on GPUs, with one stream for each GPU, and on the CPU."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
         for device, stream in self._streams.items():
-            # the allocator may have taken a target's memory from work that is still to end on the other stream
+            # unfinished work on the current stream may still use memory that the allocator has given to a target
             stream.wait_stream(torch.cuda.current_stream(device))
 
     def buffer(self, size: int) -> Tensor:
-        """See Copies."""
+        """Return `size` bytes of pinned host memory; see Copies."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """See Copies. What is converted is a second time on the device, for as long as that takes."""
+        """Start a copy of `source` to `target`; see Copies.
+
+        If the dtypes differ, the device also holds `source` in its stored dtype until the conversion is done.
+        """
         if not target.is_cuda:
             target.copy_(source)
             return
@@ -63,12 +69,12 @@ class CudaCopies:
             target.copy_(source, non_blocking=True)
 
     def mark(self) -> Callable[[], object]:
-        """See Copies."""
+        """Return a function that waits for all streams; see Copies."""
         events = [stream.record_event() for stream in self._streams.values()]
         return lambda: [event.synchronize() for event in events]
 
 
 def copies_to(devices: Iterable[torch.device]) -> Copies:
-    """The copies for targets on these devices."""
+    """Return the copies for targets on these devices."""
     found = set(devices)
     return CudaCopies(found) if any(device.type == "cuda" for device in found) else HostCopies()

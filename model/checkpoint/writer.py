@@ -1,4 +1,4 @@
-"""Writes a checkpoint in the released layout: config.json, tokenizer.json, a bfloat16 shard a tower, the index."""
+"""Writes a checkpoint in the released layout: config.json, tokenizer.json, a bfloat16 shard for each tower, index."""
 
 import json
 from collections.abc import Mapping
@@ -14,9 +14,10 @@ from model.checkpoint.config import TwoTowerConfig, expected_tensors
 def write_checkpoint(
     folder: Path, config: Mapping[str, object], tokenizer: object, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Into `folder`, which is made where it is missing. tokenizer: the content of tokenizer.json.
+    """Write a checkpoint into `folder`, which is created if it is missing.
 
-    tensors: by checkpoint name, in any dtype. Raises KeyError where one is missing.
+    tokenizer: the content of tokenizer.json. tensors: by checkpoint name, in any dtype. Raises KeyError if one is
+    missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -30,7 +31,7 @@ def write_checkpoint(
         shard = f"model-{number:05}-of-00002.safetensors"
         held = {name: tensors[name].to(torch.bfloat16).contiguous() for name in names}
         save_file(held, folder / shard, metadata={"format": "pt"})
-        (folder / shard).chmod(0o644)  # the library writes files that only their owner may read
+        (folder / shard).chmod(0o644)  # the library creates files that only their owner may read
         weight_map |= dict.fromkeys(names, shard)
         total += sum(tensor.nbytes for tensor in held.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

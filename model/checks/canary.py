@@ -1,11 +1,11 @@
-"""Canaries: prompts whose completions are known, by which a replica tells that it computes the model it should.
+"""Checks with canaries (prompts whose completions are known) that a loaded model computes what it should.
 
-    cases = make_cases(pair, prompts, tokens)     # where the model is known to be well
-    check_cases(pair, cases, made_in="float32")   # where it has been loaded now: raises CheckpointError
+    cases = make_cases(pair, prompts, tokens)     # from a model that is known to be right
+    check_cases(pair, cases, made_in="float32")   # on a model that has just been loaded: raises CheckpointError
 
-Compared are the tokens themselves, which the engine generates, where both sides compute in float32; and, in any dtype,
-a score of each expected token with all before it as expected. Completions drift apart for good once one near tie has
-fallen the other way, as it may in bfloat16; scores do not. See AGREE for how well they have to agree.
+Two things are compared: the generated tokens, if both sides compute in float32; and, in any dtype, a score of each
+expected token, with all tokens before it as expected. In bfloat16 two almost equal logits can change places, and from
+there on the completions differ; scores do not have this problem. AGREE says how well scores must agree.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,47 +24,57 @@ from model.requests import Completion, EngineLimits, GenerationParams, Request
 
 CanaryMode = Literal["ar", "diffusion"]
 SETTINGS: Mapping[str, float] = {"block_size": 16, "steps_per_block": 16, "confidence_threshold": 0.9}
-"""How diffusion cases are generated: the defaults of the released code."""
+"""The settings of diffusion cases: the defaults of the released code."""
 BLOCK = 16
 MAX_ROWS = 32
 
 AGREE: Mapping[str, tuple[float, float]] = {"float32": (0.9, 1e-3), "bfloat16": (0.25, 0.05)}
-"""dtype, the coarser of both sides' -> (least share of a mode's tokens, by how much the scores of those may differ).
+"""The agreement that is required, by dtype: (least share of a mode's tokens, largest difference of their scores).
 
-In float32 only the order of sums differs between machines, and scores by less than 1e-4. bfloat16 has to be measured
-on the hardest case, builtin:noise, whose random routers send a token to other experts at the slightest rounding: those
-tokens are lost, but the best quarter of them differs by 0.004 to 0.016 in bfloat16 from float32 (12 prompts, both
-modes, made in either). With one matrix shuffled in place it differs by 0.1 to 2.8, but for the attention's projections,
-which noise hardly uses: 0.012 to 0.064. In float32 every shuffled tensor shows, vectors too.
+The dtype is the coarser one of the checked model and of the model that made the cases. In float32 only the order of
+sums differs between machines, and scores differ far less than the limit. The limits for bfloat16 come from the hardest
+case, builtin:noise. Its random routers send a token to other experts at the slightest rounding, and such a token no
+longer agrees; but the best quarter of the tokens stays well below the limit. If one matrix is shuffled in place, that
+quarter is clearly above the limit. The exception is the attention's projections, which builtin:noise hardly uses: they
+are noticed only in some cases. In float32 every shuffled tensor is noticed, vectors too.
 """
 ROUNDING_SHARE, ROUNDING_FACTOR = 0.75, 4.0
-"""Trained models are far less touchy than noise. So a canary made in float32 also notes what bfloat16 does to it (what
-this share of a mode's tokens stays below), and a replica in bfloat16 may differ by so many times that."""
+"""The stricter limit for trained models, which are far less sensitive to rounding than builtin:noise.
+
+A canary made in float32 also records, for each mode, the difference of scores that ROUNDING_SHARE of the tokens stay
+below if the same model runs in bfloat16. In a bfloat16 replica, the same share of the tokens must stay below
+ROUNDING_FACTOR times that.
+"""
 SHAKE, SHAKES = 1e-4, 3
-"""Relative noise on the embeddings, and how many draws of it `stable` tokens survive: 10 times and more what another
-order of sums changes, so that no near tie can fall the other way on another machine."""
+"""The relative noise on the embeddings, and the number of random draws of it that leave `stable` tokens unchanged.
+
+The noise is at least 10 times what another order of sums changes. So no stable token can become another one on another
+machine because two logits are almost equal.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A prompt, generated greedily in one mode."""
+    """A prompt with its completion, generated greedily in one mode."""
 
     mode: CanaryMode
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     fed: tuple[tuple[tuple[int, ...], ...], ...]
-    """The blocks fed to the denoiser, those of each block of the completion together; empty in AR mode."""
+    """The blocks that were fed to the denoiser, grouped by block of the completion; empty in AR mode."""
     stable: int
-    """How many of the first tokens are the same on every machine in float32; 0 where it was not made in float32."""
+    """The number of first tokens that are the same on every machine in float32; 0 if the case is not from float32."""
     scores: tuple[float, ...]
-    """Of each token when it was committed: its logit's standard score among all logits of its position. Unlike a
-    probability it does not saturate, and it does not depend on the vocabulary's size."""
+    """The score of each token when it was committed: the standard score of its logit among all logits of its position.
+
+    Unlike a probability, it does not saturate and does not depend on the size of the vocabulary.
+    """
 
 
 def make_cases(pair: TwoTower, prompts: Sequence[Sequence[int]], tokens: int) -> list[Case]:
-    """The cases of a model that is taken to be well: every prompt in AR mode, then every prompt in diffusion.
+    """Return the cases of a model that is assumed to be right: every prompt in AR mode, then every prompt in diffusion.
 
-    Raises RequestError where a prompt does not fit the model's context, CheckpointError where logits are not finite.
+    Raises RequestError if a prompt does not fit the model's context, and CheckpointError if logits are not finite.
     """
     keys = [(mode, tuple(prompt)) for mode in modes(pair) for prompt in prompts]
     requests = [_request(str(i), mode, prompt, tokens) for i, (mode, prompt) in enumerate(keys)]
@@ -86,7 +96,7 @@ def make_cases(pair: TwoTower, prompts: Sequence[Sequence[int]], tokens: int) ->
 
 
 def measure_rounding(pair: TwoTower, cases: Sequence[Case]) -> dict[str, float]:
-    """By mode, what cases made in float32 differ by in the same model in bfloat16: see ROUNDING_SHARE."""
+    """Return, by mode, how much this bfloat16 model differs from cases that it made in float32; see ROUNDING_SHARE."""
     found = {mode: [case for case in cases if case.mode == mode] for mode in modes(pair)}
     return {mode: float(differences(pair, mine).quantile(ROUNDING_SHARE)) for mode, mine in found.items()}
 
@@ -94,10 +104,10 @@ def measure_rounding(pair: TwoTower, cases: Sequence[Case]) -> dict[str, float]:
 def check_cases(
     pair: TwoTower, cases: Sequence[Case], made_in: str, rounding: Mapping[str, float] | None = None
 ) -> None:
-    """Raises CheckpointError, saying in which mode and by how much, where the model is not that of the cases.
+    """Raise CheckpointError, with the mode and the difference, if the model is not the one that made the cases.
 
-    Cases of a mode whose towers are not loaded are left out. made_in: the dtype that the cases were made in. rounding:
-    what measure_rounding found then.
+    Cases of a mode whose towers are not loaded are left out. made_in: the dtype in which the cases were made. rounding:
+    the result of measure_rounding for these cases.
     """
     dtypes = {made_in, str(pair.dtype).removeprefix("torch.")}
     limits = [AGREE["bfloat16" if "bfloat16" in dtypes else "float32"]]
@@ -132,9 +142,9 @@ def _check_tokens(pair: TwoTower, cases: Sequence[Case]) -> None:
 
 
 def check_finite(pair: TwoTower, prompts: Sequence[Sequence[int]]) -> None:
-    """Raises CheckpointError where logits are not finite in the first forwards behind these prompts.
+    """Raise CheckpointError if logits are not finite in the first forwards after these prompts.
 
-    Two tokens in AR mode; in diffusion one block at once, and the first token of the next.
+    AR mode generates two tokens; diffusion mode generates one block in a single step and the first token of the next.
     """
     tokens = {"ar": 2, "diffusion": BLOCK + 1}
     room = pair.config.max_position_embeddings - (BLOCK + 1)
@@ -143,23 +153,26 @@ def check_finite(pair: TwoTower, prompts: Sequence[Sequence[int]]) -> None:
 
 
 def modes(pair: TwoTower) -> tuple[CanaryMode, ...]:
-    """Those that the loaded towers can run."""
+    """Return the modes that the loaded towers can run."""
     return ("ar",) if pair.denoiser is None else ("ar", "diffusion")
 
 
 def differences(pair: TwoTower, cases: Sequence[Case]) -> Tensor:
-    """(all their tokens,): by how much each score differs from the one expected."""
+    """Return the difference of each score from the expected one, for all tokens of all cases in one dimension."""
     return torch.cat([(_scores(pair, case) - torch.tensor(case.scores)).abs() for case in cases])
 
 
 def _request(key: str, mode: CanaryMode, prompt: Sequence[int], tokens: int, threshold: float | None = None) -> Request:
     settings = dict(SETTINGS) if threshold is None else {**SETTINGS, "confidence_threshold": threshold}
-    # no EOS: a completion that ends at once would say little
+    # no EOS: a completion that ends at once would test little
     return Request(key, prompt, GenerationParams(mode=mode, max_new_tokens=tokens, **settings))  # type: ignore[arg-type]
 
 
 def _generate(pair: TwoTower, requests: Sequence[Request]) -> list[Completion]:
-    """By an engine of their own, so that nothing of them is left behind in the one that takes work."""
+    """Generate the completions with a new engine, so that nothing of them stays in the engine that takes work.
+
+    Raises CheckpointError if a completion has an error.
+    """
     if not requests:
         return []
     needed = max(len(request.prompt_ids) + request.params.max_new_tokens for request in requests)
@@ -174,7 +187,7 @@ def _generate(pair: TwoTower, requests: Sequence[Request]) -> list[Completion]:
 
 @torch.inference_mode()
 def _scores(pair: TwoTower, case: Case) -> Tensor:
-    """(len(token_ids),) float32 on the CPU: see Case.scores."""
+    """Return the scores (len(token_ids),) float32 on the CPU; see Case.scores."""
     prompt, ids = list(case.prompt_ids), list(case.token_ids)
     cache = pair.new_cache(slots=1, kv_tokens=len(prompt) + len(ids))
     slot = cache.allocator.acquire(len(prompt) + len(ids))
@@ -190,12 +203,12 @@ def _scores(pair: TwoTower, case: Case) -> Tensor:
     found = []
     for number, steps in enumerate(case.fed):
         block = ids[number * BLOCK : (number + 1) * BLOCK]
-        fed = torch.tensor(steps)  # (steps, BLOCK): all in one forward, as rows with the same context
+        fed = torch.tensor(steps)  # (steps, BLOCK): all steps run in one forward, as rows with the same context
         masked = fed == pair.config.mask_token_id
         rows = cache.rows([slot] * len(steps), [BLOCK] * len(steps))
         hidden = pair.denoise(cache, rows, fed.flatten(), masked.float().mean(1))
         place = torch.arange(len(block))
-        committed = masked.long().cumsum(0).argmax(0)[place]  # in the last step that has it masked
+        committed = masked.long().cumsum(0).argmax(0)[place]  # the last step in which the position was masked
         hidden = hidden[(committed * BLOCK + place).to(hidden.device)]
         found.append(_standard_scores(pair.denoiser.logits(hidden), block))
         extend(block)
@@ -203,19 +216,19 @@ def _scores(pair: TwoTower, case: Case) -> Tensor:
 
 
 def _standard_scores(logits: Tensor, ids: Sequence[int]) -> Tensor:
-    """(N, V) -> (N,): of the logit of one id a position."""
+    """Return the standard score of one id's logit at each position: logits (N, V) -> (N,)."""
     mine = logits[torch.arange(len(ids)), list(ids)]
     return ((mine - logits.mean(-1)) / logits.std(-1)).cpu()
 
 
 def _agree(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens up to the first that differs."""
+    """Return the number of tokens before the first one that differs."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 @contextmanager
 def _shaken(pair: TwoTower, seed: int) -> Iterator[None]:
-    """The model with a little noise on the columns of its embeddings, for as long as this lasts."""
+    """Put a little noise on the columns of the model's embeddings while the context is open."""
     weights = [tower.embeddings.weight.data for tower in (pair.context, pair.denoiser) if tower is not None]
     before = [weight.clone() for weight in weights]
     generator = torch.Generator().manual_seed(seed)

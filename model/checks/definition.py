@@ -1,8 +1,8 @@
-"""What the kernels compute, by definition: float64 on the CPU, one row, a token at a time, nothing clever.
+"""Computes what the kernels compute, straight from the formulas: in float64 on the CPU, one row, one token at a time.
 
-Written after the formulas of model.kernels and TWOTOWER's description, not after any kernel, so that a mistake in one
-is not repeated here. Shapes: L tokens of the row, C conv channels, K conv taps, M Mamba heads of D channels, S states;
-Q query heads, J key/value heads, d head_dim; H hidden size, F expert width.
+It is written from the formulas in model.kernels and the description of the model, not from any kernel, so that it does
+not repeat a kernel's mistake. Shapes: L tokens of the row, C conv channels, K conv taps, M Mamba heads of D channels, S
+states; Q query heads, J key/value heads, d head_dim; H hidden size, F expert width.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,10 @@ from model.kernels.protocol import ScanWeights
 def mamba_scan(
     xbc: Tensor, dt: Tensor, weights: ScanWeights, conv_state: Tensor, ssm_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """xbc (L, C) raw, dt (L, M) raw, conv_state (C, K), ssm_state (M, D, S) -> y (L, M D), the last ssm_state.
+    """Run the scan over one row and return y (L, M D) and the last ssm_state.
 
-    s <- exp(dt A) s + dt x (outer) B; y = s C + D x (Mamba-2, arXiv 2405.21060), after a causal convolution and SiLU.
+    Takes xbc (L, C) and dt (L, M) before any processing, conv_state (C, K) and ssm_state (M, D, S). Computes a causal
+    convolution and SiLU, then s <- exp(dt A) s + dt x (outer) B; y = s C + D x (Mamba-2, arXiv 2405.21060).
     """
     xbc, dt, state = wide(xbc), wide(dt), wide(ssm_state)
     kernel, bias, decay, skip = (wide(z) for z in (weights.conv_weight, weights.conv_bias, weights.decay, weights.D))
@@ -28,7 +29,7 @@ def mamba_scan(
     window = wide(conv_state)
     out = []
     for token in range(len(xbc)):
-        window = torch.cat([window[:, 1:], xbc[token, :, None]], dim=1)  # the last tap is the current token's
+        window = torch.cat([window[:, 1:], xbc[token, :, None]], dim=1)  # the last tap multiplies the current token
         mixed = (window * kernel).sum(1) + bias
         mixed = mixed * mixed.sigmoid()
         x, b, c = mixed.split([heads * head_dim, weights.groups * states, weights.groups * states])
@@ -39,7 +40,7 @@ def mamba_scan(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """q (L, Q, d) over k, v (P + L, J, d), the row's context before its own tokens -> (L, Q d)."""
+    """Return the attention (L, Q d) of q (L, Q, d) over k, v (P + L, J, d): the row's context, then its own tokens."""
     q, k, v = wide(q), wide(k), wide(v)
     length, total, shared = len(q), len(k), q.shape[1] // k.shape[1]
     last_visible = torch.arange(total - length, total) if causal else torch.full((length,), total - 1)
@@ -52,7 +53,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
 
 
 def experts(x: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """x (L, H), choice (L, K) of the experts up (E, F, H) and down (E, H, F), weight (L, K) -> (L, H)."""
+    """Return the weighted sum of the chosen experts for each token, (L, H).
+
+    Takes x (L, H), choice (L, K) of the experts up (E, F, H) and down (E, H, F), and weight (L, K).
+    """
     x, weight, choice = wide(x), wide(weight), choice.cpu()
     out = torch.zeros_like(x)
     for expert in choice.unique().tolist():
@@ -63,15 +67,15 @@ def experts(x: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor)
 
 
 def wide(x: Tensor) -> Tensor:
-    """As float64 on the CPU."""
+    """Return the tensor in float64 on the CPU."""
     return x.detach().to("cpu", torch.float64)
 
 
 def relative_error(got: Tensor, wanted: Tensor, rows: Sequence[int]) -> float:
-    """The largest over the rows of max|got - wanted| / max|wanted|; infinite where anything is not finite.
+    """Return the largest max|got - wanted| / max|wanted| over the rows; infinity if a value is not finite.
 
-    got, wanted (N, …): `rows` tokens each, one after another. A row is measured by itself, so that one with large
-    numbers hides no other.
+    got, wanted: (N, …). `rows`: the number of tokens of each row, one row after the other. Each row is measured
+    separately, so that large numbers in one row do not hide an error in another.
     """
     errors = []
     for mine, right in zip(wide(got).split(list(rows)), wide(wanted).split(list(rows)), strict=True):

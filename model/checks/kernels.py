@@ -1,20 +1,21 @@
-"""Checks the kernels that a loaded model computes with against their definitions in float64, on its own devices.
+"""Checks the kernels of a loaded model against their definitions in float64, on the model's own devices.
 
-A wrong kernel fails in silence: the text is wrong, or every block takes all its steps. So a replica runs this before it
-takes work, with the checkpoint's own sizes and the weights of its first layer of each kind, a device and tower. The
-cases are those in which kernels are known to go wrong: rows shorter than the convolution, seeded rows shorter than a
-chunk, seeds far larger than the inputs, rows of unlike lengths, slots and pages full of what other rows left.
+A wrong kernel raises no error: the text is wrong, or every block takes all its steps. So a replica runs this check
+before it takes work, for each device and tower, with the checkpoint's own sizes and the weights of the first layer of
+each kind. The cases are those in which kernels are known to fail: rows shorter than the convolution, seeded rows
+shorter than a chunk, seeds far larger than the inputs, rows of different lengths, and slots and pages that still hold
+data of earlier rows.
 
-The work does not depend on the model's depth. The definitions run on the CPU, 245 tokens of a scan a tower and device:
-0.06 s of CPU for builtin:noise, 2.5 s for the sizes of the released model (measured with plain kernels on one core).
+The work does not depend on the model's depth. The definitions run on the CPU, the scan on about 230 tokens for each
+tower and device.
 
-Tolerances, as max|difference| / max|right| of a row, from the plain kernels and from faults put into them, at the sizes
-of both. The scan gives float32 whatever the model's dtype, from inputs that are the same in both. The plain one is off
-by 7e-7 at most (5 eps of float32); by 1.6e-3 at least with anything rounded to bfloat16 on the way (inputs, seed or
-outputs), by 2.7e-4 with TensorFloat-32 products. SCAN_TOLERANCE is 30 times the first and a 13th of the mildest fault.
-Attention, experts and products give the model's dtype: off by 1.1e-6 in float32; in bfloat16 by 0.5 eps, experts by 1.5
-(a rounding is squared in them). The mildest faults among wrong heads, masks, scales and experts: 0.16, 2.6 times what
-OUTPUT_TOLERANCE allows in bfloat16.
+A tolerance limits max|difference| / max|right| of a row. The tolerances come from the errors of the plain kernels and
+from faults that were built into them, at the sizes of builtin:noise and of the released model. The scan gives float32
+whatever the model's dtype, and gets the same inputs as its definition. SCAN_TOLERANCE is about 30 times the error of
+the plain scan, and a 13th of the mildest fault, products in TensorFloat-32; anything rounded to bfloat16 on the way is
+worse. Attention, experts and products give the model's dtype. In bfloat16 they are off by 0.5 eps, and experts by 1.5
+eps, because a rounded value is squared. The mildest fault among wrong heads, masks, scales and experts is 2.6 times
+OUTPUT_TOLERANCE in bfloat16.
 """
 
 from collections.abc import Iterator
@@ -38,17 +39,17 @@ from model.runtime.ragged_batch import RaggedBatch
 SCAN_TOLERANCE = 2e-5
 OUTPUT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8 * 2.0**-7}
 LARGE = 1000.0
-"""Size of seeded states against inputs of size 1."""
+"""The size of seeded states; inputs have size 1."""
 SEED = 20260626
 
 
 class KernelError(TwoTowerError):
-    """A kernel does not compute what it must."""
+    """The error that a kernel does not compute what it must."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Where:
-    """What the cases of one layer share: where they run, and what an error names."""
+    """The settings that all cases of one layer share: where they run, and the names for error messages."""
 
     kernels: Kernels
     tower: str
@@ -57,17 +58,17 @@ class _Where:
     generator: torch.Generator
 
     def normal(self, *shape: int, size: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Seeded random numbers, the same on every device."""
+        """Return seeded random numbers, which are the same on every device."""
         return (torch.randn(*shape, generator=self.generator) * size).to(self.device, dtype or self.dtype)
 
     def close(self, kernel: str, what: str, error: float, allowed: float) -> None:
-        """Raises KernelError where an error is above what is allowed."""
+        """Raise KernelError if the error is larger than allowed."""
         if not error <= allowed:
             off = f"off by {error:.2g} of the largest, {allowed:.2g} is allowed" if error < torch.inf else "not finite"
             raise self._wrong(kernel, f"{what} are {off}")
 
     def exact(self, kernel: str, what: str, right: bool) -> None:
-        """Raises KernelError where that is not so."""
+        """Raise KernelError if `right` is false."""
         if not right:
             raise self._wrong(kernel, f"{what} are not what they must be, bit for bit")
 
@@ -80,7 +81,7 @@ class _Where:
 
 
 def check_kernels(pair: TwoTower) -> None:
-    """Raises KernelError naming the kernel, the case, the device, the dtype and by how much it is off."""
+    """Raise KernelError, naming kernel, case, device, dtype and error, if a kernel of the model is wrong."""
     towers = {"context": pair.context} | ({"denoiser": pair.denoiser} if pair.denoiser is not None else {})
     for name, tower in towers.items():
         seen = set[tuple[torch.device, type]]()
@@ -104,7 +105,7 @@ def check_kernels(pair: TwoTower) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """A forward through mamba_scan: row r has slot r; a seed is a slot, or -1. Behind the rows' slots is a prefix's."""
+    """A forward through mamba_scan: row r has slot r, and a seed is a slot or -1. The last slot is that of a prefix."""
 
     name: str
     lengths: tuple[int, ...]
@@ -120,13 +121,13 @@ def _scans(config: TwoTowerConfig) -> Iterator[_Scan]:
 
 
 def check_scan(where: _Where, weights: Mamba2, config: TwoTowerConfig) -> None:
-    """The scan: outputs, the states that are stored, and that all other states stay as they are."""
+    """Check the outputs of the scan, the states that it stores, and that it changes no other state."""
     shape = config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size
     for scan in _scans(config):
         count, lengths = len(scan.lengths), list(scan.lengths)
         conv = where.normal(count + 1, config.conv_dim, config.conv_kernel)
         ssm = where.normal(count + 1, *shape, size=LARGE, dtype=torch.float32)
-        for slot in set(range(count)) - set(scan.seeds):  # what rows before these have left
+        for slot in set(range(count)) - set(scan.seeds):  # as earlier rows may have left them
             conv[slot], ssm[slot] = torch.nan, torch.nan
         xbc, dt = where.normal(sum(lengths), config.conv_dim), where.normal(sum(lengths), config.mamba_num_heads)
         nothing = conv.new_zeros(conv.shape[1:]), ssm.new_zeros(shape)
@@ -154,7 +155,10 @@ def check_scan(where: _Where, weights: Mamba2, config: TwoTowerConfig) -> None:
 
 
 def check_attention(where: _Where, config: TwoTowerConfig) -> None:
-    """Attention over paged contexts: of prompts (causal, stored) and of blocks (all see all, nothing stored)."""
+    """Check attention over paged contexts, for prompts and for blocks.
+
+    Prompts are causal and stored; in a block every token sees all others, and nothing is stored.
+    """
     for name, lengths, context, causal in (
         ("prompts", (1, PAGE_SIZE + 6, 16), (PAGE_SIZE, 0, 30), True),
         ("blocks", (16, 16, 5), (0, PAGE_SIZE + 36, 30), False),
@@ -181,7 +185,7 @@ def check_attention(where: _Where, config: TwoTowerConfig) -> None:
 def _paged(
     where: _Where, config: TwoTowerConfig, lengths: tuple[int, ...], context: tuple[int, ...]
 ) -> tuple[RaggedBatch, Tensor]:
-    """Rows with pages of their own, out of order, and the pages: random context, then what other rows left."""
+    """Return rows whose pages are out of order, and the pages: random context, then NaN as left by earlier rows."""
     needed = [-(-(length + before) // PAGE_SIZE) for length, before in zip(lengths, context, strict=True)]
     tables = tuple(tuple(range(sum(needed[: r + 1]) - 1, sum(needed[:r]) - 1, -1)) for r in range(len(needed)))
     pages = where.normal(2, sum(needed), PAGE_SIZE, config.num_key_value_heads, config.head_dim)
@@ -193,7 +197,7 @@ def _paged(
 
 
 def check_linear(where: _Where, weight: Tensor) -> None:
-    """A product of one token and of several."""
+    """Check a product of one token and of several tokens."""
     for tokens in (1, 17):
         x = where.normal(tokens, weight.shape[1])
         right = definition.wide(x) @ definition.wide(weight).T
@@ -202,7 +206,10 @@ def check_linear(where: _Where, weight: Tensor) -> None:
 
 
 def check_experts(where: _Where, mixer: MoE) -> None:
-    """Experts chosen by one token, by many and by none: at most eight, the first and the last among them."""
+    """Check experts that are chosen by one token, by many and by none.
+
+    At most eight experts are used, or as many as a token needs, the first and the last among them.
+    """
     count, per_token, tokens = len(mixer.up), mixer.gate.per_token, 6
     chosen = torch.linspace(0, count - 1, min(count, max(8, per_token))).long()
     ranked = torch.rand(tokens, len(chosen), generator=where.generator)

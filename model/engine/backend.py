@@ -1,5 +1,5 @@
-"""The seam between the loop and what computes: the real model (model.engine.model_runner), or a stand-in. Free of
-torch."""
+"""Defines the interface between the loop and the code that runs the forwards: the real model
+(model.engine.model_runner) or a stand-in. Does not import torch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeVar
@@ -8,61 +8,64 @@ from model.engine.sequence import ActiveRow, Prefix
 
 
 class BlockReport(NamedTuple):
-    """A block that needs attention: it is full, or its row may have ended."""
+    """A block that needs attention: it is full, its row may have ended, or its logits were not finite."""
 
     row: ActiveRow
     ready: int
-    """Positions committed with nothing masked before them."""
+    """Number of committed positions before the first masked one."""
     complete: bool
     may_end: bool
-    """It holds an EOS or reaches the row's limit, or the row has stop strings."""
+    """Whether the row may have ended: the block holds an EOS or reaches the row's limit, or the row has stop
+    strings."""
     broken: bool
-    """Logits that the row needed were not finite; in AR mode those behind the first `ready` tokens."""
+    """Whether logits that the row needed were not finite; in AR mode those after the first `ready` tokens."""
     steps: int
-    """Denoiser forwards that the block has taken."""
+    """Number of denoiser forwards that the block has taken."""
     tokens: list[int]
     confidences: list[float]
 
 
 class Timed(Protocol):
-    """A forward under way."""
+    """A forward that has been launched and not collected yet."""
 
     @property
     def seconds(self) -> float:
-        """What it took; to be asked when it has come back."""
+        """Return the duration of the forward in seconds; valid once the forward has been collected."""
 
 
 H = TypeVar("H", bound=Timed)
 
 
 Batch = Sequence[tuple[ActiveRow | Prefix, int]]
-"""Rows and prefixes, and how many of their pending tokens a context forward takes."""
+"""The rows and prefixes of a context forward, each with the number of its pending tokens that the forward takes."""
 
 
 class Backend(Protocol[H]):
-    """What computes. Forwards run in the order of their launch; nothing here waits but `collect`."""
+    """The code that runs forwards. They run in the order of their launch, and only `collect` waits for them."""
 
     def add_slots(self, count: int) -> None:
-        """Makes room for more rows. Nothing is under way."""
+        """Make room for `count` more rows. No forward may be in progress."""
 
     def enter(self, rows: Sequence[ActiveRow]) -> None:
-        """These rows have got their slots."""
+        """Prepare for rows that have just got their slots."""
 
     def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
-        """Each of these rows begins a block; one in AR mode of `ar_tokens`, or of what it may still take."""
+        """Begin a block for each of these rows; in AR mode of `ar_tokens` tokens, or fewer if the completion may take
+        fewer."""
 
     def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> H:
-        """Launches a context forward: pieces of prompts and finished blocks together.
+        """Launch a context forward over pieces of prompts and finished blocks together.
 
-        fill: rows in AR mode, the last ones of the batch; it predicts the token behind those that it stores, and where
-        their blocks are longer it goes on with that one, a forward a token.
+        fill: the rows in AR mode, which are the last ones of the batch. The forward predicts the token after those that
+        it stores. If the blocks of these rows are longer, further forwards follow, each predicting one more token.
         """
 
     def denoise(self, rows: Sequence[ActiveRow]) -> H:
-        """Launches a denoiser forward over the rows' blocks."""
+        """Launch a denoiser forward over the blocks of these rows."""
 
     def collect(self, handle: H) -> Sequence[BlockReport]:
-        """Waits for a forward -> the blocks that need attention. Raises what went wrong in it."""
+        """Wait for a forward and return the blocks that need attention. Raises the error if the forward failed."""
 
     def out_of_memory(self, error: BaseException) -> bool:
-        """Whether fewer rows could help; gives back what the device allocator holds if so."""
+        """Return True if memory ran out, so that fewer rows may help; in that case also free the memory that the device
+        allocator caches."""

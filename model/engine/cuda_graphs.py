@@ -1,18 +1,20 @@
-"""Forwards over blocks and single tokens as CUDA graphs: recorded once a size, then replayed in one launch.
+"""Runs forwards over blocks and single tokens as CUDA graphs: each size is recorded once, then replayed by one launch.
 
-A forward is some 700 kernels, which cost the host 5 to 10 ms to launch one by one; over few rows the device is done
-with them in less. A graph runs kernels of fixed sizes on fixed addresses. So a forward is put into a bucket of at least
-its size, and whatever else kernels must know of it goes into tensors that the graph reads: slots, seeds, starts and
-lengths of the rows, the plan of their attention, their times. Prompts are launched kernel by kernel, as ever.
+A forward consists of hundreds of kernels. If the host launches them one by one, this takes longer than the device needs
+to compute a forward over few rows. A graph runs kernels of fixed sizes on fixed addresses. A forward is therefore put
+into a bucket of at least its own size, and everything else that the kernels must know is in tensors that the graph
+reads: slots, seeds, starts and lengths of the rows, the plan of their attention, and their times. Forwards over longer
+pieces of prompts are launched kernel by kernel.
 
-Padding is rows of length 0 and tokens of no row. Kernels read and write nothing for the former. The hidden states of
-the latter are set to NaN, which no layer mixes with another token: norms, projections, the router, experts and the
-residual treat every token by itself, convolution, scan and attention follow the rows, and the heads get real tokens
-alone. Scan and attention leave such a token's result as memory had it, but the residual, to which it is added, stays
-NaN. So all of these tokens choose the same few experts, and few weights are read for them.
+Padding consists of rows of length 0 and of tokens that belong to no row. For such a row kernels read and write nothing.
+The hidden states of such a token are set to NaN, and no layer mixes them with another token: norms, projections, the
+router, experts and the residual treat every token by itself; convolution, scan and attention follow the rows; and the
+heads get real tokens only. Scan and attention leave whatever was in memory as the result for such a token, but the
+residual, to which the result is added, stays NaN. So all of these tokens choose the same few experts, and few weights
+are read for them.
 
-Only for CUDA: importing this needs Triton. A stage's graphs share their buffers and one pool of memory, and must be
-replayed on one stream, one after the other, as model.runtime.stages has it.
+Only for CUDA: importing this module needs Triton. The graphs of a stage share their buffers and one pool of memory, and
+must be replayed on one stream, one after the other; model.runtime.stages does that.
 """
 
 import threading
@@ -42,11 +44,12 @@ T = TypeVar("T")
 Kind = Literal["extend", "denoise", "denoise without time"]
 Run = Callable[[], None]
 Record = Callable[[Run], Run]
-"""What runs on fixed tensors -> what does the same again. It need not run meanwhile."""
+"""A recorder: takes a function that works on fixed tensors and returns a function that does the same work again. The
+work need not be done while it is recorded."""
 
 MAX_VOID = 256
-"""Tokens of no row that a bucket may have in any case. Above a quarter of the real ones and this, computing them takes
-longer than launching does: such a forward of unlike rows is launched kernel by kernel."""
+"""Number of padding tokens that a bucket may always have. A forward that would need more than this, and more than a
+quarter of its real tokens, is launched kernel by kernel: computing the padding would take longer than the launches."""
 
 
 class Bucket(NamedTuple):
@@ -54,12 +57,16 @@ class Bucket(NamedTuple):
 
     rows: int
     longest: int
-    """Tokens of each row, at most."""
+    """Largest number of tokens in a row."""
 
     @classmethod
     def of(cls, rows: int, longest: int) -> "Bucket":
-        """Rows: powers of two up to 16, where weights are all that counts, then eighths of a power of two (16, 18, …,
-        32, 36, …, 64, 72, …), so that at most a ninth is padding. Tokens: powers of two."""
+        """Return the bucket for `rows` rows of at most `longest` tokens.
+
+        Up to 16 rows, which take little more than the time to read the weights, the number is rounded up to a power of
+        two. Above that, it is rounded up to a multiple of an eighth of the power of two below it (18, 20, …, 32, 36, …,
+        64, 72, …), so that at most a ninth is padding. The number of tokens is rounded up to a power of two.
+        """
         step = max(1, power_of_two(rows) // 16)
         return cls(power_of_two(rows) if rows <= 16 else -(-rows // step) * step, power_of_two(longest))
 
@@ -69,22 +76,23 @@ class Bucket(NamedTuple):
 
 
 class Graphs:
-    """`TwoTower.extend_parts` and `denoise_parts` over one cache, replayed where a forward fits a bucket.
+    """The forwards `TwoTower.extend_parts` and `denoise_parts` over one cache, as graphs if they fit a bucket.
 
-    A part's result lies in a buffer that the stage's next part overwrites. The first forward of a bucket runs kernel by
-    kernel, over the same tensors, and is recorded then.
+    The result of a part is in a buffer that the stage's next part overwrites. The first forward of a bucket runs kernel
+    by kernel on the same tensors and is recorded then.
     """
 
     def __init__(
         self, pair: TwoTower, cache: ContextCache, record: Callable[[torch.device], Record] | None = None
     ) -> None:
-        """record: makes what records on a device, for tests without a GPU."""
+        """Start without any graphs. record: makes the recorder of a device; tests without a GPU pass their own."""
         self.pair, self.cache = pair, cache
         self._recorder = record or CudaRecorder
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all graphs and their memory: to be called when the cache's tensors move. Nothing is under way."""
+        """Drop all graphs and their memory. Must be called if the cache's tensors move; no forward may be in
+        progress."""
         states = [layer.pages for layer in self.cache.layers if isinstance(layer, AttentionState)]
         self._heads = heads_over(self.pair.config.num_attention_heads, states[0]) if states else None
         self._most = Bucket.of(self.cache.allocator.slots, BLOCK)
@@ -94,21 +102,21 @@ class Graphs:
         self._graphs: dict[tuple[Kind, Bucket, int], _Graph] = {}
 
     def extend_parts(self, rows: RaggedBatch) -> list[Part]:
-        """See TwoTower."""
+        """Return the parts of an extend, like `TwoTower.extend_parts`."""
         bucket = self._bucket(rows)
         if bucket is None:
             return self.pair.extend_parts(self.cache, rows)
         return self._parts("extend", bucket, rows, torch.zeros(0))
 
     def denoise_parts(self, rows: RaggedBatch, t: Tensor) -> list[Part]:
-        """See TwoTower. t (R,) is on the host."""
+        """Return the parts of a denoiser forward, like `TwoTower.denoise_parts`. t: (R,), on the host."""
         bucket = self._bucket(rows)
         if bucket is None:
             return self.pair.denoise_parts(self.cache, rows, t)
         return self._parts("denoise without time" if t.isnan().all() else "denoise", bucket, rows, t)
 
     def _bucket(self, rows: RaggedBatch) -> Bucket | None:
-        """The bucket of a forward; None for one that is to be launched kernel by kernel."""
+        """Return the bucket of a forward, or None if it is to be launched kernel by kernel."""
         longest, tokens = max(rows.lengths), sum(rows.lengths)
         bucket = Bucket.of(len(rows.lengths), longest)
         behind = max(length + before for length, before in zip(rows.lengths, rows.context, strict=True))
@@ -163,26 +171,27 @@ class Graphs:
 
 @dataclass(frozen=True, slots=True)
 class _Feed:
-    """What one forward tells its graphs, on the host."""
+    """The values that one forward writes into the tensors of its graphs, on the host."""
 
-    numbers: Array  # (4 R + N + R,) int64: Rows.packed, then each row's time as float64
+    numbers: Array  # (4 R + N + R,) int64: RaggedBatch.packed, then the bits of each row's time as float64
     plan: Paged | None
     tokens: int
 
 
 class _FixedRows(RaggedBatch):
-    """Rows as they are known when a graph is recorded: how many, and how long at most. The rest is in tensors."""
+    """The rows as they are known when a graph is recorded: their number and greatest length. The rest is in tensors."""
 
     @classmethod
     def of(cls, bucket: Bucket, numbers: Tensor, heads: Heads | None, plan: Paged | None) -> "_FixedRows":
-        """Of a forward in the bucket that is read from the tensors."""
+        """Return the rows of a forward in the bucket; their data is read from the given tensors."""
         count = bucket.rows
         index = RowIndex.of(numbers[: 4 * count + bucket.tokens], count)
         made = {numbers.device: index, (numbers.device, heads): plan}
         return cls((0,) * count, (-1,) * count, (bucket.longest,) * count, (0,) * count, ((),) * count, made)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:  # noqa: ARG002
-        """What is there from the start; KeyError for anything else, which would be recorded as it is now."""
+        """Return what was made at the start. Raises KeyError for any other key: its value would be recorded as it is
+        now and never change."""
         made: T = self._made[key]
         return made
 
@@ -194,9 +203,9 @@ class _Graph:
         self,
         name: str,
         layers: Callable[[Tensor, Tensor], Tensor],
-        hidden: Tensor,  # (N, H): in and out
+        hidden: Tensor,  # (N, H), input and output
         numbers: Tensor,
-        times: Tensor,  # (R,) float64, of `numbers`
+        times: Tensor,  # (R,) float64, a view of `numbers`
         plan: Paged | None,
         record: Record,
     ) -> None:
@@ -205,7 +214,8 @@ class _Graph:
         self.replay: Run | None = None
 
     def __call__(self, x: Tensor, feed: _Feed) -> Tensor:
-        """x (n, H), hidden states of the forward's own tokens -> the same behind the layers, in a buffer."""
+        """Take the hidden states x (n, H) of the forward's real tokens and return those after the layers, (n, H), in a
+        buffer."""
         self.hidden[: feed.tokens].copy_(x)
         self.hidden[feed.tokens :].fill_(torch.nan)
         self.numbers.copy_(to_device(feed.numbers, self.numbers.device))
@@ -213,19 +223,19 @@ class _Graph:
             self.plan.fill(feed.plan)
         if self.replay is not None:
             self.replay()
-        else:  # compiles kernels and makes cuBLAS ready, none of which can be recorded
+        else:  # compiles kernels and prepares cuBLAS, which cannot be recorded
             self.compute()
             self.replay = self._recorded()
         return self.hidden[: feed.tokens]
 
     def compute(self) -> None:
-        """The layers, over the buffers."""
+        """Run the layers on the buffers."""
         self.hidden.copy_(self.layers(self.hidden, self.times.float()))
 
     def _recorded(self) -> Run:
         try:
             return self.record(self.compute)
-        except Exception as error:  # whatever it is, the forward can do without
+        except Exception as error:  # whatever the error is, the forward also works without a graph
             if device_lost(error):
                 raise
             told = f"no CUDA graph for {self.name}, which will be launched kernel by kernel: {first_line(error)}"
@@ -234,9 +244,10 @@ class _Graph:
 
 
 class CudaRecorder:
-    """Captures graphs on one device, all of them in one pool: it holds what the largest needs while it runs."""
+    """A recorder that captures graphs on one device. They share one pool, which holds the memory that the largest graph
+    needs while it runs."""
 
-    _one_at_a_time = threading.Lock()  # in a process
+    _one_at_a_time = threading.Lock()  # captures of all recorders in this process
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -244,22 +255,23 @@ class CudaRecorder:
         self._captured = False
 
     def __call__(self, run: Run) -> Run:
-        """Captures `run`, which has run before, on the device's current stream, which must not be its default one.
+        """Capture `run` on the device's current stream and return the function that replays it.
 
-        Other threads may launch and allocate meanwhile. Raises what `run` raises, and what CUDA finds wrong with it.
+        `run` must have run once before, and the stream must not be the default one. Other threads may launch and
+        allocate meanwhile. Raises the errors of `run`, and CUDA's error if the capture fails.
         """
         graph = torch.cuda.CUDAGraph()
-        # not torch.cuda.graph: it waits for the device, empties the allocator's cache, takes one stream for all devices
-        # and stays on it where a capture fails
+        # not torch.cuda.graph: it waits for the device, empties the allocator's cache, uses one stream for all devices
+        # and stays on that stream if a capture fails
         with self._one_at_a_time, torch.cuda.device(self._device):
             try:
                 graph.capture_begin(self._pool, capture_error_mode="thread_local")
                 run()
                 graph.capture_end()
             except BaseException:
-                with suppress(RuntimeError):  # that the capture is invalid, or over, is known
+                with suppress(RuntimeError):  # an invalid or ended capture was already reported
                     graph.capture_end()
-                if not self._captured:  # the pool goes with its only graph
+                if not self._captured:  # the pool is freed together with its only graph
                     self._pool = torch.cuda.graph_pool_handle()
                 raise
         self._captured = True

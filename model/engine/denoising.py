@@ -1,8 +1,9 @@
-"""The blocks that are being filled, one a slot, as arrays on the host: a step handles all rows of a forward at once.
+"""Keeps the blocks that are being filled as arrays on the host and updates all rows of a forward at once.
 
-What a step commits is decided on the device (model.engine.unmasking) and noted here. In mock-AR mode a token is a block
-of one position; in AR mode as many tokens are one as a turn makes, one forward behind the other. Rows differ in block
-size: positions behind a row's own size are never masked.
+There is one block per slot. model.engine.unmasking decides on the device which tokens a step commits; this module
+records them. In mock-AR mode a block is one token. In AR mode a block is as many tokens as the lane makes in one turn,
+each predicted by a forward of its own. Rows may differ in block size: positions beyond a row's own block size are never
+masked.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from model.runtime.transfer import Array, send
 
 _SETTINGS = np.dtype(
     [
-        ("size", "i8"),  # 0 in AR mode, where each turn says how many tokens it makes
+        ("size", "i8"),  # 0 in AR mode: there each turn decides how many tokens it makes
         ("steps_limit", "i8"),
         ("threshold", "f4"),
         ("temperature", "f4"),
@@ -26,14 +27,14 @@ _SETTINGS = np.dtype(
         ("top_p", "f8"),
         ("key", "i8", 2),
         ("diffusion", "?"),
-        ("denoised", "?"),  # by a denoiser forward, so that its steps count
-        ("watched", "?"),  # for stop strings: every new token may end it
+        ("denoised", "?"),  # filled by denoiser forwards, whose steps are counted
+        ("watched", "?"),  # has stop strings: every new token may end the row
     ]
 )
 
 
 class DenoisingState:
-    """One block a slot. `mask_id` stands where nothing is committed yet."""
+    """The block of each slot. A position that is not committed yet holds `mask_id`."""
 
     def __init__(self, slots: int, mask_id: int) -> None:
         self.mask_id = mask_id
@@ -43,18 +44,18 @@ class DenoisingState:
         self._masked = np.zeros((slots, 1), bool)
         self._confidence = np.zeros((slots, 1), np.float32)
         self._size = np.zeros(slots, np.int64)
-        self._counters = np.zeros((slots, 2), np.int64)  # the block's number, the steps it has taken
-        self._room = np.zeros(slots, np.int64)  # tokens that the completion may still take, from the block's start
+        self._counters = np.zeros((slots, 2), np.int64)  # the number of the block, the steps that it has taken
+        self._room = np.zeros(slots, np.int64)  # tokens that the completion may take from the start of the block
         self._ready = np.zeros(slots, np.int64)
 
     def add_slots(self, count: int) -> None:
-        """More slots behind the others."""
+        """Add `count` slots after the existing ones."""
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
                 setattr(self, name, np.concatenate([value, np.zeros((count, *value.shape[1:]), value.dtype)]))
 
     def enter(self, row: ActiveRow) -> None:
-        """Notes the settings of a row that has got its slot."""
+        """Record the settings of a row that has just got its slot."""
         params, slot = row.request.params, row.slot
         diffusion = params.mode == "diffusion"
         size = params.block_size if diffusion else 1
@@ -81,9 +82,10 @@ class DenoisingState:
         )
 
     def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
-        """A new block, all masked, for each of the rows; in AR mode of so many tokens, or what the row may still take.
+        """Begin a new block, with all positions masked, for each of the rows.
 
-        Where a row has begun one already that nothing was predicted for, it begins it again.
+        In AR mode the block has `ar_tokens` tokens, or fewer if the completion may take fewer. A row that has begun a
+        block for which nothing was predicted yet may begin it again.
         """
         slots = _slots(rows)
         room = np.array([row.room for row in rows])
@@ -98,29 +100,32 @@ class DenoisingState:
         self._counters[slots] = [[len(row.steps) if row.mode == "diffusion" else len(row.tokens), 0] for row in rows]
         self._room[slots] = room
         for row in rows:
-            if row.mode == "mock_ar":  # the denoiser predicts what follows the newest token
+            if row.mode == "mock_ar":  # the denoiser predicts the token after the newest one
                 self._tokens[row.slot, 0] = row.last_token
 
     def take(self, rows: Sequence[ActiveRow]) -> "Filling":
-        """The blocks of these rows as they are now, for a forward to predict what is masked in them."""
+        """Return the blocks of these rows as they are now, for a forward that predicts their masked positions."""
         slots = _slots(rows)
         sizes = self._size[slots]
-        width = int(sizes.max())  # not the table's: one row's huge block is not all rows' cost
+        width = int(sizes.max())  # not the table's width: large blocks of other rows must cost nothing here
         masked = self._masked[slots, :width]
         steps_left = self._settings["steps_limit"][slots] - self._counters[slots, 1]
         return Filling(rows, slots, sizes, masked, self._settings["threshold"][slots], steps_left)
 
     def inputs(self, filling: "Filling") -> tuple[Array, Array]:
-        """For a denoiser forward: all tokens (N,) int64 and t (R,) float32."""
+        """Return the inputs of a denoiser forward: all tokens (N,) int64, and the masked fraction t (R,) float32, NaN
+        without time conditioning."""
         slots, masked = filling.slots, filling.masked
         inside = np.arange(masked.shape[1]) < filling.sizes[:, None]
         t = np.where(self._settings["diffusion"][slots], masked.sum(-1) / filling.sizes, np.nan)
         return self._tokens[slots][:, : masked.shape[1]][inside], t.astype(np.float32)
 
     def targets(self, filling: "Filling", which: Array, position: Array, token: Array) -> "Targets":
-        """What a forward shall predict, M positions: of row which[i] of the filling position[i], from token[i] of N.
+        """Return the M positions that a forward predicts.
 
-        In AR mode positions of a row are forwards one behind the other, each with a number of its own.
+        Prediction i is for position `position[i]` of row `which[i]` of the filling, and is made from token `token[i]`
+        of the forward's N tokens. In AR mode each position is predicted by a forward of its own and is numbered for
+        sampling as a block of its own.
         """
         settings, place = self._settings[filling.slots], which * filling.masked.shape[1] + position
         if not (settings["temperature"] > 0).any():
@@ -141,10 +146,10 @@ class DenoisingState:
         )
 
     def fill(self, filling: "Filling", predicted: torch.Tensor) -> list[BlockReport]:
-        """Takes in what `model.engine.unmasking.commit` made of a forward -> the blocks that need attention.
+        """Record what `model.engine.unmasking.commit` committed and return the blocks that need attention.
 
-        predicted (2, R, S) int32 on the host. Rows that have ended in the meantime are passed over: their slots may be
-        others' already.
+        predicted: (2, R, S) int32 on the host. Rows that have ended since the launch are skipped, because other rows
+        may already hold their slots.
         """
         (ids, bits), masked = predicted.numpy(), filling.masked
         sure = bits.view(np.float32)
@@ -157,7 +162,11 @@ class DenoisingState:
     def _store(
         self, rows: Sequence[ActiveRow], slots: Array, masked: Array, ids: Array, sure: Array
     ) -> list[BlockReport]:
-        """All (R, S): which positions were masked, what was committed there or -1, with what probability."""
+        """Record what was committed and return the blocks that need attention.
+
+        All arrays are (R, S): which positions were masked, the committed ids or -1, and the probabilities of the
+        predictions.
+        """
         width, taken = masked.shape[1], ids >= 0
         broken = _any(masked & np.isnan(sure))
         tokens = np.where(taken, ids, self._tokens[slots][:, :width])
@@ -171,7 +180,7 @@ class DenoisingState:
     def _look(
         self, rows: Sequence[ActiveRow], slots: Array, masked: Array, tokens: Array, confidence: Array, broken: Array
     ) -> list[BlockReport]:
-        """The blocks that are full, that may have ended their row, or that are broken."""
+        """Return reports on the blocks that are full, that may have ended their row, or that are broken."""
         complete = ~_any(masked)
         ready = np.where(complete, self._size[slots], masked.argmax(-1))
         more = ready > self._ready[slots]
@@ -186,7 +195,7 @@ class DenoisingState:
 
 
 class Filling(NamedTuple):
-    """Blocks that a forward under way predicts, as they were when it was launched."""
+    """The blocks that a forward predicts, as they were when it was launched."""
 
     rows: Sequence[ActiveRow]
     slots: Array  # (R,)
@@ -199,13 +208,13 @@ class Filling(NamedTuple):
 class Targets(NamedTuple):
     """The M positions that a forward predicts, on the host."""
 
-    token: Array  # (M,) which of its N tokens predicts them
-    place: Array  # (M,) where they are in R * S
-    suppress: Array  # (M,) bool: where the mask id must not be chosen
-    draws: list[Array] | None  # the fields of Draws, flat; None where all are greedy
+    token: Array  # (M,) index, among the forward's N tokens, of the one that predicts the position
+    place: Array  # (M,) index of the position into R * S
+    suppress: Array  # (M,) bool: True if the mask id must not be chosen
+    draws: list[Array] | None  # the fields of Draws, flat; None if all rows are greedy
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Draws | None]:
-        """Token, suppress and draws on the device."""
+        """Return token, suppress and draws on the device."""
         token, suppress, *draws = send(device, self.token, self.suppress, *(self.draws or ()))
         if not draws:
             return token, suppress.bool(), None
@@ -219,11 +228,11 @@ def _slots(rows: Sequence[ActiveRow]) -> Array:
 
 
 def _any(array: Array) -> Array:
-    """Whether any is true along the last axis."""
+    """Return whether any value along the last axis is true."""
     return np.asarray(array.any(axis=-1))
 
 
 def _widened(array: Array, width: int, value: int = 0) -> Array:
-    """The array with at least `width` columns, new ones filled with `value`."""
+    """Return the array with at least `width` columns; new columns are filled with `value`."""
     more = width - array.shape[1]
     return np.pad(array, ((0, 0), (0, more)), constant_values=value) if more > 0 else array

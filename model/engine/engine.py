@@ -1,10 +1,10 @@
-"""The engine: the loop over a loaded model.
+"""Defines the engine: the generation loop over a loaded model.
 
     engine = Engine(load_model(…), EngineLimits(max_rows=…))
     engine.generate([Request(…), …])                      # or:
-    engine.submit(request); engine.step() -> completions  # what generate() and the unit runner drive
+    engine.submit(request); engine.step() -> completions  # used by generate() and by the unit runner
 
-A row is independent: its own mode, time, step, block, end and seed. What it generates depends on the row alone.
+Each row is independent: it has its own mode, time, step, block, end and seed. Its tokens depend on the row alone.
 """
 
 from model.engine.loop import Loop
@@ -17,17 +17,18 @@ from model.requests import EngineLimits, Request
 from model.runtime.page_allocator import PREFIX_SLOTS
 
 AR_TOKENS = 8
-"""Tokens a turn in AR mode on one GPU: the host's work of a turn is an eighth of what it would be, and a row that ends
-has computed three or four tokens in vain. Elsewhere one: a CPU has no device to keep busy, and with several stages the
-lanes do it."""
+"""Tokens that a row in AR mode makes in one turn, on one GPU. The host then works once for eight tokens, and a row that
+ends has computed three or four tokens in vain on average. Otherwise it is one: on a CPU there is no device to keep
+busy, and with several stages the lanes keep the devices busy."""
 OVERLAP_ROWS = 64
-"""Rows of 16 tokens from which a GPU computes longer than it reads weights (990 TFLOP/s over 4.8 TB/s at the released
-size: about 1,000 tokens), so that fewer rows make a forward shorter. Not where extensions come more seldom than every
-turn: there blocks wait already."""
+"""Rows in a lane from which the context forward is launched before the denoiser forward is collected. From about this
+many rows of 16 tokens a GPU spends more time computing than reading weights (990 TFLOP/s over 4.8 TB/s at the released
+size: about 1,000 tokens), so a forward over fewer rows is shorter. Used only on a GPU with one lane, and only if
+extend_every is 1: otherwise finished blocks wait anyway."""
 
 
 class Engine(Loop[Handle]):
-    """Generates completions for requests on one loaded model."""
+    """An engine that generates completions for requests with one loaded model."""
 
     def __init__(
         self,
@@ -38,10 +39,11 @@ class Engine(Loop[Handle]):
         ar_tokens: int | None = None,
         overlap_rows: int | None = None,
     ) -> None:
-        """trace: completions carry the block fed to each denoiser forward. ar_tokens, overlap_rows: see
-        model.engine.loop; None for what suits the devices. They change the speed, never the tokens.
+        """Plan the memory, make the context cache and set up the loop.
 
-        Raises RequestError where the limits contradict the model or its memory.
+        trace: completions carry the block fed to each denoiser forward. ar_tokens, overlap_rows: see model.engine.loop;
+        None selects the values that suit the devices. They change the speed, never the tokens. Raises RequestError if
+        the limits contradict the model or do not fit its memory.
         """
         self.pair = tower_pair
         self.limits = limits or EngineLimits()
@@ -65,11 +67,11 @@ class Engine(Loop[Handle]):
         )
 
     def check_request(self, request: Request) -> None:
-        """Raises RequestError where the request could never run."""
+        """Raise RequestError if the request could never run."""
         params, prompt = request.params, request.prompt_ids
         vocabulary = self.pair.config.vocab_size
         room, limit, other = self.max_context, "the context", ""
-        if self.kv_tokens < room:  # only where it was given: a text must not depend on max_rows
+        if self.kv_tokens < room:  # only if kv_tokens was given: a message must not depend on max_rows
             room, limit, other = self.kv_tokens, "engine.kv_tokens", ", or raise engine.kv_tokens"
         if not len(prompt):
             raise RequestError(f"request {request.key!r}: the prompt has no tokens")

@@ -1,17 +1,20 @@
-"""The loop that generates, free of torch: rows come and go, and each turn runs what every row needs next.
+"""Runs the generation loop: admits rows, launches the forwards that they need, and collects the results.
 
     lane by lane: collect -> admit -> extend (prompts and finished blocks) -> denoise
 
-A turn collects what a lane's last forwards predicted and refills the slots that became free. Then it sends two forwards
-on their way and leaves them there: of the context tower, over a piece of the waiting prompts and the lane's finished
-blocks together, so that they share one reading of its weights; and of the denoiser, over the blocks that the lane is
-filling. While they compute, the other lanes have their turns. Each stage of the model runs its forwards in the order of
-their launch, so a row may begin a block behind an extension that has not come back yet.
+In a lane's turn, its last forwards are collected first, and free slots get new rows. Then the loop launches two
+forwards and does not wait for them: one of the context tower, over pieces of the waiting prompts and the lane's
+finished blocks together, so that the weights are read only once for both; and one of the denoiser tower, over the
+blocks that the lane is filling. While they compute, the other lanes have their turns. Each stage of the model runs its
+forwards in the order of their launch, so a row may begin its next block before the extend of its last block has come
+back.
 
-A device idles while the host looks at what came back. In AR mode a turn therefore makes several tokens, one forward
-behind the other (`ar_tokens`). In a lane of many rows (`overlap_rows`) the extension is launched before the last
-denoiser forward is collected, so that the device has it while the host looks: a block that was filled then waits for
-the next turn, which costs nothing where the time of a forward grows with its rows.
+A device is idle while the host processes results. Two settings reduce that. In AR mode a turn makes several tokens, by
+one forward after the other (`ar_tokens`). In a lane of at least `overlap_rows` rows, the context forward is launched
+before the last denoiser forward is collected, so that the device has work while the host processes the results. A block
+that was filled then waits for the next turn, which costs nothing if the time of a forward grows with its rows.
+
+Does not import torch.
 """
 
 import time
@@ -29,27 +32,27 @@ from model.requests import Completion, EngineError, FinishReason, Request
 
 Kind = Literal["context", "denoise"]
 CALM_STEPS = 1000
-"""After so many steps without running out of memory, limits that were halved are doubled: it may have been another's
-need. If it was not, one forward in a thousand is tried in vain."""
+"""Number of steps without running out of memory after which halved limits are doubled, because another process may have
+used the memory for a while only. If memory is still short, only one step in this many fails."""
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class _Under(Generic[H]):
-    """A forward under way."""
+    """A forward that has been launched and not collected yet."""
 
     lane: Lane
     kind: Kind
     rows: Sequence[ActiveRow | Prefix]
     handle: H
     halvings: int
-    """How often the limits had been halved when it was launched."""
+    """Number of times that the limits had been halved when the forward was launched."""
     reading: Collection[ActiveRow | Prefix]
-    """Those of the rows whose prompt it takes in."""
+    """The rows and prefixes of the forward that are in prefill."""
 
 
 class Loop(Generic[H]):
-    """Drives a backend. Not thread-safe: one thread submits and steps."""
+    """A loop that drives a backend. Not thread-safe: one thread must submit and step."""
 
     def __init__(
         self,
@@ -65,50 +68,51 @@ class Loop(Generic[H]):
         self.backend, self.scheduler = backend, scheduler
         self._decode, self._extend_every, self._clock = decode, extend_every, clock
         self._ar_tokens, self._overlap_rows = ar_tokens, overlap_rows
-        self._under_way: deque[_Under[H]] = deque()  # in the order of their launch
+        self._under_way: deque[_Under[H]] = deque()  # launched and not collected, in the order of their launch
         self._finished: list[Completion] = []
         self._halvings = 0
-        self._calm = 0  # steps since memory ran out, or since limits grew again
+        self._calm = 0  # steps since memory ran out, or since the limits were doubled
 
     @property
     def waiting(self) -> int:
-        """Requests that hold no slot."""
+        """Return the number of requests that hold no slot yet."""
         return len(self.scheduler.waiting)
 
     @property
     def active(self) -> int:
-        """Rows that hold a slot, or that have ended and were not given out yet."""
+        """Return the number of rows that hold a slot or whose completion has not been returned yet."""
         return len(self.scheduler.running) + len(self._finished)
 
     @property
     def max_rows(self) -> int:
-        """Rows generated together at most, from now on."""
+        """Return the largest number of rows that may run together from now on."""
         return self.scheduler.max_rows
 
     @property
     def stats(self) -> Stats:
-        """What has been done so far."""
+        """Return the counters of the work done so far."""
         return self.scheduler.stats
 
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises RequestError where it could never run, or its key is in the engine already."""
+        """Queue a request. Raises RequestError if it could never run or if its key is in the engine already."""
         self.check_request(request)
         self.scheduler.submit(request, self._clock())
 
     def check_request(self, request: Request) -> None:
-        """Raises RequestError where the request could never run."""
+        """Raise RequestError if the request could never run."""
 
     def cancel(self, key: str) -> bool:
-        """Takes a request out, waiting or running, and frees its slot; it gives no completion.
+        """Remove a request, waiting or running, and free its slot; it gives no completion.
 
-        False where no request of this key is in the engine: it has ended, or was never there.
+        Returns False if no request with this key is in the engine: it has ended, or was never submitted.
         """
         return self.scheduler.cancel(key)
 
     def set_max_rows(self, rows: int) -> None:
-        """Lets more or fewer rows run together; rows above a lower limit end first.
+        """Change how many rows may run together. If the new limit is lower, running rows are not stopped.
 
-        Raises RequestError below 1, and EngineError, with the limit as it was, where what is under way fails.
+        Raises RequestError if rows is not a whole number of at least 1. Raises EngineError, and leaves the limit
+        unchanged, if a forward in progress fails.
         """
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
             raise RequestError(f"max_rows is {rows!r}: it must be a whole number of at least 1")
@@ -121,10 +125,10 @@ class Loop(Generic[H]):
         self.scheduler.set_max_rows(rows)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Runs the requests to their ends, longest prompts first -> completions in the requests' order.
+        """Run the requests to their ends, longest prompts first, and return completions in the order of the requests.
 
-        Raises RequestError, and runs none, where one of them could never run or the engine holds other rows (drive it
-        by submit and step then). After an EngineError the engine is empty.
+        Raises RequestError, and runs none, if one of them could never run, if two keys are equal, or if the engine
+        already holds rows (use submit and step then). After an EngineError the engine is empty.
         """
         if held := self.waiting + self.active:
             raise RequestError(f"generate() needs an idle engine, this one holds {held} rows: use submit() and step()")
@@ -141,15 +145,17 @@ class Loop(Generic[H]):
             while self.waiting or self.active:
                 done |= {completion.key: completion for completion in self.step()}
         finally:
-            self.scheduler.clear()  # of what an error left
+            self.scheduler.clear()  # removes the rows that an error left behind
             self._finished.clear()
         return [done[request.key] for request in requests]
 
     def step(self) -> list[Completion]:
-        """A turn of every lane -> the rows that ended since the last call.
+        """Give every lane one turn and return the completions of rows that have ended since the last call.
 
-        Raises EngineError where a forward failed: it names the rows that are lost and holds the completions so far.
-        All others go on with the next call. Where memory runs out, half as many rows go on; later, as many as before.
+        Raises EngineError if a forward failed: the error names the lost rows and holds the completions so far. All
+        other rows go on with the next call. If memory runs out, the affected rows go back to the queue and half as many
+        rows run together; later the limits grow again. EngineError is then raised only if the limits cannot be halved
+        further.
         """
         self._calm += 1
         if self._calm == CALM_STEPS:
@@ -166,7 +172,7 @@ class Loop(Generic[H]):
         return finished
 
     def check(self) -> None:
-        """Integrity of slots, pages, lanes and keys. Raises AssertionError."""
+        """Raise AssertionError if slots, pages, lanes and keys are not consistent."""
         self.scheduler.check({row for under in self._under_way for row in under.rows if isinstance(row, ActiveRow)})
 
     # -- launching ---------------------------------------------------------------------------------------------------
@@ -176,12 +182,13 @@ class Loop(Generic[H]):
         self._try("admission", rows, lambda: self.backend.enter(rows))
 
     def _launch_context(self, lane: Lane, overlapping: bool) -> None:
-        """Sends pieces of prompts and the lane's finished blocks to the context; their rows begin a block then.
+        """Launch one context forward over pieces of prompts and the lane's finished blocks.
 
-        overlapping: what was launched before is collected after that.
+        After the launch the rows of those blocks may begin their next block. overlapping: whether the lane's earlier
+        forwards are collected after this launch rather than before it.
         """
         due = lane.due(self._extend_every) or self.scheduler.many_prompts_wait
-        if due and (waiting := lane.ar_extending()):  # first of all: where it fails, nothing was taken out of its place
+        if due and (waiting := lane.ar_extending()):  # first of all: if it fails, every row is still in its place
             self._begin(lane, waiting, self._tokens_a_turn(lane, waiting))
         pieces = self.scheduler.prefill_batch() if due else []
         extend = lane.take_extending() if due else []
@@ -192,7 +199,7 @@ class Loop(Generic[H]):
         sent = bool(batch) and self._send(lane, "context", items, lambda: self.backend.extend(batch, fill), reading)
         if sent or not batch:
             self.scheduler.prefilled(pieces)
-        lane.extended(extend)  # before anything is collected: that may raise, and the rows must be in a place then
+        lane.extended(extend)  # before collecting, which may raise: every row must be in its place by then
         if overlapping:
             self._collect(lane, self._under_way[-1] if sent else None)
 
@@ -202,7 +209,8 @@ class Loop(Generic[H]):
             self._send(lane, "denoise", rows, lambda: self.backend.denoise(rows))
 
     def _tokens_a_turn(self, lane: Lane, rows: Sequence[ActiveRow]) -> int:
-        """How many tokens these rows in AR mode make now: one where others wait for that, or pages are few."""
+        """Return how many tokens these rows in AR mode make in this turn: one if other rows would wait for more, or if
+        there are too few pages."""
         ahead = self._ar_tokens
         if ahead > 1 and (lane.rows > lane.ar_rows or self.scheduler.many_prompts_wait):
             return 1
@@ -211,7 +219,7 @@ class Loop(Generic[H]):
 
     def _begin(self, lane: Lane, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
         for row in rows:
-            if row.until is not lane.clock:  # it did not go on at once
+            if row.until is not lane.clock:  # the lane ran denoiser forwards without this row
                 row.rejoin(lane.clock)
         if rows:
             self._try("begin", rows, lambda: self.backend.begin(rows, ar_tokens))
@@ -224,26 +232,26 @@ class Loop(Generic[H]):
         launch: Callable[[], H],
         reading: Collection[ActiveRow | Prefix] = (),
     ) -> bool:
-        """Launches a forward; False where that failed and its rows were put back to the queue."""
+        """Launch a forward. Returns False if the launch failed and its rows were put back into the queue."""
         handle = self._try(kind, rows, launch)
         if handle is not None:
             self._under_way.append(_Under(lane, kind, rows, handle, self._halvings, reading))
         return handle is not None
 
     def _try(self, what: str, rows: Sequence[ActiveRow | Prefix], call: Callable[[], T]) -> T | None:
-        """What the backend says; None where it failed and the rows were put back to the queue."""
+        """Return the result of the call, or None if it failed and the rows were put back into the queue."""
         try:
             return call()
-        except BaseException as error:  # whatever a device raises, no row may stay half-computed
+        except BaseException as error:  # catch everything: whatever a device raises, no row may stay half-computed
             self._fail(what, rows, error, self._halvings)
         return None
 
     # -- collecting --------------------------------------------------------------------------------------------------
 
     def _collect(self, lane: Lane, newest: _Under[H] | None = None) -> None:
-        """Takes in what the lane's forwards predicted, but for `newest`, and before that all launched earlier.
+        """Collect the forwards of the lane, except `newest`, and all forwards launched before them.
 
-        Earlier ones of other lanes are there only after a step that an error ended; what they say comes first.
+        Forwards of other lanes can come before them only after a step that an error ended; the order of launch is kept.
         """
         while any(under.lane is lane and under is not newest for under in self._under_way):
             self._take_in(self._under_way.popleft())
@@ -257,10 +265,10 @@ class Loop(Generic[H]):
         self._share(under)
         wrong: list[tuple[ActiveRow, Exception]] = []
         for block in seen:
-            if not block.row.ended:  # its room may have been another row's need a moment ago
+            if not block.row.ended:  # it may just have been preempted
                 try:
                     self._look_at(block)
-                except Exception as error:  # a tokenizer may raise anything; the other rows are well
+                except Exception as error:  # a tokenizer may raise anything; the other rows go on
                     wrong.append((block.row, error))
                 except BaseException as error:
                     self._fail(under.kind, under.rows, error, under.halvings)
@@ -268,7 +276,7 @@ class Loop(Generic[H]):
             self._fail("end", [row for row, _ in wrong], wrong[0][1], under.halvings)
 
     def _share(self, under: _Under[H]) -> None:
-        """Notes the time of a forward in its rows; that of denoiser forwards in the lane, once for all of them."""
+        """Record the duration of a forward in its rows; for a denoiser forward only once, in the clock of the lane."""
         seconds = under.handle.seconds
         if under.kind == "denoise":
             forwards, rows, so_far = under.lane.clock
@@ -285,7 +293,7 @@ class Loop(Generic[H]):
                 row.shared_forwards += 1
 
     def _look_at(self, block: BlockReport) -> None:
-        """Ends the row, or sends its full block on to the context."""
+        """End the row, or send its full block to the context tower; do nothing if neither is due."""
         row, ready, complete, may_end, broken, steps, tokens, confidences = block
         if ready < len(tokens):
             tokens, confidences = tokens[:ready], confidences[:ready]
@@ -302,16 +310,16 @@ class Loop(Generic[H]):
         if end is not None:
             self._end(row, confidences, end.reason, end.token_ids, end.text)
         elif broken:
-            kept = row.tokens + tokens if row.mode == "ar" else row.tokens  # half a block is no text
+            kept = row.tokens + tokens if row.mode == "ar" else row.tokens  # an unfinished block is dropped
             self._end(row, confidences, "error", kept, None, _not_finite(len(kept)))
         else:
             self._go_on(row, tokens, confidences)
 
     def _go_on(self, row: ActiveRow, tokens: list[int], confidences: list[float]) -> None:
-        """Takes a full block in and sends it on to the context."""
+        """Add a full block to the row's tokens and queue it for the context tower."""
         lane = row.lane
         assert lane is not None
-        # mock-AR keeps its newest token out of the context, as the input of its next forward
+        # mock-AR keeps its newest token out of the context, because it is the input of the next forward
         pending = [row.last_token] if row.mode == "mock_ar" else tokens[-1:] if row.mode == "ar" else tokens
         row.tokens += tokens
         row.confidences += confidences
@@ -337,10 +345,10 @@ class Loop(Generic[H]):
         self._finished.append(completion)
 
     def _fail(self, what: str, rows: Sequence[ActiveRow | Prefix], error: BaseException, halvings: int) -> None:
-        """Takes the rows out and raises; where memory ran out, they go back to the queue under half the limits.
+        """Remove the rows and raise EngineError; if memory ran out, preempt them and halve the limits instead.
 
-        Limits are halved once for all forwards that were under way together. Nothing is raised where all the rows had
-        ended already.
+        The limits are halved only once for all forwards that were in progress together. Nothing is raised if all the
+        rows had ended already. An error that is not an Exception, such as KeyboardInterrupt, is raised again as it is.
         """
         lost = [row for row in rows if isinstance(row, ActiveRow) and not row.ended]
         prefixes = [item for item in rows if isinstance(item, Prefix) and self.scheduler.knows(item)]

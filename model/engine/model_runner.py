@@ -1,8 +1,8 @@
-"""What the loop needs computed, computed: the model's forwards over the context cache, and what they predict.
+"""Runs the model's forward passes for the loop: over the context cache, with the choice of the predicted tokens.
 
-All that a forward needs from the host is known when it is launched and goes to the device inside its parts, behind the
-work that is there already; what the host needs to know comes back in one piece (model.runtime.transfer). So nothing
-waits for the device but `collect`.
+Everything that a forward needs from the host is known when it is launched and goes to the device inside the forward's
+parts, after the work that is already queued there. The results that the host needs come back in one copy
+(model.runtime.transfer). So only `collect` waits for the device.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,28 +33,28 @@ if TYPE_CHECKING:
 
 
 class Handle(NamedTuple):
-    """A forward under way and the blocks that it fills, if any."""
+    """A forward that has been launched, and the blocks that it fills, if any."""
 
     flight: Flight
     filling: Filling | None = None
 
     @property
     def seconds(self) -> float:
-        """What it took, from stage to stage."""
+        """Return the duration of the forward in seconds, over all stages."""
         return self.flight.seconds
 
 
 class _Step(NamedTuple):
-    """A forward that predicts: its last stage's part, and what it predicts of which tokens."""
+    """A forward that predicts tokens: the part of its last stage, and the positions that it predicts."""
 
     part: Part
     targets: Targets
     again: Array | None = None
-    """Which of its predictions are the next step's tokens; None for all."""
+    """Indices of the predictions that are the input tokens of the next step; None if all of them are."""
 
 
 class ModelRunner:
-    """The real Backend of model.engine.loop."""
+    """The Backend of model.engine.loop that runs the real model."""
 
     def __init__(self, pair: TwoTower, cache: ContextCache, *, trace: bool = False) -> None:
         self.pair, self.cache, self.trace = pair, cache, trace
@@ -63,23 +63,23 @@ class ModelRunner:
         self.graphs = _graphs(pair, cache)
 
     def add_slots(self, count: int) -> None:
-        """See Backend."""
+        """Make room for `count` more rows."""
         self.table.add_slots(count)
         self.cache.add_slots(count)
-        if self.graphs is not None:  # they know where the states were
+        if self.graphs is not None:  # the graphs hold the old addresses of the states
             self.graphs.clear()
 
     def enter(self, rows: Sequence[ActiveRow]) -> None:
-        """See Backend."""
+        """Record the settings of rows that have just got their slots."""
         for row in rows:
             self.table.enter(row)
 
     def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
-        """See Backend."""
+        """Begin a block for each of these rows; see Backend."""
         self.table.begin(rows, ar_tokens)
 
     def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Handle:
-        """See Backend."""
+        """Launch a context forward over pieces of prompts and finished blocks; see Backend."""
         lengths = [count for _, count in batch]
         rows = self.cache.rows([item.slot for item, _ in batch], lengths)
         pending = chain.from_iterable(item.pending[:count] for item, count in batch)
@@ -99,14 +99,18 @@ class ModelRunner:
         return self.graphs.denoise_parts(rows, t) if self.graphs else self.pair.denoise_parts(self.cache, rows, t)
 
     def _ar_part(self, part: Part, filling: Filling, last: Array) -> Part:
-        """`part`, going on to what follows tokens `last` (R,), and then to what follows that, to the blocks' ends."""
+        """Return `part`, extended by the prediction of the blocks of the filling.
+
+        last: (R,), the index of each row's last token among the forward's tokens; the row's block begins after it. The
+        part predicts the token after that one, then the next one, and so on to the end of the block.
+        """
         which = np.arange(len(last))
         first = _Step(part, self.table.targets(filling, which, np.zeros_like(which), last), _unless_all(filling, 1))
         return partial(self._predict, self.pair.context, filling, chain([first], self._ar_steps(filling)))
 
     def _ar_steps(self, filling: Filling) -> Iterator[_Step]:
-        """The forwards behind the first, made while the device has the one before. There is one stage, whose parts run
-        where they are launched."""
+        """Yield the forwards after the first one; each is prepared while the device computes the one before. This needs
+        a single stage, whose parts run where they are launched."""
         for position in range(1, filling.masked.shape[1]):
             which = np.flatnonzero(filling.sizes > position)
             rows = self.cache.rows(filling.slots[which].tolist(), [1] * len(which))
@@ -116,7 +120,7 @@ class ModelRunner:
             yield _Step(part, targets, _unless_all(filling, position + 1))
 
     def denoise(self, rows: Sequence[ActiveRow]) -> Handle:
-        """See Backend."""
+        """Launch a denoiser forward over the blocks of these rows."""
         filling = self.table.take(rows)
         tokens, t = self.table.inputs(filling)
         sizes = filling.sizes.tolist()
@@ -133,7 +137,8 @@ class ModelRunner:
         return Handle(self.stages.launch(parts, torch.from_numpy(tokens)), filling)
 
     def _predict(self, tower: Tower, filling: Filling, steps: Iterable[_Step], x: Tensor) -> Tensor:
-        """Runs the steps, each on what the one before predicts -> what is committed, on its way to the host."""
+        """Run the steps, each on the tokens that the one before predicted, and return what is committed, on its way to
+        the host."""
         config, device = self.pair.config, tower.devices[-1]
         places, predicted = list[Array](), list[tuple[Tensor, Tensor]]()
         for step in steps:
@@ -153,15 +158,15 @@ class ModelRunner:
         return to_host(commit(place, tokens, confidence, threshold.float(), left, width))
 
     def collect(self, handle: Handle) -> list[BlockReport]:
-        """See Backend."""
+        """Wait for a forward and return the blocks that need attention; see Backend."""
         predicted = handle.flight.result()
         return [] if handle.filling is None else self.table.fill(handle.filling, predicted)
 
     def out_of_memory(self, error: BaseException) -> bool:
-        """See Backend."""
+        """Return True if memory ran out, and then free what the device allocator caches."""
         if not isinstance(error, torch.OutOfMemoryError) and not out_of_memory(error):
             return False
-        clear_frames(error.__traceback__)  # which hold what the forward had made so far
+        clear_frames(error.__traceback__)  # the frames still hold the tensors that the forward had made
         torch.cuda.empty_cache()
         return True
 
@@ -169,12 +174,12 @@ class ModelRunner:
 def _graphs(pair: TwoTower, cache: ContextCache) -> "Graphs | None":
     if pair.stages[0].device.type != "cuda":
         return None
-    from model.engine.cuda_graphs import Graphs  # needs Triton
+    from model.engine.cuda_graphs import Graphs  # imported here, because it needs Triton
 
     return Graphs(pair, cache)
 
 
 def _unless_all(filling: Filling, tokens: int) -> Array | None:
-    """Which of the rows that make so many tokens make one more; None for all."""
+    """Return which of the rows that make at least `tokens` tokens make one more; None if all of them do."""
     sizes = filling.sizes[filling.sizes >= tokens]
     return None if (sizes > tokens).all() else np.flatnonzero(sizes > tokens)

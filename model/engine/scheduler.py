@@ -1,11 +1,13 @@
-"""Who is in the engine, and what each row needs next. Free of torch.
+"""Decides which rows are in the engine and what each row needs next. Does not import torch.
 
-A row waits, then holds a slot: its prompt goes into the context in pieces (prefill); then, in one lane, it goes round
-between a block to fill and a finished block to put into the context (extend). No row waits for another one's block.
+A row first waits in the queue. When it holds a slot, its prompt goes into the context in pieces (prefill). Then it
+belongs to one lane and alternates between filling a block and putting the finished block into the context (extend). No
+row waits for the block of another row.
 
-Rows come in first come, first served, and a row that does not fit yet holds the ones behind it back, so none starves.
-Pages are taken as a row grows. When they run out the youngest row goes back to the queue and starts again: its sampling
-depends on nothing but its own coordinates, so it repeats the same tokens. The oldest row always goes on.
+Rows are admitted in the order of their arrival. A row that does not fit yet holds back the rows behind it, so that no
+row waits forever. Pages are taken as a row grows. If there are none left, the youngest row is preempted: it goes back
+to the queue and starts again. Its sampling depends only on its own seed, key and positions, so it generates the same
+tokens again. The oldest row always goes on.
 """
 
 from collections import deque
@@ -17,36 +19,36 @@ from model.errors import RequestError
 from model.requests import Request
 from model.runtime.page_allocator import PAGE_SIZE, PREFIX_SLOTS, PageAllocator, pages_for
 
-MANY = 4  # a quarter of the rows
+MANY = 4  # many prompts wait if at least one in so many running rows is in prefill
 PREFILL_WINDOW = 32
-"""Rows that are looked at to find some of like length: bounds the time that a turn takes."""
+"""Number of items in prefill that are searched for some of similar length; it limits the time that a turn takes."""
 
 
 @dataclass(slots=True)
 class Stats:
-    """What an engine has done so far."""
+    """The counters of the work that an engine has done so far."""
 
     prefill_tokens: int = 0
-    """Prompt tokens put into contexts; those of a shared prefix once."""
+    """Prompt tokens put into contexts; those of a shared prefix count once."""
     padded_tokens: int = 0
-    """The same with every row of a forward as long as the longest."""
+    """The same count if every row of a forward were as long as the longest one."""
     shared_tokens: int = 0
     """Prompt tokens that were not computed, because a prefix held them."""
     preemptions: int = 0
 
     @property
     def padding_share(self) -> float:
-        """Share of the padded tokens that are none."""
+        """Return the share of the padded tokens that is padding."""
         return 1 - self.prefill_tokens / self.padded_tokens if self.padded_tokens else 0.0
 
 
 class Scheduler:
-    """The queue, the rows that hold slots, and the lanes they are in. It decides; it computes nothing."""
+    """The queue, the rows that hold slots, and the lanes they are in. It makes decisions and runs no forwards."""
 
     def __init__(self, allocator: PageAllocator, max_rows: int, max_prefill_tokens: int, lanes: int = 1) -> None:
-        """allocator: with PREFIX_SLOTS more slots than max_rows."""
+        """Start with an empty queue. allocator: must have PREFIX_SLOTS more slots than max_rows."""
         self.allocator, self.max_rows = allocator, max_rows
-        self.row_slots = max_rows  # slots that there are for rows
+        self.row_slots = max_rows  # number of slots for rows
         self.prefill_budget = max_prefill_tokens // PAGE_SIZE * PAGE_SIZE
         self.waiting: deque[ActiveRow] = deque()
         self.running: dict[str, ActiveRow] = {}
@@ -57,12 +59,12 @@ class Scheduler:
         self._keys: set[str] = set()
         self._arrivals = 0
         self._long_turn = False
-        self._before_halving: tuple[int, int] | None = None  # max_rows and prefill_budget
+        self._before_halving: tuple[int, int] | None = None  # max_rows and prefill_budget before the first halving
 
     # -- in and out --------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request, now: float) -> None:
-        """Queues a request. Raises RequestError where its key is in the engine already."""
+        """Queue a request. Raises RequestError if its key is in the engine already."""
         if request.key in self._keys:
             raise RequestError(f"request key {request.key!r} is in the engine already: keys must be unique")
         self._keys.add(request.key)
@@ -70,7 +72,7 @@ class Scheduler:
         self.waiting.append(ActiveRow(request, self._arrivals, now))
 
     def admit(self, now: float) -> list[ActiveRow]:
-        """Gives slots to waiting rows, in order, while there is room -> those rows."""
+        """Give slots to waiting rows, in order, while there is room, and return those rows."""
         admitted = []
         while self.waiting and len(self.running) < self.max_rows:
             row = self.waiting[0]
@@ -88,13 +90,13 @@ class Scheduler:
         return admitted
 
     def _tokens_at_first(self, row: ActiveRow) -> int:
-        """The context for which a row gets pages when it comes in."""
-        if row.preemptions:  # once is enough: now it takes all it can come to need
+        """Return the number of context tokens for which a row gets pages when it is admitted."""
+        if row.preemptions:  # one preemption is enough: now it takes all pages that it can ever need
             return longest_context(row.request)
         return len(row.request.prompt_ids) + min(row.request.params.block_size, row.request.params.max_new_tokens)
 
     def _has_room(self, tokens: int) -> bool:
-        # a page for each running row's next block stays free, or the newcomer would be the next to go back
+        # a page for the next block of each running row stays free, or the new row would be preempted next
         spare = min(len(self.running), self.allocator.pages // 8)
         return pages_for(tokens) + spare <= self.allocator.free_pages
 
@@ -111,12 +113,12 @@ class Scheduler:
         self.prefilling[row] = None
 
     def _shareable(self, row: ActiveRow) -> tuple[int, ...]:
-        """The tokens of the prefix that the row names, in whole pages."""
+        """Return the tokens of the prefix that the row names, cut to whole pages."""
         length = min(row.request.prefix_tokens, row.prefill_tokens) // PAGE_SIZE * PAGE_SIZE
         return tuple(row.request.prompt_ids[:length])
 
     def _make_prefix(self, tokens: tuple[int, ...]) -> Prefix | None:
-        """A new prefix, to be computed; None where all slots for prefixes are in use."""
+        """Create a prefix that is still to be computed, or return None if all slots for prefixes are in use."""
         if len(self.prefixes) == PREFIX_SLOTS and not self._drop_unused_prefix():
             return None
         slot = self.allocator.acquire(len(tokens))
@@ -126,7 +128,8 @@ class Scheduler:
         return prefix
 
     def _drop_unused_prefix(self, kept: Prefix | None = None) -> bool:
-        """Gives the room of the prefix that was longest not used back; False where all are in use, or `kept`."""
+        """Drop the prefix without users whose last use is longest ago. Returns False if there is none apart from
+        `kept`."""
         unused = [p for p in self.prefixes.values() if p is not kept and not self.allocator.users(p.slot)]
         if not unused:
             return False
@@ -134,22 +137,22 @@ class Scheduler:
         return True
 
     def knows(self, prefix: Prefix) -> bool:
-        """Whether rows may still begin with it."""
+        """Return whether rows may still begin with this prefix."""
         return self.prefixes.get(prefix.tokens) is prefix
 
     def drop_prefix(self, prefix: Prefix) -> None:
-        """Forgets a prefix that no row uses."""
+        """Drop a prefix that no row uses, and free its slot."""
         del self.prefixes[prefix.tokens]
         self.prefilling.pop(prefix, None)
         self.allocator.release(prefix.slot)
 
     def remove(self, row: ActiveRow) -> None:
-        """Takes a running row out; its slot is free at once."""
+        """Remove a running row and free its slot at once."""
         self._take_out(row)
         self._keys.discard(row.request.key)
 
     def cancel(self, key: str) -> bool:
-        """Takes a request out, waiting or running; False where it is not here."""
+        """Remove a request, waiting or running. Returns False if it is not here."""
         if key in self.running:
             self.remove(self.running[key])
         elif key in self._keys:
@@ -160,7 +163,7 @@ class Scheduler:
         return True
 
     def clear(self) -> None:
-        """Takes all rows out."""
+        """Remove all rows, and all prefixes with tokens that have not been launched yet."""
         for row in list(self.running.values()):
             self.remove(row)
         for prefix in [prefix for prefix in self.prefixes.values() if prefix.pending]:
@@ -180,14 +183,16 @@ class Scheduler:
 
     @property
     def many_prompts_wait(self) -> bool:
-        """Whether so many rows have a prompt to be read that it should not wait for the next context forward."""
+        """Return whether so many rows have a prompt in prefill that they should not wait for the next regular context
+        forward."""
         return bool(self.prefilling) and MANY * len(self.prefilling) >= len(self.running)
 
     def prefill_batch(self) -> list[tuple[ActiveRow | Prefix, int]]:
-        """What to prefill together, and how many tokens of each: rows x longest within the budget.
+        """Return the rows and prefixes to prefill together, and how many tokens of each.
 
-        The oldest, with those nearest to it in length, so that little is padded. One with more tokens than the budget
-        goes alone, in pieces, and takes turns with the others, so that they do not wait for its end.
+        The batch holds the oldest one and those nearest to it in length, so that there is little padding: the number of
+        rows times the longest is within the budget. One with more tokens than the budget goes alone, in pieces, and
+        takes turns with the others, so that they do not have to wait for its end.
         """
         long, short = self._prefill_candidates()
         self._long_turn = long is not None and not (short and self._long_turn)
@@ -205,11 +210,11 @@ class Scheduler:
         return [(item, len(item.pending)) for item in batch]
 
     def _prefill_candidates(self) -> tuple[ActiveRow | Prefix | None, list[ActiveRow | Prefix]]:
-        """The oldest one that is longer than the budget, and the oldest of the others."""
+        """Return the oldest one that is longer than the budget, or None, and the oldest of the others."""
         long, short = None, list[ActiveRow | Prefix]()
         for item in self.prefilling:
             if item.prefix is not None and item.prefix.pending:
-                continue  # a row begins behind its prefix, once all of that is on its way
+                continue  # a row can start only when all of its prefix has been launched
             if len(item.pending) <= self.prefill_budget:
                 short.append(item)
                 if len(short) == PREFILL_WINDOW:
@@ -219,7 +224,8 @@ class Scheduler:
         return long, short
 
     def prefilled(self, batch: list[tuple[ActiveRow | Prefix, int]]) -> None:
-        """These pieces are on their way. A row whose whole prompt is goes to the lane with the fewest rows."""
+        """Note that these pieces have been launched. A row whose whole prompt is launched joins the lane with the
+        fewest rows."""
         lengths = [count for _, count in batch if count]
         self.stats.prefill_tokens += sum(lengths)
         self.stats.padded_tokens += len(lengths) * max(lengths, default=0)
@@ -233,9 +239,9 @@ class Scheduler:
     # -- pages -------------------------------------------------------------------------------------------------------
 
     def make_room(self, row: ActiveRow) -> bool:
-        """Takes pages for the row's pending tokens, from unused prefixes or the youngest rows where none is free.
+        """Take pages for the row's pending tokens; if none is free, drop unused prefixes or preempt the youngest rows.
 
-        False where the row itself was the youngest, and went back to the queue.
+        Returns False if the row itself was the youngest and was preempted.
         """
         while not self.allocator.reserve_more(row.slot, len(row.pending)):
             if self._drop_unused_prefix():
@@ -247,7 +253,7 @@ class Scheduler:
         return True
 
     def requeue(self, row: ActiveRow) -> None:
-        """Puts a running row back to the queue, at its place in the order of arrival, to start again."""
+        """Preempt a running row: put it back into the queue, at its place in the order of arrival, to start again."""
         self._take_out(row)
         again = ActiveRow(row.request, row.number, row.submitted, preemptions=row.preemptions + 1)
         at = next((i for i, other in enumerate(self.waiting) if other.number > row.number), len(self.waiting))
@@ -255,7 +261,7 @@ class Scheduler:
         self.stats.preemptions += 1
 
     def halve(self) -> bool:
-        """Half as many rows and prefill tokens from now on; False where there is nothing left to halve."""
+        """Halve the limits on rows and on prefill tokens. Returns False if nothing is left to halve."""
         rows = max(1, min(self.max_rows, len(self.running)) // 2)
         budget = max(1, self.prefill_budget // PAGE_SIZE // 2) * PAGE_SIZE
         if (rows, budget) == (self.max_rows, self.prefill_budget):
@@ -265,7 +271,7 @@ class Scheduler:
         return True
 
     def double(self) -> None:
-        """Takes one halving back."""
+        """Undo one halving: double both limits, at most to their values before the first halving."""
         if self._before_halving is not None:
             rows, budget = self._before_halving
             self.max_rows = min(rows, 2 * self.max_rows)
@@ -274,7 +280,7 @@ class Scheduler:
                 self._before_halving = None
 
     def set_max_rows(self, rows: int) -> None:
-        """A limit of the caller's, which ends what halvings left behind."""
+        """Set the caller's limit on rows, and drop the effects of earlier halvings."""
         if self._before_halving is not None:
             self.prefill_budget, self._before_halving = self._before_halving[1], None
         self.max_rows = rows
@@ -282,7 +288,7 @@ class Scheduler:
     # -- integrity ---------------------------------------------------------------------------------------------------
 
     def places(self, row: ActiveRow) -> Iterator[str]:
-        """Where a running row is: one place, if all is well."""
+        """Yield the places that a running row is in; there is exactly one if all is well."""
         if row in self.prefilling:
             yield "prefilling"
         for lane in self.lanes:
@@ -291,9 +297,10 @@ class Scheduler:
                     yield name
 
     def check(self, in_flight: set[ActiveRow]) -> None:
-        """Integrity: slots and pages owned once, each running row in one place, each key once. Raises AssertionError.
+        """Raise AssertionError if slots, pages, running rows, lanes or keys are not consistent.
 
-        in_flight: rows of forwards under way, whose AR tokens are in no place until they come back.
+        Each slot and page must be owned once, each running row must be in one place, and each key must be there once.
+        in_flight: the rows of forwards in progress; a row in AR mode may be in no place until its forward comes back.
         """
         self.allocator.check()
         held = [row.slot for row in self.running.values()] + [prefix.slot for prefix in self.prefixes.values()]
@@ -310,5 +317,5 @@ class Scheduler:
 
 
 def longest_context(request: Request) -> int:
-    """Tokens of context that the request can come to need."""
+    """Return the largest number of context tokens that the request can need."""
     return len(request.prompt_ids) + request.params.max_new_tokens

@@ -1,4 +1,5 @@
-"""What the engine keeps of a request on its way, and the lanes in which rows share their forwards. Free of torch."""
+"""Defines the state of a request in the engine, and the lanes in which rows share their forwards. Does not import
+torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,45 +8,46 @@ from typing import ClassVar
 from model.requests import Completion, FinishReason, Mode, Request
 
 Clock = tuple[int, int, float]
-"""Of a lane: its denoiser forwards so far, the rows in them together, their seconds."""
+"""The clock of a lane: its denoiser forwards so far, the sum of the rows in them, and the sum of their seconds."""
 NO_TIME: Clock = (0, 0, 0.0)
 
 
 @dataclass(slots=True, eq=False)
 class Prefix:
-    """Tokens that several rows begin with, computed once, in a slot of their own."""
+    """Tokens that several rows begin with, computed once and kept in a slot of their own."""
 
     tokens: tuple[int, ...]
     slot: int
     pending: list[int]
-    """Tokens that are not on their way into the context yet."""
+    """Tokens that have not been launched in a context forward yet."""
     last_used: int = 0
     prefix: ClassVar[None] = None
 
 
 @dataclass(slots=True, eq=False)
 class ActiveRow:
-    """One request on its way: what it has, what it needs, what it has cost."""
+    """A request in the engine: its state, and its costs so far."""
 
     request: Request
     number: int
-    """Its place in the order of arrival."""
+    """The row's place in the order of arrival."""
     submitted: float
     mode: Mode = "diffusion"
     slot: int = -1
     prefix: Prefix | None = None
     lane: "Lane | None" = None
     ended: bool = False
-    """Out of the engine, or back in the queue as another ActiveRow: what a forward under way says of it is void."""
+    """Whether the row has left the engine, or is back in the queue as another ActiveRow. Results of forwards in
+    progress are then ignored for it."""
     preemptions: int = 0
     pending: list[int] = field(default_factory=list)
     """Tokens to put into the context next."""
     tokens: list[int] = field(default_factory=list)
     """Finished tokens: whole blocks, or single tokens in the AR modes."""
     confidences: list[float] = field(default_factory=list)
-    """Of each of `tokens`, when it was committed."""
+    """The confidence of each of `tokens` when it was committed."""
     checked: int = 0
-    """How many of the committed tokens are known not to end the row."""
+    """Number of committed tokens that are known not to end the row."""
     steps: list[int] = field(default_factory=list)
     forwards: int = 0
     trace: list[tuple[int, ...]] = field(default_factory=list)
@@ -65,22 +67,23 @@ class ActiveRow:
 
     @property
     def prefill_tokens(self) -> int:
-        """Prompt tokens that go into the context before anything is generated."""
-        # the AR modes keep the last token out of it: it is the input of the next forward
+        """Return the number of prompt tokens that go into the context before anything is generated."""
+        # the AR modes keep the last token out of the context: it is the input of the next forward
         return len(self.request.prompt_ids) - (self.mode != "diffusion")
 
     @property
     def last_token(self) -> int:
-        """The newest token of prompt and completion."""
+        """Return the newest token of prompt and completion."""
         return self.tokens[-1] if self.tokens else self.request.prompt_ids[-1]
 
     @property
     def room(self) -> int:
-        """Tokens that the completion may still take, behind `tokens`."""
+        """Return how many tokens the completion may still take after `tokens`."""
         return self.request.params.max_new_tokens - len(self.tokens)
 
     def rejoin(self, clock: Clock) -> None:
-        """Notes the denoiser forwards that it took part in, from `since` to `until`, and begins again at `clock`."""
+        """Record the denoiser forwards that the row took part in, from `since` to `until`, and start again at
+        `clock`."""
         self.shared_forwards += self.until[0] - self.since[0]
         self.shared_rows += self.until[1] - self.since[1]
         self.denoise_s += self.until[2] - self.since[2]
@@ -95,7 +98,8 @@ class ActiveRow:
         block_confidences: list[float],
         now: float,
     ) -> Completion:
-        """The row's end, with what it has cost. block_confidences: of the block it ended in."""
+        """Return the completion of a row that has ended, with its costs. block_confidences: the confidences in its last
+        block."""
         kept = (self.confidences + block_confidences)[: len(token_ids)]
         threshold = self.request.params.confidence_threshold
         return Completion(
@@ -121,19 +125,20 @@ class ActiveRow:
 
 
 class Lane:
-    """Rows that share their forwards. A row of a lane is in one of three places."""
+    """A group of rows whose forwards are launched together. A row is in one of three places: fresh, filling or
+    extending."""
 
     def __init__(self) -> None:
-        self.fresh: dict[ActiveRow, None] = {}  # begins a block with the next turn
-        self.filling: dict[ActiveRow, None] = {}  # its block is being filled by the denoiser
-        self.extending: dict[ActiveRow, None] = {}  # its pending tokens go into the context with the next turn
+        self.fresh: dict[ActiveRow, None] = {}  # rows that begin a block in the next turn
+        self.filling: dict[ActiveRow, None] = {}  # rows whose block the denoiser is filling
+        self.extending: dict[ActiveRow, None] = {}  # rows whose pending tokens go into the context next
         self.rows = 0
-        self.ar_rows = 0  # of the rows, those in AR mode
+        self.ar_rows = 0  # number of the rows that are in AR mode
         self.turns = 0
         self.clock = NO_TIME
 
     def put(self, row: ActiveRow) -> None:
-        """Takes a row whose prompt is in the context, or on its way there."""
+        """Add a row whose prompt is in the context, or has been launched to go there."""
         row.lane = self
         self.rows += 1
         if row.mode == "ar":
@@ -144,31 +149,31 @@ class Lane:
             self.fresh[row] = None
 
     def block_done(self, row: ActiveRow, pending: list[int]) -> None:
-        """The row's block is filled; `pending` goes into its context."""
+        """Note that the row's block is full and that `pending` goes into the context next."""
         row.pending = pending
         self.filling.pop(row, None)
         self.extending[row] = None
 
     def drop(self, row: ActiveRow) -> None:
-        """Takes a row out."""
+        """Remove a row."""
         self.rows -= 1
         self.ar_rows -= row.mode == "ar"
         for place in (self.fresh, self.filling, self.extending):
             place.pop(row, None)
 
     def due(self, extend_every: int) -> bool:
-        """Counts a turn -> whether it is one with a context forward."""
+        """Count a turn and return whether it includes a context forward."""
         self.turns += 1
         if self.turns % extend_every == 0 or not (self.filling or self.fresh):
             return True
-        return bool(self.ar_extending())  # for these it is the forward that fills
+        return bool(self.ar_extending())  # their blocks are filled by context forwards
 
     def ar_extending(self) -> list[ActiveRow]:
-        """Of the rows to be extended, those in AR mode."""
+        """Return the rows in AR mode whose pending tokens go into the context next."""
         return [row for row in self.extending if row.mode == "ar"] if self.ar_rows else []
 
     def take_extending(self) -> list[ActiveRow]:
-        """The rows whose pending tokens go into the context now, those in AR mode last."""
+        """Remove and return the rows whose pending tokens go into the context now; rows in AR mode come last."""
         rows = list(self.extending)
         if self.ar_rows:
             rows.sort(key=lambda row: row.mode == "ar")
@@ -176,11 +181,13 @@ class Lane:
         return rows
 
     def extended(self, rows: Iterable[ActiveRow]) -> None:
-        """The pending tokens of these rows are on their way; those in AR mode are in no place until they come back."""
+        """Note that the pending tokens of these rows have been launched. Rows in AR mode are in no place until they
+        come back."""
         self.fresh.update(dict.fromkeys(row for row in rows if row.mode != "ar" and not row.ended))
 
     def take_fresh(self) -> list[ActiveRow]:
-        """The rows that begin a block for the denoiser: new ones, and those that were extended."""
+        """Move all fresh rows to `filling` and return them: rows that are new to the lane, and rows that were
+        extended."""
         begin = list(self.fresh)
         self.fresh = {}
         self.filling.update(dict.fromkeys(begin))

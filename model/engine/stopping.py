@@ -1,4 +1,5 @@
-"""Where a row ends: EOS, a stop string, or its token limit, whichever comes first. Free of torch."""
+"""Finds where a row ends: at an EOS, a stop string, or its token limit, whichever comes first. Does not import
+torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,20 +12,20 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a row ended."""
+    """The end of a row: why it ended, and its final tokens and text."""
 
     reason: Literal["stop", "length"]
     token_ids: list[int]
-    """Up to and including the EOS or the token that completed the stop string."""
+    """The tokens up to and including the EOS or the token that completed the stop string."""
     text: str | None
-    """Ends before the EOS or the stop string; None without a tokenizer."""
+    """The text before the EOS or the stop string; None without a tokenizer."""
 
 
 def find_end(tokens: Sequence[int], params: GenerationParams, decode: Decode | None, checked: int = 0) -> End | None:
-    """The end of a row that has committed `tokens` so far with nothing masked before or among them, or None.
+    """Return the end of the row, or None if it goes on.
 
-    checked: how many of the tokens are known not to end the row. decode: None where the checkpoint has no tokenizer;
-    then `params.stop` must be empty.
+    tokens: the committed tokens of the row up to its first masked position. checked: how many of them are already known
+    not to end the row. decode: None if the checkpoint has no tokenizer; then `params.stop` must be empty.
     """
     eos = next((i for i in range(checked, len(tokens)) if tokens[i] in params.eos_ids), None)
     limit = len(tokens) if eos is None else eos
@@ -42,21 +43,23 @@ def find_end(tokens: Sequence[int], params: GenerationParams, decode: Decode | N
 
 
 def _may_stop(tokens: Sequence[int], stops: Sequence[str], decode: Decode, checked: int) -> bool:
-    """Whether a stop string may end behind the first `checked` tokens: looks at the tail alone, not at a whole text.
+    """Return whether a stop string may end after the first `checked` tokens.
 
-    The tail begins so far back that its old part is longer than any stop string. A letter cut at its beginning can show
-    as up to three replacement characters.
+    Only the tail of the text is decoded. The tail begins so far back that its checked part is longer than any stop
+    string; the margin of 3 is there because a character that is cut at the beginning of the tail can decode to up to
+    three replacement characters.
     """
     longest = max(map(len, stops)) + 3
     back = longest
     while back < checked and len(decode(tokens[checked - back : checked])) < longest:
-        back *= 2  # tokens without text of their own: special ones, parts of a letter
+        back *= 2  # some tokens have no text of their own: special tokens, parts of a character
     tail = decode(tokens[max(0, checked - back) :])
     return any(stop in tail for stop in stops)
 
 
 def _find_stop(tokens: Sequence[int], stops: Sequence[str], decode: Decode) -> End | None:
-    """The earliest stop string in the text of `tokens`, with the fewest tokens whose text holds it."""
+    """Return the end at the earliest stop string, with the fewest tokens whose text holds one; None if there is
+    none."""
     text = decode(tokens)
     if not any(stop in text for stop in stops):
         return None

@@ -1,7 +1,7 @@
-"""Which masked positions a denoiser step commits: pure functions on whole batches of blocks, on any device.
+"""Decides which masked positions a denoiser step commits: pure functions on whole batches of blocks, on any device.
 
-Shapes: R rows, S positions of the longest block among them, M masked positions; a shorter block's tail is simply never
-masked. Nothing here waits for the device.
+Shapes: R rows, S positions of the longest block among them, M masked positions. The positions beyond the end of a
+shorter block are never masked. Nothing here waits for the device.
 """
 
 import torch
@@ -9,20 +9,22 @@ from torch import Tensor
 
 
 def commit_counts(masked: Tensor, above: Tensor, steps_left: Tensor) -> Tensor:
-    """How many positions each row commits now; all arguments and the result (R,) int64.
+    """Return how many positions each row commits in this step; all arguments and the result are (R,) int64.
 
-    clamp(max(above or 1, ceil(masked / steps left)), at most masked), and all of them on the last step: the rule of the
-    released inference code. `above` counts masked positions whose confidence exceeds the threshold.
+    The number is clamp(max(above or 1, ceil(masked / steps left)), at most masked), which on the last step is all of
+    them: the rule of the released inference code. `above` counts the masked positions whose confidence exceeds the
+    threshold.
     """
     on_schedule = (masked + steps_left - 1) // steps_left  # on the last step: all of them
     return torch.minimum(torch.maximum(above.clamp(min=1), on_schedule), masked)
 
 
 def positions_to_commit(masked: Tensor, confidence: Tensor, threshold: Tensor, steps_left: Tensor) -> Tensor:
-    """masked (R, S) bool, confidence (R, S) float32, threshold (R,), steps_left (R,) int64 -> (R, S) bool.
+    """Return which positions are committed in this step, (R, S) bool.
 
-    The most confident masked positions are committed; among equal confidences the later position goes first, as in the
-    released code, which sorts ascending and masks again from the front.
+    masked: (R, S) bool. confidence: (R, S) float32. threshold: (R,). steps_left: (R,) int64. The most confident masked
+    positions are committed. Among equal confidences the later position goes first, as in the released code, which sorts
+    in ascending order and masks again from the front.
     """
     above = (masked & (confidence > threshold[:, None])).sum(-1)
     counts = commit_counts(masked.sum(-1), above, steps_left)
@@ -36,11 +38,14 @@ def positions_to_commit(masked: Tensor, confidence: Tensor, threshold: Tensor, s
 def commit(
     place: Tensor, tokens: Tensor, confidence: Tensor, threshold: Tensor, steps_left: Tensor, width: int
 ) -> Tensor:
-    """One step of all rows, as the host takes it: (2, R, S) int32, token ids and the bits of float32 confidences.
+    """Return what one step commits in all rows, as the host needs it.
 
-    place (M,) int64 into R * S: the masked positions; tokens (M,) int64 and confidence (M,) float32: what is predicted
-    there. threshold, steps_left (R,). An id is -1 where nothing is committed, and in all of a row where a confidence is
-    NaN: its logits were not finite. Confidences are those of all masked positions.
+    The result is (2, R, S) int32: token ids, and the bits of float32 confidences. An id is -1 if nothing is committed
+    there. All ids of a row are -1 if one of its confidences is NaN: its logits were not finite. Confidences are given
+    for all masked positions.
+
+    place: (M,) int64, the masked positions as indices into R * S. tokens: (M,) int64 and confidence: (M,) float32, the
+    predictions there. threshold, steps_left: (R,).
     """
     masked, ids, sure = _blocks(place, tokens, confidence, len(threshold), width)
     taken = positions_to_commit(masked, sure, threshold, steps_left) & ~sure.isnan().any(-1, keepdim=True)
@@ -48,14 +53,14 @@ def commit(
 
 
 def commit_in_order(place: Tensor, tokens: Tensor, confidence: Tensor, rows: int, width: int) -> Tensor:
-    """`commit` of tokens that were predicted one behind the other: all up to the first NaN."""
+    """Do the same as `commit` for tokens that were predicted one after the other: commit all before the first NaN."""
     _, ids, sure = _blocks(place, tokens, confidence, rows, width)
     broken = sure.isnan().cumsum(-1) > 0
     return torch.stack([ids.masked_fill_(broken, -1), sure.view(torch.int32)])
 
 
 def _blocks(place: Tensor, tokens: Tensor, confidence: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(R, S) each: what is masked, the ids predicted there or -1, their confidence or 0."""
+    """Return three (R, S) tensors: what is masked, the ids predicted there or -1, and their confidences or 0."""
     masked = torch.zeros(rows * width, dtype=torch.bool, device=place.device).index_fill_(0, place, True)
     ids = torch.full((rows * width,), -1, dtype=torch.int32, device=place.device)
     ids.index_copy_(0, place, tokens.int())

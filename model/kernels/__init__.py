@@ -1,4 +1,4 @@
-"""Choose the kernels of a device: one protocol (model.kernels.protocol), its implementations chosen once at start."""
+"""Chooses the implementation of the kernel protocol (model.kernels.protocol) for a device, once at start."""
 
 import torch
 
@@ -7,9 +7,9 @@ from model.kernels.protocol import Kernels
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """The kernels that run on `device`: Triton's on a GPU, plain torch elsewhere.
+    """Return the kernels for `device`: the Triton kernels on a GPU, plain torch elsewhere.
 
-    Raises RequestError where Triton is missing on a machine with a GPU.
+    Raises RequestError if the device is a GPU and Triton cannot be imported.
     """
     if device.type == "cuda":
         return _cuda_kernels()

@@ -1,7 +1,7 @@
-"""Formulas in plain torch: activations and norms that give an element the same bits wherever it lies in a tensor.
+"""Computes activations and norms in plain torch; an element gets the same bits wherever it is in a tensor.
 
-torch's own silu, softplus and sigmoid compute the last few elements of a CPU tensor by another formula than the rest
-(measured with torch 2.13), so that a row's result would depend on how many rows there are. exp and log1p do not.
+torch's own silu, softplus and sigmoid use a different formula for the last few elements of a CPU tensor (observed with
+torch 2.13), so a row's result would depend on the number of rows. exp and log1p do not have this problem.
 """
 
 import torch
@@ -9,30 +9,30 @@ from torch import Tensor
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x))."""
+    """Return 1 / (1 + exp(-x))."""
     return 1 / (1 + torch.exp(-x))
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), computed in float32 at least."""
+    """Return x * sigmoid(x), computed at least in float32."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * sigmoid(wide)).to(x.dtype)
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), without overflow."""
+    """Return log(1 + exp(x)), without overflow."""
     return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x * rsqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (arXiv 1910.07467)."""
+    """Return x * rsqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (arXiv 1910.07467)."""
     x32 = x.float()
     x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return (x32 * weight.float()).to(x.dtype)
 
 
 def gated_group_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """norm(y * silu(gate)): gate first, then RMSNorm over each of `groups` contiguous groups of channels.
+    """Return norm(y * silu(gate)): the gate first, then RMSNorm over each of `groups` contiguous groups of channels.
 
     y, gate (N, inner), weight (inner,) -> (N, inner) in the gate's dtype.
     """
@@ -42,5 +42,5 @@ def gated_group_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: 
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift."""
+    """Return x * (1 + scale) + shift."""
     return x * (1 + scale) + shift

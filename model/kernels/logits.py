@@ -1,4 +1,4 @@
-"""What the kernels that choose tokens take and give: logits that are computed on demand, how to sample, the choice.
+"""Defines the inputs and outputs of the kernels that choose tokens: logits on demand, sampling parameters, the choice.
 
 Shapes: M positions, V ids of the vocabulary.
 """
@@ -13,9 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """How each of M positions is sampled; temperature 0 means greedy.
+    """The sampling parameters of M positions; temperature 0 means greedy.
 
-    Which are sampled is said twice, so that nobody has to ask the device: the lengths of `free` and `limited` tell.
+    `free` and `limited` repeat which positions are sampled: their lengths are known on the host, so that nothing has to
+    be read back from the device.
     """
 
     temperature: Tensor  # (M,) float32
@@ -24,20 +25,20 @@ class Draws:
     key: Tensor  # (M, 2) int64, 32 bits each
     counter: Tensor  # (M, 3) int64: block, step, position
     free: Tensor  # (K,) int64, the positions that are sampled without top_k and top_p
-    limited: Tensor  # (L,) int64, those that are sampled with one of them or both
+    limited: Tensor  # (L,) int64, the positions that are sampled with top_k, top_p or both
 
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """The logits of M positions, and how much of them may be looked at at once."""
+    """The logits of M positions, computed on demand, and how many of them may be in memory at once."""
 
-    head: Callable[[slice | Tensor, slice], Tensor]  # (positions, columns) -> float32 or bfloat16, to be overwritten
+    head: Callable[[slice | Tensor, slice], Tensor]  # (positions, columns) -> float32/bfloat16; may be overwritten
     count: int  # M
     vocab: int  # V
-    suppress: Tensor  # (M,) bool: where the mask id counts as -inf
+    suppress: Tensor  # (M,) bool: True if the mask id's logit counts as -inf
     mask_id: int
-    dtype: torch.dtype  # of what the head gives
-    workspace: int  # bytes that they and what is made of them may take; only a single row may go beyond it
+    dtype: torch.dtype  # dtype of the head's results
+    workspace: int  # bytes that the logits and their temporaries may take; only a single row may exceed it
     width: int  # columns of a slice of the vocabulary
 
     @property
@@ -46,26 +47,27 @@ class Logits:
 
     @property
     def columns(self) -> list[slice]:
-        """The slices, of the whole vocabulary together."""
+        """The slices of columns that together cover the vocabulary."""
         return [slice(at, min(at + self.width, self.vocab)) for at in range(0, self.vocab, self.width)]
 
     def rows_at_once(self, columns: int, bytes_each: int) -> int:
-        """How many rows of so many columns fit into the workspace, one at least."""
+        """Return how many rows of so many columns and bytes per logit fit into the workspace, at least one."""
         return max(1, self.workspace // (columns * bytes_each))
 
 
 class Choice(NamedTuple):
-    """A token for each of M positions, and what its probability is made of: exp(logit - top) / total."""
+    """The token of each of M positions, and the parts of its probability, which is exp(logit - top) / total."""
 
     tokens: Tensor  # (M,) int64
-    logit: Tensor  # (M,) float32, of the token
-    top: Tensor  # (M,) float32, the largest
+    logit: Tensor  # (M,) float32, the token's logit
+    top: Tensor  # (M,) float32, the largest logit
     total: Tensor  # (M,) float32, the sum of exp(logit - top) over the vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What one pass over the vocabulary keeps of each of its S slices; (M, S) each, or (M,) of a single slice."""
+    """The results that one pass over the vocabulary keeps for each of its S slices; (M, S) each, or (M,) for one
+    slice."""
 
     best: Tensor  # float32, the largest logit
     at: Tensor  # int64, the first id that has it
@@ -74,12 +76,12 @@ class Parts:
 
     @classmethod
     def empty(cls, count: int, slices: int, device: torch.device, *, mass: bool) -> "Parts":
-        """Tables to be filled; all of the same strides."""
+        """Return tensors to be filled, all with the same strides; `mass` says whether they include the mass."""
         best, total = torch.empty(2, count, slices, device=device)
         at = torch.empty(count, slices, dtype=torch.int64, device=device)
         return cls(best, at, total, torch.empty(count, slices, dtype=torch.float64, device=device) if mass else None)
 
     def of(self, rows: slice, part: int) -> "Parts":
-        """Views of some rows and one slice."""
+        """Return views of some rows and one slice."""
         mass = None if self.mass is None else self.mass[rows, part]
         return Parts(self.best[rows, part], self.at[rows, part], self.total[rows, part], mass)

@@ -1,12 +1,13 @@
-"""Plain torch kernels: any device, the definition of what the others must compute.
+"""Implements the kernels in plain torch, for any device; they define the results that the other kernels must give.
 
-On a CPU in float32 a row's result is the same bit for bit in whatever company it is computed, and a prompt's whether it
-is put into the context at once or in parts cut at whole pages. As measured with torch 2.13 and MKL, a matrix product
-sums in another order for 1 to 3 rows, by a row's position where it has fewer than 12 outputs and inputs that are no
-multiple of 4, and in float64 for the rows behind the last multiple of 4: `linear` pads them away. A batched product
-computes each of its matrices by itself. Attention runs in pieces of equal shapes, see model.kernels.plain_attention;
-the scan in chunks from the forward's first token. The rest works element by element, with operations that treat every
-element alike (model.kernels.formulas).
+On a CPU in float32, a row's result is the same bit for bit whatever other rows are computed with it, and a prompt's
+result is the same whether the prompt enters the context at once or in parts that are cut at whole pages. With torch
+2.13 and MKL, a matrix product was seen to change its order of summation in three cases: for 1 to 3 rows; by a row's
+position, if there are fewer than 12 outputs and the number of inputs is not a multiple of 4; and in float64 for the
+rows after the last multiple of 4. `linear` avoids all three by padding. A batched product computes each of its matrices
+separately. Attention runs in pieces of equal shapes (see model.kernels.plain_attention), and the scan in chunks that
+are counted from the forward's first token. Everything else works element by element, with operations that treat all
+elements alike (model.kernels.formulas).
 """
 
 import torch
@@ -23,12 +24,12 @@ from model.runtime.transfer import to_device
 MIN_GEMM_ROWS = 16
 MIN_GEMM_OUTPUTS = 12
 SCAN_CHUNK = 16  # tokens: the block size of the released model, so that a block is one chunk
-SCAN_ELEMENTS = 2**22  # of states between chunks that lie in memory at once
-VOCAB_SLICE = 8192  # columns; below 32,768, from which on torch splits the sum of a lone row among its threads
+SCAN_ELEMENTS = 2**22  # limit of the elements of states between chunks that are in memory at once
+VOCAB_SLICE = 8192  # columns; with 32,768 or more, torch splits the sum of a single row among its threads
 
 
 class PlainKernels:
-    """See `model.kernels.protocol.Kernels`."""
+    """The kernels in plain torch; `model.kernels.protocol.Kernels` describes the methods."""
 
     head_workspace = HEAD_WORKSPACE["cpu"]
     vocab_slice = VOCAB_SLICE
@@ -41,7 +42,7 @@ class PlainKernels:
         if x.dtype == torch.float64:
             more_rows += -(rows + more_rows) % 4
         more_in, more_out = -size_in % 4, max(0, MIN_GEMM_OUTPUTS - size_out)
-        if more_out and (more_in or size_out == 1):  # never so in a released model
+        if more_out and (more_in or size_out == 1):  # does not happen in a released model
             weight = F.pad(weight, (0, more_in, 0, more_out))
             return F.linear(F.pad(x, (0, more_in, 0, more_rows)), weight)[:rows, :size_out]
         return F.linear(F.pad(x, (0, 0, 0, more_rows)), weight)[:rows] if more_rows else F.linear(x, weight)
@@ -85,7 +86,7 @@ class PlainKernels:
         if len(groups) == 1:
             return self._scan(xbc, dt, weights, conv_states, ssm_states, rows, store=store)
         out = torch.empty(len(xbc), ssm_states.shape[1] * ssm_states.shape[2], device=xbc.device)
-        for some, places in groups:  # short rows are not padded to the length of long ones
+        for some, places in groups:  # so that short rows are not padded to the length of long ones
             x, d = xbc.index_select(0, places), dt.index_select(0, places)
             y = self._scan(x, d, weights, conv_states, ssm_states, some, store=store)
             out.index_copy_(0, places, y)
@@ -102,12 +103,12 @@ class PlainKernels:
         *,
         store: bool,
     ) -> Tensor:
-        """All rows padded to the longest."""
+        """Scan all rows together, padded to the longest."""
         index = rows.on(xbc.device)
         xbc = rows.padded(xbc)  # (R, L, conv_dim)
         seeds = index.seeds.clamp(min=0)
         history, states = conv_states.index_select(0, seeds), ssm_states.index_select(0, seeds)
-        if min(rows.seeds) < 0:  # nothing stands before some rows, whatever an earlier row left in their slots
+        if min(rows.seeds) < 0:  # rows without a seed start from zeros, whatever is in the slot
             fresh = index.seeds < 0
             history.masked_fill_(fresh[:, None, None], 0)
             states.masked_fill_(fresh[:, None, None, None], 0)
@@ -117,7 +118,7 @@ class PlainKernels:
         heads, head_dim, state = ssm_states.shape[1:]
         x, B, C = mixed.split([heads * head_dim, weights.groups * state, weights.groups * state], dim=-1)
         dt = softplus(rows.padded(dt).float() + weights.dt_bias).clamp(*weights.dt_limit)
-        if rows.padding(xbc.device) is not None:  # at padding the state passes through
+        if rows.padding(xbc.device) is not None:  # padding must not change the state
             dt = dt * (torch.arange(dt.shape[1], device=dt.device) < index.lengths[:, None])[..., None]
         y, states = self.selective_scan(
             x.unflatten(-1, (heads, head_dim)),
@@ -138,7 +139,7 @@ class PlainKernels:
     def selective_scan(
         self, x: Tensor, dt: Tensor, decay: Tensor, B: Tensor, C: Tensor, states: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What `mamba_scan` computes rows of like length by: the function of the same name below."""
+        """Scan rows of similar length for `mamba_scan`, with the function of the same name below."""
         return selective_scan(x, dt, decay, B, C, states)
 
     def attend(
@@ -176,9 +177,9 @@ class PlainKernels:
         per_token = choice.shape[1]
         chosen, order = choice.flatten().sort(stable=True)  # (N * K): token-and-choice pairs, expert by expert
         counts = torch.bincount(chosen, minlength=up.shape[0])
-        room = counts.clamp(min=MIN_GEMM_ROWS) * (counts > 0)  # with fewer rows each product would pad its own
+        room = counts.clamp(min=MIN_GEMM_ROWS) * (counts > 0)  # padded here, so that `linear` need not pad
         shift = (room - counts).cumsum(0) - (room - counts)
-        place = torch.arange(len(order), device=x.device) + shift[chosen]  # of each pair in all experts' room
+        place = torch.arange(len(order), device=x.device) + shift[chosen]  # each pair's place among all padded rows
         sizes = room.tolist()
         token = place.new_zeros(sum(sizes)).index_copy_(0, place, order // per_token)
         outputs = [
@@ -196,28 +197,32 @@ class PlainKernels:
 
 
 def _causal_conv(line: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Depthwise causal convolution and SiLU: line (R, W + L, C), weight (C, W), bias (C,) -> (R, L, C) float32."""
+    """Apply depthwise causal convolution and SiLU.
+
+    line (R, W + L, C), weight (C, W), bias (C,) -> (R, L, C) float32.
+    """
     width = weight.shape[1]
     length = line.shape[1] - width
     wide, taps = line.float(), weight.float().T.contiguous()
     out = bias.float()
     for tap in range(width):  # the last tap multiplies the current token
         out = torch.addcmul(out, wide[:, tap + 1 : tap + 1 + length], taps[tap])
-    silu: Tensor = out.div_(torch.exp(-out).add_(1))  # as in model.kernels.formulas
+    silu: Tensor = out.div_(torch.exp(-out).add_(1))  # the same formula as in model.kernels.formulas
     return silu
 
 
 def selective_scan(
     x: Tensor,  # (R, L, heads, head_dim) float32
-    dt: Tensor,  # (R, L, heads) float32, 0 where the state must pass
+    dt: Tensor,  # (R, L, heads) float32, 0 at tokens that must not change the state
     decay: Tensor,  # (heads,) A, negative
     B: Tensor,  # (R, L, groups, state)
     C: Tensor,  # (R, L, groups, state)
     states: Tensor,  # (R, heads, head_dim, state) float32
 ) -> tuple[Tensor, Tensor]:
-    """s <- exp(dt A) s + dt x (outer) B; y = s C, chunk by chunk -> (y (R, L, heads, head_dim), the last states).
+    """Compute s <- exp(dt A) s + dt x (outer) B and y = s C -> (y (R, L, heads, head_dim), the last states).
 
-    Inside a chunk the recurrence is unrolled into products of C, B and decays (Mamba-2, arXiv 2405.21060, section 6).
+    Works chunk by chunk. Inside a chunk the recurrence is unrolled into products of C, B and decays (Mamba-2, arXiv
+    2405.21060, section 6).
     """
     length = x.shape[1]
     if short := -length % SCAN_CHUNK:
@@ -241,22 +246,23 @@ def _scan_chunks(
     C: Tensor,  # (R, G, groups, Q, state)
     states: Tensor,  # (R, heads, head_dim, state)
 ) -> tuple[Tensor, Tensor]:
-    """G chunks; nothing but the step from one chunk's state to the next is sequential -> (y as x, the last states).
+    """Scan G chunks -> (y in the shape of x, the last states).
 
-    Every decay is a product of factors of at most 1, so nothing overflows however large the seeded state is, and a
-    strong decay takes no digits from those that do not contain it.
+    Only the step from one chunk's state to the next is sequential. Every decay is a product of factors of at most 1, so
+    nothing overflows however large the first state is, and a strong decay does not make products without it less
+    precise.
     """
     groups = B.shape[2]
     C = C.contiguous()
-    step = (dt * decay[:, None]).exp()  # (R, G, heads, Q) the decay at each token
+    step = (dt * decay[:, None]).exp()  # (R, G, heads, Q), the decay at each token
     later = torch.ones(SCAN_CHUNK, SCAN_CHUNK, dtype=torch.bool, device=x.device).tril(-1)
-    between = torch.where(later, step[..., None], 1.0).cumprod(-2)  # (R, G, heads, Q, Q) decay from j to i, i >= j
+    between = torch.where(later, step[..., None], 1.0).cumprod(-2)  # (R, G, heads, Q, Q), decay from j to i, i >= j
     from_start = step.cumprod(-1)  # (R, G, heads, Q)
     x = x * dt[..., None]
     causal = (C @ B.transpose(-1, -2)).tril_()  # (R, G, groups, Q, Q)
     mix = (causal[:, :, :, None] * between.unflatten(2, (groups, -1))).flatten(2, 3)
 
-    # the heads of a group share B and C: one product for all of them
+    # the heads of a group share B and C, so one product serves all of them
     added = _by_group(x * between[..., -1, :, None], groups).transpose(-1, -2) @ B  # (R, G, groups, heads * dim, state)
     added = added.unflatten(3, (-1, x.shape[-1])).flatten(2, 3)
     before = []
@@ -269,16 +275,16 @@ def _scan_chunks(
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """(R, G, heads, Q, head_dim) -> (R, G, groups, Q, heads of a group * head_dim)."""
+    """Join the heads of each group: (R, G, heads, Q, head_dim) -> (R, G, groups, Q, heads of a group * head_dim)."""
     grouped: Tensor = x.unflatten(2, (groups, -1)).transpose(3, 4).flatten(-2)
     return grouped
 
 
 def _attend_pieces(q: Tensor, kv: Tensor, pieces: Pieces) -> Tensor:
-    """q (B * W, query heads, D) over kv (2, B * T, kv heads, D) -> (B * W, query heads, D)."""
+    """Compute the attention of q (B * W, query heads, D) over kv (2, B * T, kv heads, D) -> (B * W, query heads, D)."""
     batch = len(pieces.visible)
     k, v = kv.unflatten(1, (batch, -1)).transpose(2, 3)  # (B, kv heads, T, D)
-    # the query heads that share a kv head lie one after another, as more queries of it: fewer and larger products
+    # the query heads that share a kv head are treated as more queries of that head: fewer and larger products
     q = q.unflatten(1, (k.shape[1], -1)).unflatten(0, (batch, -1)).permute(0, 2, 3, 1, 4)  # (B, kv, repeat, W, D)
     visible = pieces.visible if pieces.visible.shape[1] == 1 else pieces.visible.repeat(1, q.shape[2])
     mask = q.new_zeros(batch, 1, visible.shape[1], k.shape[2])

@@ -1,9 +1,9 @@
-"""How the plain kernels cut the attention of a forward into pieces of equal shapes.
+"""Cuts the attention of a forward into pieces of equal shapes for the plain kernels.
 
-A piece is some queries of one row over the first keys of that row. Its shapes follow from the row alone: queries are
-cut every page from the forward's first token, their number is padded to a power of two, and the keys to whole pages.
-So a piece is the same product, and has the same bits, in whatever company and however the prompt before it was cut at
-whole pages; and pieces of the same shapes are computed together.
+A piece is some queries of one row over the first keys of that row. Its shapes depend on the row alone: causal queries
+are cut after every page of tokens, counted from the row's first token in the forward, their number is padded to a power
+of two, and the keys are padded to whole pages. So a piece is the same product with the same bits, whatever other rows
+there are and at whichever whole pages the prompt before it was cut. Pieces of the same shapes are computed together.
 """
 
 from collections import defaultdict
@@ -18,26 +18,26 @@ from model.runtime.ragged_batch import RaggedBatch
 from model.runtime.transfer import Array, to_device
 
 MIN_QUERIES = 4  # with fewer, the order in which torch sums depends on the number of threads
-MAX_GATHERED = 2**15  # keys copied at once: bounds the memory of a forward
-QUERIES = 256  # of a piece on an accelerator, where nothing promises equal bits and small products are slow
+MAX_GATHERED = 2**15  # keys that are copied at once; limits the memory of a forward
+QUERIES = 256  # per causal piece on an accelerator, where equal bits are not promised and small products are slow
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """B pieces of W queries over T keys, as index tensors."""
+    """The index tensors of B pieces of W queries over T keys each."""
 
-    table: Tensor  # (B * T / page size,) pages
-    own: Tensor  # (Z,) into B * T: the keys that do not come from pages, but from the forward's tokens
-    token: Tensor  # (Z,) into the N tokens: what stands there; behind the last visible key a copy of it
-    query: Tensor  # (B * W,) into the N tokens; padding repeats the last
-    visible: Tensor  # (B, W), or (B, 1) for all queries: each sees so many of the first keys
-    seen: int  # all queries see so many
-    real: Tensor | None  # (Y,) into B * W: what is no padding; None where all are real
-    target: Tensor  # (Y,) into the N tokens: the queries that are real
+    table: Tensor  # (B * T / page size,) the pages that contain the keys
+    own: Tensor  # (Z,) into B * T: the keys that come from the forward's tokens instead of pages
+    token: Tensor  # (Z,) into the N tokens: the token of each of these keys; padding repeats the last visible one
+    query: Tensor  # (B * W,) into the N tokens; padding repeats the last query
+    visible: Tensor  # (B, W), or (B, 1) if equal for all queries: number of first keys that a query sees
+    seen: int  # number of first keys that every query sees
+    real: Tensor | None  # (Y,) into B * W: the queries that are not padding; None if no query is padding
+    target: Tensor  # (Y,) into the N tokens: the queries that are not padding
 
 
 def place_tokens(rows: RaggedBatch, page_size: int) -> Tensor:
-    """(N,) on the host: where each token's key lies among pages * page_size places."""
+    """Return the place of each token's key among the pages * page_size places: (N,) on the host."""
     pages = PageTables(rows.pages)
     row, ordinal = expand(np.array(rows.lengths, dtype=np.int64))
     page, place = np.divmod(np.array(rows.context, dtype=np.int64)[row] + ordinal, page_size)
@@ -46,18 +46,18 @@ def place_tokens(rows: RaggedBatch, page_size: int) -> Tensor:
 
 
 def plan_pieces(rows: RaggedBatch, page_size: int, device: torch.device, *, causal: bool, stored: bool) -> list[Pieces]:
-    """All pieces of a forward, those of equal shapes together.
+    """Return all pieces of a forward, grouped by shape.
 
-    causal: a query sees no later token. stored: the rows' own tokens stand in their pages already.
+    causal: a query sees no later token. stored: the rows' own tokens are already in their pages.
     """
     size = page_size if device.type == "cpu" else max(page_size, QUERIES)
     lengths, context = (np.array(column, dtype=np.int64) for column in (rows.lengths, rows.context))
     step = np.full_like(lengths, size) if causal else lengths
-    row, ordinal = expand(-(-lengths // step))  # for every piece
+    row, ordinal = expand(-(-lengths // step))  # one entry per piece
     start = (lengths.cumsum() - lengths)[row]
     first = start + ordinal * step[row]
-    last = np.minimum(first + step[row], start + lengths[row])  # one behind it
-    keys = context[row] + last - start  # the last query sees so many
+    last = np.minimum(first + step[row], start + lengths[row])  # exclusive
+    keys = context[row] + last - start  # number of keys that the last query sees
     alike = defaultdict[tuple[int, int], list[int]](list)
     for piece, (queries, seen) in enumerate(zip((last - first).tolist(), keys.tolist(), strict=True)):
         alike[power_of_two(max(MIN_QUERIES, queries)), -(-seen // page_size)].append(piece)
@@ -75,7 +75,10 @@ def plan_pieces(rows: RaggedBatch, page_size: int, device: torch.device, *, caus
 def _plan(
     columns: Array, width: int, page_size: int, table: Array, device: torch.device, *, causal: bool, stored: bool
 ) -> Pieces:
-    """columns (5, B, 1): start of the row, first and last query, context, keys. table (B, T / page_size)."""
+    """Return the index tensors of B pieces of one shape.
+
+    columns (5, B, 1): start of the row, first query, last query (exclusive), context, keys. table (B, T / page_size).
+    """
     start, first, last, context, keys = columns
     total = table.shape[1] * page_size
     begin = keys if stored else context

@@ -1,7 +1,7 @@
-"""From logits to tokens in plain torch: greedy, sampled, sampled within limits; and the generator of uniform numbers.
+"""Chooses tokens from logits in plain torch (greedy, sampled, sampled within limits) and generates uniform numbers.
 
-The head is asked for slices of the vocabulary, of a fixed width, and only sums over a slice are kept. Their order, and
-with it a row's bits, depends on the vocabulary alone, not on the other rows.
+The head computes slices of the vocabulary of a fixed width, and only sums over each slice are kept. The order of
+summation, and so the bits of a row's result, depends on the vocabulary alone, not on the other rows.
 """
 
 import torch
@@ -13,14 +13,15 @@ _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
-SLICE_BYTES = 16  # of workspace for a logit of a slice: float32, what it is made of, and a float64 weight
-LIMITED_BYTES = 48  # for one that is also sorted: two float32, two float64, an order (int64), and room to sort
+SLICE_BYTES = 16  # workspace per logit of a slice: the head's output, a float32 copy, and a float64 weight
+LIMITED_BYTES = 48  # workspace per logit that is also sorted: two float32, two float64, an int64 order, sort buffers
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox4x32-10: counter (M, 4), key (M, 2), 32-bit words in int64 -> (M, 4).
+    """Compute Philox4x32-10: counter (M, 4), key (M, 2), 32-bit words in int64 -> (M, 4).
 
-    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. int64 products wrap, which keeps all 64 bits.
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. int64 products wrap around, so that all 64
+    bits of a product are kept.
     """
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key.unbind(-1)
@@ -32,13 +33,13 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def uniforms(counter: Tensor, key: Tensor) -> Tensor:
-    """`model.kernels.protocol.Kernels.uniforms`."""
+    """Implement `model.kernels.protocol.Kernels.uniforms`."""
     words = philox(torch.nn.functional.pad(counter, (0, 1)), key)
     return ((words[:, 0] << 21) | (words[:, 1] >> 11)).double() / 2**53
 
 
 def choose_tokens(logits: Logits, draws: Draws | None, uniform: Tensor | None) -> Choice:
-    """`model.kernels.protocol.Kernels.choose_tokens`; (M, V) logits are never held."""
+    """Implement `model.kernels.protocol.Kernels.choose_tokens` without ever holding all (M, V) logits."""
     parts = _survey(logits, draws.temperature if draws is not None and len(draws.free) else None)
     top, part = parts.best.max(-1)
     tokens, chosen = _pick(parts.at, part), top.clone()
@@ -52,7 +53,11 @@ def choose_tokens(logits: Logits, draws: Draws | None, uniform: Tensor | None) -
 
 
 def _survey(logits: Logits, temperature: Tensor | None) -> Parts:
-    """One pass over all slices. temperature (M,): also the mass at it, which means nothing where it is 0."""
+    """Compute the parts of all slices in one pass over the vocabulary.
+
+    If temperature (M,) is given, the parts include the mass at that temperature. It means nothing for a row whose
+    temperature is 0.
+    """
     columns, count = logits.columns, logits.count
     parts = Parts.empty(count, len(columns), logits.device, mass=temperature is not None)
     step = logits.rows_at_once(len(range(columns[0].start, columns[0].stop)), SLICE_BYTES)
@@ -65,9 +70,9 @@ def _survey(logits: Logits, temperature: Tensor | None) -> Parts:
 
 
 def survey_slice(x: Tensor, first: int, temperature: Tensor | None, parts: Parts) -> None:
-    """x (M, W) float32, the logits of the ids from `first` on, overwritten -> `parts` of that slice, filled.
+    """Fill `parts` of one slice from x (M, W) float32, the logits of the ids from `first` on. Overwrites x.
 
-    A NaN is the largest logit. temperature (M,) float32 where the parts have a mass.
+    A NaN counts as the largest logit. temperature (M,) float32 is needed if the parts have a mass.
     """
     torch.max(x, -1, out=(parts.best, parts.at))
     parts.at.add_(first)
@@ -81,7 +86,10 @@ def survey_slice(x: Tensor, first: int, temperature: Tensor | None, parts: Parts
 
 
 def _logits_of(logits: Logits, positions: slice | Tensor, columns: slice) -> Tensor:
-    """(len(positions), len(columns)) float32, the caller's to overwrite; -inf where the mask id is suppressed."""
+    """Return float32 logits (len(positions), len(columns)), which the caller may overwrite.
+
+    A suppressed mask id has -inf.
+    """
     x = logits.head(positions, columns).float()
     if columns.start <= logits.mask_id < columns.stop:
         x[:, logits.mask_id - columns.start].masked_fill_(logits.suppress[positions], -torch.inf)
@@ -89,20 +97,20 @@ def _logits_of(logits: Logits, positions: slice | Tensor, columns: slice) -> Ten
 
 
 def _draw_by_slice(logits: Logits, parts: Parts, draws: Draws, uniform: Tensor, tokens: Tensor, chosen: Tensor) -> None:
-    """Sampled rows without limits: the slice from the masses, and the token from that slice, computed again.
+    """Draw the tokens of the sampled rows without limits: first a slice by its mass, then a token inside it.
 
-    Together they invert the CDF of softmax(logits / temperature) in vocabulary order. Writes their tokens (M,) and the
-    logits of those, chosen (M,).
+    The two steps together invert the CDF of softmax(logits / temperature) in vocabulary order. The logits of the drawn
+    slice are computed a second time. Writes into tokens (M,) and, with the logits of these tokens, into chosen (M,).
     """
     assert parts.mass is not None
     rows, columns = draws.free, logits.columns
     heat, best = draws.temperature[rows], parts.best[rows]
-    # less the largest first: a tiny temperature then gives -inf for the others, not inf for all
+    # subtract the largest before dividing: a tiny temperature then gives -inf for the others, not inf for all
     less = (best - best.amax(-1, keepdim=True)) / heat[:, None]
     mass = parts.mass[rows] * less.double().exp()  # (K, S)
     cdf = mass.cumsum(-1)
     part, target = invert(cdf, uniform[rows])
-    inside = (target - _pick(cdf - mass, part)) / _pick(mass, part)  # where in the slice, as a share of it
+    inside = (target - _pick(cdf - mass, part)) / _pick(mass, part)  # target as a share of the slice
     base = _finite_base(_pick(best, part))
     step = logits.rows_at_once(len(range(columns[0].start, columns[0].stop)), SLICE_BYTES)
     by_part = part.argsort(stable=True).split(torch.bincount(part, minlength=len(columns)).tolist())
@@ -119,10 +127,11 @@ def _draw_by_slice(logits: Logits, parts: Parts, draws: Draws, uniform: Tensor, 
 def _draw_within_limits(
     logits: Logits, rows: Tensor, draws: Draws, uniform: Tensor, tokens: Tensor, chosen: Tensor
 ) -> None:
-    """Sampled rows with top_k or top_p, no more than their whole vocabulary leaves room for.
+    """Draw the tokens of `rows` (L,), which have top_k or top_p.
 
-    Inverts the CDF, in vocabulary order, of softmax(logits / temperature) within the limits. rows (L,) of the M; writes
-    their tokens (M,) and the logits of those, chosen (M,).
+    The caller passes only as many rows as have logits that fit into the workspace. Inverts, in vocabulary order, the
+    CDF of softmax(logits / temperature) within the limits. Writes into tokens (M,) and, with the logits of these
+    tokens, into chosen (M,).
     """
     x = torch.empty(len(rows), logits.vocab, device=rows.device)
     for columns in logits.columns:
@@ -133,9 +142,9 @@ def _draw_within_limits(
 
 
 def _limited(x: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Logits x (K, V) -> weights (K, V) float64, in proportion to the probabilities at `temperature` (K,).
+    """Return weights (K, V) float64 for logits x (K, V), in proportion to the probabilities at `temperature` (K,).
 
-    0 outside the k likeliest, and then outside the fewest that reach top_p of what is left.
+    A weight is 0 outside the top_k most likely ids, and outside the fewest of these that reach top_p of their sum.
     """
     ordered, order = x.sort(dim=-1, descending=True, stable=True)
     ordered -= ordered[:, :1].clone()
@@ -146,16 +155,16 @@ def _limited(x: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Te
     before = weights.cumsum(-1)
     enough = top_p[:, None] * before[:, -1:]
     beyond = before.sub_(weights) >= enough
-    beyond[:, 0] = False  # the likeliest always stays
+    beyond[:, 0] = False  # the most likely id always stays
     weights.masked_fill_(beyond, 0)
     return before.scatter_(-1, order, weights)
 
 
 def invert(cdf: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """cdf (K, T) float64, share (K,) -> the first place (K,) whose cdf is above share of the last, and that.
+    """Return the first place (K,) whose cdf is above the target, and the target (K,): `share` of the cdf's last value.
 
-    A place that adds nothing is never taken, not even where rounding leaves the share at 1 or a little below 0. A row
-    that is NaN or all 0 gives any place.
+    cdf (K, T) float64, share (K,). A place that adds nothing to the cdf is never chosen, even if rounding has made the
+    share 1 or slightly negative. A row that is NaN or all 0 gives an arbitrary place.
     """
     last = cdf[:, -1]
     target = torch.minimum(share.clamp(min=0) * last, torch.nextafter(last, torch.zeros_like(last)))
@@ -164,10 +173,10 @@ def invert(cdf: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _finite_base(best: Tensor) -> Tensor:
-    """best, or 0 where it is -inf: the differences to it are then -inf, not NaN."""
+    """Return best, with -inf replaced by 0, so that differences to it are -inf and not NaN."""
     return best.masked_fill(best == -torch.inf, 0)
 
 
 def _pick(table: Tensor, place: Tensor) -> Tensor:
-    """table (K, T), place (K,) -> (K,)."""
+    """Return one element of each row: table (K, T), place (K,) -> (K,)."""
     return table.gather(-1, place[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""What a device must be able to do: the protocol behind which plain torch and Triton stand."""
+"""Defines the protocol of the kernels, which the plain torch kernels and the Triton kernels implement."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -9,20 +9,24 @@ from model.kernels.logits import Choice, Draws, Logits
 from model.runtime.ragged_batch import RaggedBatch
 
 HEAD_WORKSPACE: Mapping[str, int] = {"cuda": 2**30, "cpu": 256 * 2**20}
-"""Bytes that the logits of a forward, and what is made of them, may take. On a GPU they are held as they are: 4,096
-positions of the released vocabulary in bfloat16, 256 rows with a whole block each."""
+"""Bytes that the logits of a forward and their temporaries may take, by type of device. A GPU keeps the logits in the
+model's dtype: 1 GiB holds 4,096 positions of the released vocabulary in bfloat16, one block for each of 256 rows."""
 
 
 class Kernels(Protocol):
-    """What a device must be able to do. Shapes as in model.runtime.ragged_batch; see `model.kernels.plain` for the
-    formulas."""
+    """The operations that a device must provide. Shapes are those of model.runtime.ragged_batch, formulas are in
+    model.kernels.plain."""
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x (N, in), weight (out, in) -> (N, out). A row's result does not depend on the other rows."""
+        """Return x @ weight.T: x (N, in), weight (out, in) -> (N, out).
+
+        On a CPU, in float32 and float64, the bits of a row's result do not depend on the other rows.
+        """
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x (N, H), weight (H,) float32 -> as x; see model.network.layers.norm."""
+        """Return the RMSNorm of x (N, H) with weight (H,) float32, in the shape and dtype of x; see
+        model.kernels.formulas."""
         ...
 
     def modulated_norm(
@@ -35,15 +39,17 @@ class Kernels(Protocol):
         *,
         norm_first: bool,
     ) -> Tensor:
-        """norm(x * (1 + scale) + shift), or where norm_first norm(x) * (1 + scale) + shift -> as x."""
+        """Return norm(x * (1 + scale) + shift), or norm(x) * (1 + scale) + shift if norm_first, in the shape and dtype
+        of x."""
         ...
 
     def gated_add(self, x: Tensor, mixed: Tensor, conditioning: Tensor, row_of_token: Tensor) -> Tensor:
-        """x + gate * mixed, as x."""
+        """Return x + gate * mixed in the shape and dtype of x; the gate is conditioning[:, 2] of each token's row."""
         ...
 
     def gated_norm(self, y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-        """norm(y * silu(gate)) over each group of channels -> (N, inner) as gate; see model.network.layers.norm."""
+        """Return norm(y * silu(gate)) over each group of channels, (N, inner) in the gate's dtype; see
+        model.kernels.formulas."""
         ...
 
     def mamba_scan(
@@ -57,10 +63,10 @@ class Kernels(Protocol):
         *,
         store: bool,
     ) -> Tensor:
-        """Causal conv + SiLU + selective scan -> (N, heads * head_dim) float32.
+        """Return the output of causal convolution, SiLU and selective scan: (N, heads * head_dim) float32.
 
-        Seeded from slots `rows.seeds` (-1: zeros, whatever stands anywhere). store: slots `rows.slots` take the states
-        after each row's last token; otherwise all stay as they were.
+        Each row starts from the states in its slot of `rows.seeds`, or from zeros if that is -1. If store, the states
+        after each row's last token are written to the slots `rows.slots`; otherwise no state is changed.
         """
         ...
 
@@ -75,32 +81,32 @@ class Kernels(Protocol):
         causal: bool,
         store: bool,
     ) -> Tensor:
-        """Attention of each row's tokens over [its context | its tokens] -> (N, query heads * head_dim).
+        """Return the attention of each row's tokens over [its context | its tokens]: (N, query heads * head_dim).
 
-        causal: a token sees its row's context and its row's tokens up to itself; otherwise all of its row's tokens.
-        store: the rows' k and v are appended to their pages.
+        If causal, a token sees its row's context and its row's tokens up to itself; otherwise it sees the context and
+        all of its row's tokens. If store, the k and v of the rows are appended to their pages.
         """
         ...
 
     def choose_experts(
         self, logits: Tensor, bias: Tensor, per_token: int, scale: float, *, normalise: bool
     ) -> tuple[Tensor, Tensor]:
-        """The experts with the highest sigmoid(logits) + bias, best first, and their weights without the bias.
+        """Return the experts with the highest sigmoid(logits) + bias, best first, and their weights without the bias.
 
-        logits (N, E) float64, bias (E,) -> choice (N, K) int64, weight (N, K) float32: times `scale`, and where
-        normalise over their sum.
+        logits (N, E) float64, bias (E,) -> choice (N, K) int64, weight (N, K) float32. If normalise, a token's weights
+        are divided by their sum. All weights are multiplied by `scale`.
         """
         ...
 
     def experts(self, x: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """Sum of each token's chosen experts, down(relu(up(x))^2), by weight.
+        """Return for each token the weighted sum of its chosen experts, each of which is down(relu(up(x))^2).
 
         x (N, H), choice (N, K) int64, weight (N, K) float32, up (E, F, H), down (E, H, F) -> (N, H).
         """
         ...
 
     def squared_relu(self, x: Tensor) -> Tensor:
-        """relu(x)^2, as x, which may be overwritten."""
+        """Return relu(x)^2 in the shape and dtype of x. x may be overwritten."""
         ...
 
     @property
@@ -109,19 +115,21 @@ class Kernels(Protocol):
     def vocab_slice(self) -> int: ...  # columns, for `Logits.width`
 
     def uniforms(self, counter: Tensor, key: Tensor) -> Tensor:
-        """counter (M, 3): block, step, position; key (M, 2) -> (M,) float64 in [0, 1), 53 random bits.
+        """Return one random number in [0, 1) for each counter and key: (M,) float64 with 53 random bits.
 
-        int64, of which the low 32 bits count: the same numbers on every device.
+        counter (M, 3): block, step, position; key (M, 2). Both are int64, and only the low 32 bits of each number are
+        used. The result is the same on every device.
         """
         ...
 
     def choose_tokens(self, logits: Logits, draws: Draws | None, uniform: Tensor | None) -> Choice:
-        """The likeliest token of each position, or the one that `uniform` (M,) draws; draws None: all greedy.
+        """Return for each position its most likely token, or the token drawn with `uniform` (M,) if it is sampled.
 
-        Of equal logits the first is the likeliest. A drawn token inverts, in vocabulary order, the CDF of
-        softmax(logits / temperature) within the k likeliest, and then within the fewest of those that reach top_p; an
-        id without probability is never drawn. A NaN is the largest logit; a row that has one, inf, or nothing above
-        -inf gets an id, and a probability of NaN.
+        If draws is None, all positions are greedy. Of equal logits the first counts as the most likely. A token is
+        drawn by inverting, in vocabulary order, the CDF of softmax(logits / temperature), limited to the top_k most
+        likely ids and then to the fewest of those that reach top_p. An id with probability 0 is never drawn. A NaN
+        counts as the largest logit. A row that contains NaN or inf, or nothing above -inf, gets some id of the
+        vocabulary, and a probability of NaN.
         """
         ...
 

@@ -1,7 +1,9 @@
-"""Which rows and contexts fit on GPUs, without the GPUs and without the weights.
+"""Calculates which rows and contexts fit on GPUs, without the GPUs and without the weights.
 
-python -m model.memory.fit --devices 139                            # the released model, both towers on one GPU of 139
-GiB python -m model.memory.fit --devices 80,80 --max-rows 384 --context 4096
+Examples, with both towers of the released model on one GPU of 139 GiB and on two GPUs of 80 GiB:
+
+python -m model.memory.fit --devices 139
+python -m model.memory.fit --devices 80,80 --max-rows 384 --context 4096
 """
 
 import argparse
@@ -24,7 +26,10 @@ GIB = 1 << 30
 def plan_for(
     config: TwoTowerConfig, dtype: torch.dtype, totals: Sequence[int], limits: EngineLimits, towers: Towers = "both"
 ) -> MemoryPlan:
-    """The plan of GPUs with `totals` bytes each, a stage on each. Raises RequestError where the model does not fit."""
+    """Return the plan for GPUs with `totals` bytes each, one stage per GPU.
+
+    Raises RequestError if the model does not fit.
+    """
     names = [f"cuda:{i}" for i in range(len(totals))]
     weights, stages = stage_weights(config, dtype, names, towers)
     for name, need, total in zip(names, weights, totals, strict=True):
@@ -40,9 +45,9 @@ def plan_for(
 def stage_weights(
     config: TwoTowerConfig, dtype: torch.dtype, devices: Sequence[str], towers: Towers = "both"
 ) -> tuple[list[int], list[Stage]]:
-    """Bytes of the weights of each stage, and the stages: as a real model has them, none of it in memory.
+    """Return the bytes of each stage's weights, and the stages, as for a loaded model but without loading any weights.
 
-    devices: one a stage; they need not be there. Raises RequestError for more stages than layers.
+    devices: one name per stage; the devices need not exist. Raises RequestError if there are more stages than layers.
     """
     pair = TwoTower(config, dtype, [torch.device("meta")] * len(devices), towers)
     first, last = [pair.context.embeddings], [pair.context.norm_f, pair.context.head]
@@ -67,7 +72,7 @@ def stage_weights(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m model.memory.fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What a memory plan says: each device's share, and the rows and tokens of context that fit."""
+"""Defines the memory plan: each device's share, and the rows and tokens of context that fit."""
 
 from dataclasses import dataclass
 
@@ -7,55 +7,57 @@ from model.runtime.page_allocator import PAGE_SIZE, PREFIX_SLOTS, pages_for
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """One device's share, in bytes; stages on the same device are summed."""
+    """One device's share, in bytes; stages on the same device are added up."""
 
     device: str
     free: int
-    """Free when the plan was made, the weights already loaded."""
+    """Memory that was free when the plan was made, after the weights were loaded."""
     kept_back: int
-    """Of `free`, what stays free."""
+    """The part of `free` that stays free."""
     weights: int
     states_per_row: int
     kv_per_token: int
     """Keys and values of one token of context."""
     logits: int
     workspace: int
-    """Largest temporaries of a forward."""
+    """The largest temporaries of a forward."""
     graphs: int
-    """What CUDA graphs keep."""
+    """Memory that CUDA graphs keep."""
 
     def fixed(self, rows: int) -> int:
-        """Bytes for so many rows before any context; prefixes have slots beside the rows'."""
+        """Return the bytes for so many rows without any context; the slots of prefixes are included."""
         return self.states_per_row * (rows + PREFIX_SLOTS) + self.working
 
     @property
     def working(self) -> int:
-        """Bytes for forwards under way."""
+        """Bytes that forwards need while they run."""
         return self.workspace + self.graphs + self.logits
 
     def kv_room(self, rows: int) -> int | None:
-        """Tokens of context, in whole pages, that fit beside so many rows; below 0 where the rows themselves do not
-        fit; None for no limit."""
+        """Return the tokens of context, in whole pages, that fit beside so many rows.
+
+        Returns -1 if the rows themselves do not fit, and None if there is no limit.
+        """
         left = self.free - self.kept_back - self.fixed(rows)
         if left >= 0 and not self.kv_per_token:
             return None
         return left // (self.kv_per_token * PAGE_SIZE) * PAGE_SIZE if left >= 0 else -1
 
     def left(self, rows: int, kv_tokens: int) -> int:
-        """Bytes still free with so many rows and pages for so many tokens of context."""
+        """Return the bytes that stay free with so many rows and pages for so many tokens of context."""
         return self.free - self.fixed(rows) - self.kv_per_token * pages_for(kv_tokens) * PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What the engine holds, and where the memory goes."""
+    """The rows and tokens of context that the engine holds, and the memory that each device uses for them."""
 
     devices: tuple[DevicePlan, ...]
     max_rows: int
     kv_tokens: int
 
     def lines(self) -> list[str]:
-        """A table to read: a line a device, and the rows and tokens that come out."""
+        """Return a readable table: one line per device, then the rows and tokens that fit."""
         heads: tuple[str, ...] = ("device", "weights", "free now", "states/row", "KV/token", "all states", "all KV")
         heads += ("logits", "workspace", "graphs", "left then")
         table: list[tuple[str, ...]] = [heads]

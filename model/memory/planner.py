@@ -1,8 +1,8 @@
-"""Make the memory plan: how many rows, and how many tokens of their contexts, fit beside the weights, once at start.
+"""Makes the memory plan at start: how many rows, and how many tokens of their contexts, fit beside the weights.
 
-A device holds, beside its weights: the Mamba states of every slot, the pages of keys and values, what one forward needs
-while it runs, what CUDA graphs keep, and logits that are being reduced. The tightest device decides for all.
-`python -m model.memory.fit` makes the plan of GPUs that are not here.
+Besides its weights, a device holds the Mamba states of every slot, the pages of keys and values, the temporaries of a
+forward, the memory that CUDA graphs keep, and the logits from which tokens are being chosen. The device with the least
+room sets the limit for all. `python -m model.memory.fit` makes the plan for GPUs that this machine does not have.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,22 +22,25 @@ from model.requests import EngineLimits
 from model.runtime.page_allocator import PAGE_SIZE, PREFIX_SLOTS, pages_for
 
 KEPT_BACK: Mapping[str, float] = {"cuda": 0.05, "cpu": 0.5}
-"""Share of the free memory that stays free. On a GPU: fragments of the allocator and workspaces of cuBLAS, which no
-formula sees. On a CPU: what the job reads and writes, and the other replicas of the node, see the same memory free."""
+"""Share of the free memory that stays free. On a GPU it covers fragmentation of the allocator and workspaces of cuBLAS,
+which no formula here includes. On a CPU it covers the data that the job reads and writes, and the other replicas of the
+node, which count the same memory as free."""
 AUTO_MAX_ROWS: Mapping[str, int] = {"cuda": 256, "cpu": 32}
-"""Most rows that "auto" takes. On a GPU, 256 rows x 16 tokens are past the point where computing takes longer than
-reading the weights; on a CPU it is reached far earlier. Beyond it, more rows take memory and give nothing."""
+"""Largest number of rows that "auto" chooses. On a GPU, with 256 rows x 16 tokens computing already takes longer than
+reading the weights; on a CPU this happens with far fewer rows. More rows would use memory without a gain in speed."""
 AUTO_CONTEXT_TOKENS = 4096
-"""Tokens of context that "auto" reckons for each row, or the longest allowed where that is less. Few rows are longer;
-when pages run out all the same, the youngest row is put back to the queue."""
+"""Tokens of context that "auto" assumes for each row, or the longest allowed context if that is shorter. Few rows are
+longer; if pages run out nevertheless, the youngest row is preempted and put back into the queue."""
 BLOCK_TOKENS = 32
-"""Tokens a row has in a denoiser forward at most, as reckoned here: twice the block size of the released model."""
+"""Largest number of tokens of a row in a denoiser forward that the plan assumes: twice the block size of the released
+model."""
 
 
 def plan_memory(pair: TwoTower, limits: EngineLimits, free: Mapping[str, int] | None = None) -> MemoryPlan:
-    """The plan for a loaded model.
+    """Return the plan for a loaded model.
 
-    free: device name -> bytes, instead of what is free now. Raises RequestError where the limits do not fit.
+    free: device name -> free bytes, to use instead of the memory that is free now. Raises RequestError if the limits do
+    not fit.
     """
     weights: dict[str, int] = {}
     for tensor in (*pair.parameters(), *pair.buffers()):
@@ -56,9 +59,9 @@ def make_plan(
     free: Mapping[str, int],
     limits: EngineLimits,
 ) -> MemoryPlan:
-    """The plan from sizes alone. weights, free: device name -> bytes.
+    """Return the plan that follows from the sizes alone. weights, free: device name -> bytes.
 
-    Raises RequestError where the limits do not fit.
+    Raises RequestError if the limits do not fit.
     """
     return _Planner(config, dtype, stages, weights, free, limits).plan()
 
@@ -74,7 +77,7 @@ class _Planner:
 
     @property
     def context(self) -> int:
-        """Tokens of one row at most."""
+        """Largest number of tokens of one row."""
         return self.limits.context_tokens(self.config.max_position_embeddings)
 
     def plan(self) -> MemoryPlan:
@@ -91,7 +94,7 @@ class _Planner:
         return MemoryPlan(devices, rows, kv_tokens)
 
     def devices(self, rows: int) -> tuple[DevicePlan, ...]:
-        """What each device holds with so many rows."""
+        """Return the memory that each device uses with so many rows."""
         names = dict.fromkeys(_name(stage.device) for stage in self.stages)
         return tuple(self._device(name, [s for s in self.stages if _name(s.device) == name], rows) for name in names)
 
@@ -113,16 +116,20 @@ class _Planner:
         )
 
     def _lane_rows(self, rows: int) -> int:
-        """Rows of a lane at most: a row goes to the lane that has the fewest."""
+        """Return the largest number of rows of a lane; a new row always joins the lane with the fewest rows."""
         return -(-rows // (self.limits.lanes or len(self.stages)))
 
     def _logits(self, kind: str, rows: int) -> int:
-        """Bytes of a lane's logits and what is made of them: a GPU holds them as they are, a CPU sorts some of them."""
+        """Return the bytes of a lane's logits and their temporaries.
+
+        A GPU keeps the logits in the model's dtype; a CPU may also have to sort them.
+        """
         each = self.dtype.itemsize if kind == "cuda" else LIMITED_BYTES
         return min(HEAD_WORKSPACE[kind], self._lane_rows(rows) * BLOCK_TOKENS * self.config.vocab_size * each)
 
     def _workspace(self, stage: Stage, rows: int) -> int:
-        """Bytes of the largest forward: of the context tower, pieces of prompts and the finished blocks of a lane."""
+        """Return the bytes of the largest forward, which prefills parts of prompts and extends with a lane's finished
+        blocks."""
         config, size, blocks = self.config, self.dtype.itemsize, self._blocks(rows)
         prompts, kind = self.limits.max_prefill_tokens, stage.device.type
         queries = max(BLOCK_TOKENS, min(causal_queries(kind), prompts))
@@ -140,7 +147,7 @@ class _Planner:
         return graph_bytes(self.config, self.dtype.itemsize, layers, self._blocks(rows))
 
     def _blocks(self, rows: int) -> Forward:
-        """A forward of a lane's blocks."""
+        """Return the size of a forward of a lane's blocks."""
         count = self._lane_rows(rows)
         return Forward(tokens=count * BLOCK_TOKENS, rows=count, queries=BLOCK_TOKENS)
 
@@ -149,7 +156,10 @@ class _Planner:
         return room is None or room >= kv_tokens
 
     def _auto_rows(self) -> int:
-        """As many rows as fit with a usual context each, and one with the longest; 1 where even that is too much."""
+        """Return how many rows fit with a usual context each, and with the longest context for one; at least 1.
+
+        Raises RequestError if fewer rows fit than there are lanes.
+        """
         cap = min(AUTO_MAX_ROWS[stage.device.type] for stage in self.stages)
         usual = _in_pages(min(self.context, AUTO_CONTEXT_TOKENS))
         given, least = self.limits.kv_tokens, _in_pages(self.context)
@@ -165,7 +175,7 @@ class _Planner:
         return max(1, rows)
 
     def _refusal(self, rows: int) -> str:
-        """Why the limits do not fit, and what would."""
+        """Return the error message: why the limits do not fit, and which limits would."""
         given = self.limits.kv_tokens
         context = _in_pages(given or self.context)
         devices = self.devices(rows)
@@ -191,13 +201,14 @@ class _Planner:
 
 
 def _room(devices: Sequence[DevicePlan], rows: int) -> int | None:
-    """Tokens of context that fit on every device; None for no limit."""
+    """Return the tokens of context that fit on every device, or None if there is no limit."""
     rooms = [room for plan in devices if (room := plan.kv_room(rows)) is not None]
     return min(rooms, default=None)
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from 1 to `most` that fits, where fewer always fit as well; 0 for none."""
+    """Return the largest number from 1 to `most` that fits, or 0 if none fits. If a number fits, all smaller ones must
+    fit, too."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

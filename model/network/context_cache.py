@@ -1,7 +1,8 @@
-"""The context cache: what the context tower leaves behind for every row, in preallocated slots and pages.
+"""Holds the context cache: the tensors that the context tower fills for every row, in preallocated slots and pages.
 
-Who owns which of them is kept by model.runtime.page_allocator; here are the tensors. They are read and written by
-forwards alone, in the order in which a stage runs them: giving a slot to the next row touches nothing.
+model.runtime.page_allocator records which row owns which slot and pages; this module holds the tensors. Only forwards
+read and write them, and a stage runs its forwards in order. So a slot can be given to the next row without touching its
+tensors.
 """
 
 from collections.abc import Sequence
@@ -19,14 +20,14 @@ LayerState = MambaState | AttentionState | NoState
 
 
 def kv_bytes_per_token(config: TwoTowerConfig, dtype: torch.dtype) -> int:
-    """Bytes that one token of context takes in all attention layers."""
+    """Return the bytes that the keys and values of one context token take in all attention layers."""
     return len(config.layers_of("attention")) * 2 * config.kv_inner * dtype.itemsize
 
 
 class ContextCache:
-    """States of `slots` rows with room for `kv_tokens` tokens of attention context together.
+    """The states of `slots` rows, with room for `kv_tokens` tokens of attention context in total.
 
-    devices: one a layer, where that layer's state lies.
+    devices: the device of each layer's state.
     """
 
     def __init__(
@@ -50,17 +51,17 @@ class ContextCache:
         return NoState()
 
     def rows(self, slots: Sequence[int], lengths: Sequence[int]) -> RaggedBatch:
-        """The rows of a forward of `lengths[r]` tokens for each slot, as their contexts are now."""
+        """Return the batch of a forward with `lengths[r]` tokens for slot r, with the contexts as they are now."""
         seeds, context, pages = self.allocator.view(slots)
         return RaggedBatch(tuple(slots), seeds, tuple(lengths), context, pages)
 
     def grow(self, rows: RaggedBatch) -> None:
-        """Notes that a forward stores the rows' tokens: later forwards come behind it."""
+        """Record that a forward stores the rows' tokens, so that later forwards append after them."""
         self.allocator.grow(rows.slots, rows.lengths)
 
     def add_slots(self, count: int) -> None:
-        """More slots; the states of the others move to larger tensors. No forward may be under way."""
+        """Add `count` slots. The existing states move to larger tensors, so no forward may be running."""
         for layer in self.layers:
             if isinstance(layer, MambaState):
                 layer.add_slots(count)
-        self.allocator.add_slots(count)  # last: where memory runs out there are tensors without a slot, not the reverse
+        self.allocator.add_slots(count)  # last: if memory runs out above, every slot still has its tensors

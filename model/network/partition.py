@@ -1,4 +1,4 @@
-"""Which layers run where: contiguous ranges of both towers, one a stage, that weigh about the same. Free of torch."""
+"""Divides the layers of both towers into stages: contiguous ranges of about equal weight. Does not import torch."""
 
 from itertools import accumulate, pairwise
 from math import prod
@@ -8,11 +8,12 @@ from model.errors import RequestError
 
 
 def partition(config: TwoTowerConfig, stages: int, towers: Towers = "both") -> list[tuple[range, range]]:
-    """Layers of the context tower and of the denoiser for each stage.
+    """Return the layers of the context tower and of the denoiser tower for each stage.
 
-    A layer with a state lies on the same stage in both towers, as the denoiser reads the context's states there. The
-    towers may part at different MoE layers, which have none: 23 MoE layers, nearly all of the weights, do not halve.
-    Raises RequestError for more stages than layers.
+    A layer with a state (Mamba, attention) is on the same stage in both towers, because the denoiser reads the
+    context's states there. MoE layers have no state, so the two towers may be divided at different MoE layers. This
+    matters because the 23 MoE layers of the released model hold nearly all of its weights, and 23 cannot be halved.
+    Raises RequestError if there are more stages than layers.
     """
     layers = config.num_layers
     if stages > layers:
@@ -33,11 +34,11 @@ def partition(config: TwoTowerConfig, stages: int, towers: Towers = "both") -> l
 
 
 def _stateless(config: TwoTowerConfig, a: int, b: int) -> bool:
-    """Whether no layer between the borders has a state."""
+    """Return whether no layer between the borders `a` and `b` has a state."""
     return all(config.layer_kinds[i] == "moe" for i in range(min(a, b), max(a, b)))
 
 
 def _weights(config: TwoTowerConfig) -> list[int]:
-    """Parameters of each layer of one tower."""
+    """Return the number of parameters of each layer of one tower."""
     kinds = {kind: sum(map(prod, mixer_tensors(config, kind).values())) for kind in set(config.layer_kinds)}
     return [kinds[kind] for kind in config.layer_kinds]

@@ -1,4 +1,4 @@
-"""Models of random weights, made on their devices: to check kernels and to measure where no checkpoint is at hand."""
+"""Creates models with random weights on their devices, to check kernels or to measure without a checkpoint."""
 
 import math
 import zlib
@@ -18,9 +18,10 @@ def random_pair(
     towers: Towers = "both",
     seed: int = 0,
 ) -> TwoTower:
-    """A stage on each device; a weight's size is such that what passes through it keeps its own.
+    """Return a model with random weights, one stage on each device.
 
-    Numbers depend on the seed, the weight's name and the sort of device, not on the stages.
+    The weights are scaled so that values keep their size from layer to layer. The numbers depend on the seed, the name
+    of the weight and the type of device, not on the stages.
     """
     pair = TwoTower(config, dtype, devices, towers)
     generators = {device: torch.Generator(device) for device in set(devices)}
@@ -33,7 +34,7 @@ def random_pair(
             weight.uniform_(-6.9, -2.3, generator=generator)  # dt of 0.001 to 0.1 after softplus
         elif last in ("e_score_correction_bias", "bias"):
             weight.zero_()
-        elif weight.dim() == 1:  # norms, D
+        elif weight.dim() == 1:  # the norms and D
             weight.fill_(1.0)
         else:
             size = 0.02 if name.startswith("scale_shift_tables") else weight.shape[-1] ** -0.5

@@ -1,11 +1,12 @@
-"""From logits to tokens: greedy or sampled, and the confidence of what was chosen. Pure functions.
+"""Chooses tokens from logits, greedily or by sampling, and computes the confidence of each; pure functions only.
 
-A sampled token depends on the row's logits and on one uniform number, and that number on (seed, row key, block, step,
-position) alone: whatever batch, replica or attempt the row is computed in, it draws the same.
+A sampled token depends on the row's logits and on one uniform random number. That number depends only on the seed, the
+row key, the block, the step and the position. So a row gets the same tokens in any batch, on any replica and in any
+attempt.
 
-At a vocabulary of 131,072 the logits of 4,096 positions take 1 GiB in bfloat16, and each copy in float32 2 GiB. On a
-GPU they are held once, as they are, and kernels read them; elsewhere only slices of the vocabulary are. Nothing here
-waits for the device.
+With a vocabulary of 131,072 the logits of 4,096 positions take 1 GiB in bfloat16, and each copy in float32 takes 2 GiB.
+So a GPU holds the logits once, in the model's dtype, and the kernels read them there. A CPU holds only slices of the
+vocabulary. No function here waits for the device.
 """
 
 from collections.abc import Callable
@@ -23,10 +24,10 @@ __all__ = ["Draws", "Head", "choose", "choose_from"]
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The logits of some positions, computed on demand, and the kernels that choose tokens by them."""
+    """The logits of some positions, computed on demand, and the kernels that choose tokens from them."""
 
     logits: Callable[[slice | Tensor, slice], Tensor]
-    """(positions, columns) -> logits (len(positions), len(columns)), contiguous, that may be overwritten."""
+    """Maps (positions, columns) to contiguous logits (len(positions), len(columns)) that may be overwritten."""
     dtype: torch.dtype
     kernels: Kernels
 
@@ -41,14 +42,16 @@ def choose(
     workspace: int | None = None,
     width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (M,) int64 of M = `count` positions and their confidence (M,) float32.
+    """Return the chosen tokens (M,) int64 of M = `count` positions, and their confidence (M,) float32.
 
-    suppress (M,) bool: where the mask id must not be chosen and takes no probability. draws: None for all greedy.
-    workspace: the most bytes that the logits and what is made of them may take; only a single row may go beyond it.
-    width: columns of a slice, a power of two on CUDA. Both are by default what suits the kernels.
+    suppress (M,) bool: True for positions at which the mask id must not be chosen and gets no probability. draws: None
+    if all positions are greedy. workspace: the most bytes that the logits and the tensors made from them may take; only
+    a single position may exceed it. width: the columns of a slice of the vocabulary, a power of two on CUDA. The
+    kernels set the defaults of both.
 
-    Confidence is the chosen token's probability at temperature 1, over the whole vocabulary. A logit of -inf is a
-    probability of 0; a row with a logit of NaN or inf, or with none above -inf, gives an id and the confidence NaN.
+    The confidence is the chosen token's probability at temperature 1, over the whole vocabulary. A logit of -inf means
+    a probability of 0. If a position has a logit of NaN or inf, or none above -inf, it gets some id and the confidence
+    NaN.
     """
     kernels = head.kernels
     logits = Logits(
@@ -67,7 +70,7 @@ def choose(
 
 
 def choose_from(logits: Tensor, suppress: Tensor, mask_id: int, draws: Draws | None) -> tuple[Tensor, Tensor]:
-    """`choose` from logits (M, V) float32 that exist already; they stay as they are."""
+    """Run `choose` on existing logits (M, V) float32, which stay unchanged."""
     head = Head(lambda rows, columns: logits[rows, columns].clone(), logits.dtype, kernels_for(logits.device))
     count, vocab = logits.shape
     return choose(head, count, vocab, suppress, mask_id, draws)

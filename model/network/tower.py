@@ -1,4 +1,7 @@
-"""One tower: embedding, pre-norm residual layers of three kinds, final norm, head. Both towers are of this shape."""
+"""Defines one tower: embedding, pre-norm residual layers of three kinds, final norm and head.
+
+Both towers have this form.
+"""
 
 from collections.abc import Sequence
 
@@ -21,7 +24,7 @@ from model.runtime.ragged_batch import RaggedBatch
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)); in the denoiser modulated and gated by time."""
+    """A residual layer, x + mixer(norm(x)). In the denoiser, time modulates the mixer's input and gates its output."""
 
     def __init__(self, config: TwoTowerConfig, index: int, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
@@ -34,9 +37,9 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, state: LayerState, rows: RaggedBatch, conditioning: Tensor | None, *, causal: bool, store: bool
     ) -> Tensor:
-        """x (N, H), conditioning (R, 3, H) or None -> (N, H).
+        """Map x (N, H) to (N, H). conditioning is (R, 3, H), or None in a forward without time.
 
-        Mamba and attention modulate and then normalise; MoE normalises and then modulates.
+        Mamba and attention layers modulate first and then normalise; MoE layers normalise first and then modulate.
         """
         if conditioning is None:
             plain: Tensor = self.mixer(self.norm(x), state, rows, causal=causal, store=store)
@@ -50,9 +53,9 @@ class Layer(nn.Module):
 
 
 class Tower(nn.Module):
-    """A stack of layers, each on the device of its stage; the head on the last one's.
+    """A stack of layers, each on the device of its stage; the head is on the device of the last layer.
 
-    causal towers extend the context; the denoiser only reads it.
+    A causal tower extends the context; the denoiser only reads it.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class Tower(nn.Module):
         self.devices = tuple(devices)
         self.causal = causal
         with devices[0]:
-            # made from a tensor, because the initialization of its own imports a compiler, which takes seconds
+            # made from a tensor, because the initialization by nn.Embedding imports a compiler, which is slow
             table = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
             self.embeddings = nn.Embedding.from_pretrained(table)
         self.layers = nn.ModuleList()
@@ -75,7 +78,7 @@ class Tower(nn.Module):
         self.requires_grad_(False)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (N,) int64 -> hidden (N, H) before the first layer."""
+        """Return the hidden states (N, H) of tokens (N,) int64, before the first layer."""
         return F.embedding(tokens, self.embeddings.weight)
 
     def run(
@@ -86,9 +89,9 @@ class Tower(nn.Module):
         rows: RaggedBatch,
         conditioning: Conditioning | None = None,
     ) -> Tensor:
-        """Some layers, all on one device: hidden (N, H) -> (N, H), behind the last layer before the final norm.
+        """Run some layers, all on one device: hidden (N, H) -> (N, H). The final norm is not applied.
 
-        A causal tower stores the tokens in the context.
+        A causal tower also stores the tokens in the context.
         """
         for place, i in enumerate(layers):
             time = None if conditioning is None else conditioning[place]
@@ -96,26 +99,26 @@ class Tower(nn.Module):
         return x
 
     def logits(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
-        """hidden (M, H) before the final norm -> logits (M, V) float32, or of some columns of the vocabulary."""
+        """Return the logits (M, V) float32 of hidden (M, H) before the final norm, or only some columns of them."""
         return self.head_on(hidden).logits(slice(None), slice(None) if columns is None else columns).float()
 
     def head_on(self, hidden: Tensor) -> Head:
-        """hidden (M, H) before the final norm -> a head for `model.network.sampling.choose`: hidden is normalised once.
+        """Return a head for `model.network.sampling.choose` from hidden (M, H) before the final norm.
 
-        Its logits are a new tensor at every call, in the model's dtype.
+        hidden is normalised once. Every call of the head returns a new tensor, in the model's dtype.
         """
         normed: Tensor = self.norm_f(hidden)
         kernels, weight = self.head.kernels, self.head.weight
         return Head(lambda rows, columns: kernels.linear(normed[rows], weight[columns]), weight.dtype, kernels)
 
     def checkpoint_targets(self, tower: str, head: str) -> dict[str, Tensor]:
-        """Checkpoint name -> the tensor, or the part of one, that takes it."""
+        """Return, by checkpoint name, the tensor or slice of a tensor into which each stored tensor is loaded."""
         targets: dict[str, Tensor] = {f"{head}.weight": self.head.weight}
         for name, parameter in self.named_parameters():
             if name.startswith("head."):
                 continue
             prefix, _, last = f"{tower}.{name}".rpartition(".")
-            if last in ("up", "down"):  # the experts of a layer lie in one tensor here, apart in the checkpoint
+            if last in ("up", "down"):  # one tensor here for all experts of a layer, one for each in the checkpoint
                 for expert, weight in enumerate(parameter.data):
                     targets[f"{prefix}.experts.{expert}.{last}_proj.weight"] = weight
             else:

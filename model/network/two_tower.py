@@ -1,4 +1,4 @@
-"""Both towers and the two forwards the engine drives: extend the context, denoise a block."""
+"""Holds both towers and the two forwards that the engine runs: extend the context, and denoise a block."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ _TIME_NAMES = {"embed_in": "t_embedder.mlp.0", "embed_out": "t_embedder.mlp.2", 
 def load_model(
     uri: str, dtype: str = "float32", devices: Sequence[str] = ("cpu",), towers: Towers = "both"
 ) -> "TwoTower":
-    """Loads a checkpoint: "builtin:tiny", a local folder, or any fsspec URL.
+    """Load a checkpoint from "builtin:tiny", a local folder, or any fsspec URL.
 
-    dtype: "float32" or "bfloat16". devices: one a stage; the layers of both towers are split over them in equal parts.
-    towers: "context" loads what AR mode needs, half of the weights. Raises CheckpointError, and RequestError for a
-    wrong dtype, device or towers.
+    dtype: "float32" or "bfloat16". devices: one for each stage; the layers of both towers are divided among them about
+    equally. towers: "context" loads only what AR mode needs, half of the weights. Raises CheckpointError if the
+    checkpoint cannot be loaded, and RequestError if dtype, devices or towers is wrong.
     """
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
@@ -70,8 +70,10 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A device and the layers of each tower that run there; of those with a state, the same ones
-    (model.network.partition)."""
+    """A device and the layers of each tower that run on it.
+
+    Layers with a state are on the same stage in both towers (see model.network.partition).
+    """
 
     device: torch.device
     context: range
@@ -79,14 +81,14 @@ class Stage:
 
 
 Part = Callable[[Tensor], Tensor]
-"""What one stage does of a forward: hidden states in (tokens into the first stage), hidden states out."""
+"""The work of one stage in a forward. It takes hidden states (tokens in the first stage) and returns hidden states."""
 
 
 class TwoTower(nn.Module):
-    """The context tower, the denoiser tower unless AR is all that is wanted, and the time conditioning.
+    """The context tower, the denoiser tower unless only AR mode is wanted, and the time conditioning.
 
-    Denoiser layer i reads the context of layer i alone, so a stage holds both of them, and nothing but hidden states
-    goes from stage to stage. The time conditioning, which all layers need, stands on each of them.
+    Denoiser layer i reads only the context's state at layer i, which is on the same stage, so only hidden states pass
+    from stage to stage. All layers need the time conditioning, so every stage has a copy of it.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class TwoTower(nn.Module):
         self.devices = [stage.device for stage in self.stages for _ in stage.context]
         self.tokenizer: Tokenizer | None = None
         self.loaded: tuple[Loaded, ...] = ()
-        """How the weights were loaded, a tower at a time; empty where they were not."""
+        """A record of size and time for each tower that was loaded; empty if no checkpoint was loaded."""
         self.context = Tower(config, self.devices, dtype, causal=True)
         self.denoiser: Tower | None = None
         if towers == "both":
@@ -111,7 +113,7 @@ class TwoTower(nn.Module):
                 with stage.device:
                     self.times.append(TimeConditioning(config, dtype, kernels_for(stage.device)))
             self.times.requires_grad_(False)
-            self.tables = nn.ParameterList(  # (layers of the stage, 3, H) each
+            self.tables = nn.ParameterList(  # one for each stage: (layers of the stage, 3, H)
                 nn.Parameter(
                     torch.empty(len(stage.denoiser), 3, config.hidden_size, dtype=dtype, device=stage.device),
                     requires_grad=False,
@@ -121,23 +123,23 @@ class TwoTower(nn.Module):
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The checkpoint's own end-of-text ids."""
+        """The end-of-text ids from the checkpoint's config.json."""
         return self.config.eos_token_ids
 
     def new_cache(self, *, slots: int, kv_tokens: int) -> ContextCache:
-        """An empty context cache on this model's devices."""
+        """Return an empty context cache on this model's devices."""
         return ContextCache(self.config, self.devices, self.dtype, slots=slots, kv_tokens=kv_tokens)
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes of attention context a token takes, over all devices."""
+        """Return the bytes of attention context that one token takes, on all devices together."""
         return kv_bytes_per_token(self.config, self.dtype)
 
     def checkpoint_targets(self) -> dict[str, Tensor]:
-        """Checkpoint name -> the tensor, or the part of one, that takes it."""
+        """Return, by checkpoint name, the tensor or slice of a tensor into which each stored tensor is loaded."""
         targets = self.context.checkpoint_targets("context_tower", "context_lm_head")
         if self.denoiser is not None:
             targets |= self.denoiser.checkpoint_targets("denoiser_tower", "lm_head")
-            for name, parameter in self.times[0].named_parameters():  # the other stages' are copies: share_time()
+            for name, parameter in self.times[0].named_parameters():  # the other stages have copies: share_time()
                 module, _, last = name.partition(".")
                 targets[f"{_TIME_NAMES[module]}.{last}"] = parameter.data
             tables = [table for stage in self.tables for table in stage.data]
@@ -145,27 +147,27 @@ class TwoTower(nn.Module):
         return targets
 
     def share_time(self) -> None:
-        """Gives every stage the first one's time conditioning, once that is loaded."""
+        """Copy the first stage's time conditioning to all other stages. Call it once the weights are loaded."""
         if self.denoiser is not None:
             for time in self.times[1:]:
                 time.load_state_dict(self.times[0].state_dict())
 
     def extend(self, cache: ContextCache, rows: RaggedBatch, tokens: Tensor) -> Tensor:
-        """Puts tokens (N,) of the rows into their contexts -> hidden (N, H); `context.logits` makes logits of it."""
+        """Feed tokens (N,) of the rows into their contexts and return hidden (N, H), for `context.logits`."""
         hidden = _run(self.extend_parts(cache, rows), tokens)
         cache.grow(rows)
         return hidden
 
     def denoise(self, cache: ContextCache, rows: RaggedBatch, tokens: Tensor, t: Tensor) -> Tensor:
-        """One denoiser forward over the rows' blocks -> hidden (N, H); the cache is only read.
+        """Run one denoiser forward over the rows' blocks and return hidden (N, H); the cache is only read.
 
-        tokens (N,): committed ids and mask ids. t (R,) float32, on the host: each row's masked fraction; NaN for a row
-        that runs without time conditioning (mock-AR).
+        tokens (N,): committed ids and mask ids. t (R,) float32, on the host: the masked fraction of each row, or NaN
+        for a row that runs without time conditioning (mock-AR).
         """
         return _run(self.denoise_parts(cache, rows, t), tokens)
 
     def extend_parts(self, cache: ContextCache, rows: RaggedBatch) -> list[Part]:
-        """`extend`, a part a stage. The caller notes the rows' growth when it has sent them on their way."""
+        """Return `extend` as one function for each stage. The caller must call `cache.grow` when they are launched."""
 
         def part(x: Tensor, stage: int) -> Tensor:
             return self.extend_layers(cache, rows, self.enter("context", x, stage), stage)
@@ -173,9 +175,9 @@ class TwoTower(nn.Module):
         return [partial(part, stage=stage) for stage in range(len(self.stages))]
 
     def denoise_parts(self, cache: ContextCache, rows: RaggedBatch, t: Tensor) -> list[Part]:
-        """`denoise`, a part a stage. t is on the host."""
+        """Return `denoise` as one function for each stage. t must be on the host."""
         conditioned = not bool(t.isnan().all())
-        # rows at the same t, such as all new blocks, are computed once; a NaN equals no other
+        # rows with the same t, such as all new blocks, are computed once; a NaN is not equal to any other
         values, which = t.unique(return_inverse=True)
 
         def part(x: Tensor, stage: int) -> Tensor:
@@ -186,7 +188,7 @@ class TwoTower(nn.Module):
         return [partial(part, stage=stage) for stage in range(len(self.stages))]
 
     def enter(self, tower: Literal["context", "denoiser"], x: Tensor, stage: int) -> Tensor:
-        """What comes into a stage -> hidden (N, H) on its device; tokens (N,), into the first one, are embedded."""
+        """Move a stage's input to its device and return hidden (N, H). In the first stage, tokens (N,) are embedded."""
         device = self.stages[stage].device
         x = x.to(device, non_blocking=True) if x.is_cuda else to_device(x, device)
         if stage:
@@ -195,7 +197,10 @@ class TwoTower(nn.Module):
         return embedded
 
     def extend_layers(self, cache: ContextCache, rows: RaggedBatch, hidden: Tensor, stage: int) -> Tensor:
-        """The context tower's layers of one stage, hidden (N, H) -> (N, H); the rows' tokens go into the context."""
+        """Run the context tower's layers of one stage, hidden (N, H) -> (N, H).
+
+        The rows' tokens are stored in the context.
+        """
         return self.context.run(hidden, self.stages[stage].context, cache.layers, rows)
 
     def denoise_layers(
@@ -206,10 +211,10 @@ class TwoTower(nn.Module):
         times: tuple[Tensor, Tensor | None] | None,
         stage: int,
     ) -> Tensor:
-        """The denoiser's layers of one stage, hidden (N, H) -> (N, H).
+        """Run the denoiser's layers of one stage, hidden (N, H) -> (N, H).
 
-        times: values of t (U,) and each row's among them (R,), None for one a row, all on the stage's device; None
-        where no row has a time.
+        times: the values of t (U,) and the index of each row's value (R,), both on the stage's device. An index of None
+        means that row r has value r. times is None if no row has a time.
         """
         conditioning = None
         if times is not None:
@@ -225,19 +230,19 @@ class TwoTower(nn.Module):
 
     @torch.inference_mode()
     def context_logits(self, prompt_ids: Sequence[int]) -> Tensor:
-        """(S,) ids -> (S, V) float32: the context tower's next-token logits at every position."""
+        """Return the context tower's next-token logits at every position: (S,) ids -> (S, V) float32."""
         cache, slot = self._one_row(prompt_ids)
         hidden = self.extend(cache, cache.rows([slot], [len(prompt_ids)]), _ids(prompt_ids))
         return self.context.logits(hidden)
 
     @torch.inference_mode()
     def denoiser_logits(self, prompt_ids: Sequence[int], block_ids: Sequence[int], t: float) -> Tensor:
-        """One denoiser forward over a block (L,) after the prompt, at time t -> (L, V) float32, mask id included."""
+        """Run one denoiser forward over a block (L,) after the prompt, at time t -> (L, V) float32, with mask id."""
         return self._denoiser_logits(prompt_ids, block_ids, t)
 
     @torch.inference_mode()
     def mock_ar_logits(self, prompt_ids: Sequence[int]) -> Tensor:
-        """(S,) ids -> (V,) float32: the denoiser run on the last token alone, seeded one token back."""
+        """Run the denoiser on the last token alone, with the earlier tokens as context: (S,) ids -> (V,) float32."""
         return self._denoiser_logits(prompt_ids[:-1], prompt_ids[-1:], float("nan"))[0]
 
     def _denoiser_logits(self, context_ids: Sequence[int], block_ids: Sequence[int], t: float) -> Tensor:

@@ -1,7 +1,8 @@
-"""What an error of a device means, told from the error itself: free of torch, for all who have to decide what is next.
+"""Classifies device errors, so that callers can decide what to do next. Does not import torch.
 
-CUDA's errors come as torch.AcceleratorError, which carries CUDA's number; as RuntimeError, from cuBLAS, cuDNN and
-Triton, with a text alone; and as the cause of an EngineError. Numbers and texts are those of cudaError_t.
+CUDA errors come in three forms: as torch.AcceleratorError, which carries CUDA's error number; as RuntimeError from
+cuBLAS, cuDNN and Triton, which carries only a text; and as the cause of an EngineError. The numbers and texts here are
+those of cudaError_t.
 """
 
 import re
@@ -26,8 +27,8 @@ _LOST_TEXT = re.compile(
     ")|(CUBLAS|CUDNN)_STATUS_EXECUTION_FAILED"
 )
 _NO_MEMORY_CODE = 2  # cudaErrorMemoryAllocation
-# A library that cannot make its handle has found no room for its workspace. Triton's "out of resource" is not here: a
-# program that asks for more shared memory than the chip has asks for as much with fewer rows.
+# A library that cannot create its handle has no memory for its workspace. Triton's "out of resource" is not included: a
+# program that needs more shared memory than the chip has needs just as much with fewer rows.
 _NO_MEMORY_TEXT = re.compile(
     r"(CUDA (driver )?error|Triton Error \[CUDA\]): out of memory"
     "|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
@@ -38,25 +39,25 @@ _NO_MEMORY_TEXT = re.compile(
 
 
 def device_lost(error: BaseException) -> bool:
-    """Whether the process can no longer use its GPU, so that nothing but a new process helps.
+    """Return whether the process can no longer use its GPU, so that only a new process helps.
 
-    After such an error every later call fails as well, whatever it does and whichever rows it is for.
+    After such an error every later call fails too, whatever it does and for whichever rows.
     """
     return any(_is(each, _LOST_CODES, _LOST_TEXT) for each in _chain(error))
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory of a device or of the host ran out, so that fewer rows may help."""
+    """Return whether memory of a device or of the host ran out, so that fewer rows may help."""
     return _is(error, frozenset((_NO_MEMORY_CODE,)), _NO_MEMORY_TEXT)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the lines of advice that torch puts behind every error of CUDA."""
+    """Return the first line of the error's text, without the advice that torch appends to every CUDA error."""
     return str(error).strip().partition("\n")[0]
 
 
 def _is(error: BaseException, codes: frozenset[int], text: re.Pattern[str]) -> bool:
-    if not isinstance(error, RuntimeError):  # as torch and Triton raise them
+    if not isinstance(error, RuntimeError):  # the type that torch and Triton raise
         return False
     return getattr(error, "error_code", None) in codes or text.search(str(error)) is not None
 

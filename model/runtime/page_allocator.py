@@ -1,8 +1,8 @@
-"""Who owns which slot and which pages of the context cache. Free of torch.
+"""Keeps track of which row owns which slot and which pages of the context cache. Does not import torch.
 
-A slot holds a row's Mamba states; its keys and values lie in pages of `PAGE_SIZE` tokens, all attention layers using
-the same page numbers. A prefix that many rows begin with has a slot and pages of its own; those rows read its states
-and share its pages, which nobody writes to any more. One owner of all of it, with an integrity check.
+A slot holds the Mamba states of a row. The row's keys and values are in pages of `PAGE_SIZE` tokens; all attention
+layers use the same page numbers. A prefix that many rows begin with has a slot and pages of its own. Those rows read
+its states and share its pages, which are not written any more. All ownership is recorded here and can be checked.
 """
 
 from array import array
@@ -10,29 +10,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 PAGE_SIZE = 64
-"""Tokens a page. Prompts are cut, and prefixes shared, at multiples of it alone, so that a prompt is computed in the
-same pieces, and gives the same bits, whatever company it has."""
+"""Tokens per page. Prompts are cut, and prefixes shared, only at multiples of it, so that a prompt is computed in the
+same pieces, and gives the same bits, whichever rows share its forwards."""
 PREFIX_SLOTS = 2
-"""Slots, beside those of the rows, for prefixes that many rows begin with."""
+"""Slots for prefixes that many rows begin with, in addition to the slots of the rows."""
 
 
 @dataclass(slots=True)
 class _Held:
-    """What one slot has."""
+    """The record of one slot that is in use."""
 
     table: "array[int]"
-    """Its pages in the order of its tokens, as C ints; the first `shared` of them belong to its prefix."""
+    """The slot's pages in the order of its tokens, as C ints; the first `shared` of them belong to its prefix."""
     shared: int
     prefix: int
-    """The slot of the prefix it began with, or -1."""
+    """The slot of the prefix that the row began with, or -1."""
     seed: int
-    """The slot whose Mamba states stand for its context, or -1 before the first token."""
+    """The slot that holds the Mamba states of this context, or -1 before the first token."""
     length: int
-    """Tokens in its context."""
+    """Number of tokens in the context."""
 
 
 class PageAllocator:
-    """`slots` slots and `pages` pages."""
+    """The allocator of the slots and pages of one context cache."""
 
     def __init__(self, slots: int, pages: int) -> None:
         self.slots, self.pages = slots, pages
@@ -43,19 +43,19 @@ class PageAllocator:
 
     @property
     def free_pages(self) -> int:
-        """Pages that nobody has."""
+        """Return the number of free pages."""
         return len(self._free_pages)
 
     @property
     def free_slots(self) -> int:
-        """Slots that nobody has."""
+        """Return the number of free slots."""
         return len(self._free_slots)
 
     def acquire(self, tokens: int, prefix: int = -1) -> int | None:
-        """A slot with pages for `tokens` tokens of context, those of `prefix` counted; None where there is no room.
+        """Return a new slot with pages for `tokens` tokens of context, or None if there are too few slots or pages.
 
-        prefix: the slot of a whole number of pages that the row begins with; all of them count as filled, though a
-        forward that fills them may still be to come.
+        prefix: the slot of the prefix that the row begins with, or -1. The prefix must fill whole pages. Its tokens are
+        part of `tokens` and count as stored, even if a forward that stores them is still to come.
         """
         shared = len(self._held[prefix].table) if prefix >= 0 else 0
         wanted = max(0, pages_for(tokens) - shared)
@@ -70,11 +70,12 @@ class PageAllocator:
         return slot
 
     def reserve(self, slot: int, tokens: int) -> bool:
-        """Takes the pages that the slot lacks for `tokens` tokens; False, and none taken, where too few are free."""
+        """Take the pages that the slot lacks for `tokens` tokens of context. Returns False, and takes none, if too few
+        are free."""
         return self.reserve_more(slot, tokens - self._held[slot].length)
 
     def reserve_more(self, slot: int, tokens: int) -> bool:
-        """`reserve` for so many tokens more than its context has."""
+        """Do the same as `reserve` for `tokens` tokens more than the context has now."""
         held = self._held[slot]
         wanted = -(-(held.length + tokens) // PAGE_SIZE) - len(held.table)
         if wanted > 0:
@@ -88,18 +89,18 @@ class PageAllocator:
             self._held[slot].table.append(self._free_pages.pop())
 
     def release(self, slot: int) -> None:
-        """Gives the slot and its own pages back. A prefix must have no users."""
+        """Free the slot and its own pages. A prefix must have no users."""
         assert not self._users.get(slot), f"prefix slot {slot} has users"
         held = self._held.pop(slot)
         self._users.pop(slot, None)
         if held.prefix >= 0:
             self._users[held.prefix] -= 1
-        # reversed, as they are taken from the end: the next row finds adjoining pages in order again
+        # reversed, because pages are taken from the end: the next row gets adjoining pages in order again
         self._free_pages.extend(reversed(held.table[held.shared :]))
         self._free_slots.append(slot)
 
     def grow(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """Notes that a forward stores `lengths[i]` more tokens in `slots[i]`."""
+        """Note that a forward stores `lengths[i]` more tokens in `slots[i]`."""
         for slot, length in zip(slots, lengths, strict=True):
             held = self._held[slot]
             held.length += length
@@ -107,33 +108,34 @@ class PageAllocator:
             assert held.length <= len(held.table) * PAGE_SIZE, f"slot {slot}: {held.length} tokens exceed its pages"
 
     def users(self, slot: int) -> int:
-        """Rows that began with the prefix in this slot."""
+        """Return the number of rows that began with the prefix in this slot and still hold a slot."""
         return self._users.get(slot, 0)
 
     def length(self, slot: int) -> int:
-        """Tokens in the slot's context."""
+        """Return the number of tokens in the slot's context."""
         return self._held[slot].length
 
     def seed(self, slot: int) -> int:
-        """The slot whose Mamba states stand for this slot's context; -1 before the first token."""
+        """Return the slot that holds the Mamba states of this slot's context; -1 before the first token."""
         return self._held[slot].seed
 
     def table(self, slot: int) -> tuple[int, ...]:
-        """The slot's pages, in the order of its tokens."""
+        """Return the slot's pages in the order of its tokens."""
         return tuple(self._held[slot].table)
 
     def view(self, slots: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple["array[int]", ...]]:
-        """Of each slot, as it is now: its seed, its length, and its pages."""
+        """Return the seeds, the lengths and the pages of the slots, as they are now."""
         held = [self._held[slot] for slot in slots]
         return tuple(h.seed for h in held), tuple(h.length for h in held), tuple(h.table[:] for h in held)
 
     def add_slots(self, count: int) -> None:
-        """More slots, numbered on."""
+        """Add `count` slots, numbered after the existing ones."""
         self._free_slots[:0] = range(self.slots + count - 1, self.slots - 1, -1)
         self.slots += count
 
     def check(self) -> None:
-        """Integrity: each slot and page is free or owned once, shared pages are the prefix's own. AssertionError."""
+        """Raise AssertionError unless each slot and page is free or owned once and shared pages are those of the
+        prefix."""
         slots = self._free_slots + list(self._held)
         assert sorted(slots) == list(range(self.slots)), f"slots lost or doubled: {sorted(slots)}"
         pages = self._free_pages + [page for held in self._held.values() for page in held.table[held.shared :]]
@@ -148,5 +150,5 @@ class PageAllocator:
 
 
 def pages_for(tokens: int) -> int:
-    """Pages that `tokens` tokens take."""
+    """Return the number of pages that `tokens` tokens take."""
     return -(-tokens // PAGE_SIZE)

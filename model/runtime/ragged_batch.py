@@ -1,7 +1,7 @@
-"""The rows of one forward: their tokens lie end to end, so that layers that mix nothing compute no padding.
+"""Describes the rows of one forward: their tokens lie end to end, so layers that do not mix tokens compute no padding.
 
-Shapes in this package: R rows of the forward, N their tokens together, L the longest row's tokens,
-H hidden size, V vocabulary.
+Shapes in this package: R rows of the forward, N tokens of all rows together, L tokens of the longest row, H hidden
+size, V vocabulary size.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -19,35 +19,36 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RowIndex:
-    """`Rows` as index tensors on one device, all views of one."""
+    """The data of a RaggedBatch as index tensors on one device, all of them views of one tensor."""
 
     packed: Tensor  # (4 R + N,) int64
     slots: Tensor  # (R,)
-    seeds: Tensor  # (R,); a slot, or -1
+    seeds: Tensor  # (R,), a slot or -1
     starts: Tensor  # (R,)
     lengths: Tensor  # (R,)
     row_of_token: Tensor  # (N,)
 
     @classmethod
     def of(cls, packed: Tensor, rows: int) -> "RowIndex":
-        """The views of what `Rows.packed` has made."""
+        """Return the views of `packed`, which `RaggedBatch.packed` has made for `rows` rows."""
         return cls(packed, *packed.tensor_split([rows, 2 * rows, 3 * rows, 4 * rows]))
 
 
 class Padding(NamedTuple):
-    """How rows of unlike lengths become a rectangle, and back."""
+    """The index tensors that turn rows of unequal lengths into a rectangle and back."""
 
-    pad: Tensor  # (R, L) int64 into the N tokens
-    unpad: Tensor  # (N,) int64 into R * L
+    pad: Tensor  # (R, L) int64, indices into the N tokens
+    unpad: Tensor  # (N,) int64, indices into R * L
 
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """Which slots take part in a forward and with how many tokens each.
+    """The rows of a forward: which slots take part, and with how many tokens each.
 
-    Row r owns tokens [starts[r], starts[r] + lengths[r]) of the forward. `context[r]` tokens stand in the context cache
-    before the forward; its keys and values lie, or will lie, in `pages[r]`. Its Mamba states are read from slot
-    `seeds[r]` (its own, that of the prefix it shares, or -1 where nothing stands before) and written to `slots[r]`.
+    Row r owns tokens [starts[r], starts[r] + lengths[r]) of the forward. Before the forward, `context[r]` tokens are in
+    the context cache; its keys and values are, or will be, in `pages[r]`. Its Mamba states are read from slot
+    `seeds[r]` (its own slot, the slot of the prefix that it shares, or -1 if its context is empty) and written to
+    `slots[r]`.
     """
 
     slots: tuple[int, ...]
@@ -65,20 +66,21 @@ class RaggedBatch:
         return starts
 
     def on(self, device: torch.device) -> RowIndex:
-        """The index tensors on `device`, made once a forward and device."""
+        """Return the index tensors on `device`, made once per device."""
         return self.once(device, lambda: self._index(device))
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` returns, made once a forward and key: for plans that all layers of a kind share."""
+        """Return the result of `make`, which is called once per key: for plans that all layers of a kind share."""
         if key not in self._made:
             self._made[key] = make()
         made: T = self._made[key]
         return made
 
     def alike(self, device: torch.device, step: int) -> list[tuple["RaggedBatch", Tensor]]:
-        """The rows in groups of like length, for layers that pad, each with the places of its tokens among the N.
+        """Return the rows in groups of similar length, for layers that pad.
 
-        Counted in steps of `step` tokens, a group's longest row is at most a quarter longer than its shortest.
+        Each group comes with the indices of its tokens among the N. If lengths are counted in steps of `step` tokens,
+        the longest row of a group is at most a quarter longer than its shortest row.
         """
         starts, groups = self.starts, list[list[int]]()
         longest = 0.0
@@ -100,8 +102,8 @@ class RaggedBatch:
         return RowIndex.of(to_device(self.packed(), device), len(self.lengths))
 
     def packed(self, rows: int | None = None, tokens: int | None = None) -> Array:
-        """What `RowIndex.of` takes, for a forward of `rows` rows and `tokens` tokens: those beyond its own are empty
-        rows, and tokens of no row, said to be the first row's."""
+        """Return the array that `RowIndex.of` takes, for a forward of `rows` rows and `tokens` tokens. Rows beyond the
+        batch's own are empty; tokens beyond its own belong to no row, and are given the index of the first row."""
         real, lengths = len(self.lengths), np.array(self.lengths, dtype=np.int64)
         rows, count = rows or real, int(lengths.sum())
         packed = np.zeros(4 * rows + (tokens or count), dtype=np.int64)
@@ -113,7 +115,8 @@ class RaggedBatch:
         return packed
 
     def padding(self, device: torch.device) -> Padding | None:
-        """How to pad the rows to the longest, made once a forward and device; None where all are equally long."""
+        """Return the index tensors that pad the rows to the longest, made once per device; None if all are equally
+        long."""
         return self.once(("padding", device), lambda: self._padding(device))
 
     def _padding(self, device: torch.device) -> Padding | None:
@@ -121,14 +124,14 @@ class RaggedBatch:
         if min(self.lengths) == longest:
             return None
         lengths, starts = np.array(self.lengths), np.array(self.starts)
-        # a padding position repeats the row's last token: finite, and masked wherever it could touch a state
+        # a padding position repeats the row's last token: it is finite, and masked wherever it could change a state
         pad = starts[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
         row_of_token = np.repeat(np.arange(len(lengths)), lengths)
         unpad = row_of_token * longest + np.arange(len(row_of_token)) - starts[row_of_token]
         return Padding(to_device(pad, device), to_device(unpad, device))
 
     def padded(self, x: Tensor) -> Tensor:
-        """(N, …) -> (R, L, …), rows padded on the right with copies of their last token."""
+        """Return x (N, …) as (R, L, …), with rows padded on the right with copies of their last token."""
         padding = self.padding(x.device)
         if padding is None:
             return x.reshape(len(self.lengths), -1, *x.shape[1:])
@@ -136,7 +139,7 @@ class RaggedBatch:
         return padded
 
     def flat(self, x: Tensor) -> Tensor:
-        """(R, L, …) -> (N, …): the inverse of `padded`."""
+        """Return x (R, L, …) as (N, …): the inverse of `padded`."""
         padding = self.padding(x.device)
         x = x.reshape(-1, *x.shape[2:])
         return x if padding is None else x.index_select(0, padding.unpad)

@@ -1,14 +1,15 @@
-"""A forward on its way through the stages, so that several forwards are under way at once.
+"""Runs forwards through the stages of the model, so that several forwards are in progress at once.
 
-A stage runs what it is given in the order in which forwards were launched. So states and pages need no lock, and a
-forward may be launched before the one that it builds on has come back. On a CPU a stage is a thread; with one stage
-everything runs where it is launched, as a second thread would gain nothing. On CUDA a stage is a stream, and the thread
-that launches feeds all of them: nothing waits for a device but `Flight.result`.
+A stage runs its forwards in the order of their launch. So states and pages need no lock, and a forward may be launched
+before the one that it builds on has come back. On a CPU a stage is a thread; with a single stage everything runs in the
+launching thread, because a second thread would gain nothing. On CUDA a stage is a stream, and the launching thread
+feeds all of them: nothing waits for a device but `Flight.result`.
 
-There a part runs with its stage's device and stream as the current ones, behind what the launching thread has given to
-its own current stream. It may use tensors that it makes, and those that live until the forward is over: memory freed
-earlier is given out again in the order of the stream that it was made on, which knows nothing of the stage's. What it
-hands on is copied before the stage's next part runs, so that it may be a buffer that each part writes anew.
+On CUDA a part runs with the device and stream of its stage as the current ones, after the work that the launching
+thread has given to its own current stream. A part may use tensors that it makes itself, and tensors that live until the
+forward is over. It must not use others: memory that is freed earlier is reused in the order of the stream on which it
+was allocated, without regard to the stream of the stage. The result of a part is copied before the stage's next part
+runs, so it may be in a buffer that each part overwrites.
 """
 
 import contextlib
@@ -29,22 +30,24 @@ Part = Callable[[Any], Any]
 
 
 class Flight:
-    """One launched forward."""
+    """A forward that has been launched."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        """Once the result is there: on a CPU from the start on the first stage to the end on the last; on CUDA what the
-        parts took together, without waits between them, as the events of two devices have no common clock."""
+        """Duration in seconds, valid once the result is there. On a CPU: from the start on the first stage to the end
+        on the last one. On CUDA: the sum of the parts' durations without the waits between them, because the events of
+        two devices have no common clock."""
         self._last: Future[Any] = Future()
         self._began = 0.0
-        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # around each part, on CUDA
+        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # on CUDA, events before and after each part
 
     def result(self) -> Any:
-        """Waits -> what the last part returned. Raises what any of them raised, when launched or on the device.
+        """Wait for the forward and return what its last part returned.
 
-        Either way nothing of the forward is under way any more.
+        Raises the error of any part that failed, at launch or on the device. In both cases the forward is over
+        afterwards.
         """
-        last, self._last = self._last, Future()  # not kept: an error in it would hold all that it holds
+        last, self._last = self._last, Future()  # not kept: an error in it would keep the tensors of its frames alive
         if self._marks:
             self._marks[-1][1].synchronize()
         result = last.result()
@@ -54,17 +57,18 @@ class Flight:
 
 
 class Cuda:
-    """What the stages need of torch.cuda: a seam, so that tests can run the work in every order that a device may."""
+    """The functions of torch.cuda that the stages need; tests replace them to run the work in every order that a device
+    may choose."""
 
     stream = staticmethod(torch.cuda.Stream)
     current = staticmethod(torch.cuda.current_stream)
-    use = staticmethod(torch.cuda.stream)  # sets the stream's device as well
+    use = staticmethod(torch.cuda.stream)  # also makes the stream's device the current one
     synchronize = staticmethod(torch.cuda.synchronize)
 
     @staticmethod
     def event() -> torch.cuda.Event:
-        """Who waits for it sleeps: a thread that spins would see the end of a forward of milliseconds some microseconds
-        earlier, and take a core from those that read, write and tokenise."""
+        """Return an event that lets the waiting thread sleep. A thread that spins would see the end of a forward
+        slightly earlier, but would keep a core from reading, writing and tokenizing."""
         return torch.cuda.Event(enable_timing=True, blocking=True)
 
     @staticmethod
@@ -73,15 +77,15 @@ class Cuda:
 
     @staticmethod
     def copy(x: Tensor, device: torch.device) -> Tensor:
-        """A copy on `device`. Between two devices torch makes it on the current stream of x's, and lets this one and
-        the current one of `device` wait for each other before and after it."""
+        """Return a copy on `device`. Between two devices torch copies on the current stream of the device of x; that
+        stream and the current stream of `device` wait for each other before and after the copy."""
         return torch.empty_like(x, device=device).copy_(x, non_blocking=True)
 
 
 class Stages:
-    """A stage for each of the devices, which may be named several times. Threads and streams end with this object.
+    """The stages of a model, one for each of the devices, which may be named several times.
 
-    Raises RequestError for devices of several kinds.
+    Threads and streams end with this object. Raises RequestError if the devices are of several kinds.
     """
 
     def __init__(self, devices: Sequence[torch.device], cuda: Cuda | None = None) -> None:
@@ -92,9 +96,9 @@ class Stages:
         self._threads = [ThreadPoolExecutor(1, f"stage-{i}") for i in range(len(devices)) if not self._streams]
 
     def launch(self, parts: Sequence[Part], start: Any) -> Flight:
-        """Sends `start` through the parts: part i runs on stage i, later ones on the last stage.
+        """Launch a forward that sends `start` through the parts: part i runs on stage i, later ones on the last stage.
 
-        On CUDA `start` is a tensor on the host or on the first stage's device, and parts hand on tensors.
+        On CUDA `start` must be a tensor on the host or on the first stage's device, and parts must return tensors.
         """
         flight = Flight()
         if self._streams:
@@ -113,7 +117,7 @@ def _run(part: Part, before: "Future[Any]", flight: Flight, first: bool, last: b
     if first:
         flight._began = time.perf_counter()
     try:
-        with torch.inference_mode():  # a setting of the thread
+        with torch.inference_mode():  # must be set in each thread
             return part(x)
     finally:
         if last:
@@ -124,20 +128,24 @@ def _done(call: Callable[[], Any]) -> "Future[Any]":
     done: Future[Any] = Future()
     try:
         done.set_result(call())
-    except Exception as error:  # raised again where the result is asked for, as from a thread
+    except Exception as error:  # raised again by result(), as if it came from a thread
         done.set_exception(error)
     return done
 
 
 class _Streams:
-    """A stream a stage. What crosses to the next is copied on the stream of the stage that made it, into memory of a
-    second stream of the one that takes it: in memory of the first it would wait for all that this has been given."""
+    """One stream for each stage.
+
+    The result of a part is copied to the next stage on the stream of the stage that made it, into memory that belongs
+    to a second stream of the next stage's device. In memory of the next stage's own stream, the copy would have to wait
+    for all work that this stream has been given.
+    """
 
     def __init__(self, devices: Sequence[torch.device], cuda: Cuda) -> None:
         self._cuda = cuda
         self._streams = [cuda.stream(device) for device in devices]
         self._arrivals = [cuda.stream(device) for device in devices]
-        for device in devices:  # weights and states were made on other streams, maybe by other threads
+        for device in devices:  # weights and states were made on other streams, perhaps by other threads
             cuda.synchronize(device)
         weakref.finalize(self, _drain, self._streams).atexit = False
 
@@ -162,14 +170,14 @@ class _Streams:
 
     def _copied(self, x: Tensor, source: torch.cuda.Stream, stage: int) -> Tensor:
         target = self._streams[stage]
-        with self._cuda.use(self._arrivals[stage]), self._cuda.use(source):  # of one device the inner one counts
+        with self._cuda.use(self._arrivals[stage]), self._cuda.use(source):  # the inner one counts if devices are equal
             copy = self._cuda.copy(x, target.device)
         copy.record_stream(target)
         return copy
 
 
 def _drain(streams: Sequence[torch.cuda.Stream]) -> None:
-    # the states go with the stages: no forward may write there when their memory is another's
-    with contextlib.suppress(RuntimeError):  # a device that is lost writes nothing any more
+    # the states are freed with the stages: no forward may still write to that memory when it is used again
+    with contextlib.suppress(RuntimeError):  # a lost device does not write any more
         for stream in streams:
             stream.synchronize()

@@ -1,11 +1,12 @@
-"""Attention over [paged context | own tokens] in Triton: prompts, blocks and single tokens, by one kernel.
+"""Computes attention over [paged context | own tokens] in Triton, by one kernel for prompts, blocks and single tokens.
 
-Which program does what is in the plan, see model.kernels.triton.attention_plan: nothing here depends on numbers that
-only the device knows, so a forward can be captured in a CUDA graph. Scores, softmax and sums are float32; products take
-the inputs' type, with float32 inputs in full float32 (TensorFloat-32 is off by more than model.checks.kernels allows).
+The plan says which program does what, see model.kernels.triton.attention_plan. Nothing here depends on numbers that
+only the device has, so a forward can be captured in a CUDA graph. Scores, softmax and sums are float32. Products use
+the dtype of the inputs; float32 inputs are multiplied in full float32, because TensorFloat-32 is less accurate than
+model.checks.kernels allows.
 
-Shapes in the kernels: M queries of a tile, its tokens times the heads that share a key/value head; T keys at a time; D
-channels of a head. All are powers of two, padded where the model's sizes are none.
+Shapes in the kernels: M queries of a tile (its tokens times the heads that share a key/value head); T keys at a time; D
+channels of a head. All are powers of two, padded if the model's sizes are not.
 """
 
 import math
@@ -18,33 +19,33 @@ from torch import Tensor
 from model.kernels.triton.attention_plan import MIN_QUERIES, QUERIES, Heads, Paged, plan_attention, power_of_two
 from model.runtime.ragged_batch import RaggedBatch
 
-FLOAT32_TILE = 2048  # queries x channels: float32 products use no tensor cores, their operands lie in registers
-JOINED_QUERIES = 4  # of one program of a join
-JOINED_SLOTS = 16  # of one step of it
+FLOAT32_TILE = 2048  # queries x channels; float32 products use no tensor cores and keep their operands in registers
+JOINED_QUERIES = 4  # queries per program of a join
+JOINED_SLOTS = 16  # partial results per step of a join
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, rows: RaggedBatch, *, causal: bool, store: bool) -> Tensor:
-    """See `model.kernels.protocol.Kernels.attend`."""
+    """Implement `model.kernels.protocol.Kernels.attend`."""
     heads = heads_of(q, k, pages)
     plan = rows.once((q.device, heads), lambda: plan_attention(rows, heads).to(q.device))
     return attend_paged(q, k, v, pages, plan, causal=causal, store=store)
 
 
 def heads_of(q: Tensor, k: Tensor, pages: Tensor) -> Heads:
-    """What a plan for such tensors needs."""
+    """Return the sizes that a plan for these tensors depends on."""
     assert k.shape[1:] == pages.shape[3:], f"keys {tuple(k.shape)} do not fit into pages {tuple(pages.shape)}"
     return heads_over(q.shape[1], pages)
 
 
 def heads_over(query_heads: int, pages: Tensor) -> Heads:
-    """What a plan needs for so many query heads over such pages, in whose dtype they are."""
+    """Return the sizes that a plan depends on, for so many query heads over `pages`, in the dtype of `pages`."""
     page_size, kv_heads, head_dim = pages.shape[2:]
     queries = QUERIES if pages.dtype.itemsize == 2 else FLOAT32_TILE // power_of_two(head_dim)
     return Heads(kv_heads, query_heads // kv_heads, page_size, queries)
 
 
 def attend_paged(
-    q: Tensor,  # (N, query heads, head_dim); q, k and v may be views into wider tokens
+    q: Tensor,  # (N, query heads, head_dim); q, k and v may be slices of one wider tensor
     k: Tensor,  # (N, kv heads, head_dim)
     v: Tensor,
     pages: Tensor,  # (2, pages, page_size, kv heads, head_dim)
@@ -53,7 +54,10 @@ def attend_paged(
     causal: bool,
     store: bool,
 ) -> Tensor:
-    """`attend` by a plan on q's device, made for `heads_of(q, k, pages)`. Tokens of no row have undefined results."""
+    """Compute `attend` with a plan on q's device that was made for `heads_of(q, k, pages)`.
+
+    The results of tokens that belong to no row are undefined.
+    """
     tokens, query_heads, head_dim = q.shape
     page_size, kv_heads = pages.shape[2:4]
     assert page_size == power_of_two(page_size) >= MIN_QUERIES, f"pages of {page_size}: powers of two from 16 are known"
@@ -106,19 +110,19 @@ def _attend(
     kv_stride: int,
     scale: float,
     HEADS: tl.constexpr,  # key/value heads
-    SHARED: tl.constexpr,  # query heads of each; and as a power of two
-    WIDE: tl.constexpr,
-    DIM: tl.constexpr,  # channels of a head; and as a power of two
-    D: tl.constexpr,
-    TILE: tl.constexpr,  # tokens
+    SHARED: tl.constexpr,  # query heads per key/value head
+    WIDE: tl.constexpr,  # SHARED, rounded up to a power of two
+    DIM: tl.constexpr,  # channels of a head
+    D: tl.constexpr,  # DIM, rounded up to a power of two, at least 16
+    TILE: tl.constexpr,  # tokens of a tile
     PAGE: tl.constexpr,
-    OWN: tl.constexpr,  # own tokens taken at a time
+    OWN: tl.constexpr,  # own tokens that are read at a time
     CAUSAL: tl.constexpr,
     STORE: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """One item and key/value head: its pages of context, then, in a tile's last item, the row's own tokens."""
+    """Compute one item for one key/value head: its pages of context and, in the tile's last item, its own tokens."""
     head, item = tl.program_id(0) % HEADS, items + tl.program_id(0) // HEADS * 8
     start, length, context = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
     table += tl.load(item + 3)
@@ -142,7 +146,7 @@ def _attend(
         best, total, mixed = _fold(
             best, total, mixed, tile, keys + page, values + page, place, index, 0, token, scale, DIM, WIDEN, False
         )
-    for at in range(whole, page_to):  # the page in which the context ends, if any: behind it anything may stand
+    for at in range(whole, page_to):  # the page in which the context ends, if any; data after the end is arbitrary
         page = tl.load(table + at).to(tl.int64) * (PAGE * HEADS * DIM)
         end = context - at * PAGE
         upto = tl.zeros_like(token) + (end - 1)
@@ -154,7 +158,7 @@ def _attend(
     keys, values, index = k + head * DIM, v + head * DIM, tl.arange(0, OWN)
     place = index[:, None] * kv_stride + dim[None, :]
     end = tl.minimum(length, first + TILE) if CAUSAL else length
-    whole = (first + 1 if CAUSAL else length) // OWN * OWN  # all queries see all of these
+    whole = (first + 1 if CAUSAL else length) // OWN * OWN  # every query sees all of these
     for at in range(0, tl.where(own, whole, 0), OWN):
         here = (start + at) * kv_stride
         best, total, mixed = _fold(
@@ -206,11 +210,11 @@ def _fold(
     WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """T more keys and values, at places (T, D), into the running softmax of the tile (M, D).
+    """Add T more keys and values, at places (T, D), to the running softmax of the tile (M, D).
 
-    best: the largest scores so far, times log2(e); total, mixed: sums of weights and of weighted values, relative to
-    it. MASKED: keys whose index (T,) is not below `end` are not read, and a query sees none beyond its `upto` (M,).
-    Every query sees one of the first keys that it meets, so that `best` is finite from then on.
+    best: the largest scores so far, times log2(e). total, mixed: sums of weights and of weighted values, relative to
+    best. If MASKED, keys whose index (T,) is `end` or higher are not read, and a query sees no index above its `upto`
+    (M,). Every query sees at least one key in its first call, so `best` is finite from then on.
     """
     read = (tl.arange(0, tile.shape[1]) < DIM)[None, :]
     if MASKED:
@@ -250,7 +254,7 @@ def _join(
     SOME: tl.constexpr,
     SLOTS: tl.constexpr,
 ) -> None:
-    """SOME queries of one tile and key/value head out of the tile's partial results, SLOTS of these at a time."""
+    """Combine the partial results of one tile and key/value head for SOME queries, SLOTS partial results at a time."""
     parts: tl.constexpr = TILE * WIDE // SOME
     number, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     head, join = number % HEADS, joins + number // HEADS * 4

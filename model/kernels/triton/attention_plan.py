@@ -1,9 +1,10 @@
-"""The plan of a forward's attention over paged contexts, made on the host from what the host knows: no device is asked.
+"""Plans a forward's attention over paged contexts on the host, without waiting for the device.
 
-The queries of a row are cut into tiles. The query heads that share a key/value head lie beside each other in a tile, so
-that keys and values are read once for all of them. Long contexts are split: a tile then has several items that cover
-some pages each and leave partial results, which a join puts together. The last item sees the row's own tokens too.
-What a device reads lies in one int32 tensor; its size can be fixed beforehand (`Room`), for CUDA graphs.
+The queries of a row are cut into tiles. The query heads that share a key/value head are next to each other in a tile,
+so that keys and values are read once for all of them. Long contexts are split: the tile then has several items, each of
+which covers some pages and leaves a partial result, and a join combines these results. The last item of a tile also
+covers the row's own tokens. The device reads the plan from one int32 tensor, whose size can be fixed in advance
+(`Room`) for CUDA graphs.
 """
 
 from array import array
@@ -17,26 +18,26 @@ from torch import Tensor
 from model.runtime.ragged_batch import RaggedBatch
 from model.runtime.transfer import Array, to_device
 
-QUERIES = 256  # of a tile at most, query heads times tokens
-MIN_QUERIES = 16  # the least that Triton takes in a matrix product
-PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: contexts are split until there are so many
-MIN_PAGES = 2  # of an item beside others of its tile: with fewer, joining them would cost more than reading
-ITEM, JOIN = 8, 4  # numbers that describe one: multiples of 16 bytes, which the compiler builds upon
+QUERIES = 256  # limit per tile: query heads times tokens
+MIN_QUERIES = 16  # the smallest size that Triton accepts in a matrix product
+PROGRAMS = 264  # two for each multiprocessor of an H100 or H200; contexts are split into about so many items
+MIN_PAGES = 2  # the smallest share that a context is split into; with less, joining would cost more than reading
+ITEM, JOIN = 8, 4  # int32 numbers per item and per join: multiples of 16 bytes, which the compiler relies on
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """What a plan must know of the attention layers, which are all alike."""
+    """The sizes of the attention layers that a plan depends on; all layers have the same."""
 
     kv: int
     shared: int
     """Query heads that share one key/value head."""
     page_size: int
     queries: int = QUERIES
-    """Of a tile at most."""
+    """Limit per tile: query heads times tokens."""
 
     def tile(self, longest: int) -> int:
-        """Tokens of a tile where the longest row has so many: a power of two."""
+        """Return the tokens per tile, a power of two, if the longest row has `longest` tokens."""
         shared = power_of_two(self.shared)
         return max(1, MIN_QUERIES // shared, min(power_of_two(longest), self.queries // shared))
 
@@ -46,21 +47,21 @@ class Room:
     """The sizes of a plan's tensors."""
 
     longest: int
-    """Tokens of a row at most."""
+    """Limit of the tokens of a row."""
     tile: int
     """Tokens of a tile."""
     items: int
     joins: int
     pages: int
-    """Of all rows' contexts with their own tokens."""
+    """Pages of all rows, for their contexts and their own tokens."""
     slots: int
-    """Partial results, each of one tile and all key/value heads."""
+    """Number of partial results, each of one tile and all key/value heads."""
 
     @classmethod
     def of(cls, heads: Heads, rows: int, longest: int, pages: int) -> "Room":
-        """For any forward of at most so many rows, tokens of a row, and pages of a row.
+        """Return the room for any forward with at most so many rows, tokens per row (`longest`), and pages per row.
 
-        Splitting makes at most PROGRAMS items more, over all key/value heads, whatever the contexts are.
+        Splitting adds at most PROGRAMS items, counted over all key/value heads, whatever the contexts are.
         """
         tile = heads.tile(longest)
         more = PROGRAMS // heads.kv if pages > MIN_PAGES else 0
@@ -69,16 +70,17 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Paged:
-    """A plan. Items and joins that are all zeros do nothing."""
+    """The plan of a forward's attention. Items and joins that are all zeros do nothing."""
 
-    packed: Tensor  # (8 I + 4 J + P,) int32: all of the others, which are views of it
+    packed: Tensor  # (8 I + 4 J + P,) int32; items, joins and table are views of it
     room: Room
     used: int
-    """Of `packed`: behind it is room for other plans, which nobody looks at."""
+    """Length of the used part of `packed`. The rest is room for larger plans and is never read."""
 
     @property
     def items(self) -> Tensor:
-        """(I, 8): the row's start, length, context and first place in `table`, first query, pages from and to, slot.
+        """The items (I, 8): the row's start, length, context and first place in `table`; first query; first page and
+        end of the pages; slot.
 
         A slot of -1 means that the item is the only one of its tile.
         """
@@ -86,31 +88,32 @@ class Paged:
 
     @property
     def joins(self) -> Tensor:
-        """(J, 4): first token among the N, tokens, first slot, slots."""
+        """The joins (J, 4): first token among the N, number of tokens, first slot, number of slots."""
         begin = ITEM * self.room.items
         return self.packed[begin : begin + JOIN * self.room.joins].view(-1, JOIN)
 
     @property
     def table(self) -> Tensor:
-        """(P,) the pages of the rows, row after row."""
+        """The pages of the rows (P,), row after row."""
         return self.packed[ITEM * self.room.items + JOIN * self.room.joins :]
 
     def to(self, device: torch.device) -> "Paged":
-        """The plan, which is on the host, on a device."""
+        """Return a copy on `device` of this plan, which is on the host."""
         return Paged(to_device(self.packed, device), self.room, self.used)
 
     def fill(self, plan: "Paged") -> None:
-        """Takes over a plan of the same room, which is on the host, into its own tensor, which a CUDA graph reads."""
+        """Copy a plan of the same room from the host into this plan's tensor, which a CUDA graph reads."""
         assert plan.room == self.room, f"a plan of {plan.room} does not fit into {self.room}"
         self.packed[: plan.used] = to_device(plan.packed[: plan.used], self.packed.device)
 
 
 def plan_attention(rows: RaggedBatch, heads: Heads, room: Room | None = None) -> Paged:
-    """The plan of a forward, on the host, in a tensor of the size of `room`, else in one just as large."""
+    """Return the plan of a forward, on the host. Its tensor has the size of `room`, or just the needed size if that is
+    None."""
     lengths, context = (np.array(column, dtype=np.int64) for column in (rows.lengths, rows.context))
     longest = max(rows.lengths, default=1)
     tile = room.tile if room else heads.tile(longest)
-    used = -(-(context + lengths) // heads.page_size)  # (R,) pages; a row that stores nothing may have fewer
+    used = -(-(context + lengths) // heads.page_size)  # (R,) pages; a row that does not store may have fewer
     both = zip(rows.pages, used.tolist(), strict=True)
     tables = PageTables(table if len(table) <= count else table[:count] for table, count in both)
     items, joins = _plan(lengths, context, tables.begin, heads, tile)
@@ -129,50 +132,54 @@ def plan_attention(rows: RaggedBatch, heads: Heads, room: Room | None = None) ->
 
 
 def _plan(lengths: Array, context: Array, place: Array, heads: Heads, tile: int) -> tuple[Array, Array]:
-    """The items (I, 8), the longest first, and the joins (J, 4). All (R,): place: the row's first in the table."""
-    row, tile_of_row = expand(-(-lengths // tile))  # (T,) for every tile, in order
+    """Return the items (I, 8), the longest first, and the joins (J, 4).
+
+    lengths, context, place (R,): each row's tokens, its context, and its first place in the table.
+    """
+    row, tile_of_row = expand(-(-lengths // tile))  # (T,), one entry per tile, in order
     first = tile_of_row * tile
     start, tokens = (lengths.cumsum() - lengths)[row], np.minimum(tile, lengths[row] - first)
     pages = -(-context // heads.page_size)[row]
-    # an even share of all pages, had each key/value head its part of PROGRAMS
+    # pages per item if all pages were shared evenly among PROGRAMS items, counted over all key/value heads
     share = max(MIN_PAGES, -(-int(pages.sum()) * heads.kv // PROGRAMS))
     parts = np.maximum(1, (2 * pages + share) // (2 * share))
     slots = np.where(parts > 1, parts, 0)
     slot = np.where(parts > 1, slots.cumsum() - slots, -1)
     joins = np.stack([start + first, tokens, slot, slots], axis=1)[parts > 1]
 
-    each, part = expand(parts)  # (I,) for every item
+    each, part = expand(parts)  # (I,), one entry per item
     begin, end = pages[each] * part // parts[each], pages[each] * (part + 1) // parts[each]
     columns = np.stack([start, lengths[row], context[row], place[row], first], axis=1)[each]
     items = np.column_stack([columns, begin, end, slot[each] + part])
     own = np.where(part == parts[each] - 1, first[each] // heads.page_size, 0)
-    # the longest first, so that nobody waits for one that began late
+    # the longest first, so that the device does not wait at the end for a long item that began late
     return items[np.argsort(begin - end - own, kind="stable")], joins
 
 
 class PageTables:
-    """The pages of rows as one array."""
+    """The pages of several rows as one array."""
 
     def __init__(self, tables: Iterable[Sequence[int]]) -> None:
-        # C ints, joined as bytes: a walk over ints is far slower
+        # joins the bytes of C ints, because a loop over ints is far slower
         parts = [table if isinstance(table, array) else array("i", table) for table in tables]
         self.flat = np.frombuffer(b"".join(parts), dtype=np.int32)  # row after row
         self.sizes = np.fromiter(map(len, parts), np.int64, len(parts))  # (R,)
         self.begin = self.sizes.cumsum() - self.sizes  # (R,) into `flat`
 
     def first(self, rows: Array, count: int) -> Array:
-        """(len(rows), count) int64: their first pages, 0 behind the last."""
+        """Return the first `count` pages of the given rows: (len(rows), count) int64, 0 after a row's last page."""
         at = np.arange(count)
         flat = self.flat.take(self.begin[rows, None] + at, mode="clip") if len(self.flat) else 0
         return np.where(at < self.sizes[rows, None], flat, 0).astype(np.int64)
 
 
 def expand(counts: Array) -> tuple[Array, Array]:
-    """Of `counts[i]` things for each i, one after another: their i, and how many of it came before."""
+    """Return two arrays for a sequence that has counts[i] entries for each i, in order: each entry's i, and its index
+    among the entries of that i."""
     of = np.repeat(np.arange(len(counts)), counts)
     return of, np.arange(len(of)) - (counts.cumsum() - counts)[of]
 
 
 def power_of_two(count: int) -> int:
-    """The next power of two, `count` itself where it is one."""
+    """Return the smallest power of two that is at least `count`."""
     return 1 << max(0, count - 1).bit_length()

@@ -1,22 +1,21 @@
-"""Experts on a GPU: (token, choice) pairs in the order of their experts, two grouped products, a weighted sum.
+"""Computes experts on a GPU: sorts the (token, choice) pairs by expert, then two grouped products and a weighted sum.
 
-Nothing here waits for the device, and shapes depend on the number of tokens alone, so all of it can be captured in a
-CUDA graph. No atomics: the same input gives the same bits.
+Nothing here waits for the device, and shapes depend on the number of tokens alone, so everything can be captured in a
+CUDA graph. There are no atomic operations: the same input gives the same bits.
 
-The products are torch.nn.functional.grouped_mm where it is fast, and otherwise the kernel below, which gathers its
-input rows and squares inside the product. What grouped_mm demands (ATen/native/GroupedMMUtils.h, cuda/GroupedBlas.cpp
+The products use torch.nn.functional.grouped_mm if it is fast, and otherwise the kernel below, which gathers its input
+rows and squares inside the product. The requirements of grouped_mm (ATen/native/GroupedMMUtils.h, cuda/GroupedBlas.cpp
 and cuda/GroupMM.cu of torch 2.11 to 2.13; its documentation):
-- bfloat16 in and out, on compute capability 9.0 or 10.0. Anything else, such as float32, it computes in a loop over
-  experts after copying the offsets to the host: slow, and impossible under capture;
-- addresses and strides that are multiples of 16 bytes: H and F are multiples of 8 (the CPU asks for it up to 2.12);
-- fewer than 1024 experts; offsets int32, where each expert's rows end. Experts without rows are allowed.
+- bfloat16 input and output, on compute capability 9.0 or 10.0. It computes anything else, such as float32, in a loop
+  over experts after copying the offsets to the host, which is slow and impossible while a graph is captured;
+- addresses and strides that are multiples of 16 bytes: H and F must be multiples of 8 (up to 2.12 on a CPU, too);
+- fewer than 1024 experts; int32 offsets that say where each expert's rows end. Experts without rows are allowed.
 
-The floor is reading each chosen expert's weights once, 20 MB an expert at released size. 16 tokens choose 69 of 128
-experts on average if all are equally likely: 1.4 GB a layer, 0.29 ms at 4.8 TB/s. Each expert then has one or two rows
-in a tile of 64, which costs nothing: up to about 200 rows an expert (990 TFLOP/s over 4.8 TB/s, as of an H200) reading
-takes longer than computing.
+The time cannot be shorter than reading the weights of each chosen expert once. If few tokens are computed, each expert
+has one or two rows in a tile of 64. This costs nothing: up to about 200 rows per expert (990 TFLOP/s over 4.8 TB/s, the
+figures of an H200), reading takes longer than computing.
 
-Legend: N tokens, K choices of each, P = N K pairs, E experts, H hidden size, F expert width.
+Legend: N tokens, K choices per token, P = N K pairs, E experts, H hidden size, F expert width.
 """
 
 import torch
@@ -31,14 +30,14 @@ PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 64, 64, 32
 
 
 def grouped_experts(x: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """`model.kernels.protocol.Kernels.experts`: x (N, H), choice (N, K), weight (N, K) float32, up (E, F, H), down (E,
-    H, F).
+    """Implement `model.kernels.protocol.Kernels.experts`.
 
-    Ids in `choice` must be of experts that there are. The sum over a token's choices is in float32.
+    x (N, H), choice (N, K), weight (N, K) float32, up (E, F, H), down (E, H, F) -> (N, H). The ids in `choice` must be
+    from 0 to E - 1. The sum over a token's choices is in float32.
     """
     if not len(x):
         return torch.empty_like(x)
-    with torch.cuda.device_of(x):  # Triton launches on the current device, not on its arguments'
+    with torch.cuda.device_of(x):  # Triton launches on the current device, not on that of its arguments
         ends, place, token = by_expert(choice, len(up))
         if grouped_mm_is_fast(x, up):
             hidden = F.grouped_mm(x.index_select(0, token), up.transpose(-1, -2), offs=ends)
@@ -50,17 +49,17 @@ def grouped_experts(x: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down:
 
 
 def grouped_mm_is_fast(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped product takes x (N, H) and weight (E, F, H), and without waiting for the device."""
+    """Return True if torch's grouped product takes x (N, H) and weight (E, F, H) without waiting for the device."""
     if x.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape[1:]) or len(weight) >= 1024:
         return False
     return x.device.type == "cpu" or torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0))
 
 
 def by_expert(choice: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """choice (N, K) int64 -> where each expert's pairs end (E,), the place of each pair (P,), the token at each (P,).
+    """Sort the pairs of choice (N, K) int64 by expert, with a stable counting sort in one kernel.
 
-    A stable counting sort in one kernel, int32. torch.bincount would wait for the device (pytorch issue 192343), and
-    torch.sort takes several passes.
+    Returns int32: where each expert's pairs end (E,), the place of each pair (P,), and the token at each place (P,).
+    torch.bincount would wait for the device (pytorch issue 192343), and torch.sort takes several passes.
     """
     ends = torch.empty(experts, dtype=torch.int32, device=choice.device)
     place, token = torch.empty(2, choice.numel(), dtype=torch.int32, device=choice.device)
@@ -79,7 +78,7 @@ def _by_expert_kernel(
     per_token: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program an expert: it counts the pairs of those before it, then gives its own their places."""
+    """Place the pairs of one expert: count the pairs of the experts before it, then give its own pairs their places."""
     expert = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     before = tl.zeros((BLOCK,), tl.int32)
@@ -101,7 +100,7 @@ def _by_expert_kernel(
 
 
 def squared_relu_(x: Tensor) -> Tensor:
-    """relu(x)^2 in place, in one pass; x contiguous."""
+    """Compute relu(x)^2 in place, in one pass; x must be contiguous."""
     assert x.is_contiguous()
     if x.numel():
         with torch.cuda.device_of(x):
@@ -113,12 +112,15 @@ def squared_relu_(x: Tensor) -> Tensor:
 def _squared_relu_kernel(x: tl.tensor, count: int, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < count, other=0).to(tl.float32)
-    value = tl.where(value < 0, 0.0, value)  # a NaN stays
+    value = tl.where(value < 0, 0.0, value)  # keeps NaN
     tl.store(x + at, (value * value).to(x.dtype.element_ty), mask=at < count)
 
 
 def weighted_sum(outputs: Tensor, place: Tensor, weight: Tensor) -> Tensor:
-    """outputs (P, H) by expert, place (P,) of each pair there, weight (N, K) float32 -> (N, H) in outputs' dtype."""
+    """Return the weighted sum of each token's expert outputs: (N, H) in the dtype of outputs.
+
+    outputs (P, H) sorted by expert, place (P,) of each pair in it, weight (N, K) float32.
+    """
     (tokens, per_token), size = weight.shape, outputs.shape[1]
     out = outputs.new_empty(tokens, size)
     block = min(SUM_BLOCK, triton.next_power_of_2(size))
@@ -151,14 +153,15 @@ def _weighted_sum_kernel(
 def grouped_product(
     x: Tensor, weight: Tensor, ends: Tensor, pairs: int, *, rows: Tensor | None = None, squared: bool = False
 ) -> Tensor:
-    """x (P, in), its rows by expert, or x (N, in) and the row of each pair (P,); weight (E, out, in) -> (P, out).
+    """Multiply each pair's input row by the matrix of its expert: weight (E, out, in) -> (P, out).
 
-    ends (E,) int32: where each expert's pairs end. squared: relu(.)^2 of the product, after rounding to x's dtype as
-    the plain kernels do. float32 is multiplied as float32, not as TensorFloat-32.
+    x is (P, in) with its rows sorted by expert, or (N, in) if `rows` (P,) gives the row of each pair. ends (E,) int32:
+    where each expert's pairs end. squared: apply relu(.)^2 to the product, after rounding to x's dtype as the plain
+    kernels do. float32 is multiplied as float32, not as TensorFloat-32.
     """
     (experts, size_out, size_in), x = weight.shape, x.contiguous()
     out = x.new_empty(pairs, size_out)
-    tiles = pairs // PRODUCT_ROWS + min(experts, pairs)  # at most; the rest of the programs has nothing to do
+    tiles = pairs // PRODUCT_ROWS + min(experts, pairs)  # upper limit; surplus programs do nothing
     block = {
         "ROWS": min(PRODUCT_ROWS, max(16, triton.next_power_of_2(pairs))),
         "COLUMNS": min(PRODUCT_COLUMNS, max(16, triton.next_power_of_2(size_out))),
@@ -200,7 +203,7 @@ def _grouped_product_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """One program a tile: ROWS pairs of one expert by COLUMNS outputs. Which expert, it reads off the ends."""
+    """Compute one tile: ROWS pairs of one expert by COLUMNS outputs. The program finds its expert from `ends`."""
     tile = tl.program_id(0)
     lane = tl.arange(0, EXPERTS)
     end = tl.load(ends + lane, mask=lane < experts, other=0)
@@ -248,10 +251,10 @@ def _grouped_product_kernel(
 def choose_experts(
     logits: Tensor, bias: Tensor, per_token: int, scale: float, *, normalise: bool
 ) -> tuple[Tensor, Tensor]:
-    """The router's choice in one kernel: logits (N, E) float64, bias (E,) -> experts (N, K) int64, weights (N, K).
+    """Implement `model.kernels.protocol.Kernels.choose_experts` in one kernel.
 
-    As `model.network.layers.moe.Router`; of equal scores the first expert. Whatever the logits are, NaN too, ids are of
-    experts that there are.
+    logits (N, E) float64, bias (E,) -> experts (N, K) int64, weights (N, K) float32. Of equal scores the first expert
+    is chosen. The ids are always from 0 to E - 1, even if logits are NaN.
     """
     tokens, experts = logits.shape
     choice = torch.empty(tokens, per_token, dtype=torch.int64, device=logits.device)
@@ -288,13 +291,13 @@ def _choose_experts_kernel(
     CHOICES: tl.constexpr,  # a power of two, at least PER_TOKEN
     EXPERTS: tl.constexpr,  # a power of two, at least `experts`
 ) -> None:
-    """One program a token: the largest of score + bias, PER_TOKEN times."""
+    """Choose the experts of one token: take the largest score + bias, PER_TOKEN times."""
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, EXPERTS)
     real = lane < experts
     score = 1.0 / (1.0 + tl.exp(-tl.load(logits + token * experts + lane, mask=real, other=0)))
     rank = score + tl.load(bias + lane, mask=real, other=0).to(tl.float64)
-    rank = tl.where(rank != rank, float("inf"), rank)  # as topk, which takes NaN for the largest
+    rank = tl.where(rank != rank, float("inf"), rank)  # like topk, which treats NaN as the largest
     rank = tl.where(real, rank, float("-inf"))
     slot = tl.arange(0, CHOICES)
     chosen = tl.zeros((CHOICES,), tl.int32)

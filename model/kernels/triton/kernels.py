@@ -1,7 +1,7 @@
-"""The kernels of a GPU: Triton's where the plain ones would launch many, cuBLAS for products.
+"""Implements the kernels for a GPU: Triton if plain torch would launch many kernels, cuBLAS for matrix products.
 
-Unlike the plain ones on a CPU they do not give a row the same bits in any company: cuBLAS chooses its algorithm by the
-number of tokens, and attention splits long contexts by what else there is to do.
+Unlike the plain kernels on a CPU, they may give a row other bits if other rows are computed with it: cuBLAS chooses its
+algorithm by the number of tokens, and attention splits long contexts depending on the rest of the forward.
 """
 
 import torch.nn.functional as F
@@ -15,12 +15,12 @@ from model.kernels.triton.prefill_scan import prefill_scan_of_mamba_ssm, scan_pr
 from model.runtime.ragged_batch import RaggedBatch
 
 BLOCK = 32
-"""Tokens up to which a row is a block, scanned by one program a part of a head; longer ones are prompts, for which
-mamba-ssm computes all chunks at once, where it is installed."""
+"""Largest number of tokens of a row that is scanned as a block, by one program per part of a head. Longer rows are
+prompts; mamba-ssm scans all of their chunks at once, if it is installed."""
 
 
 class CudaKernels(PlainKernels):
-    """See `model.kernels.protocol.Kernels`."""
+    """The kernels of a GPU; `model.kernels.protocol.Kernels` describes the methods."""
 
     rms_norm = staticmethod(norm.rms_norm)
     modulated_norm = staticmethod(norm.modulated_norm)
@@ -67,7 +67,7 @@ class CudaKernels(PlainKernels):
         *,
         store: bool,
     ) -> Tensor:
-        """Rows of like length: the blocks of a forward that reads prompts as well are still blocks."""
+        """Scan rows of similar length; the blocks of a forward that also prefills prompts use the block kernel here."""
         if max(rows.lengths) <= BLOCK:
             return scan.mamba_scan(xbc, dt, weights, conv_states, ssm_states, rows, store=store)
         return super()._scan(xbc, dt, weights, conv_states, ssm_states, rows, store=store)

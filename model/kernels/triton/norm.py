@@ -1,7 +1,7 @@
-"""Norms on a GPU, in Triton, with what the layers do right before and after them: all in float32, rounded once.
+"""Computes norms on a GPU in Triton, together with the operations that the layers do right before and after them.
 
-Shapes: N tokens, R rows, H hidden size; conditioning (R, 3, H) is shift, scale and gate of each row, see
-model.network.layers.time; row_of_token (N,) names each token's row.
+Everything is computed in float32 and rounded once. Shapes: N tokens, R rows, H hidden size; conditioning (R, 3, H) is
+shift, scale and gate of each row, see model.network.layers.time; row_of_token (N,) is the row of each token.
 """
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 
 CHANNELS_PER_WARP = 512
 MAX_WARPS = 8
-ADD_CHANNELS = 1024  # a program
+ADD_CHANNELS = 1024  # channels per program
 
 
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """norm(y * silu(gate)) over each group: `model.kernels.formulas.gated_group_norm`.
+    """Return norm(y * silu(gate)) over each group, as `model.kernels.formulas.gated_group_norm` does.
 
-    y, gate (N, inner) of any stride between tokens, weight (inner,) -> (N, inner) in the gate's dtype.
+    y, gate (N, inner) with any stride between tokens, weight (inner,) -> (N, inner) in the gate's dtype.
     """
     tokens, inner = gate.shape
     out = torch.empty(tokens, inner, dtype=gate.dtype, device=gate.device)
@@ -25,7 +25,7 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float)
     block = triton.next_power_of_2(size)
     if tokens:
         strides = _stride(y), _stride(gate)
-        with torch.cuda.device_of(y):  # Triton launches on the current device, not on its arguments'
+        with torch.cuda.device_of(y):  # Triton launches on the current device, not on that of its arguments
             _gated_kernel[tokens, groups](
                 *(y, gate, weight, out, *strides, inner, eps, size, block), num_warps=_warps(block)
             )
@@ -33,7 +33,8 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (…, H), weight (H,) -> as x: `model.kernels.formulas.rms_norm`."""
+    """Return the RMSNorm of x (…, H) with weight (H,) in the shape and dtype of x, as `model.kernels.formulas.rms_norm`
+    does."""
     flat = x.reshape(-1, x.shape[-1])
     return _norm(flat, weight, eps, None, None, norm_first=True).view(x.shape)
 
@@ -41,12 +42,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def modulated_norm(
     x: Tensor, weight: Tensor, eps: float, conditioning: Tensor, row_of_token: Tensor, *, norm_first: bool
 ) -> Tensor:
-    """norm(modulate(x, shift, scale)), or where norm_first modulate(norm(x), shift, scale): x (N, H) -> the same."""
+    """Return norm(modulate(x, shift, scale)), or modulate(norm(x), shift, scale) if norm_first: x (N, H) -> (N, H)."""
     return _norm(x, weight, eps, conditioning, row_of_token, norm_first=norm_first)
 
 
 def gated_add(x: Tensor, mixed: Tensor, conditioning: Tensor, row_of_token: Tensor) -> Tensor:
-    """x + gate * mixed: x, mixed (N, H) -> the same."""
+    """Return x + gate * mixed: x, mixed (N, H) -> (N, H)."""
     tokens, size = x.shape
     out = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
     if tokens:
@@ -64,7 +65,8 @@ def _norm(
     out = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(size)
     if tokens:
-        rows = (weight, weight) if conditioning is None else (_rows(conditioning), row_of_token)  # None: not read
+        # without conditioning the kernel does not read these two arguments
+        rows = (weight, weight) if conditioning is None else (_rows(conditioning), row_of_token)
         flags = conditioning is not None, norm_first
         with torch.cuda.device_of(x):
             _norm_kernel[(tokens,)](
@@ -100,7 +102,7 @@ def _gated_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """A group of a token."""
+    """Normalise one group of one token."""
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     real, channel = i < SIZE, tl.program_id(1) * SIZE + i
@@ -124,7 +126,7 @@ def _norm_kernel(
     NORM_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """A token."""
+    """Normalise one token."""
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     real = i < SIZE
@@ -153,7 +155,7 @@ def _add_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Some channels of a token."""
+    """Add some channels of one token."""
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = i < SIZE

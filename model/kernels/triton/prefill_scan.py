@@ -1,9 +1,10 @@
-"""The scan of whole prompts by mamba-ssm's Triton kernels (arXiv 2405.21060), where that package is installed.
+"""Scans whole prompts with mamba-ssm's Triton kernels (arXiv 2405.21060), if that package is installed.
 
-Its kernels want one sequence a row, padded on the right; where dt is 0 the state passes through. Packed sequences with
-initial states give wrong states in silence, and states between chunks take the dtype of C: so rows are padded here, and
-everything is float32. Products of float32 would run in TensorFloat-32, which is off by 2.7e-4 (model.checks.kernels
-allows 2e-5): Triton is told otherwise before it compiles them.
+The kernels take one sequence per row, padded on the right; a token with dt 0 does not change the state. They give wrong
+states, without an error, for packed sequences with initial states, and they keep the states between chunks in the dtype
+of C. So rows are padded here, and everything is float32. By default Triton would compute float32 products in
+TensorFloat-32, which is less accurate than model.checks.kernels allows (2e-5). An environment variable, set before the
+kernels are compiled, prevents this.
 """
 
 import os
@@ -17,16 +18,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-CHUNK = 128  # tokens; as the released config has it
+CHUNK = 128  # tokens; the value of the released config
 Scan = Callable[..., tuple[Tensor, ...]]
 
 
 @cache
 def prefill_scan_of_mamba_ssm() -> Scan | None:
-    """mamba-ssm's forward scan; None where the package, Triton or einops is missing.
+    """Return mamba-ssm's forward scan, or None if the package, Triton or einops is missing.
 
-    The package's own __init__ wants its compiled part, which the Triton files do without: where it fails to import,
-    they are imported past it.
+    The package's own __init__ needs a compiled extension, which the Triton files do not need. If __init__ cannot be
+    imported, the Triton files are imported without it.
     """
     try:
         spec = find_spec("mamba_ssm")
@@ -40,7 +41,7 @@ def prefill_scan_of_mamba_ssm() -> Scan | None:
                 del sys.modules[name]
             hollow = ModuleType("mamba_ssm")
             hollow.__path__ = list(spec.submodule_search_locations)
-            hollow.__spec__ = spec  # without it find_spec() raises for whoever asks next, as doctor does
+            hollow.__spec__ = spec  # without it, later calls of find_spec() raise, such as the one in doctor
             sys.modules["mamba_ssm"] = hollow
         scan: Scan = import_module("mamba_ssm.ops.triton.ssd_combined")._mamba_chunk_scan_combined_fwd
         return scan
@@ -57,6 +58,6 @@ def scan_prompts(
     C: Tensor,  # (R, L, groups, state) float32
     states: Tensor,  # (R, heads, head_dim, state) float32
 ) -> tuple[Tensor, Tensor]:
-    """As `model.kernels.plain.selective_scan` -> (y (R, L, heads, head_dim), the last states), D left out."""
+    """Scan like `model.kernels.plain.selective_scan` -> (y (R, L, heads, head_dim), the last states), without D."""
     out, _, _, _, _, last, *_ = scan(x, dt, decay, B, C, CHUNK, initial_states=states)
     return out, last.to(torch.float32)

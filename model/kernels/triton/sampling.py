@@ -1,10 +1,10 @@
-"""From logits to tokens on a GPU: the logits are held once, in the model's dtype, and read where they lie.
+"""Chooses tokens from logits on a GPU; the logits are stored once, in the model's dtype, and are read in place.
 
-A program for each row and slice of the vocabulary keeps sums of that slice, which is one tile of registers. A program a
-row then puts the slices together and, where the row is sampled, draws the slice and the token inside it. Rows with
-top_k or top_p are not sorted: the logit down to which ids are kept is found by bisection over what a float can be, in
-bfloat16 16 readings of the row, which come from the caches. Nothing waits for the device, and a row's sums are added up
-in an order that depends on the size of the vocabulary alone.
+One program per row and slice of the vocabulary computes the sums of that slice, which is one tile of registers. Then
+one program per row combines the slices and, if the row is sampled, draws the slice and the token inside it. Rows with
+top_k or top_p are not sorted: bisection over all values of a float finds the lowest logit that is kept. In bfloat16
+this takes 16 reads of the row, which come from the caches. Nothing waits for the device, and the order in which a row's
+sums are added depends on the vocabulary size alone.
 
 Legend: M rows, C of them at a time, V ids of the vocabulary, S slices of BLOCK ids each.
 """
@@ -17,24 +17,25 @@ from torch import Tensor
 from model.kernels.logits import Choice, Draws, Logits, Parts
 
 SLICE = 4096
-"""Columns: 16 logits a thread, and 32 programs for a lone row of the released vocabulary."""
+"""Columns per program: 16 logits per thread, and 32 programs for a single row of the released vocabulary."""
 LIMITS_BLOCK = 2048
-"""Columns read at once for top_k and top_p, 16 bytes a thread in bfloat16: twice as many take all registers."""
+"""Columns read at once for top_k and top_p: 16 bytes per thread in bfloat16. Twice as many would use all registers."""
 WARPS = 8
 UNIFORM_ROWS = 128
 
-# what changes from step to step, or is cut out of one copy to the device, must not make variants of a kernel
+# Arguments that change from step to step, or that are parts of one tensor copied to the device and so have no fixed
+# alignment. Triton must not compile a variant of a kernel for each of their values and alignments.
 VARYING = ["begin", "mask_id", "count"]
 UNALIGNED = ["suppress", "temperature", "uniform", "top_k", "top_p", "counter", "key"]
 UNALIGNED += ["best", "at", "total", "mass", "tokens", "logit", "tops", "totals"]
 
 
 def choose_tokens(logits: Logits, draws: Draws | None, uniform: Tensor | None) -> Choice:
-    """`model.kernels.protocol.Kernels.choose_tokens`; as many rows at a time as the workspace holds logits of."""
+    """Implement `model.kernels.protocol.Kernels.choose_tokens`, with as many rows at once as fit into the workspace."""
     count, vocab, device = logits.count, logits.vocab, logits.device
     choice = Choice(torch.empty(count, dtype=torch.int64, device=device), *torch.empty(3, count, device=device))
     step = logits.rows_at_once(vocab, logits.dtype.itemsize)
-    with torch.cuda.device_of(choice.tokens):  # Triton launches on the current device, not on its arguments'
+    with torch.cuda.device_of(choice.tokens):  # Triton launches on the current device, not on that of its arguments
         for begin in range(0, count, step):
             x = logits.head(slice(begin, min(begin + step, count)), slice(0, vocab))
             assert x.is_contiguous()
@@ -47,9 +48,10 @@ def choose_tokens(logits: Logits, draws: Draws | None, uniform: Tensor | None) -
 
 
 def survey(x: Tensor, begin: int, logits: Logits, temperature: Tensor | None) -> Parts:
-    """x (C, V), the logits of the rows from `begin` on -> the parts (C, S) of their slices.
+    """Return the parts (C, S) of the slices of x (C, V), the logits of the rows from `begin` on.
 
-    temperature (M,): also the mass at it, which means nothing where it is 0.
+    If temperature (M,) is given, the parts include the mass at that temperature. It means nothing for a row whose
+    temperature is 0.
     """
     block = _block(logits)
     parts = Parts.empty(len(x), triton.cdiv(logits.vocab, block), x.device, mass=temperature is not None)
@@ -74,7 +76,10 @@ def survey(x: Tensor, begin: int, logits: Logits, temperature: Tensor | None) ->
 def _choose(
     x: Tensor, begin: int, logits: Logits, parts: Parts, draws: Draws | None, uniform: Tensor | None, choice: Choice
 ) -> None:
-    """Fills the choice of the rows from `begin` on: the likeliest, or where there is mass the token that is drawn."""
+    """Fill the choice of the rows from `begin` on.
+
+    A row gets a drawn token if the parts have a mass and its temperature is above 0, otherwise its most likely token.
+    """
     unused = parts.best
     _choose_kernel[(len(x),)](
         x,
@@ -98,7 +103,7 @@ def _choose(
 
 
 def _draw_within_limits(x: Tensor, begin: int, logits: Logits, draws: Draws, uniform: Tensor, choice: Choice) -> None:
-    """Overwrites the tokens of the rows with top_k or top_p among those from `begin` on."""
+    """Overwrite the tokens of those rows from `begin` on that have top_k or top_p."""
     _limits_kernel[(len(x),)](
         x,
         logits.suppress.view(torch.uint8),
@@ -122,7 +127,7 @@ def _block(logits: Logits) -> int:
 
 
 def uniforms(counter: Tensor, key: Tensor) -> Tensor:
-    """`model.kernels.protocol.Kernels.uniforms`."""
+    """Implement `model.kernels.protocol.Kernels.uniforms`."""
     out = torch.empty(len(key), dtype=torch.float64, device=key.device)
     if len(out):
         with torch.cuda.device_of(out):
@@ -147,22 +152,22 @@ def _uniforms_kernel(counter: tl.tensor, key: tl.tensor, out: tl.tensor, count: 
 
 @triton.jit
 def _tile(x: tl.tensor, column: tl.tensor, hidden: tl.tensor, VOCAB: tl.constexpr) -> tl.tensor:
-    """Logits of a row in float32: -inf behind its end and at `hidden`, the suppressed mask id or -1."""
+    """Load logits of a row as float32: -inf after the vocabulary and at `hidden`, the suppressed mask id or -1."""
     value = tl.load(x + column, mask=column < VOCAB, other=float("-inf")).to(tl.float32)
     return tl.where(column == hidden, float("-inf"), value)
 
 
 @triton.jit
 def _weight(x: tl.tensor, base: tl.tensor, heat: tl.tensor) -> tl.tensor:
-    """exp((x - base) / heat), rounded as by the plain code: a tiny heat gives 0 or 1."""
+    """Return exp((x - base) / heat), rounded as in the plain kernels: a tiny heat gives 0 or 1."""
     return tl.exp(tl.div_rn(x - base, tl.zeros_like(x) + heat)).to(tl.float64)
 
 
 @triton.jit
 def _first_above(cdf: tl.tensor, weight: tl.tensor, target: tl.tensor, place: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The first place whose cdf is above the target, 2**31 - 1 for none, and the last that could be, -1 for none.
+    """Return the first place with weight whose cdf is above the target, and the last place with weight.
 
-    A place without weight is neither, wherever rounding puts its cdf.
+    They are 2**31 - 1 and -1 if there is no such place. Rounding of the cdf cannot choose a place with weight 0.
     """
     first = tl.min(tl.where((cdf > target) & (weight > 0), place, 2**31 - 1), 0)
     return first, tl.max(tl.where(weight > 0, place, -1), 0)
@@ -183,7 +188,7 @@ def _survey_kernel(
     HEATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program a row and slice. A NaN is the largest, as in torch.max; the first of equal logits is chosen."""
+    """Compute the parts of one row and slice. NaN is the largest, as in torch.max; the first of equal logits counts."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     out = row * tl.num_programs(1) + tl.program_id(1)
@@ -223,7 +228,7 @@ def _choose_kernel(
     HEATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program a row. HEATED: rows with a temperature are drawn, in two steps, both by `_first_above`."""
+    """Choose the token of one row. If HEATED, a row with a temperature is drawn in two steps, by `_first_above`."""
     row = tl.program_id(0).to(tl.int64)
     out = begin + row
     part = tl.arange(0, ALL_SLICES)
@@ -241,7 +246,7 @@ def _choose_kernel(
     if HEATED:
         heat = tl.load(temperature + out)
         if heat > 0:
-            # less the largest first: a tiny temperature then gives -inf for the others, not inf for all
+            # subtract the largest before dividing: a tiny temperature then gives -inf for the others, not inf for all
             mass_of = tl.load(mass + row * SLICES + part, mask=real, other=0.0)
             mass_of *= tl.exp(tl.div_rn(top_of - top, tl.zeros_like(top_of) + heat).to(tl.float64))
             cdf = tl.cumsum(mass_of, 0)
@@ -250,7 +255,7 @@ def _choose_kernel(
             drawn = tl.maximum(tl.minimum(drawn, last), 0)
             mine = part == drawn
             share = tl.sum(tl.where(mine, mass_of, 0.0), 0)
-            inside = (target - tl.sum(tl.where(mine, cdf, 0.0), 0) + share) / share  # of the slice, up to rounding
+            inside = (target - tl.sum(tl.where(mine, cdf, 0.0), 0) + share) / share  # target as a share of the slice
             base = tl.max(tl.where(mine, top_of, float("-inf")), 0)
 
             column = drawn * BLOCK + tl.arange(0, BLOCK)
@@ -268,8 +273,8 @@ def _choose_kernel(
 
 @triton.jit
 def _order(x: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
-    """An int32 for each float32, in the same order; HALF: for each that is a bfloat16, one from -32768 to 32767."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # -0 is 0
+    """Return int32 keys in the order of the float32 values; if HALF, keys from -32768 to 32767 for bfloat16 values."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # -0 counts as 0
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return key >> 16 if HALF else key
 
@@ -285,7 +290,7 @@ def _kept(
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Of the ids above `least`, in the order of `_order`: number and weight; of those that equal it: the same."""
+    """Return number and weight of the ids whose key (see `_order`) is above `least`, then of those with this key."""
     above, heavy = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     equal, tied = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for start in range(0, VOCAB, BLOCK):
@@ -312,7 +317,10 @@ def _down_to(
     HALF: tl.constexpr,
     WEIGHED: tl.constexpr,
 ) -> tl.tensor:
-    """The highest key from `low` to `high` such that the ids with it or a higher one are `need`, or weigh as much."""
+    """Return the highest key from `low` to `high` that leaves enough ids with this or a higher key.
+
+    They are enough if their number, or if WEIGHED their weight, is at least `need`.
+    """
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # the upper of two middles, without overflow
         found = tl.zeros((BLOCK,), tl.float64)
@@ -342,7 +350,10 @@ def _limits_kernel(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program a row; those without limits return. Of ids with the least logit that is kept, the first are kept."""
+    """Draw the token of one row within its limits; a row without limits is left alone.
+
+    If not all ids with the lowest kept logit can be kept, the first of them are.
+    """
     HALF: tl.constexpr = logits.dtype.element_ty == tl.bfloat16
     row = tl.program_id(0).to(tl.int64)
     out = begin + row
@@ -356,7 +367,7 @@ def _limits_kernel(
         if count > 0:
             least = _down_to(x, hidden, base, heat, count.to(tl.float64), low, high, VOCAB, BLOCK, HALF, False)
         above, heavy, equal, tied = _kept(x, hidden, base, heat, least, VOCAB, BLOCK, HALF)
-        room = tl.where(count > 0, tl.minimum(count - above, equal), equal)  # of the equal ones, how many stay
+        room = tl.where(count > 0, tl.minimum(count - above, equal), equal)  # number of equal ids that stay
         each = tied / tl.maximum(equal, 1.0)
         if share < 1:
             need = share * (heavy + room * each)

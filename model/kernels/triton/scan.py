@@ -1,16 +1,16 @@
-"""The Mamba-2 scan on a GPU, in Triton: rows of any length; made for blocks and single tokens.
+"""Computes the Mamba-2 scan on a GPU in Triton, for rows of any length; it is made for blocks and single tokens.
 
-`mamba_scan` is `Kernels.mamba_scan`, in two kernels:
-- convolution and SiLU of all channels, in float32; a program has some channels of a row, and so alone reads and, to
-  store, writes them in the row's window;
-- the scan: a program has a part of a head of a row, and walks over the row's tokens in chunks (Mamba-2, arXiv
-  2405.21060, section 6). A block is one chunk: the state is read once, and written once where it is stored. Where every
-  row has one token (AR) the same is done without products of matrices.
+`mamba_scan` implements `Kernels.mamba_scan` with two kernels:
+- convolution and SiLU of all channels, in float32. A program has some channels of a row. It is the only one that reads
+  them from the row's window and, if store, writes them there;
+- the scan. A program has a part of a head of a row and goes through the row's tokens in chunks (Mamba-2, arXiv
+  2405.21060, section 6). A block is one chunk, so the state is read once and, if it is stored, written once. If every
+  row has one token (AR), a kernel without matrix products does the same.
 
-States are 2 MiB a row and layer in the released model and bound the time: 256 MiB for 128 rows. Everything is float32
-inside. Every decay is the exponential of a sum of terms that are at most 0, and contains no term that it would have to
-lose again: nothing overflows and strong decays cost no digits. Rows of length 0 pad a captured forward: nothing of
-theirs is read or written.
+Reading and writing the states, 2 MiB per row and layer in the released model, limits the speed. Everything inside is
+float32. Every decay is the exponential of a sum of terms that are at most 0, and no term is ever subtracted again, so
+nothing overflows and strong decays cost no precision. Rows of length 0 pad a captured forward; nothing is read or
+written for them.
 
 Shapes: R rows, N tokens, M heads of D channels, G groups, S states, K taps of the convolution over
 conv_dim = M D + 2 G S channels.
@@ -25,17 +25,17 @@ from model.kernels.protocol import ScanWeights
 from model.runtime.ragged_batch import RaggedBatch
 
 PRECISION = "tf32x3"
-"""Of products: three in TensorFloat-32 for one in float32, off by 1.3e-7 of the largest at the released sizes (float32:
-0.8e-7). One alone ("tf32") is off by 3e-4, which model.checks.kernels refuses; "ieee" does without tensor cores, by ten
-times as many instructions."""
-MIN_CHUNK = 16  # tokens: tl.dot takes no fewer
+"""Precision of products: three products in TensorFloat-32 replace one in float32 and are nearly as accurate. A single
+one ("tf32") is less accurate than model.checks.kernels allows; "ieee" uses no tensor cores and many more
+instructions."""
+MIN_CHUNK = 16  # tokens; tl.dot accepts no fewer
 MAX_CHUNK = 32
-MAX_PART = 64  # channels of a head that a program has
+MAX_PART = 64  # limit of the channels of a head that one program has
 MIN_PART = 16
-FEW_PROGRAMS = 512  # with fewer, not four for each of 132 processors, heads are cut into parts of MIN_PART channels
-STATE_TILE = 32  # columns of a state in registers at once: a line of memory
-STAGES = 3  # tiles of states on their way at once
-CONV_CHANNELS = 128  # a program
+FEW_PROGRAMS = 512  # with fewer (not even four per processor of 132), heads are cut into parts of MIN_PART channels
+STATE_TILE = 32  # columns of a state in registers at once: one line of memory
+STAGES = 3  # tiles of states that are loaded at the same time
+CONV_CHANNELS = 128  # channels per program
 
 
 def mamba_scan(
@@ -48,8 +48,10 @@ def mamba_scan(
     *,
     store: bool,
 ) -> Tensor:
-    """-> (N, M D) float32; see `model.kernels.protocol.Kernels.mamba_scan`. Tokens of no row are left as memory had
-    them."""
+    """Implement `model.kernels.protocol.Kernels.mamba_scan` -> (N, M D) float32.
+
+    The results of tokens that belong to no row are left uninitialised.
+    """
     out = torch.empty(len(xbc), ssm_states.shape[1] * ssm_states.shape[2], device=xbc.device)
     longest = max(rows.lengths, default=0)
     if not longest:
@@ -64,7 +66,7 @@ def mamba_scan(
     places = index.slots, index.seeds, index.starts, index.lengths
     weight, bias, block_k = weights.conv_weight.contiguous(), weights.conv_bias, triton.next_power_of_2(taps)
     grid = triton.cdiv(channels, CONV_CHANNELS), len(rows.lengths)
-    with torch.cuda.device_of(xbc):  # Triton launches on the current device, not on its arguments'
+    with torch.cuda.device_of(xbc):  # Triton launches on the current device, not on that of its arguments
         _conv_kernel[grid](
             *(xbc, mixed, conv_states, weight, bias, *places),
             *(xbc.stride(0), channels, taps, block_k, chunk, CONV_CHANNELS, store),
@@ -96,7 +98,7 @@ def _scan(
         _step_kernel[grid](mixed, dt, out, states, *places, *numbers, *sizes, padded, store)
         return
     kept, carry = states, store or longest > chunk
-    if carry and not store:  # the states between chunks need a place
+    if carry and not store:  # the states between chunks need memory of their own
         kept = torch.empty(count, *states.shape[1:], device=states.device)
         places = torch.arange(count, device=states.device), *places[1:]
     _scan_kernel[grid](
@@ -108,7 +110,7 @@ def _scan(
 
 @triton.jit
 def _convolve(
-    tokens: tl.tensor,  # the row's first
+    tokens: tl.tensor,  # the row's first token
     stride: int,
     window: tl.tensor,
     weight: tl.tensor,
@@ -122,11 +124,11 @@ def _convolve(
     TAPS: tl.constexpr,
     HISTORY: tl.constexpr,
 ) -> None:
-    """SiLU of the causal convolution at `place` and `channel`; HISTORY: some of what it needs stands in the window."""
+    """Store the SiLU of the causal convolution at `place` and `channel`; if HISTORY, some inputs are in the window."""
     real = channel < channels
     mine = real & (place < length)
     mixed = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
-    for tap in tl.static_range(TAPS):  # the last tap is the current token's
+    for tap in tl.static_range(TAPS):  # the last tap belongs to the current token
         at = place + (tap + 1 - TAPS)
         taken = tl.load(tokens + at * stride + channel, mask=mine & (at >= 0), other=0.0).to(tl.float32)
         if HISTORY:
@@ -155,11 +157,11 @@ def _conv_kernel(
     BLOCK: tl.constexpr,
     STORE: tl.constexpr,
 ) -> None:
-    """Some channels of a row: SiLU of the causal convolution of all its tokens, and the new window."""
+    """Compute some channels of a row: SiLU of the causal convolution of all its tokens, and the new window."""
     HEAD: tl.constexpr = min(BLOCK_K, CHUNK)
     row = tl.program_id(1)
     start, length, seed = tl.load(starts + row), tl.load(lengths + row), tl.load(seeds + row)
-    seeded = tl.full([1, 1], 0, tl.int64) <= seed  # a block, as are all masks: see _scan_kernel
+    seeded = tl.full([1, 1], 0, tl.int64) <= seed  # a tensor, like all masks; see _scan_kernel
     tokens, window = xbc + start * stride, windows + seed * channels * TAPS
     out += start * channels
     channel = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -174,14 +176,14 @@ def _conv_kernel(
         kept = (of < channels) & (at < length) & (tl.full([1, 1], 0, tl.int64) < length)
         token = tl.load(tokens + at * stride + of, mask=kept & (at >= 0), other=0.0)
         old = tl.load(window + of * TAPS + (TAPS + at), mask=kept & (at < 0) & seeded, other=0.0)
-        tl.debug_barrier()  # where the seed is the slot itself: all threads have read before any writes
+        tl.debug_barrier()  # the seed may be the slot itself: all threads must read before any writes
         own = windows + tl.load(slots + row) * channels * TAPS
         tl.store(own + of * TAPS + (TAPS - length + at), tl.where(at >= 0, token, old), mask=kept)
 
 
 @triton.jit
 def _softplus(x: tl.tensor) -> tl.tensor:
-    """log(1 + exp(x)), all its digits also where it is small and 1 + exp(x) would have lost them."""
+    """Return log(1 + exp(x)), with full precision even if the result is small and 1 + exp(x) would lose digits."""
     e = tl.exp(-tl.abs(x))
     z = e / (2.0 + e)  # log(1 + e) = 2 artanh(z), z at most 1/3: eight terms of its series
     w = z * z
@@ -195,7 +197,7 @@ def _scan_kernel(
     dt: tl.tensor,
     out: tl.tensor,
     states: tl.tensor,  # (slots, M, D, S) float32
-    kept: tl.tensor,  # takes the states behind each chunk, at `slots`
+    kept: tl.tensor,  # receives the states after each chunk, at `slots`
     slots: tl.tensor,
     seeds: tl.tensor,
     starts: tl.tensor,
@@ -213,11 +215,11 @@ def _scan_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     CHUNK: tl.constexpr,
-    CARRY: tl.constexpr,  # the states are needed behind each chunk
+    CARRY: tl.constexpr,  # the states after each chunk are needed
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """A part of a head of a row, chunk by chunk."""
+    """Scan a part of a head of a row, chunk by chunk."""
     PARTS: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
     WIDTH: tl.constexpr = HEADS * HEAD_DIM + 2 * GROUPS * STATE
     head, row = tl.program_id(0) // PARTS, tl.program_id(1)
@@ -238,14 +240,14 @@ def _scan_kernel(
         own = mine[:, None] & (d < HEAD_DIM)[None, :]
         x = tl.load(mixed + token[:, None] * WIDTH + channel[None, :], mask=own, other=0.0)
         step = _softplus(tl.load(dt + token * dt_stride + head, mask=mine, other=0.0).to(tl.float32) + bias)
-        step = tl.where(mine, tl.minimum(tl.maximum(step, dt_min), dt_max), 0.0)  # 0: the state passes
+        step = tl.where(mine, tl.minimum(tl.maximum(step, dt_min), dt_max), 0.0)  # 0 keeps the state
         fall = step * decay  # logarithm of the decay at each token
         between = tl.where(later, fall[:, None], 0.0)
         dx = x * step[:, None]
         if CARRY:
             ending = tl.trans(dx * tl.exp(tl.sum(between, axis=0))[:, None])
             through = tl.exp(tl.sum(fall, axis=0))
-        full = tl.full([1, 1], 0, tl.int64) <= seed  # a block: of a scalar truth the interpreter makes a number
+        full = tl.full([1, 1], 0, tl.int64) <= seed  # a tensor: the interpreter turns a scalar bool into a number
         seen = tl.zeros([CHUNK, CHUNK], tl.float32)  # C of token i times B of token j
         y = tl.zeros([CHUNK, BLOCK_D], tl.float32)
         for column in tl.range(0, STATE, BLOCK_S, num_stages=STAGES):
@@ -267,7 +269,7 @@ def _scan_kernel(
         tl.store(out + token[:, None] * (HEADS * HEAD_DIM) + channel[None, :], y + skip * x, mask=own)
         if CARRY:
             source, seed = target, tl.maximum(seed, 0)
-            tl.debug_barrier()  # what other threads have stored is read next
+            tl.debug_barrier()  # the next chunk reads what other threads have stored
 
 
 @triton.jit
@@ -294,7 +296,7 @@ def _step_kernel(
     BLOCK_S: tl.constexpr,
     STORE: tl.constexpr,
 ) -> None:
-    """A part of a head of a row of one token."""
+    """Scan a part of a head of a row that has one token."""
     PARTS: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
     head, row = tl.program_id(0) // PARTS, tl.program_id(1)
     start, length, seed = tl.load(starts + row), tl.load(lengths + row), tl.load(seeds + row)

@@ -1,4 +1,4 @@
-"""Grouped-query attention without positional encoding, over a paged context."""
+"""Defines grouped-query attention without positional encoding, over a paged context."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from model.runtime.ragged_batch import RaggedBatch
 
 
 class AttentionState:
-    """The context's keys and values at one attention layer: pages that rows take and give back."""
+    """The keys and values of the context at one attention layer, in pages that rows take and give back."""
 
     def __init__(
         self, config: TwoTowerConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
@@ -21,7 +21,10 @@ class AttentionState:
 
 
 class Attention(nn.Module):
-    """Query head q reads key and value head q // (query heads / kv heads); scale 1 / sqrt(head_dim)."""
+    """Grouped-query attention: query head q uses key and value head q // (query heads / kv heads).
+
+    The scale is 1 / sqrt(head_dim).
+    """
 
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
@@ -35,7 +38,7 @@ class Attention(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor, state: AttentionState, rows: RaggedBatch, *, causal: bool, store: bool) -> Tensor:
-        """x (N, H) -> (N, H). causal in the context tower, bidirectional over the row's tokens in the denoiser."""
+        """Map x (N, H) to (N, H). In the denoiser (`causal` False), a token sees all tokens of its row."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         attended = self.kernels.attend(q, k, v, state.pages, rows, causal=causal, store=store)
         out: Tensor = self.o_proj(attended)

@@ -1,4 +1,4 @@
-"""A bias-free linear map that runs on the chosen kernels."""
+"""Defines a linear map without bias that runs on the chosen kernels."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from model.kernels.protocol import Kernels
 
 
 class Linear(nn.Module):
-    """x (N, in) -> (N, out); weight (out, in) as in the checkpoint."""
+    """A linear map, x (N, in) -> (N, out), with weight (out, in) as in the checkpoint."""
 
     def __init__(self, size_in: int, size_out: int, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()

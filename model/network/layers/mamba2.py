@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer (arXiv 2405.21060) as the released model has it."""
+"""Defines the Mamba-2 mixer (arXiv 2405.21060) of the released model."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from model.runtime.ragged_batch import RaggedBatch
 
 
 class MambaState:
-    """The context's state at one Mamba layer, all slots."""
+    """The state of the context at one Mamba layer, for all slots."""
 
     def __init__(self, config: TwoTowerConfig, slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.conv = torch.zeros(slots, config.conv_dim, config.conv_kernel, dtype=dtype, device=device)
@@ -20,13 +20,16 @@ class MambaState:
         )
 
     def add_slots(self, count: int) -> None:
-        """More slots behind the others."""
+        """Add `count` slots behind the existing ones."""
         self.conv = torch.cat([self.conv, self.conv.new_zeros(count, *self.conv.shape[1:])])
         self.ssm = torch.cat([self.ssm, self.ssm.new_zeros(count, *self.ssm.shape[1:])])
 
 
 class Mamba2(nn.Module):
-    """in_proj -> z | x B C | dt; causal conv and scan over x B C; grouped norm gated by z; out_proj."""
+    """The Mamba-2 mixer. in_proj gives z | x B C | dt; x B C pass through a causal convolution and the scan.
+
+    The result passes through a grouped norm that z gates, and then through out_proj.
+    """
 
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
@@ -35,7 +38,7 @@ class Mamba2(nn.Module):
         self.conv1d = nn.Conv1d(
             config.conv_dim, config.conv_dim, config.conv_kernel, groups=config.conv_dim, dtype=dtype
         )
-        # few, and sensitive: kept in float32 whatever the model's dtype
+        # kept in float32 whatever the model's dtype: they are small, and sensitive to rounding
         self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
@@ -60,7 +63,7 @@ class Mamba2(nn.Module):
         return -self.A_log.exp()
 
     def forward(self, x: Tensor, state: MambaState, rows: RaggedBatch, *, causal: bool, store: bool) -> Tensor:  # noqa: ARG002
-        """x (N, H) -> (N, H). The scan runs forward in both towers, so `causal` changes nothing here."""
+        """Map x (N, H) to (N, H). The scan runs forward in both towers, so `causal` changes nothing here."""
         z, xbc, dt = self.in_proj(x).split(self.split, dim=-1)
         y = self.kernels.mamba_scan(xbc, dt, self, state.conv, state.ssm, rows, store=store)
         out: Tensor = self.out_proj(self.kernels.gated_norm(y, z, self.norm.weight, self.groups, self.norm.eps))

@@ -1,4 +1,4 @@
-"""Mixture of experts: sigmoid router, squared-ReLU experts without a gate matrix, one shared expert."""
+"""Defines the mixture of experts: a sigmoid router, squared-ReLU experts without a gate matrix, one shared expert."""
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,17 @@ from model.runtime.ragged_batch import RaggedBatch
 
 
 class NoState:
-    """An MoE layer keeps nothing of the context."""
+    """The state of an MoE layer, which keeps nothing of the context."""
 
 
 class Router(nn.Module):
-    """Chooses experts by sigmoid score + correction bias; weighs them by the plain scores (DeepSeek-V3 style).
+    """A router that chooses experts by sigmoid score + correction bias and weights them by the plain scores.
 
-    float64, as the reference: two experts' scores can be so close that float32 picks the other one. The weight is kept
-    in float64, 2.6 MiB a layer at released size, not converted in every forward. The tensor cores of an H100 multiply
-    float64 as fast as its other cores float32 (67 TFLOP/s by the datasheet), so scores in float32 with a second look at
-    close ones would gain nothing: 6,144 tokens through 23 layers are 97 GFLOP, 1.5 ms.
+    This is the router of DeepSeek-V3. It computes in float64, as the reference does, because the scores of two experts
+    can be so close that float32 chooses the other one. The weight is stored in float64 (2.6 MiB for each layer of the
+    released model), so no forward has to convert it. To compute in float32 and check close scores again would gain
+    nothing: by the datasheet, the tensor cores of an H100 multiply float64 as fast as its other cores multiply float32
+    (67 TFLOP/s), and 6,144 tokens through 23 layers are only 97 GFLOP.
     """
 
     def __init__(self, config: TwoTowerConfig, kernels: Kernels) -> None:
@@ -32,14 +33,14 @@ class Router(nn.Module):
         self.normalise = config.norm_topk_prob
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, H) -> experts (N, K) int64 and their weights (N, K) float32."""
+        """Return the experts (N, K) int64 of x (N, H), and their weights (N, K) float32."""
         logits = self.kernels.linear(x.double(), self.weight)  # (N, E)
         bias = self.e_score_correction_bias
         return self.kernels.choose_experts(logits, bias, self.per_token, self.scale, normalise=self.normalise)
 
 
 class SharedExpert(nn.Module):
-    """down(relu(up(x))^2)."""
+    """The expert that every token uses: down(relu(up(x))^2)."""
 
     def __init__(self, hidden: int, width: int, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class SharedExpert(nn.Module):
 
 
 class MoE(nn.Module):
-    """Weighted sum of the chosen experts + the shared expert."""
+    """A mixture of experts: the weighted sum of the chosen experts, plus the shared expert."""
 
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class MoE(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor, state: NoState, rows: RaggedBatch, *, causal: bool, store: bool) -> Tensor:  # noqa: ARG002
-        """x (N, H) -> (N, H); every token by itself."""
+        """Map x (N, H) to (N, H). Each token is computed independently of the others."""
         choice, weight = self.gate(x)
         out: Tensor = self.kernels.experts(x, choice, weight, self.up, self.down) + self.shared_experts(x)
         return out

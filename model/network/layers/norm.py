@@ -1,4 +1,4 @@
-"""RMSNorm, plain and gated."""
+"""Defines the RMSNorm layer."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from model.kernels.protocol import Kernels
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with its weight kept in float32."""
+    """An RMSNorm whose weight is kept in float32."""
 
     def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__()
@@ -16,5 +16,5 @@ class RMSNorm(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, size) -> the same shape and dtype."""
+        """Map x (N, size) to the same shape and dtype."""
         return self.kernels.rms_norm(x, self.weight, self.eps)

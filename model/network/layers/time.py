@@ -1,4 +1,4 @@
-"""Time conditioning of the denoiser: t -> shift, scale, gate (adaLN-single, arXiv 2310.00426)."""
+"""Defines the denoiser's time conditioning, which maps t to shift, scale and gate (adaLN-single, arXiv 2310.00426)."""
 
 import math
 
@@ -11,7 +11,7 @@ from model.kernels.protocol import Kernels
 
 
 class BiasedLinear(nn.Module):
-    """x (R, in) -> (R, out), with bias."""
+    """A linear map with bias, x (R, in) -> (R, out)."""
 
     def __init__(self, size_in: int, size_out: int, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class BiasedLinear(nn.Module):
 
 
 def sinusoids(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t (R,) in [0, 1] float32 -> (R, 256): cosines, then sines, of t * 1000 * 10000^(-i / 128).
+    """Return the embedding (R, 256) of t (R,) in [0, 1] float32: cosines, then sines, of t * 1000 * 10000^(-i / 128).
 
-    t is rounded to the model's dtype before the multiplication, as the reference does; the angles, up to 1000 rad, are
-    float32 at least.
+    t is rounded to the model's dtype before the multiplication, as in the reference. The angles go up to 1000 rad and
+    are computed in float32.
     """
     half = TIME_EMBEDDING_SIZE // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000.0) / half))
@@ -36,7 +36,7 @@ def sinusoids(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class TimeConditioning(nn.Module):
-    """t_embedder and t_block, shared by all layers; each layer adds its own table."""
+    """The t_embedder and t_block of the checkpoint, shared by all layers; each layer adds its own table."""
 
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
@@ -47,28 +47,32 @@ class TimeConditioning(nn.Module):
         self.dtype = dtype
 
     def forward(self, t: Tensor) -> Tensor:
-        """t (R,) -> (R, 3, H): shift, scale, gate, before a layer's table is added."""
+        """Map t (R,) to shift, scale and gate (R, 3, H), before a layer's table is added."""
         embedded = self.embed_out(silu(self.embed_in(sinusoids(t, self.dtype))))
         out: Tensor = self.block(silu(embedded)).unflatten(-1, (3, -1))
         return out
 
 
 class Conditioning:
-    """Shift, scale and gate of each row at the layers of a stage, made as each layer asks for them.
+    """The shift, scale and gate of each row at the layers of a stage, computed when a layer asks for them.
 
-    Those of all layers at once would be 320 MB for 384 rows of the released model.
+    All layers at once would take 320 MB for 384 rows of the released model.
     """
 
     def __init__(self, shared: Tensor, plain: Tensor, tables: Tensor, which: Tensor | None = None) -> None:
-        """shared (U, 3, H) and plain (U,) of U times: those that are plain modulate and gate nothing, whatever the
-        layer. tables (layers, 3, H). which (R,): the time of each row; None: row r has time r."""
+        """Take shared (U, 3, H) for U times, and plain (U,), which is True for each time that has no effect on any
+        layer.
+
+        A plain time modulates and gates nothing. tables: (layers, 3, H). which (R,): the index of each row's time; None
+        if row r has time r.
+        """
         plain = plain[:, None, None]
-        neutral = (torch.arange(3, device=shared.device) == 2)[:, None].to(shared.dtype)  # a gate of 1 alone
+        neutral = (torch.arange(3, device=shared.device) == 2)[:, None].to(shared.dtype)  # shift 0, scale 0, gate 1
         self.shared = torch.where(plain, neutral, shared)
         self.takes_table = (~plain).to(shared.dtype)
         self.tables, self.which = tables, which
 
     def __getitem__(self, layer: int) -> Tensor:
-        """(R, 3, H) of a layer of the stage."""
+        """Return shift, scale and gate (R, 3, H) for one layer of the stage."""
         made = torch.addcmul(self.shared, self.takes_table, self.tables[layer])
         return made if self.which is None else made.index_select(0, self.which)
