@@ -1,4 +1,4 @@
-"""`python -m pipeline` and the console script `twotower`."""
+"""Runs the command line: `python -m pipeline` and the console script `twotower`."""
 
 import os
 import threading
@@ -6,11 +6,12 @@ import threading
 from pipeline.cli.app import app
 
 LEAVE_S = 5.0
-"""Seconds for a tidy exit. Python waits for all threads at its end, and one may be trying storage that hangs."""
+"""Seconds that Python has for a normal exit before the process is ended. Python waits for all threads when it exits,
+and one of them may be retrying a storage that hangs."""
 
 
 def main() -> None:
-    """Run the command line; leaves with its exit code."""
+    """Run the command line and exit with its exit code."""
     try:
         app(prog_name="twotower")
     except SystemExit as ended:

@@ -1,4 +1,4 @@
-"""What a calibration asks of a replica, and what it gets back: carriers and the seam between the two."""
+"""Defines the interface between a calibration and the replica that it measures: a protocol and its data types."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,75 +9,80 @@ from pipeline.calibration.points import Point
 from pipeline.calibration.sample import SampleRow
 
 RowLimit = int | Literal["auto"]
-"""Rows generated together; auto: as many as the replica's memory holds."""
+"""Maximum number of rows to generate together; `auto` means as many as the replica's memory holds."""
 Tick = Callable[[int, int], None]
-"""Called again and again with (rows done, rows expected) of a point. What it raises ends the measuring."""
+"""A callback for progress: it is called repeatedly with (rows done, rows expected). An exception that it raises ends
+the measurement."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """What was started."""
+    """A replica that was started, and the row limits that it can hold."""
 
     device: str
-    """`2 x NVIDIA H100`, or the processor's name with the threads in use."""
+    """`2 x NVIDIA H100`, or the kind of processor with the number of threads in use."""
     row_limits: tuple[tuple[RowLimit, int], ...]
-    """For each that was asked for and fits: as asked, and how many rows that is."""
+    """The row limits that fit: each as it was asked for, and the number of rows that it means."""
     refused: tuple[tuple[RowLimit, str], ...]
-    """Those that do not fit, and why."""
+    """The row limits that do not fit, each with the reason."""
     versions: tuple[tuple[str, str], ...]
-    """Of what computes, by name."""
+    """Versions of the software that computes, as pairs of name and version."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A point to measure."""
+    """A point to measure, and how long to measure it."""
 
     point: Point
     whole: bool
-    """Run every row of the sample to its end; else only as many as the speed needs."""
+    """Whether every row of the sample must run to its end. If not, only as many rows run as the speed needs."""
     window_s: float
-    """Seconds of full speed to watch at least."""
+    """Minimum time to measure at full speed, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How fast a replica is while all its slots are taken.
+    """The speed of a replica while all its slots are taken.
 
-    The sample is given again and again, so that no slot stays empty. The window opens when as many rows have ended as
-    there are slots: then rows are at different places, as in a long job. It counts the tokens of rows that ended in it,
-    with those of the rows under way at its end, less those of the rows under way at its beginning.
+    The rows of the sample are submitted again and again, so that no slot stays empty. The window of the measurement
+    opens when as many rows have ended as there are slots: from then on rows are at different positions, as in a long
+    job. Its tokens are those of the rows that ended in it, plus the tokens so far of the rows running at its end, minus
+    the tokens so far of the rows running at its beginning.
     """
 
     tokens_per_s: float
     error: float
-    """Standard error of tokens_per_s as a share of it, from equal pieces of the window."""
+    """Standard error of tokens_per_s as a share of it, computed from equal pieces of the window."""
     window_s: float
     window_tokens: int
     window_rows: int
-    """Rows that ended in it."""
+    """Rows that ended in the window."""
     seconds: float
-    """That the point took in all."""
+    """Seconds that the point took in all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What came of a task."""
+    """The result of a task."""
 
     speed: Speed | None
-    """None where memory ran out, so that fewer rows ran together than the point says."""
+    """The speed; None if memory ran out, so that fewer rows ran together than the point asks for."""
     rows: tuple[Completion, ...] = ()
-    """Of a whole task: a completion for each row of the sample, in its order, as the job would make it."""
+    """The completions of all rows of the sample, in its order, as the job would make them; empty if the task is not
+    whole."""
     greedy: tuple[Completion, ...] = ()
-    """The same at temperature 0, where the job samples; else `rows` are that already."""
+    """The same completions at temperature 0. Empty if the task is not whole, or if the job does not sample: then `rows`
+    are made at temperature 0 already."""
 
 
 class Bench(Protocol):
-    """One replica. Raises TwoTowerError where it cannot go on, and what a tick raises."""
+    """A replica that measures points. Its methods raise TwoTowerError if it cannot continue, and pass on what a tick
+    raises."""
 
     def start(self, rows: Sequence[SampleRow], limits: Sequence[RowLimit], tick: Tick) -> Replica:
-        """Loads the model. Called once, first."""
+        """Load the model and find out which row limits fit. Call this once, before `measure`."""
 
     def measure(self, task: Task, tick: Tick) -> Run: ...
 
     def close(self) -> None:
-        """Lets go of it all; also after an error, and twice."""
+        """Release all resources. This may be called after an error, and more than once."""

@@ -1,4 +1,4 @@
-"""The end of a calibration: report, job file and record are written, and what came out is said in a few lines."""
+"""Finishes a calibration: writes the report, the job file and the record, and sums up the result in a few lines."""
 
 import shlex
 from collections.abc import Sequence
@@ -23,7 +23,8 @@ ROWS_SHOWN = 12
 
 
 def finish(outcome: Outcome, job_file: str, overrides: Sequence[str]) -> list[str]:
-    """Writes what is made of the measurements -> the lines that the operator reads. Raises JobError, StorageError."""
+    """Write the report, the job file and the record. Return the lines for the operator. Raises JobError and
+    StorageError."""
     setup, choice = outcome.setup, outcome.choice
     said, remarked = verdict(choice), [*notes(choice), *remarks(outcome)]
     limit = row_limit_to_say(setup.job, choice.best.point, dict(outcome.replica.row_limits).get("auto"))
@@ -70,7 +71,8 @@ def _hours(hours: float) -> str:
 
 
 def _table(outcome: Outcome) -> list[str]:
-    """The points worth a look: AR, the job's own, the chosen one, and those that no other beats in both."""
+    """Return the lines of a table of the most useful points: AR, the job's own, the chosen one, and points that no
+    other point beats in both speed and agreement."""
     choice = outcome.choice
     rows = [("", "point", "tokens/s", "x AR", "agreement", "exact", "tokens/forward", "repetition")]
     for result in _worth_a_look(outcome):
@@ -100,7 +102,7 @@ def _worth_a_look(outcome: Outcome) -> list[Result]:
     choice = outcome.choice
     own = [result for result in choice.results if result.point == outcome.own]
     must = dict.fromkeys(result.point for result in (choice.best, choice.reference, *own))
-    front: list[Result] = []  # fastest first, each nearer to AR than those before
+    front: list[Result] = []  # fastest first; each agrees better with AR than the one before, or is in `must`
     for result in sorted(choice.results, key=lambda r: r.seconds_per_row):
         better = not front or result.quality.agreement.mean > front[-1].quality.agreement.mean
         if better or result.point in must:
@@ -110,10 +112,11 @@ def _worth_a_look(outcome: Outcome) -> list[Result]:
 
 
 def chosen_job(file: str, overrides: Sequence[str], best: Point, max_rows: RowLimit, comments: Sequence[str]) -> bytes:
-    """The job file with its overrides and the best point in place; keys keep their order, comments are lost.
+    """Return the job file with its overrides and the best point applied. Keys keep their order; comments are lost.
 
-    Variables stay variables, so no secret is written that the file itself does not hold. max_rows: the point's, as the
-    job is to say it. Raises JobError where the result is no job.
+    Variables are not replaced by their values, so that no secret is written that is not in the file itself. max_rows:
+    the row limit to write. comments: lines for the top of the new file. Raises JobError if the result is not a valid
+    job.
     """
     sets = [*overrides, f"generation.mode={best.setting.mode}", f"engine.max_rows={max_rows}"]
     if best.setting.threshold is not None:
@@ -123,11 +126,12 @@ def chosen_job(file: str, overrides: Sequence[str], best: Point, max_rows: RowLi
         ]
     job = load_job(file, sets)
     settings = read_settings(file, sets)
-    if settings.get("name") is None:  # it was the name of the file
+    if settings.get("name") is None:  # the job's name was that of the file
         settings = {"name": job.name, **{key: value for key, value in settings.items() if key != "name"}}
     return to_yaml(settings, comments)
 
 
 def row_limit_to_say(job: Job, best: Point, auto_rows: int | None) -> RowLimit:
-    """The row limit in the job's own manner: `auto` where it says so and the best point has as many rows."""
+    """Return the row limit to write into the job file: `auto` if the job says `auto` and the best point has as many
+    rows as that gives, else the point's number of rows."""
     return "auto" if job.engine.max_rows == "auto" and best.max_rows == auto_rows else best.max_rows

@@ -1,4 +1,5 @@
-"""What `calibrate` is asked to do, and the lists of its command line. A fault is one line that names the option."""
+"""Defines the options of `calibrate` and parses the lists of its command line. An error message is one line that names
+the option."""
 
 import math
 from collections.abc import Callable
@@ -11,27 +12,27 @@ from pipeline.core.errors import JobError
 
 T = TypeVar("T")
 GPU_PRICE = 2.5
-"""Of an hour, where none is given: what an H100 costs at the cheaper clouds."""
+"""Price of a GPU-hour if none is given: about what an H100 costs at the cheaper clouds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Raises JobError where a value is impossible."""
+    """The options of `calibrate`. Raises JobError if a value is impossible."""
 
     to: str | None = None
-    """The folder; None: beside the job's output."""
+    """Folder of the calibration; None means beside the job's output."""
     sample: int = 64
-    """Rows."""
+    """Rows of the sample."""
     minutes: float = 30.0
-    """For measuring, once the model is loaded."""
+    """Minutes for measuring, not counting the loading of the model."""
     price: float | None = None
-    """Of an hour of a GPU, or of a replica on CPUs; None: GPU_PRICE, or unknown."""
+    """Price of an hour of one GPU, or of one replica on CPUs. None means GPU_PRICE with GPUs, unknown on CPUs."""
     currency: str = "USD"
     thresholds: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.99)
     steps: tuple[int, ...] = (4, 8, 16)
     rows: tuple[RowLimit, ...] = (1, 16, "auto")
     max_new_tokens: int | None = None
-    """Of a row, where that is less than the job's: for a quicker look."""
+    """Limit of new tokens per row, if lower than the job's. It makes the calibration quicker."""
     min_agreement: float = MIN_AGREEMENT
 
     def __post_init__(self) -> None:
@@ -50,17 +51,17 @@ class Options:
 
 
 def numbers(option: str, text: str) -> tuple[float, ...]:
-    """`0.7,0.8` -> (0.7, 0.8)."""
+    """Parse a list of numbers: `0.7,0.8` gives (0.7, 0.8). Raises JobError if an item is not a number."""
     return _list(option, text, float, "numbers such as 0.8,0.9")
 
 
 def whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    """`4,16` -> (4, 16)."""
+    """Parse a list of whole numbers: `4,16` gives (4, 16). Raises JobError if an item is not a whole number."""
     return _list(option, text, int, "whole numbers such as 4,16")
 
 
 def row_limits(option: str, text: str) -> tuple[RowLimit, ...]:
-    """`1,16,max` -> (1, 16, "auto")."""
+    """Parse a list of row limits: `1,16,max` gives (1, 16, "auto"). Raises JobError if an item is not a row limit."""
     return _list(option, text, _row_limit, "whole numbers or max, such as 1,16,max")
 
 

@@ -1,4 +1,4 @@
-"""The points of a calibration: which settings are tried at which row limits, and in which order."""
+"""Defines the points of a calibration (settings at row limits), and the order in which they are measured."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,51 +9,53 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What decides over the text of a row: the quality of a point is that of its setting, whatever its row limit."""
+    """The settings that decide the text of a row. The quality of a point is that of its setting, whatever its row limit
+    is."""
 
     mode: Literal["ar", "diffusion"]
     threshold: float | None = None
-    """Confidence threshold; None in AR mode, as are the steps."""
+    """Confidence threshold; None in AR mode."""
     steps: int | None = None
-    """Denoiser forwards a block at most."""
+    """Maximum denoiser forwards per block; None in AR mode."""
 
     @property
     def name(self) -> str:
-        """Unique, and fit for a file name: ar, diffusion-g0.8-t16."""
+        """Return a unique name that can be part of a file name: ar, diffusion-g0.8-t16."""
         return self.mode if self.threshold is None else f"{self.mode}-g{self.threshold!r}-t{self.steps}"
 
     @property
     def label(self) -> str:
-        """As a person reads it."""
+        """Return the name that users see."""
         if self.threshold is None:
             return "AR"
         return f"threshold {self.threshold!r}, {self.steps} {'step' if self.steps == 1 else 'steps'}"
 
 
 AR = Setting("ar")
-"""What all others are compared with."""
+"""The AR setting, with which all others are compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A setting at a row limit: what is measured, and what a job can be set to."""
+    """A setting at a row limit: the unit that is measured, and that a job can be set to."""
 
     setting: Setting
     max_rows: int
 
     @property
     def name(self) -> str:
-        """Unique: diffusion-g0.8-t16-r256."""
+        """Return a unique name: diffusion-g0.8-t16-r256."""
         return f"{self.setting.name}-r{self.max_rows}"
 
     @property
     def label(self) -> str:
-        """As a person reads it."""
+        """Return the name that users see."""
         return f"{self.setting.label}, {self.max_rows} {'row' if self.max_rows == 1 else 'rows'}"
 
     @property
     def care(self) -> tuple[bool, float, int, int]:
-        """Larger for the point that takes fewer chances: AR, then a higher threshold, more steps, fewer rows."""
+        """Return a sort key that is larger for a more careful point: AR, then a higher threshold, more steps, fewer
+        rows."""
         setting = self.setting
         return setting.mode == "ar", setting.threshold or 0.0, setting.steps or 0, -self.max_rows
 
@@ -61,11 +63,12 @@ class Point:
 def order_points(
     thresholds: Iterable[float], steps: Iterable[int], row_limits: Iterable[int], own: Point
 ) -> tuple[Point, ...]:
-    """All points of the grid and the job's own one, each once, in the order in which they are measured.
+    """Return all points of the grid and the job's own point, each once, in the order in which they are measured.
 
-    First AR and the job's setting, at the largest row limit and at the job's own. Then from coarse to fine: the ends of
-    each list before what lies between them, the most careful end first, so that whatever is there when the time is up
-    spans the grid. At the largest row limit, where the quality of a setting is measured, it comes before the others.
+    AR and the job's setting come first, at the largest row limit and at the job's own. The other points go from coarse
+    to fine: the ends of each list come before the values between them, and the most careful end comes first. So the
+    points that are measured when the time is up span the grid. Each setting comes first at the largest row limit,
+    because its quality is measured there.
     """
     limits = sorted({*row_limits, own.max_rows}, reverse=True)
     settings = {AR: 0, own.setting: 0}
@@ -74,16 +77,17 @@ def order_points(
             settings.setdefault(Setting("diffusion", threshold, most), threshold_level + steps_level)
     first = [Point(setting, rows) for rows in (limits[0], own.max_rows) for setting in (AR, own.setting)]
     grid = [
-        (level + 2 * rows_level, Point(setting, rows))  # a low limit is slow to measure, and seldom what is chosen
+        (level + 2 * rows_level, Point(setting, rows))  # a low row limit is slow to measure and seldom chosen
         for rows, rows_level in _levels(limits)
         for setting, level in settings.items()
     ]
-    rest = [point for _, point in sorted(grid, key=lambda entry: entry[0])]  # stable: as listed among equals
+    rest = [point for _, point in sorted(grid, key=lambda entry: entry[0])]  # stable: equal levels keep their order
     return tuple(dict.fromkeys([*first, *rest]))
 
 
 def _levels(ordered: Sequence[T]) -> list[tuple[T, int]]:
-    """Each value with how fine a grid has to be to hold it: 0 the first, 1 the last, then middles of what is left."""
+    """Return each value with its level: 0 for the first, 1 for the last, and 2 and more for the values in the middle of
+    the gaps that are left. A finer grid holds more levels."""
     levels = dict.fromkeys(range(len(ordered)), 0)
     if len(ordered) > 1:
         levels[len(ordered) - 1] = 1

@@ -1,5 +1,5 @@
-"""What the completions of a setting are worth: how far they are AR's, how they loop, what they cost; and what a sample
-of rows can say about all of them."""
+"""Measures the completions of a setting (agreement with AR, loops, lengths), and how certain the results of a sample
+are."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -12,7 +12,7 @@ from model.requests import Completion
 from pipeline.core.repetition import repetition
 
 Z = 1.96
-"""Standard errors on either side of an interval that holds the true value in 95 of 100 samples."""
+"""Half the width of a 95% interval, in standard errors."""
 
 MOST_WORTH = 10.0
 
@@ -20,10 +20,11 @@ Tokens = Sequence[int]
 
 
 def similarity(one: Tokens, other: Tokens) -> float:
-    """1 - the edit distance of two token sequences over the length of the longer one: 1.0 the same, 0.0 nothing shared.
+    """Return 1 minus the edit distance of two token sequences divided by the length of the longer one.
 
-    The distance is Levenshtein's: tokens to put in, take out or replace. Unlike the share of equal leading tokens it
-    does not count everything behind the first difference as lost.
+    1.0 means that they are the same, 0.0 that they share nothing. The distance is Levenshtein's: the number of tokens
+    to insert, delete or replace. Unlike the share of equal leading tokens, it does not count everything after the first
+    difference as lost.
     """
     longer = max(len(one), len(other))
     if not longer:
@@ -34,12 +35,12 @@ def similarity(one: Tokens, other: Tokens) -> float:
 
 
 def equal_start(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many of the first items are equal."""
+    """Return how many items are equal at the beginning of both sequences."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _distance(one: Tokens, other: Tokens) -> int:
-    """Levenshtein's distance, a row of the table at a time (Wagner and Fischer 1974)."""
+    """Return Levenshtein's distance, computed one row of the table at a time (Wagner and Fischer 1974)."""
     shorter, longer = sorted((one, other), key=len)
     if not shorter:
         return len(longer)
@@ -47,39 +48,39 @@ def _distance(one: Tokens, other: Tokens) -> int:
     tokens = np.asarray(longer)
     row: npt.NDArray[np.int64] = columns
     for number, token in enumerate(shorter, 1):
-        best = np.minimum(row[:-1] + (tokens != token), row[1:] + 1)  # replaced or equal; put in
+        best = np.minimum(row[:-1] + (tokens != token), row[1:] + 1)  # replace or keep a token; insert one
         best = np.concatenate([[number], best])
-        row = np.minimum.accumulate(best - columns) + columns  # taken out, any number of them
+        row = np.minimum.accumulate(best - columns) + columns  # delete any number of tokens
     return int(row[-1])
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A mean of values from 0 to 1, with the interval that holds the true mean in 95 of 100 samples."""
+    """A mean of values from 0 to 1, with an interval that holds the true mean in 95 of 100 samples."""
 
     mean: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        """`97% (91% to 99%)`; `100%` where it is known."""
+        """Return a text such as `97% (91% to 99%)`, or only the mean if the interval has no width."""
         if self.low == self.high:
             return percent(self.mean)
         return f"{percent(self.mean)} ({percent(self.low)} to {percent(self.high)})"
 
 
 def percent(share: float) -> str:
-    """`97%`; another digit near 100, where it matters, and 100% only for all."""
+    """Return a text such as `97%` or, above 90%, `97.3%`. It is `100%` only if the share is exactly 1."""
     text = f"{share:.1%}" if share > 0.9 else f"{share:.0%}"
     return "99.9%" if text.startswith("100") and share < 1 else text.replace(".0%", "%")
 
 
 def share_of(values: Sequence[float], weights: Sequence[float]) -> Share:
-    """The weighted mean of values from 0 to 1, with Wilson's interval (1927).
+    """Return the weighted mean of values from 0 to 1, with Wilson's interval (1927).
 
-    Values of 0 and 1 are counted as they are. Others vary less than a proportion with their mean, which makes them
-    worth more rows, and unequal weights fewer: the interval is that of the effective number (Kish 1965). Not more than
-    MOST_WORTH for each, as a sample without a failure says little of rare ones.
+    The interval is computed for an effective number of rows (Kish 1965). Unequal weights lower this number. Values
+    between 0 and 1 raise it, because they vary less than a proportion with the same mean, but not to more than
+    MOST_WORTH times: a sample without a failure says little about rare failures.
     """
     mean = _mean(values, weights)
     rows = sum(weights) ** 2 / sum(weight**2 for weight in weights)
@@ -89,24 +90,26 @@ def share_of(values: Sequence[float], weights: Sequence[float]) -> Share:
 
 
 KNOWN = Share(1.0, 1.0, 1.0)
-"""Of what is so by definition."""
+"""A share that is 1 by definition, such as AR's agreement with itself."""
 
 
 def wilson(share: float, rows: float) -> tuple[float, float]:
-    """Wilson's 95% interval of a proportion that was seen in so many rows."""
+    """Return Wilson's 95% interval of a proportion that was observed in `rows` rows."""
     spread = Z * math.sqrt(share * (1 - share) / rows + Z**2 / (4 * rows**2))
     middle, scale = share + Z**2 / (2 * rows), 1 + Z**2 / rows
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
 def rows_to_tell(share: Share, limit: float, rows: int) -> int:
-    """Rows that a sample needs, about, for the interval to end before the limit, as it is with so many rows."""
+    """Return about how many rows a sample needs so that its interval no longer holds `limit`. `share` was measured on
+    `rows` rows."""
     gap = max(abs(share.mean - limit), 0.002)
     return math.ceil(rows * max(1.0, abs(share.mean - (share.low if share.mean > limit else share.high)) / gap) ** 2)
 
 
 def difference(one: Sequence[float], other: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """The mean of one - other over the same rows, and half its 95% interval: rows that are hard for both cancel out."""
+    """Return the mean of one - other over the same rows, and half the width of its 95% interval. Rows that are hard for
+    both do not widen the interval, because each row is compared with itself."""
     gaps = [a - b for a, b in zip(one, other, strict=True)]
     mean = _mean(gaps, weights)
     variance = sum((weight * (gap - mean)) ** 2 for gap, weight in zip(gaps, weights, strict=True))
@@ -120,7 +123,7 @@ def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One completion, as much of it as is kept."""
+    """The parts of a completion that are kept."""
 
     text: str | None
     token_ids: tuple[int, ...]
@@ -134,39 +137,40 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Of a setting, for each row of the sample in its order."""
+    """The answers of a setting to the rows of the sample, in their order."""
 
     rows: tuple[Answer, ...]
-    """As the job would make them."""
+    """The answers as the job would make them."""
     greedy: tuple[Answer, ...]
-    """At temperature 0; the same object where the job does not sample."""
+    """The answers at temperature 0; the same object as `rows` if the job does not sample."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Of a setting, over the sample; means are weighted so that they stand for all rows."""
+    """The quality of a setting over the sample. Means over rows are weighted so that they represent all rows of the
+    job; tokens_per_forward and steps_per_block are not weighted."""
 
     agreement: Share
-    """Mean similarity (see there) of the greedy completions to AR's: 1.0 where all tokens are the same."""
+    """Mean similarity of the greedy completions to AR's (see `similarity`); 1.0 if all tokens are the same."""
     exact: Share
-    """Share of rows whose greedy text is AR's to the letter."""
+    """Share of rows whose greedy text is exactly AR's."""
     similarities: tuple[float, ...]
-    """Of each row."""
+    """The similarity of each row."""
     repetition: float
     tokens_per_row: float
     prompt_tokens_per_row: float
     tokens_per_forward: float | None
-    """Denoiser forwards; None in AR mode."""
+    """Mean tokens per denoiser forward; None in AR mode."""
     steps_per_block: float | None
     stopped: float
-    """Share of rows that ended by themselves, `stop`."""
+    """Share of rows that ended by themselves (finish reason `stop`)."""
     cut: float
-    """Share of rows that used up max_new_tokens, `length`."""
+    """Share of rows that used up max_new_tokens (finish reason `length`)."""
     errors: float
 
 
 def to_answer(completion: Completion, eos_ids: Collection[int]) -> Answer:
-    """What is kept of a completion."""
+    """Return the parts of a completion that are kept, and its repetition."""
     return Answer(
         completion.text,
         completion.token_ids,
@@ -180,7 +184,7 @@ def to_answer(completion: Completion, eos_ids: Collection[int]) -> Answer:
 
 
 def judge(answers: Answers, reference: Answers, weights: Sequence[float]) -> Quality:
-    """The quality of a setting; `reference` are AR's answers to the same rows."""
+    """Return the quality of a setting. `reference` holds AR's answers to the same rows."""
     rows, total = answers.rows, sum(weights)
 
     def mean(value: Callable[[Answer], float]) -> float:
@@ -206,7 +210,7 @@ def judge(answers: Answers, reference: Answers, weights: Sequence[float]) -> Qua
 
 
 def agreement_of(answer: Answer, reference: Answer) -> float:
-    """The similarity of their tokens; 0 where a row failed."""
+    """Return the similarity of the tokens of two answers, or 0 if one of the rows failed."""
     if answer.error is not None or reference.error is not None:
         return 0.0
     return similarity(answer.token_ids, reference.token_ids)

@@ -1,4 +1,4 @@
-"""The measuring of a calibration: point after point, until the time is up, each written down at once."""
+"""Measures the points of a calibration one after another until the time is up, and saves each one at once."""
 
 import threading
 import time
@@ -19,37 +19,37 @@ from pipeline.output.records import now
 from pipeline.storage.urls import safe_url
 
 WINDOW_S = 3.0
-"""Seconds of full speed to watch at least, for each point."""
+"""Minimum time to measure each point at full speed, in seconds."""
 TIME_IS_UP = "the time limit (--minutes)"
 NO_QUALITY = "its setting was not measured at the largest row limit"
 NO_MEMORY = "memory ran out with so many rows"
 
 
-class Stopped(Exception):  # noqa: N818 (no error: somebody wants it)
-    """The user stops the calibration."""
+class Stopped(Exception):  # noqa: N818 (not an error: the user asked for it)
+    """Raised if the user stops the calibration."""
 
 
 class _TimeIsUp(Exception):  # noqa: N818
-    """The time limit came while a point was measured."""
+    """Raised if the time limit is reached while a point is measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was measured in the end, in this run and in those before."""
+    """The measurements of this run and of earlier runs, and the choice made from them."""
 
     setup: Setup
     replica: Replica
     choice: Choice
     own: Point
-    """The job's settings; AR where its mode is not diffusion."""
+    """The point that the job is set to. Its setting is AR if the job's mode is not diffusion."""
     answers: Mapping[Setting, Answers]
     missing: tuple[tuple[Point, str], ...]
-    """Points that were not measured, and why."""
+    """Points that were not measured, each with the reason."""
     kept: int
-    """Of the points, those that an earlier run had measured."""
+    """Number of points that an earlier run had measured."""
     stopped: bool
     failure: str | None = None
-    """Why the replica could do no more."""
+    """The error that ended the work of the replica; None if there was none."""
 
 
 def measure(
@@ -59,10 +59,11 @@ def measure(
     stop: threading.Event,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
-    """Measures what is not measured yet. Each point is written down at once; setting `stop` ends it soon.
+    """Measure the points that are not measured yet, and save each one at once. Setting `stop` ends this soon.
 
-    No replica is started where all is measured. Raises what starting one raises, and JobFailed where not even AR could
-    be measured; a replica that fails later is `failure` of the outcome.
+    No replica is started if all points are measured already. Raises what starting a replica raises, JobError if no row
+    limit fits, and JobFailed if not even AR could be measured. If the replica fails later, the error is the `failure`
+    of the outcome.
     """
     return _Measuring(setup, show, stop, clock).run(make_bench)
 
@@ -74,7 +75,7 @@ class _Measuring:
         self._answers: dict[Setting, Answers] = {}
         self._qualities: dict[Setting, Quality] = {}
         self._missing: dict[Point, str] = {}
-        self._limits: dict[RowLimit, int] = {}  # asked for -> rows; those for which memory ran out are taken out
+        self._limits: dict[RowLimit, int] = {}  # limit as asked for -> rows; removed if memory runs out
         self._own = Point(AR, 0)
         self._deadline = float("inf")
         self._shared: Mapping[str, Any] = {}
@@ -110,7 +111,7 @@ class _Measuring:
         return self._outcome(replica, points, kept, self._measure_all(bench, points))
 
     def _begin(self, replica: Replica) -> tuple[Point, ...]:
-        """Takes in what is known of the replica and what was measured on it -> all points, in order."""
+        """Read the row limits of the replica and the earlier measurements on it. Return all points, in order."""
         self._limits = dict(replica.row_limits)
         self._shared = record.shared_columns(self._setup.measured, replica)
         self._own = self._own_point()
@@ -124,7 +125,7 @@ class _Measuring:
         return order_points(options.thresholds, options.steps, rows, self._own_point()) if self._limits else ()
 
     def _own_point(self) -> Point:
-        """What the job is set to, as far as memory lets it."""
+        """Return the point that the job is set to, with the largest row limit that fits if its own does not."""
         job = self._setup.job
         rows = self._limits.get(job.engine.max_rows, max(self._limits.values()))
         if job.generation.mode != "diffusion":
@@ -132,18 +133,20 @@ class _Measuring:
         return Point(Setting("diffusion", job.generation.confidence_threshold, job.generation.steps_per_block), rows)
 
     def _read(self, points: tuple[Point, ...]) -> None:
-        """What earlier runs measured; of other points too, so that no figure is lost."""
+        """Read the measurements of earlier runs. Points that this run does not ask for are kept too, so that none is
+        lost."""
         setup = self._setup
         speeds = setup.folder.read_points()
         for setting in dict.fromkeys(point.setting for point in [*speeds, *points]):
             if (answers := setup.folder.read_answers(setting, setup.sample.rows)) is not None:
                 self._answers[setting] = answers
         self._speeds = {point: speed for point, speed in speeds.items() if point.setting in self._answers}
-        if AR not in self._answers:  # nothing can be compared: all counts anew
+        if AR not in self._answers:  # without AR nothing can be compared: measure all points again
             self._speeds, self._answers = {}, {}
 
     def _measure_all(self, bench: Bench, points: tuple[Point, ...]) -> Exception | None:
-        """What ended it early: Stopped, or an error of the replica."""
+        """Measure the points that are left. Return the exception that ended this early (Stopped, or an error of the
+        replica), or None."""
         while left := [p for p in self._points() if p not in self._speeds and p not in self._missing]:
             point = left[0]
             whole = point.setting not in self._answers
@@ -168,14 +171,15 @@ class _Measuring:
         return None
 
     def _obstacle(self, point: Point, whole: bool) -> str | None:
-        """Why a point cannot be measured now."""
+        """Return the reason why the point cannot be measured now, or None if it can."""
         if whole and point.max_rows != max(self._limits.values()):
             return NO_QUALITY
         left = self._deadline - self._clock()
         return TIME_IS_UP if left <= 0 or self._estimate(point) > left else None
 
     def _estimate(self, point: Point) -> float:
-        """Seconds that a point takes: as the slowest one so far with as many rows, or the slowest of all."""
+        """Return the seconds that the point will probably take: those of the slowest point so far with as many rows,
+        else of the slowest of all, else 0."""
         alike = [speed.seconds for known, (speed, _) in self._speeds.items() if known.max_rows == point.max_rows]
         return max(alike or [speed.seconds for speed, _ in self._speeds.values()], default=0.0)
 

@@ -1,8 +1,9 @@
-"""The user's own prompts that a calibration runs: few rows that stand for all of them, long ones and short ones alike.
+"""Draws the sample of prompts that a calibration runs: a few rows of the job's input that represent all of its rows.
 
-Some rows are read from places spread at random over the input, and their prompts tokenised. Ordered by length they are
-cut into strata of equal size, and from each stratum as many rows are drawn. So the sample needs no weights worth
-speaking of (they differ by a row at most), holds the long prompts in their true share, and is the same for a seed.
+Rows are read from random places of the input, and their prompts are tokenized. The rows are ordered by prompt length
+and cut into strata of equal size, and the same number of rows is drawn from each stratum. So long prompts have their
+true share in the sample, and all rows have almost the same weight (the numbers differ by one row at most). The same
+seed gives the same sample.
 """
 
 import random
@@ -28,13 +29,15 @@ from pipeline.storage.urls import safe_url
 
 STRATA = 8
 PLACES = 32
-"""Where rows are read; each costs a few requests to the store."""
+"""Places in the input at which rows are read. Each place costs a few requests to the storage."""
 ROWS_READ, ROWS_READ_FOR_EACH = 1024, 8
-"""Rows read at least, and for each row of the sample: the lengths of so many say what share a stratum is."""
+"""Minimum number of rows to read, and rows to read for each row of the sample; the larger number counts. So many are
+needed to know how prompt lengths are distributed."""
 REACH_BYTES = 64 << 20
-"""A row group is decoded from its beginning: a row this far into it is out of reach, and an earlier one is taken."""
+"""Maximum size of the part of a row group that is decoded before the rows that are wanted, in uncompressed bytes. A row
+group is decoded from its beginning, so a place further into it is moved to an earlier row."""
 READ_CHARS = 128 << 20
-"""Of prompts: once there are so many, no further place is read."""
+"""Characters of prompts after which no further place is read."""
 REASONS = 3
 
 
@@ -43,76 +46,77 @@ class SampleRow:
     """One row of the sample."""
 
     key: str
-    """`<source_file>#<source_row>`, as in the job: it seeds the sampling."""
+    """`<source_file>#<source_row>`, as in the job. It seeds the sampling of tokens."""
     id: str
     prompt: str
     prompt_ids: tuple[int, ...]
     params: GenerationParams
-    """As the job would generate it."""
+    """The generation settings that the job would use for this row."""
     keeps_threshold: bool = False
-    """Whether a column of the input says its confidence threshold."""
+    """Whether a column of the input sets the confidence threshold of this row."""
     weight: float = 0.0
-    """The share of all rows that it stands for."""
+    """The share of all rows that this row represents."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stratum:
-    """Rows of about one length."""
+    """A group of rows with prompts of similar length."""
 
     shortest: int
-    """Prompt tokens."""
+    """Tokens of the shortest prompt."""
     longest: int
     share: float
-    """Of all rows that can be generated."""
+    """Share that these rows have of all rows that can be generated."""
     rows: int
-    """Of the sample."""
+    """Rows of the sample that were drawn from this group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The rows, in an order that is mixed, and how they were found."""
+    """The rows of the sample in random order, and how they were found."""
 
     rows: tuple[SampleRow, ...]
     strata: tuple[Stratum, ...]
     read: int
     """Rows that were read."""
     bad: int
-    """Of these, rows that cannot be generated."""
+    """Number of the rows read that cannot be generated."""
     reasons: tuple[tuple[str, int], ...]
-    """Why, the most frequent ones."""
+    """The most frequent reasons why rows cannot be generated, each with its number of rows."""
     places: int
     shifted: int
-    """Places that were out of reach in a large row group, and were moved towards its beginning."""
+    """Places that were moved towards the beginning of a large row group (see REACH_BYTES)."""
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the rows, in order; together 1."""
+        """Return the weights of the rows, in their order. Their sum is 1."""
         return tuple(row.weight for row in self.rows)
 
     @property
     def good_share(self) -> float:
-        """Share of the rows read that can be generated."""
+        """Return the share of the rows read that can be generated."""
         return 1 - self.bad / self.read
 
 
 class TokenizerLike(Protocol):
-    """What is needed of a checkpoint's tokenizer."""
+    """The part of a checkpoint's tokenizer that sampling needs."""
 
     def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]: ...
 
 
 class _Draw:
-    """The rows that were read."""
+    """The rows that were read so far, separated into rows that can be generated and rows that cannot."""
 
     def __init__(self, tokenizer: TokenizerLike, params: GenerationParams, room: int) -> None:
         self._tokenizer, self._params, self._room = tokenizer, params, room
         self.good: dict[str, SampleRow] = {}
         self.bad: dict[str, str] = {}
-        """Why, by key."""
+        """The reason why a row cannot be generated, by row key."""
         self.characters = 0
 
     def take(self, data: UnitData) -> None:
-        """The rows of a place; one that was moved may meet another one, so some may be here already."""
+        """Add the rows of one place. Some of them may be known already, because a place that was moved can overlap
+        another."""
         ids = data.columns["id"]
         texts = [row.prompt or "" for row in data.rows]
         for row, tokens in zip(data.rows, self._tokenizer.encode_batch(texts), strict=True):
@@ -143,10 +147,11 @@ class _Draw:
 def draw_sample(
     job: Job, plan: Plan, tokenizer: TokenizerLike, params: GenerationParams, room: int, size: int, seed: int = 0
 ) -> Sample:
-    """At most `size` rows of the job's input; all of them where it has fewer.
+    """Return a sample of at most `size` rows of the job's input, or of all rows if there are fewer.
 
-    params: the job's; no row gets more tokens than these allow. room: tokens that prompt and completion may have
-    together. Raises InputError where no row that was read can be generated, and what reading raises.
+    params: the job's settings; no row gets more new tokens than they allow. room: maximum number of tokens of a
+    prompt and its completion together. Raises InputError if none of the rows read can be generated or if the input
+    cannot be decoded, and StorageError if it cannot be reached.
     """
     rng = random.Random(seed)
     reader = UnitReader(job.input)
@@ -170,7 +175,8 @@ def draw_sample(
 
 
 def _places(plan: Plan, columns: Container[str], wanted: int, rng: random.Random) -> Iterator[tuple[WorkUnit, bool]]:
-    """Pieces of units, each as likely as any other, and whether one had to be moved; all of a small input, whole."""
+    """Yield random pieces of work units, all equally likely, each with True if it had to be moved. Yield all units
+    whole if the input is small."""
     if plan.rows <= wanted:
         yield from ((unit, False) for unit in plan.units)
         return
@@ -186,13 +192,14 @@ def _places(plan: Plan, columns: Container[str], wanted: int, rng: random.Random
 
 
 def _within_reach(unit: WorkUnit, columns: Container[str], first: int, count: int, rng: random.Random) -> int:
-    """Where to read instead of `first`, so that little of its row group has to be decoded before."""
+    """Return the row to start reading at: `first`, or a random earlier row of its row group if too much would have to
+    be decoded before `first`."""
     storage, name = split_url(unit.file)
     try:
         with storage.open(name, unit.size) as source:
             metadata = pq.read_metadata(source)
     except (pa.ArrowException, OSError, ValueError):
-        return first  # reading it says what is wrong
+        return first  # reading the rows will report the error
     start = 0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
@@ -211,7 +218,7 @@ def _within_reach(unit: WorkUnit, columns: Container[str], first: int, count: in
 def _stratify(
     rows: list[SampleRow], size: int, rng: random.Random
 ) -> tuple[tuple[SampleRow, ...], tuple[Stratum, ...]]:
-    """Strata of equal size by prompt length, and rows from each at random."""
+    """Return rows drawn at random from strata of equal size by prompt length, and the strata."""
     size = min(size, len(rows))
     ranked = sorted(rows, key=lambda row: (len(row.prompt_ids), rng.random()))
     count = min(STRATA, size)

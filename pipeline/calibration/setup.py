@@ -1,4 +1,5 @@
-"""What a calibration is of: the job as it is measured, the sample, the folder; all that can be checked beforehand."""
+"""Prepares a calibration without loading the model: checks the job and the options, draws the sample and checks the
+folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,29 +16,29 @@ from pipeline.planning.checkpoint import check_checkpoint, load_tokenizer
 from pipeline.planning.plan import Plan, make_plan
 
 SEED = 0
-"""Of the sample: the same rows every time, so that what was measured is of use."""
+"""Seed of the sample. It is fixed, so that every run draws the same rows and earlier measurements can be used again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a calibration is of."""
+    """The inputs of a calibration, checked and ready to be measured."""
 
     job: Job
-    """The user's."""
+    """The job as the user gave it."""
     measured: Job
-    """The same as it is measured: with both towers, and max_new_tokens as asked."""
+    """The job as it is measured: with both towers, and with the max_new_tokens that the options ask for."""
     options: Options
     plan: Plan
     sample: Sample
     folder: Folder
     workload: Workload
     identity: Mapping[str, Any]
-    """What decides over the measures, but for the replica."""
+    """The values that the measurements depend on, except those of the replica."""
     eos_ids: tuple[int, ...]
 
 
 def prepare(job: Job, options: Options) -> Setup:
-    """Checks all that can be checked without loading the model, and draws the sample; writes nothing.
+    """Check all that can be checked without loading the model, and draw the sample. Nothing is written.
 
     Raises JobError, CheckpointError, InputError, OutputError and StorageError.
     """

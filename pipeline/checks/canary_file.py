@@ -1,6 +1,7 @@
-"""canary.json beside a checkpoint's weights: what model.checks.canary compares with, and what made it.
+"""Reads and writes the canary.json of a checkpoint. It holds the known completions for model.checks.canary, and lies
+beside the weights.
 
-It is no part of the checkpoint's identity: adding, replacing or removing it changes no job.
+It is not part of the checkpoint's identity: to add, replace or remove it changes no job.
 """
 
 import json
@@ -24,14 +25,14 @@ class _Record(BaseModel):
 
 
 class CanaryPrompt(_Record):
-    """A prompt, as text and as the checkpoint's tokenizer has it."""
+    """A prompt as text and as the token ids of the checkpoint's tokenizer."""
 
     text: str
     ids: Ids = Field(min_length=1)
 
 
 class CanaryCase(_Record):
-    """model.checks.canary.Case, its prompt by place in the file."""
+    """A model.checks.canary.Case that names its prompt by the index in the file."""
 
     prompt: int = Field(ge=0)
     mode: Literal["ar", "diffusion"]
@@ -48,18 +49,18 @@ class CanaryCase(_Record):
 
 
 class CanaryFile(_Record):
-    """The whole file."""
+    """The content of canary.json."""
 
     format: Literal[1]
     checkpoint: str
-    """Checkpoint.identity() of what it was made from."""
+    """Checkpoint.identity() of the checkpoint that the file was made from."""
     dtype: Literal["float32", "bfloat16"]
     device: str
     torch: str
-    """The library's version."""
+    """Version of torch."""
     settings: dict[str, float | int]
     rounding: dict[str, Annotated[float, Field(ge=0)]] | None
-    """model.checks.canary.measure_rounding; null where it was not made in float32."""
+    """Result of model.checks.canary.measure_rounding; null if the file was not made in float32."""
     prompts: Annotated[tuple[CanaryPrompt, ...], Field(strict=False, min_length=1)]
     cases: Annotated[tuple[CanaryCase, ...], Field(strict=False, min_length=1)]
 
@@ -79,14 +80,14 @@ class CanaryFile(_Record):
         return self
 
     def largest_id(self) -> int:
-        """Of all token ids."""
+        """Return the largest of all token ids in the file."""
         ids = [id_ for prompt in self.prompts for id_ in prompt.ids]
         for case in self.cases:
             ids += [*case.token_ids, *(id_ for steps in case.fed for fed in steps for id_ in fed)]
         return max(ids)
 
     def to_json(self) -> bytes:
-        """A line a field, a prompt and a case."""
+        """Return the file as JSON, with a line for each field, each prompt and each case."""
         fields = self.model_dump(mode="json")
         lists = {name: fields.pop(name) for name in ("prompts", "cases")}
         lines = [f' "{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in fields.items()]
@@ -97,20 +98,20 @@ class CanaryFile(_Record):
 
 
 def canary_url(checkpoint: str) -> str:
-    """Where the canary.json of a checkpoint lies: beside its weights."""
+    """Return the path or URL of a checkpoint's canary.json, which lies beside its weights."""
     folder = str(BUILTIN.get(checkpoint.removeprefix("builtin:"), checkpoint)) if _built_in(checkpoint) else checkpoint
     return f"{folder.rstrip('/')}/{NAME}"
 
 
 def remedy(checkpoint: str) -> str:
-    """What to do about a file that cannot be used."""
+    """Return a text that says what to do about a canary.json that cannot be used."""
     return f"make it anew (twotower canary {safe_url(checkpoint)} --force) or delete it"
 
 
 def read_canary(checkpoint: str) -> CanaryFile | None:
-    """The canary.json of a checkpoint; None where it has none.
+    """Return the canary.json of a checkpoint, or None if it has none.
 
-    Raises CheckpointError where it is broken or of another version, StorageError where it cannot be read.
+    Raises CheckpointError if the file is broken or of another version, and StorageError if it cannot be read.
     """
     storage, name = split_url(canary_url(checkpoint))
     data = storage.read_if_exists(name)
@@ -132,7 +133,8 @@ def read_canary(checkpoint: str) -> CanaryFile | None:
 
 
 def write_canary(url: str, canary: CanaryFile, *, force: bool) -> None:
-    """Writes the file whole; over one that is there only with `force`. Raises CheckpointError, StorageError."""
+    """Write the file whole; replace an existing one only with `force`. Raises CheckpointError if there is one and
+    `force` is not given, and StorageError."""
     storage, name = split_url(url)
     if force:
         storage.write(name, canary.to_json())
@@ -141,7 +143,7 @@ def write_canary(url: str, canary: CanaryFile, *, force: bool) -> None:
 
 
 def require_free(url: str) -> None:
-    """Raises CheckpointError where the file is there already: to be asked before minutes are spent."""
+    """Raise CheckpointError if the file exists already. Call this before work that takes minutes."""
     storage, name = split_url(url)
     if storage.exists(name):
         raise CheckpointError(f"{safe_url(url)} is there already: --force replaces it")

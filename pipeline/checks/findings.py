@@ -1,7 +1,7 @@
-"""What `doctor` finds, and how it looks: a check gives findings, a line each, with what to do where one is not right.
+"""Runs the checks of `doctor` and shows their findings, a line each, with a fix if something is not right.
 
-Checks come one after the other, each in a thread with a time limit, because drivers, storage and clusters may hang;
-what a check raises is its finding.
+Checks run one after another, each in a thread with a time limit, because drivers, storage and clusters may hang. An
+exception that a check raises becomes its finding.
 """
 
 import json
@@ -18,38 +18,38 @@ Level = Literal["ok", "warn", "FAIL"]
 
 
 class Finding(NamedTuple):
-    """One thing that a check found."""
+    """A result of a check."""
 
     level: Level
     found: str
     fix: str = ""
-    """What to do; empty where nothing is to be done, or `found` says it."""
+    """The action that fixes the problem; empty if none is needed or if `found` names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Something to look at, for so many seconds at most."""
+    """A check to run, with its time limit in seconds."""
 
     name: str
     look: Callable[[], Iterable[Finding]]
     seconds: float = 30.0
     advice: str = ""
-    """What to do about an error of the project's own that `look` raises, where its text does not say."""
+    """The fix to show if `look` raises a TwoTowerError. It is needed if the text of the error does not name one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A finding as it is shown."""
+    """A finding as it is shown to the user."""
 
     check: str
     level: Level
     found: str
     fix: str
     seconds: float
-    """What the whole check took."""
+    """Seconds that the whole check took."""
 
     def text(self) -> str:
-        """For people."""
+        """Return the line as text for people to read."""
         return f"{self.level:4}  {self.check:11} {self.found}" + (f"; fix: {self.fix}" if self.fix else "")
 
 
@@ -66,7 +66,7 @@ def fail(found: str, fix: str = "") -> Finding:
 
 
 def examine(checks: Iterable[Check]) -> Iterator[Line]:
-    """The lines of the checks, as they come. Raises nothing and ends, whatever the checks do."""
+    """Run the checks and yield their lines as they come. This never raises and always ends, whatever the checks do."""
     for check in checks:
         started = time.monotonic()
         findings = _bounded(check)
@@ -76,7 +76,7 @@ def examine(checks: Iterable[Check]) -> Iterator[Line]:
 
 
 def report(lines: Iterable[Line], show: Callable[[str], object], *, as_json: bool) -> bool:
-    """Shows the lines, each as it comes or all as one JSON object -> whether none of them is FAIL."""
+    """Show each line as it comes, or all lines as one JSON object. Return True if no line is FAIL."""
     shown = []
     for line in lines:
         shown.append(line)

@@ -1,4 +1,4 @@
-"""What `doctor` looks at for a job: its file, what it reads and where it writes."""
+"""Defines the checks of `doctor` for a job: its file, its input, its output and its checkpoint."""
 
 import functools
 import os
@@ -15,7 +15,8 @@ GIB = 1 << 30
 
 
 def open_job(path: str | None, overrides: Sequence[str]) -> tuple[Job | None, list[Check]]:
-    """The job of a file, if there is one and it can be read; and the check that says so."""
+    """Return the job of a file and a list with the check that reports on it. The job is None if it cannot be read.
+    Without a file the list is empty, too."""
     if path is None:
         return None, []
     from pipeline.config.loader import load_job
@@ -29,7 +30,7 @@ def open_job(path: str | None, overrides: Sequence[str]) -> tuple[Job | None, li
 
 
 def job_checks(job: Job) -> list[Check]:
-    """What a job reads and writes."""
+    """Return the checks of what a job reads and writes."""
     return [
         Check("input", functools.partial(check_input, job), seconds=120),
         Check("output", functools.partial(check_output, job.output.path), seconds=120),
@@ -43,7 +44,7 @@ def job_checks(job: Job) -> list[Check]:
 
 
 def check_input(job: Job) -> Iterator[Finding]:
-    """Lists the input and reads the footer of its first file."""
+    """List the input and read the footer of its first file."""
     import pyarrow.parquet as pq
 
     from pipeline.input.files import list_input
@@ -64,7 +65,7 @@ def check_input(job: Job) -> Iterator[Finding]:
 
 
 def check_output(url: str) -> Iterator[Finding]:
-    """Writes a file that must not be there yet, tries to write it again, reads it and deletes it."""
+    """Create a file, try to create it again (which must fail), read it and delete it."""
     from pipeline.output.layout import PLAN
     from pipeline.storage.storage import Storage, real_path
 
@@ -82,7 +83,7 @@ def check_output(url: str) -> Iterator[Finding]:
             storage.remove(name)
         except StorageError as error:
             left = str(error)
-    with suppress(OSError):  # another may have put something there
+    with suppress(OSError):  # another process may have put a file there
         for folder in made:
             os.rmdir(folder)
     if second or kept != b"first":
@@ -100,7 +101,7 @@ def check_output(url: str) -> Iterator[Finding]:
 
 
 def _missing_folders(path: str) -> list[str]:
-    """Those of a path that the first file in it makes, innermost first."""
+    """Return the folders of a path that do not exist yet, innermost first."""
     missing = []
     while not os.path.lexists(path):
         missing.append(path)
@@ -109,7 +110,8 @@ def _missing_folders(path: str) -> list[str]:
 
 
 def check_checkpoint(job: Job) -> Iterator[Finding]:
-    """Opens the checkpoint: config, tokenizer, and all tensors in their shapes. Reads no weights."""
+    """Open the checkpoint and check its config, its tokenizer, and the shapes of all tensors. No weights are read. Warn
+    if there is no canary.json."""
     from pipeline.checks.canary_file import read_canary
     from pipeline.planning import checkpoint
 

@@ -1,5 +1,5 @@
-"""What `doctor` looks at on any machine, as far as it needs neither torch nor Ray (workers.checks.devices has the
-rest)."""
+"""Defines the checks of `doctor` for any machine that need neither torch nor Ray. The others are in workers.checks and
+workers.cluster.checks."""
 
 import functools
 import os
@@ -25,21 +25,22 @@ from pipeline.config.job import Job
 from pipeline.storage.urls import safe_url
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
-"""The project's folder: the working directory that Ray uploads."""
+"""The project's folder, which is the working directory that Ray uploads."""
 GIB = 1 << 30
 LITTLE_DISK = 2 * GIB
-"""Below this much free space for temporary files, the operator is told."""
+"""Bytes of free space for temporary files below which the check warns."""
 UPLOAD_LIMIT = 100 << 20
-"""Bytes that Ray's job server takes as a working directory."""
+"""Largest working directory in bytes that Ray's job server accepts."""
 CLOCK_S = 60.0
-"""Seconds that clocks may differ; S3 refuses requests from 900 on."""
+"""Seconds by which the clock may be off. S3 refuses requests from 900 seconds on."""
 HTTP_S = 10.0
 S3_ENDPOINT = "https://s3.amazonaws.com"
 NEW_TOKEN = "make one with `ray get-auth-token --generate` and give all nodes and clients the same"
 
 
 def machine_checks(job: Job | None) -> list[Check]:
-    """What any job needs of the machine, and this one."""
+    """Return the checks of the machine. If the job uses S3, they also require credentials and ask an S3 server for the
+    time."""
     urls = [job.input.path, job.output.path, job.model.checkpoint] if job else []
     s3 = any(url.startswith(("s3://", "s3a://")) for url in urls)
     return [
@@ -53,7 +54,7 @@ def machine_checks(job: Job | None) -> list[Check]:
 
 
 def check_python() -> Iterator[Finding]:
-    """Python and the packages against what pyproject.toml asks for; no package is imported."""
+    """Compare the versions of Python and of the packages with pyproject.toml. No package is imported."""
     from pipeline.storage.storage import read_text
 
     project = tomllib.loads(read_text(os.path.join(ROOT, "pyproject.toml")))["project"]
@@ -79,14 +80,14 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_scratch() -> Iterator[Finding]:
-    folder = tempfile.gettempdir()  # raises FileNotFoundError where none can be written to
+    folder = tempfile.gettempdir()  # raises FileNotFoundError if no folder can be written to
     free = shutil.disk_usage(folder).free
     found = f"{free / GIB:.1f} GiB free in {folder}"
     yield ok(found) if free >= LITTLE_DISK else warn(found, "free some, or set TMPDIR to a folder with more room")
 
 
 def check_upload() -> Iterator[Finding]:
-    """How much `ray job submit --working-dir .` would send: what git does not ignore, as Ray does."""
+    """Add up the files that `ray job submit --working-dir .` would upload. Like git, Ray leaves out ignored files."""
     names = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(names, capture_output=True, timeout=HTTP_S, check=True).stdout
@@ -95,7 +96,7 @@ def check_upload() -> Iterator[Finding]:
         return
     size = 0
     for name in filter(None, listed.split(b"\0")):
-        with suppress(OSError):  # removed, and git does not know yet
+        with suppress(OSError):  # the file was deleted, but is still in git's index
             size += os.lstat(os.path.join(os.fsencode(ROOT), name)).st_size
     found = f"{size / (1 << 20):.1f} MiB for `ray job submit --working-dir .`"
     fix = f"Ray takes {UPLOAD_LIMIT >> 20} MiB packed: name large files in .rayignore"
@@ -103,7 +104,8 @@ def check_upload() -> Iterator[Finding]:
 
 
 def check_clock(server: str | None) -> Iterator[Finding]:
-    """Against the clock of a web server; without one, against the age of this program."""
+    """Compare the clock with that of a web server. Without a server, only check that it is not before the time of this
+    program's files."""
     now = time.time()
     found = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
     fix = "set the clock, for instance with chrony or ntpd; S3 refuses requests that are 15 minutes off"
@@ -121,7 +123,7 @@ def check_clock(server: str | None) -> Iterator[Finding]:
 
 
 def check_credentials(needed: bool) -> Iterator[Finding]:
-    """Whether there are any for S3 and from where; never what they are."""
+    """Report whether there are credentials for S3 and where they come from, but never their values."""
     import botocore.session
 
     session = botocore.session.get_session()
@@ -135,7 +137,8 @@ def check_credentials(needed: bool) -> Iterator[Finding]:
 
 
 def check_authentication(environ: Mapping[str, str], token: str | None) -> Finding:
-    """How this process would meet a Ray cluster. token: where one was found."""
+    """Report how this process would authenticate to a Ray cluster. token: where a token was found; None if there is
+    none."""
     mode, cluster = environ.get("RAY_AUTH_MODE"), bool(environ.get("RAY_ADDRESS"))
     has = f"the token of {token}" if token else "no token"
     if mode not in (None, "token", "disabled"):
@@ -158,7 +161,7 @@ def check_authentication(environ: Mapping[str, str], token: str | None) -> Findi
 
 
 def token_source(environ: Mapping[str, str]) -> str | None:
-    """Where Ray would take its token from; None where it has none."""
+    """Return the place from which Ray would take its token, or None if it has none."""
     if environ.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
     if path := environ.get("RAY_AUTH_TOKEN_PATH"):
@@ -168,23 +171,23 @@ def token_source(environ: Mapping[str, str]) -> str | None:
 
 
 def s3_endpoint() -> str:
-    """Where S3 is, for a question about the time."""
+    """Return the URL of S3, which can be asked for the time."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or S3_ENDPOINT
 
 
 def answer(url: str, token: str | None = None) -> tuple[int, Message, bytes]:
-    """(status, headers, body) of a GET. Raises OSError."""
+    """Send a GET request and return (status, headers, body). Raises OSError."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=HTTP_S) as response:
             return response.status, response.headers, response.read(1 << 20)
-    except urllib.error.HTTPError as error:  # an answer, too
+    except urllib.error.HTTPError as error:  # an error status is an answer, too
         with error:
             return error.code, error.headers, b""
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed package; None where it is not installed."""
+    """Return the version of an installed package, or None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

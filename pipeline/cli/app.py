@@ -1,6 +1,6 @@
-"""The command line: run, plan, calibrate, status, report, verify, retry-errors, clean, canary, doctor.
+"""Defines the command line: run, plan, calibrate, status, report, verify, retry-errors, clean, canary, doctor.
 
-Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM.
+Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 stopped by SIGINT, 143 stopped by SIGTERM.
 """
 
 import typer

@@ -1,4 +1,4 @@
-"""The command that takes a checkpoint: canary."""
+"""Defines the command that takes a checkpoint: canary."""
 
 from typing import Annotated
 
@@ -23,7 +23,7 @@ def canary(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Write down what a checkpoint generates, so that each replica can check at its start that it does the same."""
+    """Record what a checkpoint generates, so that every replica can check at its start that it generates the same."""
     with one_line_errors(debug):
         made = compose.make_canary(
             model, prompts=prompts or (), tokens=tokens, dtype=dtype, gpus=gpus, out=out, force=force

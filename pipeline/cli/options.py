@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Defines the arguments and options that several commands share."""
 
 from typing import Annotated, Literal
 
@@ -28,7 +28,7 @@ LogFormat = Annotated[
 
 
 def _given(path: str) -> str:
-    if not path.strip():  # an unset shell variable would mean the current directory
+    if not path.strip():  # the value of an unset shell variable, which would otherwise mean the current directory
         raise typer.BadParameter("it is empty: give the output folder of a job")
     return path
 

@@ -1,4 +1,4 @@
-"""Commands that take an output folder: status, report, verify, retry-errors, clean."""
+"""Defines the commands that take an output folder: status, report, verify, retry-errors, clean."""
 
 import contextlib
 import shlex
@@ -20,13 +20,14 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look instead of lines.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show how far a job is, whether it runs, what its replicas do and what failed. Reads the folder alone."""
+    """Show how far a job is, whether it is running, what its replicas do and what failed. Reads only the output
+    folder."""
     with one_line_errors(debug):
         from pipeline.monitoring.status_view import show
 
         try:
             well = show(output, watch=watch, every_s=every, as_json=as_json)
-        except KeyboardInterrupt:  # the usual way to leave --watch
+        except KeyboardInterrupt:  # Ctrl-C is the usual way to leave --watch
             raise typer.Exit(130) from None
         if not well:
             raise typer.Exit(1)
@@ -40,7 +41,8 @@ def report(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Report on a job, finished or not: totals, throughput, distributions, errors, slowest units, as one HTML file."""
+    """Report on a job, finished or not, in one HTML file: totals, throughput, distributions, errors and slowest
+    units."""
     with one_line_errors(debug):
         if terminal:
             from pipeline.report.summary import read_report
@@ -55,7 +57,8 @@ def report(
 
 
 def verify(output: OutputPath, debug: Debug = False) -> None:
-    """Check an output: each input row once, as made. Exit code 1 and a list where it is not so."""
+    """Check that an output has each input row once and that its files are intact. If not, list the problems and exit
+    with code 1."""
     with one_line_errors(debug):
         from pipeline.maintenance.verify import verify
 
@@ -74,7 +77,7 @@ def retry_errors(
     to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="An empty or new folder for the new job.")],
     debug: Debug = False,
 ) -> None:
-    """Make a new job of the rows that failed. Their input rows and a job file with the same settings but for
+    """Make a new job of the rows that failed: a copy of their input rows, and a job file with the same settings except
     retry.max_error_rate, which is 1."""
     with one_line_errors(debug):
         from pipeline.maintenance.retry_errors import make_retry_job
@@ -100,7 +103,7 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, remove nothing.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Remove what dead runs left behind. Never parts, records, plan or manifest."""
+    """Remove files that dead runs left behind, but never parts, records, the plan or the manifest."""
     with one_line_errors(debug):
         from pipeline.maintenance.clean import find_leftovers, remove_leftovers
 
@@ -115,7 +118,7 @@ def clean(
 
 @contextlib.contextmanager
 def _parts_bar() -> "Iterator[Callable[[int, int], None]]":
-    """A bar over the parts on a terminal, nothing elsewhere."""
+    """Show a progress bar over the parts on a terminal, and nothing elsewhere."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,4 +1,4 @@
-"""What a job would do, found out without writing anything: `plan JOB`."""
+"""Finds out what a job would do, without writing anything, for the command `plan JOB`."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +19,12 @@ from pipeline.storage.urls import safe_url
 
 SAMPLE_UNITS = 8
 SAMPLE_ROWS = 64
-"""Rows at the head of each sampled unit."""
+"""The number of rows that are read from the beginning of each sampled unit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What would run."""
+    """A preview of what a job would run."""
 
     job: Job
     plan: Plan
@@ -33,23 +33,24 @@ class Preview:
     sampled_rows: int
     sampled_tokens: int
     sampled_bad: int
-    """Rows of the sample that could not be generated: null, template error, too long, an impossible setting."""
+    """Rows of the sample that cannot be generated: null prompt, template error, too long, impossible setting."""
     sampled_limits: int = 0
-    """max_new_tokens of the other rows of the sample together."""
+    """The sum of max_new_tokens over the other rows of the sample."""
     saved_rows: int = 0
-    """Finished, of units that are not."""
+    """Finished rows of units that are not finished."""
     added: tuple[str, ...] = ()
-    """Input files that an output which is there already would be extended by."""
+    """Input files that would be added to an output that exists already."""
     estimate: Estimate | str | None = None
-    """Hours and cost of the rows left, by a calibration; or why there are none; None where there is no calibration."""
+    """The hours and cost of the remaining rows according to a calibration, or the reason why they are unknown; None if
+    there is no calibration."""
 
     @property
     def unreadable(self) -> tuple[tuple[str, str], ...]:
-        """(name, reason) of input files."""
+        """Return (name, reason) of each input file that cannot be read."""
         return self.plan.unreadable
 
     def lines(self) -> Iterator[str]:
-        """What an operator wants to know, a line each."""
+        """Yield the preview for the operator, line by line."""
         job, plan, left = self.job, self.plan, self.plan.rows - self.done_rows - self.saved_rows
         generation, workers = job.generation, job.workers
         yield f"job        {job.name}"
@@ -95,10 +96,10 @@ class Preview:
 
 
 def preview(job: Job, calibration: str | None = None) -> Preview:
-    """Plans the job, samples its prompts, and looks up what was measured: in the folder `calibration`, or by default
-    where `calibrate` writes.
+    """Plan the job, sample its prompts and look up its calibration: in the folder `calibration`, or by default in the
+    folder to which `calibrate` writes.
 
-    Raises CheckpointError, InputError, StorageError, and OutputError where `run` would refuse the output.
+    Raises JobError, CheckpointError, InputError, StorageError, and OutputError if `run` would refuse the output.
     """
     checkpoint = check_checkpoint(job)
     identity = checkpoint.identity()
@@ -112,8 +113,9 @@ def preview(job: Job, calibration: str | None = None) -> Preview:
 
 
 def _done(job: Job, plan: Plan) -> tuple[int, int, int, tuple[str, ...]]:
-    """Finished units, their rows, rows saved of others, and the input files that the output was not planned with."""
-    if plan.unreadable:  # with files left out, neither the fingerprint nor the units can be those of the output
+    """Return the number of finished units, the number of their rows, the number of saved rows of other units, and the
+    input files that the output was not planned with."""
+    if plan.unreadable:  # without these files, neither the fingerprint nor the units can match those of the output
         if not Storage(job.output.path).exists(PLAN):
             return 0, 0, 0, ()
         status = read_status(job.output.path)
@@ -128,8 +130,11 @@ def _done(job: Job, plan: Plan) -> tuple[int, int, int, tuple[str, ...]]:
 
 
 def _sample(job: Job, units: Sequence[WorkUnit], tokenizer: Tokenizer, room: int) -> tuple[int, int, int, int]:
-    """Of the heads of a few units spread over the job: rows, prompt tokens and max_new_tokens of those that can be
-    generated with `room` tokens of context, and how many cannot: (rows, tokens, bad, limits)."""
+    """Return (rows, tokens, bad, limits) of a sample: the first rows of a few units spread over the job.
+
+    `bad` is the number of rows that cannot be generated with `room` tokens of context. `tokens` and `limits` are the
+    sums of the prompt tokens and of max_new_tokens over the others.
+    """
     params = job.generation.params(())
     reader = UnitReader(job.input)
     picked = units[:: max(1, -(-len(units) // SAMPLE_UNITS))]

@@ -1,4 +1,4 @@
-"""How a command ends when it does not end well: our own errors in one line, stop signals, exit codes."""
+"""Ends a command that fails or is stopped: the project's own errors in one line, stop signals and exit codes."""
 
 import contextlib
 import signal
@@ -13,7 +13,8 @@ from model.errors import TwoTowerError
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """Our own errors become one line on stderr and exit code 1; all others are faults of ours and keep a traceback."""
+    """Turn the project's own errors into one line on stderr and exit code 1. All others are bugs and keep a
+    traceback."""
     try:
         yield
     except TwoTowerError as error:
@@ -24,9 +25,9 @@ def one_line_errors(debug: bool) -> Iterator[None]:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM set `stop`; a second one interrupts at once.
+    """A handler that sets `stop` on SIGINT or SIGTERM; a second signal interrupts at once.
 
-    `install` is called before Ray starts and again after it, because ray.init() puts a handler of its own in place.
+    `install` is called before Ray starts and again after it, because ray.init() installs a handler of its own.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,8 @@ class StopSignals:
 
     @contextlib.contextmanager
     def one_line(self, at_once: str) -> Iterator[None]:
-        """Makes what ends the work after a signal one line and its exit code; `at_once`: after a second signal."""
+        """Turn the error that ends the work after a signal into one line and an exit code. `at_once` ends the line
+        after a second signal."""
         try:
             yield
         except TwoTowerError as error:

@@ -1,4 +1,7 @@
-"""Loads a job file: YAML, `${VAR}` from the environment, `--set` overrides. A fault is one line that names the key."""
+"""Loads a job file: YAML with `${VAR}` from the environment and `--set` overrides.
+
+Every error is reported in one line that names the key.
+"""
 
 import os
 import re
@@ -21,15 +24,16 @@ _INT = re.compile(r"[-+]?\d+")
 _NULL = re.compile("null|Null|NULL|~")
 _LEADING_ZERO = re.compile(r"[-+]?0[\d_]+")
 MAX_FILE_CHARS, MAX_VALUES = 4_000_000, 10_000
-"""Of a job file: aliases of aliases can make billions of values of a few lines."""
+"""The largest job file. The number of values is limited because YAML aliases of aliases can turn a few lines into
+billions of values."""
 _PATHS = frozenset(("input.path", "output.path", "model.checkpoint"))
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without dates (no key is one), with 1e-3 as a number and 1:30 as text, as in YAML 1.2."""
+    """A safe YAML loader that reads no dates (no setting is a date), 1e-3 as a number and 1:30 as text, as YAML 1.2."""
 
     values = 0
-    """Built so far."""
+    """The number of values built so far."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -45,9 +49,9 @@ _Loader.add_implicit_resolver(
 
 
 def load_job(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Job:
-    """The job in a local YAML file, with `a.b=value` overrides (values are YAML) put over it.
+    """Return the job in a local YAML file with the `a.b=value` overrides applied (their values are YAML).
 
-    Relative input, output and checkpoint paths become absolute ones. Raises JobError: one line that names the file,
+    Relative paths of input, output and checkpoint become absolute. Raises JobError with one line that names the file,
     the dotted key, the value and the rule.
     """
     file = os.fspath(path)
@@ -67,16 +71,16 @@ def load_job(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Job:
 
 
 def read_settings(path: str | PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The settings as they stand in the file, variables not filled in, with the overrides put over them.
+    """Return the settings in the file with the overrides applied and the variables not filled in.
 
-    Text that stood without quotes is Plain, old keys have their new names. Raises JobError where it is no YAML, or a
-    section stands under both its names; nothing else is checked.
+    Text without quotes is Plain, and old keys have their current names. Raises JobError if the file cannot be read or
+    is not YAML, or if a section is given under both its old and its current name; the values are not checked.
     """
     return _read(os.fspath(path), overrides)[0]
 
 
 def _read(file: str, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings under today's keys, and what to call those that the user wrote otherwise, by dotted key."""
+    """Return the settings under their current keys, and by dotted key the names that the user wrote differently."""
     stands = _parse_file(file)
     try:
         settings = rename_old_keys(stands)
@@ -88,14 +92,14 @@ def _read(file: str, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str
             origins |= _names(new, old, stands[old])
     for override in overrides:
         key, written, value = _apply(settings, override)
-        # what is overridden takes the place of all that stood below it
+        # an override replaces everything below its key
         origins = {name: origin for name, origin in origins.items() if not name.startswith(f"{key}.")}
         origins |= {**_names(key, written, value), key: f"--set {written}"}
     return settings, origins
 
 
 def _names(key: str, written: str, value: Any) -> dict[str, str]:
-    """Names a setting as the user wrote it, and those in it if it is a section -> by dotted key."""
+    """Return by dotted key the name that the user wrote for a setting, and for each key in it if it is a section."""
     inner = value if isinstance(value, dict) else {}
     return {key: written, **{f"{key}.{name}": f"{written}.{name}" for name in inner}}
 
@@ -133,7 +137,7 @@ def _parse(text: str, where: str) -> Any:
         braces = mark is not None and "${" in "".join(text.splitlines()[mark.line : mark.line + 1])
         hint = "; inside {…} or […] put a value with ${…} in quotes" if braces else ""
         raise JobError(f"{where}{line}: not YAML: {error.problem or error.context}{hint}") from None
-    except yaml.YAMLError as error:  # characters that YAML does not allow
+    except yaml.YAMLError as error:  # raised for characters that YAML does not allow
         raise JobError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise JobError(f"{where}: nested too deeply") from None
@@ -143,7 +147,8 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _build(loader: _Loader, node: yaml.Node, key: str, where: str) -> Any:
-    """Python values of a YAML node. Stricter than the safe loader: keys are text, and none stands twice."""
+    """Return the Python value of a YAML node. Unlike the safe loader, it accepts only text as keys, and each key
+    once."""
     loader.values += 1
     if loader.values > MAX_VALUES:
         raise JobError(f"{where}: more than {MAX_VALUES} values: no job has so many, do aliases (*) multiply them?")
@@ -156,7 +161,7 @@ def _build(loader: _Loader, node: yaml.Node, key: str, where: str) -> Any:
             _check_number(node.value, place)
         try:
             value = loader.construct_object(node)
-        except (ValueError, LookupError, AttributeError) as error:  # what the safe loader's own parsers raise
+        except (ValueError, LookupError, AttributeError) as error:  # raised by the safe loader's own parsers
             kind = node.tag.rpartition(":")[2]
             raise JobError(f"{place} is {shown(node.value)}: it cannot be read as {kind}") from error
         if node.tag.endswith(":int") and ":" in node.value:
@@ -176,19 +181,20 @@ def _build(loader: _Loader, node: yaml.Node, key: str, where: str) -> Any:
 
 
 def _check_number(text: str, where: str) -> None:
-    """YAML 1.1 reads 010 as 8, other readers as 10."""
+    """Raise JobError if the number has leading zeros: YAML 1.1 reads 010 as 8, other readers as 10."""
     if _LEADING_ZERO.fullmatch(text):
         raise JobError(f"{where} is {shown(text)}: write the number without leading zeros, or text in quotes")
 
 
 class Plain(str):
-    """A string that stood unquoted: once its variables are filled in, it may turn out to be a number."""
+    """A string that was written without quotes. Once its variables are filled in, it may turn out to be a number."""
 
     __slots__ = ()
 
 
 def _apply(settings: dict[str, Any], override: str) -> tuple[str, str, Any]:
-    """Puts one `a.b=value` into the settings -> its dotted key, that as it is written, the value. Raises JobError."""
+    """Apply one `a.b=value` override to the settings. Return its dotted key under current names, the key as written and
+    the value. Raises JobError if the override is malformed."""
     key, equals, text = override.partition("=")
     written = key.strip().split(".")
     if not equals or not all(written):
@@ -232,7 +238,7 @@ def _as_value(text: str, where: str) -> str | int | float | None:
     if _INT.fullmatch(text):
         try:
             return int(text)
-        except ValueError:  # thousands of digits
+        except ValueError:  # int() refuses thousands of digits
             raise JobError(f"{where} is {shown(text)}: it cannot be read as int") from None
     if _FLOAT.fullmatch(text) and text[-1:].isdigit():
         return float(text)
@@ -260,5 +266,5 @@ def _resolve_paths(job: Job, file: str) -> Job:
 
 
 def _absolute(path: str) -> str:
-    # Not normpath alone: a trailing slash means nothing locally, and ~ is what a shell would have filled in.
+    # abspath also drops a trailing slash, which means nothing locally; ~ is replaced as a shell would have done it.
     return os.path.abspath(os.path.expanduser(path)) if is_local(path) else path

@@ -1,4 +1,4 @@
-"""What is wrong with a job file, in one line: the key, the value and the rule."""
+"""Explains in one line what is wrong with a job file: the key, the value and the rule."""
 
 import difflib
 import re
@@ -15,7 +15,8 @@ _LONG_WORD = re.compile(rf"\S{{{MAX_VALUE_CHARS + 1},}}")
 
 
 def explain(error: ValidationError, file: str, origins: Mapping[str, str]) -> str:
-    """All faults of a job in one line, three of them in full; `origins`: what to call a key, where not by itself."""
+    """Return the errors of a job in one line, the first three in full. `origins` maps a key to the name that the user
+    wrote for it, if that is a different one."""
     faults = [_LONG_WORD.sub(lambda word: shorten(word[0]), _explain_one(f, origins)) for f in error.errors()]
     more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
     return f"{file}: {'; '.join(faults[:3])}{more}"
@@ -31,7 +32,7 @@ def _explain_one(fault: ErrorDetails, origins: Mapping[str, str]) -> str:
         return f"{key} is not a key of a job" + _suggest(location)
     rule = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and isinstance(fault["input"], dict):
-        # A rule over a whole section: its message names the key itself.
+        # This rule covers a whole section, and its message names the key itself.
         named = rule.partition(" ")[0] in fault["input"]
         return f"{dotted}.{rule}" if named else f"{dotted}: {rule}"
     return f"{key} is {shown(fault['input'])}: {_RULES.get(fault['type'], rule[:1].lower() + rule[1:])}"
@@ -53,7 +54,7 @@ _RULES = {
 def _suggest(location: list[str]) -> str:
     section = _section_of(location[:-1])
     known = list(section.model_fields) if section else []
-    if len(location) > 2:  # a section inside one: its names are names of settings elsewhere too
+    if len(location) > 2:  # a nested section: its keys also exist in other sections, so that a suggestion would mislead
         return f"; known here: {', '.join(known)}" if known else ""
     close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     if close:
@@ -81,12 +82,12 @@ def _section_of(location: list[str]) -> type[BaseModel] | None:
 
 
 def kind_of(value: object) -> str:
-    """What a YAML value is, in a word."""
+    """Return the kind of a YAML value in one word."""
     return "list" if isinstance(value, list) else "text" if isinstance(value, str) else type(value).__name__
 
 
 def shown(value: object) -> str:
-    """The value as a message shows it: text in quotes, URLs without credentials, not too long."""
+    """Return the value in the form used in messages: text in quotes, URLs without credentials, not too long."""
     text = repr(str(value)) if isinstance(value, str) else repr(value)
     if "://" in text and isinstance(value, str):
         text = repr(safe_url(value))
@@ -94,5 +95,5 @@ def shown(value: object) -> str:
 
 
 def shorten(text: str) -> str:
-    """The text, or its beginning where it is longer than MAX_VALUE_CHARS."""
+    """Return the text, cut off if it is longer than MAX_VALUE_CHARS."""
     return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 1] + "…"

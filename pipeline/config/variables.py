@@ -1,4 +1,4 @@
-"""Variables in the texts of a job file: `${NAME}`, `${NAME:-default}`, and `${DATE}`, which is a day."""
+"""Fills in the variables in the texts of a job file: `${NAME}`, `${NAME:-default}`, and `${DATE}`, which is a day."""
 
 import re
 from collections.abc import Mapping
@@ -11,28 +11,28 @@ _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}|\$\{")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 DATE = "DATE"
-"""The variable whose value is a day: written YYYY-MM-DD, or a word for one."""
+"""The name of the variable whose value is a day: YYYY-MM-DD, or one of the words in DAYS_AGO."""
 DAYS_AGO = {"today": 0, "yesterday": 1}
 
 
 def utc_today() -> date:
-    """The day it is, in UTC: the same on every machine of a cluster."""
+    """Return today's date in UTC, which is the same on every machine of a cluster."""
     return datetime.now(UTC).date()
 
 
 class Variables:
-    """The variables as one load of a job file sees them: `today` does not move on, and DATE is one day throughout."""
+    """The variables for one load of a job file. `today` stays the same, and DATE must be the same day everywhere."""
 
     def __init__(self, values: Mapping[str, str], today: date) -> None:
         self._values, self._today = values, today
-        self._day: tuple[str, str] | None = None  # the first DATE, and where it stood
+        self._day: tuple[str, str] | None = None  # the first value of DATE, and the place in the job file that used it
 
     def fill(self, text: str, where: str, *, is_path: bool = False) -> str:
-        """The text with its variables filled in; `$${` stands for `${`.
+        """Return the text with its variables filled in; `$${` stands for a literal `${`.
 
-        In a path, a value that ends in a slash before a slash loses its own: `s3://bucket/in/` and `s3://bucket/in`
-        mean the same in `${INPUT}/2026`, where an object store would take `in//2026` for another folder.
-        Raises JobError, which begins with `where`.
+        In a path, a value loses its final slash if a slash follows. `s3://bucket/in/` and `s3://bucket/in` therefore
+        mean the same in `${INPUT}/2026`; for an object store `in//2026` would be a different folder. Raises JobError,
+        with a message that begins with `where`, if a variable is not set or malformed.
         """
 
         def fill_one(match: re.Match[str]) -> str:
@@ -71,10 +71,10 @@ class Variables:
 
 
 def day_of(text: str, today: date) -> str | None:
-    """The day, as YYYY-MM-DD, that an ISO date or a word such as yesterday means; None where it means none."""
+    """Return the day, as YYYY-MM-DD, that a date or a word such as yesterday stands for; None if it is neither."""
     if text in DAYS_AGO:
         return (today - timedelta(days=DAYS_AGO[text])).isoformat()
-    try:  # it takes other ways of writing a day too, of which each would be another folder
+    try:  # fromisoformat also accepts other spellings, but each of them would name a different folder
         return date.fromisoformat(text).isoformat() if _DAY.fullmatch(text) else None
-    except ValueError:  # 2026-02-30
+    except ValueError:  # a day that does not exist, such as 2026-02-30
         return None

@@ -1,4 +1,4 @@
-"""Writes job files: settings as YAML that pipeline.config.loader reads back as they are."""
+"""Writes settings as job files in YAML that pipeline.config.loader reads back unchanged."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from pipeline.config.loader import Plain
 
 
 class _Quoted(str):
-    """Text that stands in quotes, so that nothing takes it for a number."""
+    """A text that is written in quotes, so that it is never read as a number."""
 
     __slots__ = ()
 
@@ -25,7 +25,8 @@ _Dumper.add_representer(Plain, lambda dumper, text: dumper.represent_scalar("tag
 
 
 def to_yaml(settings: Mapping[str, Any], comments: Sequence[str]) -> bytes:
-    """A job file, the comments first. Values may hold variables. Only Plain text stands without quotes."""
+    """Return the content of a job file, with the comments first. Values may contain variables. Only text that is Plain
+    is written without quotes."""
 
     def quoted(value: Any) -> Any:
         if isinstance(value, dict):
@@ -39,7 +40,7 @@ def to_yaml(settings: Mapping[str, Any], comments: Sequence[str]) -> bytes:
 
 
 def without_variables(value: Any) -> Any:
-    """The settings with every `${` in a text written so that it stands for itself."""
+    """Return the settings with every `${` in a text escaped, so that it is not read as a variable."""
     if isinstance(value, dict):
         return {key: without_variables(inner) for key, inner in value.items()}
     if isinstance(value, list):

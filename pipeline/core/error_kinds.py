@@ -1,7 +1,7 @@
-"""Texts of error rows by kind, for people who watch a job: counts and examples, in bounded memory.
+"""Counts error rows by kind of error, with one example each, in bounded memory.
 
-Such a text may quote what stood in a row, as an exception of a template does. What is quoted is left out here, because
-these texts go to logs, metrics and `status`. The whole text stands in the part, in column `error`.
+An error text may quote the content of a row, as exceptions of a template do. Quotations are left out here, because
+these texts go to logs, metrics and `status`. The full text is in column `error` of the part.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 KINDS = 20
-"""Kinds told apart; rows of further ones count as OTHER."""
+"""The number of kinds that are counted separately; error rows of any further kind count as OTHER."""
 KIND_CHARS = 100
 EXAMPLE_CHARS = 200
 OTHER = "other errors"
@@ -19,22 +19,22 @@ _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 @dataclass(frozen=True, slots=True)
 class ErrorCount:
-    """Error rows of one kind."""
+    """The number of error rows of one kind, with an example."""
 
     kind: str
-    """The text without quotations and numbers."""
+    """The error text with N for every number and … for every quotation, or OTHER."""
     rows: int
     example: str
-    """`file#row: text`, without quotations."""
+    """`file#row: text` of one such row, without quotations."""
 
 
 def without_quotations(text: str) -> str:
-    """The text in one line, with … for what it quotes; names of columns are left."""
+    """Return the text on one line with … in place of every quotation; quoted column names are kept."""
     return _QUOTED.sub("'…'", " ".join(text.split()))
 
 
 class ErrorKinds:
-    """Counts error rows. Not thread-safe."""
+    """A counter of error rows by kind. Not thread-safe."""
 
     def __init__(self, counts: Iterable[ErrorCount] = ()) -> None:
         self._rows: dict[str, int] = {}
@@ -42,17 +42,17 @@ class ErrorKinds:
         self.merge(counts)
 
     def add(self, key: str, text: str) -> None:
-        """One row; `key` is its file and row."""
+        """Count one error row; `key` names it as `file#row`."""
         said = without_quotations(text)
         self._add(_short(_NUMBER.sub("N", said), KIND_CHARS), 1, _short(f"{key}: {said}", EXAMPLE_CHARS))
 
     def merge(self, counts: Iterable[ErrorCount]) -> None:
-        """Those of another replica or part."""
+        """Add the counts of another replica or part."""
         for count in counts:
             self._add(count.kind, count.rows, count.example)
 
     def counts(self) -> tuple[ErrorCount, ...]:
-        """The most frequent first."""
+        """Return the counts, the most frequent kind first."""
         ordered = sorted(self._rows.items(), key=lambda item: (-item[1], item[0]))
         return tuple(ErrorCount(kind, rows, self._examples[kind]) for kind, rows in ordered)
 

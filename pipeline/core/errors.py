@@ -1,13 +1,13 @@
-"""The pipeline's part of the project's exception tree.
+"""Defines the exceptions of the pipeline, and imports those of the model that the pipeline uses.
 
 model.errors.TwoTowerError
-├── model.errors.CheckpointError, RequestError, EngineError; model.checks.kernels.KernelError
+├── model.errors.CheckpointError, RequestError; model.requests.EngineError; model.checks.kernels.KernelError
 ├── JobError                     the job file: unknown key, wrong type, impossible value, unset variable
 ├── InputError                   input files: none, unreadable, not Parquet, a column missing or of a wrong type
-├── OutputError                  the output folder: another job's, not writable, a broken part
-├── StorageError                 a storage operation failed for good
+├── OutputError                  the output folder: it belongs to another job, is not writable or has a broken part
+├── StorageError                 a storage operation failed and is not retried any more
 ├── ClusterError                 the Ray cluster cannot run what the job asks for
-└── JobFailed                    the job ran and ended badly: too many errors, a unit out of attempts, stopped
+└── JobFailed                    the job ran and did not succeed: too many errors, a unit out of attempts, stopped
 """
 
 from model.errors import CheckpointError, RequestError, TwoTowerError
@@ -28,19 +28,19 @@ __all__ = [
 
 
 class JobError(TwoTowerError):
-    """The job file is wrong."""
+    """The job file, or a setting in it, is wrong."""
 
 
 class InputError(TwoTowerError):
-    """The input cannot be read as the job says."""
+    """The input cannot be read in the way that the job file describes."""
 
 
 class OutputError(TwoTowerError):
-    """The output folder cannot take this job."""
+    """The output folder cannot be used for this job."""
 
 
 class StorageError(TwoTowerError):
-    """A storage operation failed and trying again did not help."""
+    """A storage operation failed, and retrying it did not help."""
 
 
 class ClusterError(TwoTowerError):
@@ -48,4 +48,4 @@ class ClusterError(TwoTowerError):
 
 
 class JobFailed(TwoTowerError):  # noqa: N818 (what happened, not what is wrong with an argument)
-    """The job ran and did not succeed; its finished parts stay and submitting again resumes."""
+    """The job ran and did not succeed. Its finished parts stay, and submitting the job again resumes it."""

@@ -1,11 +1,11 @@
-"""How much of a completion is a loop: the `repetition` of a row. Free of torch.
+"""Measures the share of a completion that is a loop: the `repetition` of a row. It does not import torch.
 
 Holtzman et al., "The Curious Case of Neural Text Degeneration" (ICLR 2020, arXiv 1904.09751; metrics/repetition.py of
-their code) count a generation as repeating where it ends with a phrase of up to 90 tokens several times in a row. That
-is a yes or no about the end of a text. Here the same fact, a phrase that follows itself at once, is looked for in the
-whole completion, and measured as a share: a loop that the model leaves again counts, and so does a last cycle that is
-cut off. What differs in a single token is no loop: rows of a table, records of a list, refrains with text between them.
-(The n-gram measures, such as seq-rep-n of Welleck et al., ICLR 2020, arXiv 1908.04319, count those as well.)
+their code) call a generation repetitive if it ends with a phrase of up to 90 tokens several times in a row. That is a
+yes or no about the end of a text. This module looks for the same pattern, a phrase that follows itself directly, in the
+whole completion and measures it as a share: a loop that the model leaves again counts, and so does a last cycle that is
+cut off. Passages that differ in a single token are no loop: rows of a table, records of a list, refrains with text
+between them. (Measures on n-grams, such as seq-rep-n of Welleck et al., ICLR 2020, arXiv 1908.04319, count those too.)
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -14,34 +14,34 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_CYCLE = 32
-"""Tokens of the longest cycle that is looked for: a long sentence."""
+"""Length in tokens of the longest cycle that is looked for, about one long sentence."""
 MIN_CYCLES = 3
-"""Cycles of a loop at least: people say things twice."""
+"""The smallest number of cycles in a loop. Two are not enough, because people do say things twice."""
 MIN_TOKENS = 16
-"""Tokens of a loop at least, however short its cycle is: a block of the denoiser that holds nothing else is one, `ha ha
-ha` or a row of dots is none."""
+"""The smallest number of tokens in a loop, however short its cycle is. It is the length of a block: a block that holds
+nothing else is a loop, but `ha ha ha` or a row of dots is not."""
 _LEAST_REPEATS = MIN_TOKENS - MIN_TOKENS // MIN_CYCLES
-"""Tokens of a loop that stand before in it, at least: all but its first cycle. Most short texts have fewer in all."""
+"""The smallest number of tokens in a loop that repeat an earlier one: all but the first cycle. Most short texts have
+fewer repeated tokens in total and need no closer look."""
 DEGENERATE = 0.25
-"""A completion counts as degenerate from this share on.
+"""The `repetition` (0 to 1) from which on a completion counts as degenerate.
 
-Prose, source code, Markdown, CSV and JSON (indented or not) have 0.0 in every window of 64 to 800 tokens of a
-byte-pair vocabulary. What is above it without a fault are numbers that do repeat: an identity matrix has 0.8, CSV of
-nine zeros in ten 0.6. Where a token is a byte, a line of dashes makes up to 0.2 of a short Markdown table, and wide
-indentation most of a nested JSON document. A model that loops seldom stops by itself: greedy AR of `builtin:noise`
-over 200 tokens had one loop in 48 rows, 0.54 of it. So the share is above what ruled text has, and low enough for a
-loop that begins late.
+With a byte-pair vocabulary, prose, source code, Markdown, CSV and JSON (indented or not) have 0.0. Correct texts above
+the limit are tables of equal numbers: an identity matrix has 0.8, a CSV file with nine zeros in ten cells 0.6. If every
+token is a byte, a line of dashes can make up 0.2 of a short Markdown table, and wide indentation most of a nested JSON
+document. A model that loops rarely stops by itself. The limit is therefore above the share of text with ruled lines,
+and low enough to find a loop that begins late.
 """
 _NEEDED = np.array([max(MIN_CYCLES * n, MIN_TOKENS) - n for n in range(1, MAX_CYCLE + 1)])
-"""Tokens in a row that are the one n before them, in the shortest loop of each n."""
+"""For each cycle length n from 1 on: the number of consecutive tokens in the shortest loop that equal the token n
+places before them."""
 
 
 def repetition(token_ids: Sequence[int], eos_ids: Collection[int] = ()) -> float:
-    """The share (0 to 1) of the tokens that stand in a loop; 0.0 where there are none.
+    """Return the share (0 to 1) of the tokens that belong to a loop; 0.0 if there are no tokens.
 
-    A loop is a stretch of tokens of which each is equal to the one n before it, but for the first n, for an n of 1 to
-    MAX_CYCLE; it has MIN_CYCLES * n tokens at least, and MIN_TOKENS. A last token that is one of `eos_ids` does not
-    count.
+    A loop is a stretch of at least MIN_CYCLES * n and at least MIN_TOKENS tokens in which each token but the first n
+    equals the token n places before it, for some n from 1 to MAX_CYCLE. A last token in `eos_ids` is left out.
     """
     if token_ids and token_ids[-1] in eos_ids:
         token_ids = token_ids[:-1]
@@ -51,7 +51,7 @@ def repetition(token_ids: Sequence[int], eos_ids: Collection[int] = ()) -> float
     longest = min(MAX_CYCLE, count // MIN_CYCLES)
     padded = np.array((-1,) * longest + tuple(token_ids))
     size = padded.itemsize
-    # same[n - 1, i]: token i is the one n before it
+    # same[n - 1, i] is True if token i equals the token n places before it
     before = np.ndarray((longest, count), padded.dtype, padded, (longest - 1) * size, (-size, size))
     same = before == padded[longest:]
     needed = _NEEDED[:longest]
@@ -60,12 +60,12 @@ def repetition(token_ids: Sequence[int], eos_ids: Collection[int] = ()) -> float
         for start, end in _runs(same[n - 1]):
             if end - start >= needed[n - 1]:
                 looped[start - n : end] = True
-        if looped.all():  # multiples of n find the same
+        if looped.all():  # longer cycles, such as multiples of n, add nothing
             break
     return float(looped.mean())
 
 
 def _runs(true: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Where stretches of True begin and end; the first item is False."""
+    """Return (start, end) of each stretch of True, end excluded. The first item must be False."""
     edges = (np.flatnonzero(true[1:] != true[:-1]) + 1).tolist()
     return zip(edges[::2], [*edges[1::2], len(true)], strict=False)

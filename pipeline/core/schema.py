@@ -1,4 +1,4 @@
-"""The output's columns, explicit and versioned, and the types that its id and carried columns may have."""
+"""Defines the columns of the output, with a version, and the types that its id and carried columns may have."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +10,12 @@ SCHEMA_VERSION = 1
 _RESULT_FIELDS: tuple[tuple[str, pa.DataType], ...] = (
     ("completion", pa.string()),
     ("finish_reason", pa.string()),  # stop | length | error
-    ("error", pa.string()),  # why finish_reason is error, else null
+    ("error", pa.string()),  # the reason if finish_reason is error, else null
     ("prompt_tokens", pa.int32()),
     ("completion_tokens", pa.int32()),
     ("mode", pa.string()),
     ("denoiser_forwards", pa.int32()),
-    ("tokens_per_forward", pa.float64()),  # null where there was no denoiser forward
+    ("tokens_per_forward", pa.float64()),  # null if there was no denoiser forward
     ("blocks", pa.int32()),
     ("steps_per_block", pa.list_(pa.int16())),
     ("forced_commits", pa.int32()),
@@ -26,7 +26,7 @@ _RESULT_FIELDS: tuple[tuple[str, pa.DataType], ...] = (
     ("denoise_s", pa.float64()),
     ("commit_s", pa.float64()),
     ("latency_s", pa.float64()),
-    ("tokens_per_s", pa.float64()),  # null where latency_s is 0
+    ("tokens_per_s", pa.float64()),  # null if latency_s is 0
     ("batch_rows", pa.float64()),
     ("attempt", pa.int32()),
     ("replica", pa.string()),
@@ -35,18 +35,19 @@ _RESULT_FIELDS: tuple[tuple[str, pa.DataType], ...] = (
 )
 RESULT_COLUMNS: tuple[str, ...] = tuple(name for name, _ in _RESULT_FIELDS)
 RESULT_SCHEMA = pa.schema([pa.field(name, kind) for name, kind in _RESULT_FIELDS])
-"""What segments hold; parts have the id and the carried columns before it."""
+"""The columns of a segment. A part has the id and the carried columns before them."""
 
 
 def output_schema(id_type: pa.DataType, carried_fields: "Sequence[pa.Field[Any]]") -> pa.Schema:
-    """The schema of every part: `id`, the carried columns in the job's order, then RESULT_COLUMNS."""
+    """Return the schema of every part: `id`, the carried columns in the job's order, then RESULT_COLUMNS."""
     return pa.schema([pa.field("id", id_type), *carried_fields, *RESULT_SCHEMA])
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type a column has in the output: what writers choose freely (dictionary, large_, _view, not null) is undone.
+    """Return the type that a column has in the output: without dictionary, large_, _view and not null, which depend on
+    the tool that wrote the file.
 
-    So files written by different tools can be one input.
+    Files written by different tools can therefore form one input.
     """
     if pa.types.is_struct(kind):
         return pa.struct([pa.field(field.name, plain_type(field.type)) for field in kind])
@@ -69,7 +70,7 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def merge_types(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The plain type that holds both, or None: they may differ in parts that are all null in one of them."""
+    """Return the plain type that holds both types, or None if there is none. A null type fits any other."""
     if one == other or pa.types.is_null(other):
         return one
     if pa.types.is_null(one):
@@ -85,10 +86,10 @@ def merge_types(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether the column holds strings, however encoded."""
+    """Return True if the column holds strings, in any encoding."""
     return bool(pa.types.is_string(plain_type(kind)))
 
 
 def is_id(kind: pa.DataType) -> bool:
-    """Whether the column can be an id: integers or strings."""
+    """Return True if the column can be used as an id: it holds integers or strings."""
     return is_text(kind) or bool(pa.types.is_integer(plain_type(kind)))

@@ -1,10 +1,14 @@
-"""Numbers, times and durations as a person reads them."""
+"""Formats numbers, times and durations for people to read."""
 
 import math
 
 
 def number(value: float | None) -> str:
-    """Three digits, or all of a whole number below 10,000; above it k, M, G, T."""
+    """Return the number as a short text, or "-" if it is None or not finite.
+
+    It has three significant digits, and k, M, G or T from 10,000 on. Below 10,000, whole numbers are written in full
+    and numbers from 100 on are rounded to a whole one.
+    """
     if value is None or not math.isfinite(value):
         return "-"
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
@@ -16,7 +20,7 @@ def number(value: float | None) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """A percentage; - where there is no whole. Only nothing is 0%, and only all is 100%."""
+    """Return a percentage, or "-" if `whole` is 0. Only a share of exactly 0 is shown as 0%, only exactly 1 as 100%."""
     if not whole:
         return "-"
     found = part / whole
@@ -26,12 +30,12 @@ def share(part: float, whole: float) -> str:
 
 
 def when(iso: str) -> str:
-    """A time as records have it, ISO 8601 in UTC, to be read."""
+    """Return a time from a record (ISO 8601 in UTC) in a form for people to read."""
     return iso.replace("T", " ").replace("+00:00", " UTC")
 
 
 class TimeScale:
-    """The unit in which a span of time is read: seconds, minutes, hours or days."""
+    """The unit for showing a span of so many seconds: seconds, minutes, hours or days."""
 
     def __init__(self, seconds: float) -> None:
         sizes = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (120, 60, "minutes"))
@@ -39,12 +43,12 @@ class TimeScale:
         self._size, self.unit = found
 
     def of(self, seconds: float) -> float:
-        """Seconds in this unit."""
+        """Return the seconds converted to this unit."""
         return seconds / self._size
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person reads them: 48s, 3m20s, 2h05m, 4d03h."""
+    """Return seconds in a form for people to read: 48s, 3m20s, 2h05m, 4d03h."""
     whole = round(seconds)
     for size, unit, smaller, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= size:

@@ -1,4 +1,4 @@
-"""The pipeline's carriers: what is handed from one stage to the next. Frozen, plain, a field a line."""
+"""Defines the plain, frozen data classes that the packages of the pipeline hand to each other."""
 
 from dataclasses import dataclass, field
 
@@ -7,116 +7,117 @@ from model.requests import Completion
 
 @dataclass(frozen=True, slots=True)
 class WorkUnit:
-    """A range of rows of one input file: what is dispatched, retried and published as one part."""
+    """A range of rows of one input file that is dispatched, retried and published as one part."""
 
     id: str
-    """Stable: depends on the file's relative name and the first row alone. Used in the part's name."""
+    """A stable id that depends only on the file's relative name and the first row. The part's name contains it."""
     file: str
-    """Path or URL that opens the file."""
+    """The path or URL that opens the file."""
     name: str
-    """The file's path relative to the input root, with forward slashes: what `source_file` and row keys carry."""
+    """The file's path relative to the input root, with forward slashes. Column `source_file` and row keys hold it."""
     first_row: int
     row_count: int
     size: int = -1
-    """Bytes of the file when the plan was made; -1: unknown, so that no change of it is noticed."""
+    """The size of the file in bytes when the plan was made. -1 means unknown: a change of the file is not noticed."""
     stamp: str = ""
-    """Its FileInfo.stamp then."""
+    """The FileInfo.stamp of the file when the plan was made."""
     expected_work: float = 0.0
-    """Compared with other units (pipeline.planning.cost); 0: unknown."""
+    """The expected work in tokens, for comparison with other units (pipeline.planning.cost); 0 if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A unit, or a range of its rows, as a replica gets it."""
+    """A unit, or a range of its rows, that is given to a replica."""
 
     unit: WorkUnit
     attempt: int = 1
-    """Number of this try of the unit, from 1: what rows made by it carry in `attempt`."""
+    """The number of this attempt at the unit, from 1. Rows made by it carry it in `attempt`."""
     rows: tuple[int, int] | None = None
-    """Positions inside the unit, the second excluded. The rows of a range end in segments alone (RangeDone); None: the
-    whole unit, whose part is published."""
+    """First and end position of a range inside the unit, end excluded; None for the whole unit. The rows of a range go
+    to segments only (RangeDone), while a whole unit is published as a part."""
     losses: int = 0
-    """Replicas that were lost with exactly these rows."""
+    """The number of replicas that were lost while they held exactly these rows."""
     early_losses: int = 0
-    """Of a lone row: replicas that were lost before they began to generate it."""
+    """If this is a range of one row: the number of replicas that were lost before they began to generate it."""
     failures: int = 0
-    """Times that reading or publishing failed, on replicas that lived on."""
+    """The number of times that reading or publishing failed on a replica that stayed alive."""
     condemned: str | None = None
-    """Why the one row of this range is not generated: it becomes an error row with this text."""
+    """The error text of the single row in this range if it is given up: it becomes an error row without being
+    generated. None for all other work."""
 
     @property
     def key(self) -> "WorkKey":
-        """What tells it from all others that are under way."""
+        """Return the key that distinguishes it from all other assignments under way."""
         return self.unit.id, self.rows
 
     @property
     def span(self) -> tuple[int, int]:
-        """Positions of its rows inside the unit, the second excluded."""
+        """Return the first and end position of its rows inside the unit, end excluded."""
         return self.rows or (0, self.unit.row_count)
 
     @property
     def lone(self) -> bool:
-        """Whether it is a range of one row, and so one that is alone on its replica; a unit of one row need not be."""
+        """Return True if it is a range of one row, which is alone on its replica. A whole unit of one row is not."""
         return self.rows is not None and self.rows[1] - self.rows[0] == 1
 
     @property
     def suspect(self) -> bool:
-        """Whether one of its rows may be what kills replicas. It gets a replica of its own, and what is finished of it
-        is flushed at once."""
+        """Return True if one of its rows may be killing replicas. It then gets a replica of its own, and its finished
+        rows are flushed at once."""
         return self.losses > 0 or self.rows is not None
 
 
 WorkKey = tuple[str, tuple[int, int] | None]
-"""Unit id and range: the key of an Assignment."""
+"""The key of an Assignment: the unit id, and the range or None for the whole unit."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowSetting:
-    """A generation setting that a row brings along."""
+    """A generation setting that comes from the row instead of the job."""
 
     name: str
-    """Field of model.requests.GenerationParams."""
+    """The name of the field of model.requests.GenerationParams."""
     column: str
-    """Where it stood: errors name it."""
+    """The input column that holds it; error texts name this column."""
     value: int | float | tuple[str, ...]
-    """Possible, as far as GenerationParams can tell."""
+    """The value, which GenerationParams accepts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One input row, ready to generate or already known to be bad (then `error` says why and `prompt` is None)."""
+    """One input row, ready to generate or known to be bad (then `error` gives the reason and `prompt` is None)."""
 
     key: str
-    """`<source_file>#<source_row>`: unique in the job, seeds the row's sampling, the default id."""
+    """`<source_file>#<source_row>`. It is unique in the job, seeds the row's sampling and is the default id."""
     index: int
-    """Position inside the unit."""
+    """The position inside the unit, from 0."""
     source_row: int
-    """Row number in the source file, from 0."""
+    """The row number in the source file, from 0."""
     prompt: str | None
     error: str | None = None
     settings: tuple[RowSetting, ...] = ()
-    """Those that replace the job's."""
+    """The settings that replace those of the job for this row."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """One output row before its id and carried columns are joined on by `index`."""
+    """One output row before its id and carried columns are added by `index`."""
 
     index: int
     completion: Completion
-    """Where the row was generated again: of the try that is kept, with the seconds of all."""
+    """The completion. If the row was generated several times, it is the one that is kept, with the seconds of all."""
     mode: str
-    """That made the completion."""
+    """The generation mode that made the completion."""
     attempt: int
-    """The unit's, and one more for each time that the row was generated again."""
+    """The attempt of the unit, plus one for each time that the row was generated again."""
     replica: str
     repetition: float | None = None
-    """Share of the completion that is a loop (pipeline.core.repetition); None for an error row without tokens."""
+    """The share of the completion that is a loop (pipeline.core.repetition); None for an error row without tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Counts that add up: of a unit, a replica, a job."""
+    """The counts of a unit, a replica or a job; they can be added up."""
 
     rows: int = 0
     ok: int = 0
@@ -125,10 +126,10 @@ class Totals:
     completion_tokens: int = 0
     denoiser_forwards: int = 0
     duplicate_ids: int = 0
-    """Within units; the manifest adds those across units."""
+    """Rows that repeat the id of another row in the same unit. Only the manifest also compares ids across units."""
     null_ids: int = 0
     degenerate: int = 0
-    """Rows whose completion is a loop for the most part (pipeline.core.repetition.DEGENERATE)."""
+    """Rows whose `repetition` is at least pipeline.core.repetition.DEGENERATE."""
     finish_reasons: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: "Totals") -> "Totals":
@@ -152,15 +153,16 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class UnitResult:
-    """What a replica reports of a published unit; the commit record holds the same."""
+    """The report of a replica on a published unit. The commit record holds the same values."""
 
     unit_id: str
     totals: Totals
     seconds: float
-    """From the unit's start on the replica to its part being published."""
+    """Seconds from when the replica had read the unit until its part was published."""
     sha256: str
-    """Of the part's bytes; "" where only its footer was read (Ledger.finished)."""
+    """The SHA-256 of the part's bytes; "" if only the footer of the part was read (Ledger.finished)."""
     replica: str
     attempt: int
     published_by_other: bool = False
-    """Another attempt's part was there first: this one's was dropped, and the numbers are those of the part."""
+    """Whether another attempt had published the part first. This attempt's part was then dropped, and all values
+    describe the published one."""

@@ -1,7 +1,8 @@
-"""The driver's loop: hands work to replicas and hears what became of it. It sees counts, never rows.
+"""Runs the driver's loop, which hands work units to replicas and records what they report. It handles counts, not rows.
 
-`Pool` is the seam: workers.cluster.pool runs replicas on Ray, workers.replica.local_pool one in this process, tests a
-scripted fake. `Board` (pipeline.driver.work_queue) is the state and decides.
+`Pool` is the interface to the replicas: workers.cluster.pool runs them on Ray, workers.replica.local_pool runs one in
+this process, and tests use a scripted fake. `WorkQueue` (pipeline.driver.work_queue) holds the state and makes the
+decisions.
 """
 
 import threading
@@ -16,26 +17,26 @@ from pipeline.driver.stall import StallWatch
 from pipeline.driver.work_queue import WorkQueue
 
 POLL_S = 0.5
-"""The longest that a stop signal waits for the loop, in seconds."""
+"""The longest time in seconds until the loop notices a stop signal."""
 
 
 class Pool(Protocol):
-    """Replicas that work on units. A name is used for one life of a replica; its replacement has a new one."""
+    """A pool of replicas that work on units. A replica that replaces a lost one gets a new name."""
 
     def assign(self, replica: str, work: Assignment) -> None:
-        """Give work to a ready replica. Never waits; where the replica is gone, its ReplicaLost follows."""
+        """Give work to a ready replica without waiting. If the replica is gone, its ReplicaLost event follows."""
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
-        """What happened since the last call, in order; [] after `timeout_s`.
+        """Return the events since the last call in order, or [] if there are none within `timeout_s` seconds.
 
-        Raises ClusterError where no replica can ever run.
+        Raises ClusterError if no replica can ever run.
         """
 
     def drop(self, replica: str, reason: str) -> None:
-        """Throw a replica away, whatever it does; its ReplicaLost, with this reason, comes from the next wait."""
+        """Throw a replica away, whatever it is doing. The next wait returns its ReplicaLost event with this reason."""
 
     def close(self) -> None:
-        """Let go of all replicas, once they have flushed the rows that they finished; safe to call twice."""
+        """Release all replicas after they have flushed their finished rows. Safe to call twice."""
 
 
 def dispatch(
@@ -47,11 +48,11 @@ def dispatch(
     on_event: Callable[[Event | None], None] = lambda _event: None,
     stall: StallWatch | None = None,
 ) -> dict[str, UnitResult]:
-    """Run every unit that is not in `finished`; returns the results of all of them by unit id.
+    """Run every unit that is not in `finished`, and return the results of all units by unit id.
 
-    `on_event` hears every event, and None once a turn. `stall` finds replicas that stand still. Raises JobFailed
-    (attempts or error rate exceeded, no replica starts or gets further, `stop` set), ClusterError, and what `on_event`
-    raises. Closing the pool is the caller's.
+    `on_event` is called with every event, and with None once in each turn of the loop. `stall` finds replicas that make
+    no progress. The caller has to close the pool. Raises JobFailed (attempts or error rate exceeded, no replica starts
+    or makes progress, `stop` is set), ClusterError, and anything that `on_event` raises.
     """
     queue = WorkQueue(units, finished, policy)
     while queue.open:

@@ -1,4 +1,4 @@
-"""When to try again and when to give up: pure rules, no clock, no storage, no cluster."""
+"""Decides when to retry and when to give up, by rules that need no clock, no storage and no cluster."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -7,44 +7,49 @@ from pipeline.core.errors import JobFailed
 from pipeline.core.types import Assignment
 
 ROWS_BEFORE_JUDGING = 100
-"""A share of errors means little below this many rows; at the end of the job it counts whatever the number."""
+"""The number of rows from which on the share of error rows is checked: with fewer rows it says little. At the end of
+the job it is always checked."""
 START_FAILURES = 3
-"""Replicas that die before they are ready, one after the other and none working, until the job gives up. Also those
-that die with work that has nothing to generate."""
+"""The number of replicas that may die before they are ready, one after the other while no other works, until the job
+gives up. The same number limits replicas that die with work in which nothing is left to generate."""
 PIECES = 8
-"""Ranges that a unit which kills is split into, and each of them again. Halves would cost three times as many replicas,
-each with minutes of loading; the pieces that do not kill cost a reading of the unit each."""
+"""The number of ranges into which a unit that kills replicas is split; a range that kills is split again. Splitting
+into halves would kill three times as many replicas, and each replacement has to load the model. In return, the unit is
+read once for every range that does not kill."""
 CONDEMNED_IN_A_ROW = 10
-"""Rows condemned one after the other, without any generated in between, until the job gives up."""
+"""The number of rows condemned one after the other, with none generated in between, at which the job gives up."""
 EXCUSED_ATTEMPTS = 20
-"""Attempts of a unit after which no loss is excused any more: something else than spot notices ends its replicas."""
+"""The number of attempts at a unit from which on no loss is excused any more: something other than interruptions of
+spot instances must be ending its replicas."""
 
 
 def describe(work: Assignment) -> str:
-    """The unit, or a range of it, as an operator looks for it: id, file and rows (from 0, both ends included)."""
+    """Return a description of a unit, or of a range of it, for the operator: id, file and rows (from 0, last row
+    included)."""
     unit, (first, end) = work.unit, work.span
     return f"unit {unit.id} ({unit.name}, rows {unit.first_row + first} to {unit.first_row + end - 1})"
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """The job's `retry` settings as rules. Every method raises JobFailed where the job must end."""
+    """The rules that follow from the job's `retry` settings. Every method raises JobFailed if the job must end."""
 
     attempts: int
-    """Losses of a unit or of a lone row until it is split or condemned; failures of a unit until the job ends."""
+    """The number of losses after which a unit is split or a single row is condemned, and the number of failures of a
+    unit after which the job ends."""
     max_error_rate: float
-    """Share of error rows, 0 to 1, above which the job ends."""
+    """The share of error rows (0 to 1) above which the job ends."""
 
     def after_loss(
         self, work: Assignment, reason: str, *, excused: bool = False, finished: bool = False, begun: bool = True
     ) -> tuple[Assignment, ...]:
-        """What is to be done instead of work whose replica was lost: the same again, pieces of it, or a row condemned.
+        """Return what replaces work whose replica was lost: the same work again, ranges of it, or its row as condemned.
 
-        `excused`: the loss is no row's fault. `finished`: all rows of the unit stand in segments, so that none of them
-        can be what kills. `begun`: the replica had read the work; a lone row is not blamed before, unless that happens
-        as often as it may kill: then it may be the reading. A row is condemned after at most `attempts` losses of its
-        unit, one of each range around it (their number is the logarithm, to base PIECES, of the unit's rows) and
-        `attempts` of its own.
+        `excused`: the loss is not caused by a row. `finished`: all rows of the unit are in segments, so none of them
+        can have killed the replica. `begun`: the replica had read the work. A single row that was not read yet is not
+        blamed for the first `attempts` losses; after that, reading it may be the cause. A row is condemned after at
+        most `attempts` losses of its unit, one loss of each range around it (their number is the logarithm to base
+        PIECES of the number of rows in the unit) and `attempts` losses of its own.
         """
         excused = excused and work.attempt < EXCUSED_ATTEMPTS
         early = not excused and not begun and work.lone and work.early_losses < self.attempts
@@ -66,7 +71,7 @@ class RetryPolicy:
         return tuple(replace(again, rows=rows, losses=0) for rows in pairwise(edges))
 
     def after_failure(self, work: Assignment, reason: str) -> Assignment:
-        """The same work again, which a living replica could not read or publish."""
+        """Return the next attempt at work that a replica, which is still alive, could not read or publish."""
         failures = work.failures + 1
         if failures >= self.attempts:
             raise JobFailed(
@@ -76,7 +81,7 @@ class RetryPolicy:
         return replace(work, attempt=work.attempt + 1, failures=failures)
 
     def check_condemned(self, in_a_row: int, reason: str) -> None:
-        """Judge the number of rows condemned one after the other, without any row generated in between."""
+        """Raise JobFailed if too many rows were condemned one after the other with none generated in between."""
         if in_a_row >= CONDEMNED_IN_A_ROW:
             raise JobFailed(
                 f"{in_a_row} rows one after the other killed every replica that had them, and none was generated in "
@@ -85,10 +90,11 @@ class RetryPolicy:
             )
 
     def check_errors(self, errors: int, rows: int, *, ended: bool = False) -> None:
-        """Judge `errors` among `rows`: finished rows at the end, else all rows of the units begun.
+        """Raise JobFailed if there are too many `errors` among `rows`: all rows of the units that have begun or
+        finished.
 
-        Counting the rows of a begun unit that are still to come, and none of them as an error, keeps a unit whose bad
-        rows happen to be known first from ending a job that is within its limit.
+        Rows of a begun unit that are still to come count as rows without an error. Otherwise a unit whose bad rows are
+        found first could end a job that is within its limit.
         """
         if rows < (1 if ended else ROWS_BEFORE_JUDGING) or errors <= self.max_error_rate * rows:
             return
@@ -99,10 +105,10 @@ class RetryPolicy:
         )
 
     def check_start(self, failures: int, *, refused: bool, working: bool, reason: str) -> None:
-        """Judge the `failures` in a row of replicas that died before they were ready.
+        """Raise JobFailed if no replica can start: `failures` of them died one after the other before they were ready.
 
-        `refused`: start-up raised one of the project's own errors (a checkpoint that does not load), which the next
-        replica would raise again. While another replica is `working`, the job goes on with what it has.
+        `refused`: the start raised one of the project's own errors (such as a checkpoint that does not load), which the
+        next replica would raise again. While another replica is `working`, the job continues with the ones it has.
         """
         if working or (not refused and failures < START_FAILURES):
             return

@@ -1,4 +1,5 @@
-"""One job from its settings to its manifest. Nothing is written before all that can be checked here is checked."""
+"""Runs one job from its settings to its manifest. All that can be checked here is checked before anything is
+written."""
 
 import contextlib
 import threading
@@ -28,28 +29,29 @@ from pipeline.planning.plan import Plan, make_plan
 from pipeline.report.write import report_line
 
 PoolMaker = Callable[[Plan, int, Callable[[str], None]], Pool]
-"""Makes the pool for a plan with so many units left; the last argument shows a message to the operator."""
+"""A function that makes the pool. Its arguments are the plan, the number of units left, and a function that shows a
+message to the operator."""
 ProgressMaker = Callable[[Meter], ShownProgress]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A job that is complete."""
+    """The outcome of a job that is complete."""
 
     totals: Totals
     units: int
     ran_units: int
-    """Of them, those that this run did; 0: the job was complete before."""
+    """The number of units that this run did; 0 if all were done before."""
     tokens: int
-    """Completion tokens that this run generated."""
+    """The number of completion tokens that this run generated."""
     seconds: float
-    """Wall clock of this run, loading and planning included."""
+    """Wall-clock seconds of this run, including planning and the loading of the model."""
     manifest: dict[str, Any] | None
-    """None where the job was complete before."""
+    """The manifest; None if the job was complete before."""
     warnings: tuple[str, ...] = ()
-    """Those of the manifest."""
+    """The warnings in the manifest."""
     report: str = ""
-    """Where report.html is, or why it was not written; "" where the job was complete before."""
+    """The path or URL of report.html, or the reason why it was not written; "" if the job was complete before."""
 
 
 def run_job(
@@ -59,17 +61,17 @@ def run_job(
     make_progress: ProgressMaker = open_progress,
     sinks: Sequence[Sink] = (),
 ) -> Outcome:
-    """Runs what is left of a job and completes it. Setting `stop` ends it soon, with JobFailed. `sinks` get a picture
-    of the run every few seconds.
+    """Run what is left of a job and complete it. If `stop` is set, the run ends soon with JobFailed. The `sinks`
+    receive the state of the run every few seconds.
 
-    Raises JobError, RequestError, CheckpointError, InputError, OutputError and StorageError before anything is
-    written; then JobFailed and ClusterError, with the finished parts in place.
+    Raises JobError, RequestError, CheckpointError and InputError before anything is written, JobFailed and ClusterError
+    later, with the finished parts in place, and OutputError and StorageError at any time.
     """
     started = time.monotonic()
     plan = make_plan(job, checkpoint_identity=check_checkpoint(job).identity())
     ledger = Ledger(job.output.path, plan.fingerprint.digest)
     ledger.open(plan, job)
-    # First of all, so that a run before this one soon finishes nothing more; but a complete job is left as it is.
+    # Claim before the parts are listed, so that an older run soon stops adding some; leave a complete job alone.
     claim = None if ledger.is_complete() else Claim(job.output.path)
     results = ledger.finished(plan)
     ran_units = len(plan.units) - len(results)
@@ -89,11 +91,11 @@ def run_job(
             run = _Run(plan, policy, StallWatch(60 * job.retry.stall_minutes), claim, stop, told, watch)
             with claim:
                 results = run.generate(results, make_pool, progress)
-        else:  # the manifest alone is missing
+        else:  # only the manifest is missing
             WorkQueue(plan.units, results, policy).check_end()
         totals = sum((result.totals for result in results.values()), Totals())
         claim.check_now()
-        # What replicas told a driver that died is not known here, but their parts are.
+        # Warnings that went to an earlier driver which died are lost; slow_replicas derives them from the parts.
         warnings = [f"replica {replica}: {text}" for replica, text in told.items()]
         warnings += slow_replicas(job, results.values(), but=told)
         manifest = ledger.complete(plan, job, totals, seconds=time.monotonic() - started, warnings=warnings)
@@ -117,7 +119,7 @@ def _watch(
 
 @contextlib.contextmanager
 def _ending(watch: Watch, claim: Claim) -> Iterator[None]:
-    """Tells the watch how the run ended."""
+    """Tell the watch how the run ended."""
     try:
         yield
     except BaseException as error:
@@ -125,7 +127,7 @@ def _ending(watch: Watch, claim: Claim) -> Iterator[None]:
         ended = said if isinstance(error, TwoTowerError) else f"{type(error).__name__}: {said}"
         try:
             claim.check()
-        except JobFailed:  # live.json is the newer driver's
+        except JobFailed:  # live.json now belongs to the newer driver
             watch.close(None)
         else:
             watch.close(ended)
@@ -135,7 +137,7 @@ def _ending(watch: Watch, claim: Claim) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What goes into generating, but for the pool."""
+    """The inputs for generating the rows, except the pool."""
 
     plan: Plan
     policy: RetryPolicy
@@ -143,13 +145,14 @@ class _Run:
     claim: Claim
     stop: threading.Event
     told: dict[str, str]
-    """What replicas warn of, by their names; it is added to."""
+    """Warnings by the name of the replica; `generate` adds to them."""
     watch: Watch
 
     def generate(
         self, finished: dict[str, UnitResult], make_pool: PoolMaker, progress: ShownProgress
     ) -> dict[str, UnitResult]:
-        """Runs the units that are not finished; whatever happens, the pool and the progress line are closed."""
+        """Run the units that are not finished, and return the results of all units by unit id. The pool and the
+        progress line are closed in any case."""
 
         def hear(event: Event | None) -> None:
             progress(event)

@@ -1,4 +1,5 @@
-"""Notices replicas that stand still. No clock of its own and no cluster: the driver's loop asks it once a turn."""
+"""Finds replicas that make no progress. The driver's loop asks it once in each turn; it needs no thread and no
+cluster."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -9,33 +10,33 @@ from pipeline.core.events import Event, RangeDone, ReplicaActive, UnitDone, Unit
 from pipeline.core.types import WorkKey
 
 SHOWN = 5
-"""Replicas named where the job ends."""
+"""The number of replicas that the error names when the job ends."""
 
 
 @dataclass(slots=True)
 class _Seen:
-    """A replica that holds work."""
+    """The progress of a replica that holds work."""
 
     since: float
-    """When it last got further, or began to hold work."""
+    """The clock's time in seconds when it last made progress or began to hold work."""
     beats: int | None = None
     doing: str = "nothing heard of it"
     tokens: dict[WorkKey, int] = field(default_factory=dict)
-    """Generated so far, of what it has reported."""
+    """Completion tokens that it has generated so far, by the work that it has reported."""
 
 
 class StallWatch:
-    """Drops a replica that holds work and does not get further for `stall_s` seconds.
+    """A watch that drops a replica which holds work and makes no progress for `stall_s` seconds.
 
-    A replacement that stands still as well, with no row generated anywhere since, ends the job: then it is not the
-    replica. That is twice `stall_s` after the last row at the earliest.
+    If a replacement makes no progress either, and no row has been generated anywhere since, the job ends, because the
+    cause is then not the replica. This happens at least twice `stall_s` after the last row.
     """
 
     def __init__(self, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._stall_s, self._clock = stall_s, clock
         self._seen: dict[str, _Seen] = {}
         self._row_at = clock()
-        self._dropped: list[str] = []  # since the last row: each replica, and what it was doing
+        self._dropped: list[str] = []  # each replica since the last row, with its last activity
 
     def take(self, event: Event) -> None:
         """Record one event of the dispatch loop."""
@@ -55,7 +56,8 @@ class StallWatch:
                 self._end(key)
 
     def check(self, busy: Iterable[str]) -> list[tuple[str, str]]:
-        """The replicas to drop now, among those that hold work, and why. Raises JobFailed."""
+        """Return the replicas to drop now, each with the reason, among the ones in `busy`, which hold work. Raises
+        JobFailed if the job must end."""
         now = self._clock()
         self._seen = {replica: self._seen.get(replica) or _Seen(now) for replica in busy}
         stalled = {replica: seen for replica, seen in self._seen.items() if now - seen.since >= self._stall_s}

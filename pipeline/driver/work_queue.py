@@ -1,8 +1,9 @@
-"""Who holds what and what is left: the state of the driver's loop. It does no I/O, so its rules are tested alone.
+"""Keeps the state of the driver's loop: which replica holds which work, and what is left to do.
 
-Units go out by expected work, the longest first, equal ones as planned, so that no long one is begun last. A unit goes
-out whole. Once it has cost too many replicas it goes out as ranges of its rows, smaller with every loss, whose rows end
-in segments; when all ranges are done it goes out whole again, to be published from the segments.
+It does no I/O, so that its rules can be tested alone. Units are handed out by expected work, the largest first and
+equal ones in the order of the plan, so that no long unit begins last. A unit is first handed out as a whole. If it has
+cost too many replicas, it is handed out as ranges of its rows, which become smaller with every loss and whose rows go
+to segments. When all ranges are done, the whole unit is handed out again, to be published from the segments.
 """
 
 from collections import deque
@@ -14,22 +15,24 @@ from pipeline.core.types import Assignment, UnitResult, WorkKey, WorkUnit
 from pipeline.driver.retry import RetryPolicy
 
 UNITS_A_REPLICA = 2
-"""One in the engine, and the next already read and tokenised, so that the engine never drains between them."""
+"""The number of units that a replica holds: one in the engine, and the next one already read and tokenised, so that the
+engine does not run empty between them."""
 
 
 @dataclass(slots=True)
 class _Split:
-    """A unit that went out as ranges."""
+    """A unit that was handed out as ranges."""
 
     unit: WorkUnit
     attempt: int
-    """The highest of its ranges."""
+    """The highest attempt number of its ranges."""
     open: set[WorkKey] = field(default_factory=set)
-    """Ranges that are not done. Empty: the unit is out whole again."""
+    """The ranges that are not done. If there are none, the unit is handed out as a whole again."""
 
 
 class WorkQueue:
-    """Which work waits, who holds which, which is done. Raises JobFailed where the retry policy gives up."""
+    """The work that waits, the work that each replica holds, and the results. Raises JobFailed if the retry policy
+    gives up."""
 
     def __init__(self, units: Sequence[WorkUnit], finished: Mapping[str, UnitResult], policy: RetryPolicy) -> None:
         self.results: dict[str, UnitResult] = dict(finished)
@@ -38,35 +41,35 @@ class WorkQueue:
         left = (unit for unit in units if unit.id not in finished)
         self._waiting = deque(Assignment(unit) for unit in sorted(left, key=lambda unit: -unit.expected_work))
         self._suspects: deque[Assignment] = deque()
-        self._held: dict[str, dict[WorkKey, Assignment]] = {}  # ready replica -> what it holds
-        self._begun: dict[str, WorkKey] = {}  # replica -> the lone row that it has read
+        self._held: dict[str, dict[WorkKey, Assignment]] = {}  # ready replica -> the work that it holds
+        self._begun: dict[str, WorkKey] = {}  # replica -> the range of one row that it has read
         self._splits: dict[str, _Split] = {}  # by unit id
-        # error rows so far, where there are any, of what is held and of ranges that are done
+        # error rows so far of work that is held and of ranges that are done; only numbers above 0
         self._live_errors: dict[WorkKey, int] = {}
         self._rows = sum(result.totals.rows for result in finished.values())
         self._errors = sum(result.totals.errors for result in finished.values())
         self._started = False  # whether any replica ever became ready
-        self._start_failures = 0  # in a row, while none is ready
+        self._start_failures = 0  # one after the other, while no replica is ready
         self._condemned_in_a_row = 0
 
     @property
     def open(self) -> bool:
-        """Whether units are left."""
+        """Return True if units are left."""
         return bool(self._waiting or self._suspects) or any(self._held.values())
 
     @property
     def busy(self) -> list[str]:
-        """The replicas that hold work."""
+        """Return the replicas that hold work."""
         return [replica for replica, held in self._held.items() if held]
 
     def summary(self) -> str:
         return f"{len(self.results)} of {self._total} units are done"
 
     def hand_out(self) -> Iterator[tuple[str, Assignment]]:
-        """What to assign to whom now. Every replica gets its first work before any gets a second.
+        """Yield each replica and the work to assign to it now. All replicas get a first work before any gets a second.
 
-        A suspect goes to a replica that holds nothing, and that one gets nothing beside it. As many replicas as
-        suspects wait are left to run dry for them.
+        A suspect is given to a replica that holds nothing, and that replica gets no other work beside it. For each
+        suspect that waits, one replica is given no second work, so that it becomes free.
         """
         for replica, held in self._held.items():
             if not held and (queue := self._suspects or self._waiting):
@@ -108,7 +111,7 @@ class WorkQueue:
                 self._lost(event)
 
     def check_end(self) -> None:
-        """The last judgement of the error rate, over all rows. Raises JobFailed."""
+        """Check the error rate for the last time, over all rows. Raises JobFailed if it is too high."""
         self._policy.check_errors(self._errors, self._rows, ended=True)
 
     def _give(self, held: dict[WorkKey, Assignment], queue: deque[Assignment]) -> Assignment:
@@ -121,7 +124,7 @@ class WorkQueue:
         if unit_id in self.results:
             return
         if self._held.get(result.replica, {}).pop((unit_id, None), None) is None:
-            # A part is the truth, whoever reports it: also that of a replica given up for lost a moment before.
+            # A published part counts, whoever reports it: perhaps a replica that has just been given up as lost.
             self._waiting = deque(work for work in self._waiting if work.unit.id != unit_id)
             self._suspects = deque(work for work in self._suspects if work.unit.id != unit_id)
             for held in self._held.values():
@@ -143,7 +146,7 @@ class WorkQueue:
         split = self._splits[work.unit.id]
         split.open.discard(work.key)
         if not split.open:
-            self._forget_errors(work.unit.id)  # the whole unit reports those of its ranges with its own
+            self._forget_errors(work.unit.id)  # the whole unit will report the errors of its ranges as its own
             self._put_back(Assignment(work.unit, split.attempt + 1))
 
     def _lost(self, event: ReplicaLost) -> None:
@@ -151,7 +154,7 @@ class WorkQueue:
         if held is None:  # it never became ready
             working = bool(self._held)
             self._start_failures = 0 if working else self._start_failures + 1
-            refused = event.refused and not self._started  # where others could start, it is the node
+            refused = event.refused and not self._started  # if others could start, the cause is the node
             self._policy.check_start(self._start_failures, refused=refused, working=working, reason=event.reason)
             return
         reason = f"replica {event.replica} was lost: {event.reason}"
@@ -177,11 +180,11 @@ class WorkQueue:
         split.open.update(each.key for each in ranges)
 
     def _put_back(self, work: Assignment) -> None:
-        # To the front: a unit that can never succeed ends the job early, and no old unit is left for the job's tail.
+        # At the front: a unit that can never succeed then ends the job early, and no old unit is left for the end.
         (self._suspects if work.suspect else self._waiting).appendleft(work)
 
     def _forget(self, unit_id: str) -> None:
-        """Drops what is known of a unit on its way."""
+        """Forget the ranges of a unit and its error rows so far."""
         self._splits.pop(unit_id, None)
         self._forget_errors(unit_id)
 
@@ -190,7 +193,7 @@ class WorkQueue:
 
     def _check_errors(self) -> None:
         errors = self._errors + sum(self._live_errors.values())
-        if errors <= self._policy.max_error_rate * self._rows:  # fine without the rows that are counted below
+        if errors <= self._policy.max_error_rate * self._rows:  # within the limit even without the rows counted below
             return
         begun = {work.unit.id: work.unit.row_count for held in self._held.values() for work in held.values()}
         begun |= {unit_id: split.unit.row_count for unit_id, split in self._splits.items()}

@@ -1,4 +1,4 @@
-"""The files of an input path: a file, a folder or a glob, local or behind a URL."""
+"""Lists the files of an input path, which is a file, a folder or a glob, local or behind a URL."""
 
 import re
 import unicodedata
@@ -13,12 +13,12 @@ from pipeline.storage.urls import in_ray_package, is_inside, safe_url
 
 
 def list_input(path: str) -> tuple[str, list[FileInfo]]:
-    """The root and the files of an input path: a file, a folder (all *.parquet below it) or a glob.
+    """Return the root and the files of an input path: a file, a folder (all *.parquet below it) or a glob.
 
-    Names are relative to the root. Names that begin with "_" or "." are left out, files and folders alike.
-    Raises InputError where nothing matches, StorageError where the listing fails.
+    File names are relative to the root. In a folder or glob, files and folders whose names begin with "_" or "." are
+    left out. Raises InputError if nothing matches or a file cannot be used, StorageError if the listing fails.
     """
-    # A local name may hold brackets; on an object store a pattern is a pattern.
+    # The name of a local file may contain brackets, but a URL that contains such characters is always a pattern.
     kind = None if _has_magic(path) and "://" in path else Storage(path).kind()
     if kind == "other":
         raise InputError(f"input {safe_url(path)} is a pipe or a device: give a Parquet file, a folder or a glob")
@@ -42,7 +42,7 @@ def list_input(path: str) -> tuple[str, list[FileInfo]]:
 
 
 def would_read(path: str, root: str, output: str) -> bool:
-    """Whether the parts of an output folder would be among the files of an input path that was listed under `root`."""
+    """Return whether an input path that was listed under `root` would match the parts of an output folder."""
     real_root, real_output = real_path(root), real_path(output)
     if _has_magic(path) and root != path:
         if not is_inside(real_output, real_root):
@@ -64,7 +64,7 @@ def _check_name(file: FileInfo, path: str) -> None:
 
 def _list_folder(path: str) -> list[FileInfo]:
     found = [info for info in Storage(path).find() if _is_visible(info.name)]
-    # A link to nothing may have been one to a folder.
+    # A link whose target is gone counts whatever its name is: it may have led to a folder.
     files = [info for info in found if info.name.lower().endswith(".parquet") or info.size == DANGLING]
     if not files:
         has = ", ".join(_printable(info.name) for info in found[:3]) + (" …" if len(found) > 3 else "")
@@ -82,14 +82,17 @@ def _list_glob(path: str) -> list[FileInfo]:
 
 
 def _with_lasting_stamp(root: str, file: FileInfo) -> FileInfo:
-    """Unpacking sets new times: a file of Ray's package is known by its content, so that the job resumes elsewhere."""
+    """Return the file with a checksum as its stamp if it is in Ray's package, else unchanged.
+
+    Ray unpacks the package with new file times on each machine; with a checksum the job can resume on another one.
+    """
     if not in_ray_package(file.path):
         return file
     return replace(file, stamp="sha256:" + Storage(root).sha256(file.name, file.size))
 
 
 def _printable(name: str) -> str:
-    """The name in one line, with control characters and bytes that are not UTF-8 shown as escapes."""
+    """Return the name in one line, with control characters and bytes that are not UTF-8 shown as escapes."""
     shown = (c.encode("unicode_escape").decode() if unicodedata.category(c) == "Cc" else c for c in name)
     return "".join(shown).encode("utf-8", "backslashreplace").decode()
 

@@ -1,7 +1,8 @@
-"""What a Parquet file may promise, and how much of it is held at once: a few KB can claim, or decode to, any amount.
+"""Limits how much of a Parquet file is in memory at once, and refuses footers that cannot be true.
 
-A footer is taken at its word where its numbers can be true. A file made by hand whose pages contradict its footer is
-not caught here: pyarrow may take any amount of memory for it.
+These checks are needed because a file of a few KB can claim to hold, or can decode to, any amount of data. A footer is
+trusted if its numbers can be true. A handmade file whose pages contradict its footer is not detected: pyarrow may use
+any amount of memory for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,24 +14,28 @@ import pyarrow.parquet as pq
 
 MAX_COLUMNS = 20_000
 MAX_CELL_BYTES = 64_000_000
-"""Far above any prompt; a longer cell costs its row alone."""
+"""Largest size of a cell in bytes, far above any prompt. A longer cell makes only its own row an error row."""
 UNIT_BYTES = 2 << 30
-"""Of a unit's columns, and again of its prompts."""
+"""Memory limit for a unit's columns, in bytes. The same number limits the characters of its prompts."""
 ROW_BYTES = 256
-"""What a row takes beside its cells."""
+"""Bytes of memory that a row is assumed to need in addition to its cells."""
 BATCH_ROWS, BATCH_BYTES = 1024, 1 << 28
-"""Decoded at once."""
+"""Largest number of rows, and of bytes, to decode at once."""
 SURELY_BYTES = 1 << 20
-"""Row groups up to this size need no closer look: each of BATCH_ROWS rows could repeat all of it."""
+"""Row groups up to this size in bytes are not examined: even if each of BATCH_ROWS rows repeated all of the group's
+data, a batch would take at most BATCH_ROWS times this size (1 GiB)."""
 MANY, PACKED = 1 << 27, 1000
-"""So many values, and more than so many in a byte: nobody's data."""
+"""A count that is above MANY, and above PACKED for each stored byte, is refused: no real data is so dense."""
 RATIO = 100
-"""Text is not compressed better than that."""
+"""Highest compression ratio that is expected of text."""
 PAGE_HEADER_BYTES = 64
 
 
 def check_footer(metadata: pq.FileMetaData, size: int) -> tuple[int, ...]:
-    """The rows of each row group of a file of `size` bytes. Raises ValueError where the footer cannot be true."""
+    """Return the number of rows of each row group. `size`: bytes of the file.
+
+    Raises ValueError if the footer cannot be true or the file has more than MAX_COLUMNS columns.
+    """
     if metadata.num_columns > MAX_COLUMNS:
         raise ValueError(f"it has {metadata.num_columns} columns, above the {MAX_COLUMNS} that are read")
     groups = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
@@ -47,10 +52,13 @@ def batch_rows(
     columns: Sequence[str],
     probe: Callable[[int], object],
 ) -> int:
-    """How many rows of these row groups to decode at once: at most BATCH_BYTES, though a dictionary repeat its longest
-    value. `probe` reads a row of a group: what pyarrow refuses then, it would crash at when asked about columns.
+    """Return how many rows of these row groups to decode at once, so that a batch stays within BATCH_BYTES.
 
-    Raises ValueError where the footer cannot be true, and what `probe` raises.
+    This holds even if every row repeats the longest value of a dictionary; row groups up to SURELY_BYTES are not
+    examined. `probe` reads one row of a row group. It is called first because pyarrow would crash on the column
+    metadata of a group that it cannot read.
+
+    Raises ValueError if the footer cannot be true, and whatever `probe` raises.
     """
     leaves = [
         index
@@ -71,7 +79,7 @@ def batch_rows(
 
 
 def drop_long_cells(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, dict[int, str]]:
-    """The batch with cells above MAX_CELL_BYTES made null, and why, by row."""
+    """Set cells above MAX_CELL_BYTES to null. Return the batch and the reasons by row index."""
     if batch.nbytes <= MAX_CELL_BYTES:
         return batch, {}
     errors: dict[int, str] = {}
@@ -92,7 +100,7 @@ def _check_count(count: int, stored: int, noun: str) -> None:
 
 
 def _row_width(source: pa.NativeFile, chunk: Any, leaf: Any, rows: int) -> int:
-    """Bytes of the widest rows of a column chunk, nested ones as their mean."""
+    """Return the bytes of the widest row of a column chunk. Nested rows count with their mean number of values."""
     _check_count(chunk.num_values, chunk.total_compressed_size, f"values of {leaf.path}")
     values: int = -(-chunk.num_values // max(rows, 1))
     width: int = max(8, leaf.length) if leaf.physical_type != "BYTE_ARRAY" else _widest(source, chunk)
@@ -109,7 +117,11 @@ def _widest(source: pa.NativeFile, chunk: Any) -> int:
 
 
 def _page_bytes(source: pa.NativeFile, offset: int) -> int:
-    """The uncompressed size in the page header there: field 2, after the type, in Thrift's compact protocol."""
+    """Return the uncompressed size in bytes that the page header at `offset` states.
+
+    This is field 2 of the header, after the page type, in Thrift's compact protocol. Raises ValueError if there is no
+    page header at `offset`.
+    """
     source.seek(offset)
     header = source.read(PAGE_HEADER_BYTES)
     if len(header) < 3 or header[0] != 0x15 or header[2] != 0x15:

@@ -1,4 +1,4 @@
-"""The rows of one open Parquet file, in bounded pieces."""
+"""Reads the rows of one open Parquet file in pieces of bounded size."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -17,21 +17,24 @@ from pipeline.storage.urls import safe_url
 
 READ_BUFFER_BYTES = 1 << 20
 TAIL_BYTES = 8
-"""Length of the footer and the magic word, at the end of a file."""
+"""Bytes at the end of a Parquet file: the length of the footer and the magic word."""
 _BUILT_BADLY = ("dictionary<", "list_view<")
-"""Stored Arrow types that pyarrow is not asked to build: a dictionary with one value that is not UTF-8 costs the whole
-batch, and a view of lists comes out broken."""
+"""Stored Arrow types that are read as plain types instead: pyarrow fails on a whole batch if one value of a dictionary
+is not UTF-8, and it returns broken list views."""
 
 
 class RowStream:
-    """One open Parquet file, read forward in small batches; a jump reopens at the row group of its target."""
+    """An open Parquet file, read forward in small batches. A jump starts again at the row group of its target."""
 
     def __init__(self, unit: WorkUnit, columns: list[str]) -> None:
-        """The file as it was planned, whatever the unit's rows. Raises InputError where it is gone or has changed, what
-        pyarrow raises where it is no Parquet."""
+        """Open the unit's file. The unit's range of rows does not matter here.
+
+        Raises InputError if the file is gone or has changed since it was planned, ValueError if its footer cannot be
+        true, and whatever pyarrow raises if it is not Parquet.
+        """
         self.path = unit.file
         self.too_long: dict[int, str] = {}
-        """Why the last taken rows (by position among them) have cells that are null: too long to be held."""
+        """For the rows of the last take, by position: why a cell is null (it was too long)."""
         self._planned = unit
         self._storage, self._name = split_url(unit.file)
         size = self._check_unchanged()
@@ -47,12 +50,13 @@ class RowStream:
         self._group_starts = list(accumulate(groups, initial=0))
         self._batches: Any = iter(())
         self._pending: pa.RecordBatch | None = None
-        self._position = self._end = 0  # the row that comes next, and the one where the batches end
+        self._position = self._end = 0  # the next row, and the row after the last batch
 
     def take(self, first_row: int, count: int) -> pa.Table:
-        """Rows first_row to first_row + count - 1; afterwards `too_long` is about them.
+        """Return the rows first_row to first_row + count - 1, and set `too_long` for them.
 
-        Raises what pyarrow raises, InputError where the file has changed or the rows are too large together.
+        Raises InputError if the file has changed or the rows are too large together, ValueError if the footer cannot be
+        true, and whatever pyarrow raises.
         """
         end = first_row + count
         if end > self._group_starts[-1]:
@@ -77,22 +81,22 @@ class RowStream:
                     f"take more than {limits.UNIT_BYTES >> 20} MiB: lower output.rows_per_file (or target_mb)"
                 )
             taken.append(rows)
-        self._check_unchanged()  # a file that is rewritten while it is open gives rows of both
+        self._check_unchanged()  # a file rewritten while it is open gives rows of both versions
         return pa.Table.from_batches(taken)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._batches = iter(())
         self._pending = None
         self._parquet.close()
         self._source.close()
 
     def _check_unchanged(self) -> int:
-        """The file's size in bytes. Raises InputError where the file is not the one that was planned."""
+        """Return the file's size in bytes. Raises InputError if the file is not the one that was planned."""
         planned, info = self._planned, self._storage.stat(self._name)
         if info is None:
             raise InputError(f"input {safe_url(self.path)} is gone: it was there when the job was planned")
-        # A checksum is the stamp of a file in Ray's package, which nobody rewrites.
+        # The stamp is a checksum only for files in Ray's package. Nobody rewrites these, so their size is enough.
         changed = info.stamp != planned.stamp and not planned.stamp.startswith("sha256:")
         if planned.size >= 0 and (info.size != planned.size or changed):
             raise InputError(
@@ -109,7 +113,7 @@ class RowStream:
             self._next_rows(row - self._position)
 
     def _start(self, row: int, last: int) -> None:
-        """Begins at the row group that holds `row`; goes no further than the one that holds `last`."""
+        """Start new batches at the row group that holds `row`; they end with the row group that holds `last`."""
         groups = range(self._group_of(row), self._group_of(last) + 1)
         batch_rows = limits.batch_rows(
             self._source, self._metadata, groups, self._columns, lambda group: next(self._iterate([group], 1), None)
@@ -125,7 +129,7 @@ class RowStream:
         return batches
 
     def _group_of(self, row: int) -> int:
-        return bisect_right(self._group_starts, row) - 1  # of empty groups the last: it is followed by the row
+        return bisect_right(self._group_starts, row) - 1  # passes over empty groups that start at the same row
 
     def _next_rows(self, at_most: int) -> pa.RecordBatch:
         batch: pa.RecordBatch | None = self._pending if self._pending is not None else next(self._batches, None)
@@ -138,11 +142,11 @@ class RowStream:
 
 
 def _without_arrow_schema(source: pa.NativeFile, size: int) -> pq.FileMetaData:
-    """The footer without the Arrow types that the writer stored."""
+    """Return the footer without the Arrow types that the writer of the file stored in it."""
     source.seek(size - TAIL_BYTES)
     tail = source.read(TAIL_BYTES)
     length = int.from_bytes(tail[:4], "little")
     source.seek(size - TAIL_BYTES - length)
-    # A file of nothing else. Not through pyarrow's own writer of footers, which crashes at what its reader takes.
+    # Build a file that holds only the footer. pyarrow's own footer writer crashes on footers that its reader accepts.
     footer = source.read(length).replace(b"\x0cARROW:schema", b"\x0c_____:schema")
     return pq.read_metadata(pa.BufferReader(tail[4:] + footer + tail))

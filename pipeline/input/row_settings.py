@@ -1,6 +1,6 @@
-"""Settings that a row brings along (`input.row_settings`): which column types can hold them, and what the cells say.
+"""Reads the generation settings of single rows from input columns (`input.row_settings`).
 
-Which values are possible is model.requests' to say.
+It decides which column types can hold a setting; model.requests decides which values are allowed.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ Settings = tuple[RowSetting, ...]
 
 
 def misfit(setting: str, kind: pa.DataType) -> str | None:
-    """What the column of this setting must be, where one of this type cannot hold it."""
+    """Return None if a column of type `kind` can hold the setting, else the kind of column that is needed."""
     whole = pa.types.is_integer(plain_type(kind))
     if setting in _WHOLE:
         return None if whole else "an integer column"
@@ -32,9 +32,10 @@ def misfit(setting: str, kind: pa.DataType) -> str | None:
 
 
 def read_settings(table: pa.Table, columns: Mapping[str, str]) -> list[tuple[Settings, str | None]]:
-    """For each row of a table that has the columns: (its settings, None), or ((), what is wrong with a cell).
+    """Return for each row of the table (its settings, None), or ((), the reason) if a cell is wrong.
 
-    `columns`: column by setting; each fits (see misfit). Rows with the same settings share one object.
+    `columns` maps each setting to its column, whose type must be suitable (see misfit). Rows with the same settings
+    share one object.
     """
     if not columns:
         return [((), None)] * table.num_rows
@@ -48,7 +49,7 @@ def read_settings(table: pa.Table, columns: Mapping[str, str]) -> list[tuple[Set
 
 
 def with_settings(params: GenerationParams, settings: Settings) -> GenerationParams:
-    """The job's settings with those of a row."""
+    """Return the job's parameters with the settings of a row put in place of the job's."""
     values: dict[str, Any] = {setting.name: setting.value for setting in settings}
     return replace(params, **values) if values else params
 
@@ -56,11 +57,11 @@ def with_settings(params: GenerationParams, settings: Settings) -> GenerationPar
 def _holds_texts(kind: pa.DataType) -> bool:
     if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)):
         return False
-    return is_text(kind.value_type) or pa.types.is_null(kind.value_type)  # null: all lists of one file are empty
+    return is_text(kind.value_type) or pa.types.is_null(kind.value_type)  # null: all lists of a file are empty
 
 
 def _judge(name: str, column: str, cells: "pa.ChunkedArray[Any]") -> list[RowSetting | str | None]:
-    """For each cell: the setting, what is wrong with it, or None for null."""
+    """Return for each cell its setting, a text if its value is wrong, or None if it is null."""
     known: dict[Any, RowSetting | str | None] = {None: None}
     found: list[RowSetting | str | None] = []
     for value in _values(cells):
@@ -74,7 +75,7 @@ def _judge(name: str, column: str, cells: "pa.ChunkedArray[Any]") -> list[RowSet
 
 
 def _values(column: "pa.ChunkedArray[Any]") -> list[Any]:
-    """Python values that can be keys of a dict; of a list one string more than may be, however many it has."""
+    """Return the cells as hashable Python values. Lists are cut to MAX_STOPS + 1 strings, enough to see too many."""
     if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
         short: Any = pc.list_slice(column, 0, MAX_STOPS + 1, return_fixed_size_list=False)
         return [tuple(cell) if isinstance(cell, list) else cell for cell in read_cells(short)]
@@ -82,7 +83,7 @@ def _values(column: "pa.ChunkedArray[Any]") -> list[Any]:
 
 
 def _check(setting: RowSetting) -> RowSetting | str:
-    """The setting, or what is wrong with its value."""
+    """Return the setting, or a text that says what is wrong with its value."""
     values: dict[str, Any] = {setting.name: setting.value}
     try:
         GenerationParams(**values)

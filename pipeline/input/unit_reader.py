@@ -1,4 +1,4 @@
-"""Reads the rows of work units: Parquet in, memory bounded by a unit."""
+"""Reads the rows of work units from Parquet files, with the rows of one unit in memory at a time."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +19,19 @@ from pipeline.storage.urls import safe_url
 
 @dataclass(frozen=True, slots=True)
 class UnitData:
-    """A unit as read: one Row per input row in order, and the columns that go to the output as they are."""
+    """The data of a work unit: one Row per input row, in order, and the columns that are copied to the output."""
 
     unit: WorkUnit
     rows: list[Row]
     columns: pa.Table
-    """`id` and the carried columns, a row for each of `rows`."""
+    """The `id` column and the carried columns, with one row for each of `rows`."""
 
 
 class UnitReader:
-    """Reads units of one job. Keeps the last file open: units taken in order are read in one pass over the file."""
+    """A reader for the work units of one job.
+
+    It keeps the last file open, so that units taken in order are read in one pass over the file.
+    """
 
     def __init__(self, settings: InputSection) -> None:
         self._prompts = PromptMaker(settings.prompt_column, settings.template)
@@ -38,10 +41,10 @@ class UnitReader:
         self._file: RowStream | None = None
 
     def read(self, unit: WorkUnit) -> UnitData:
-        """The unit's rows; a bad row is a Row with `error`.
+        """Return the rows and the output columns of the unit. A row that cannot be used gets a text in `Row.error`.
 
-        Raises InputError where the file is gone, has changed since planning or cannot be decoded, StorageError where
-        it cannot be reached.
+        Raises InputError if the file is gone, has changed since planning or cannot be decoded, or if the unit is too
+        large for the memory limits. Raises StorageError if the file cannot be reached.
         """
         table, too_long = self._read_table(unit)
         columns, errors = self._output_columns(unit, table)
@@ -60,7 +63,7 @@ class UnitReader:
         return UnitData(unit, rows, columns)
 
     def close(self) -> None:
-        """Closes the open file, if any, and ends the process that renders templates, if any."""
+        """Close the open file, if any, and end the process that renders templates, if any."""
         self._prompts.close()
         self._close_file()
 
@@ -70,7 +73,7 @@ class UnitReader:
             self._file = None
 
     def _read_table(self, unit: WorkUnit) -> tuple[pa.Table, dict[int, str]]:
-        """The unit's columns, and why the cells that are null because of their size are so, by row."""
+        """Return the unit's columns, and the reasons for cells set to null because of their size, by row index."""
         try:
             if self._file is None or self._file.path != unit.file:
                 self._close_file()
@@ -81,11 +84,11 @@ class UnitReader:
             self._close_file()
             raise
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            self._close_file()  # its position is lost
+            self._close_file()  # its position is unknown now
             raise InputError(f"{_rows_of(unit)}: cannot be decoded: {one_line(error)}") from error
 
     def _output_columns(self, unit: WorkUnit, table: pa.Table) -> tuple[pa.Table, dict[int, str]]:
-        """`id` and the carried columns, cleaned, and the rows (by index) that they make unusable."""
+        """Return the cleaned `id` and carried columns, and the errors of rows with an unusable cell, by row index."""
         names = [f"{unit.name}#{unit.first_row + i}" for i in range(table.num_rows)] if not self._id_column else []
         columns: dict[str, Any] = {"id": pa.chunked_array([pa.array(names, pa.string())])}
         errors: dict[int, str] = {}
@@ -101,16 +104,16 @@ def _rows_of(unit: WorkUnit) -> str:
 
 
 def _clean(column: "pa.ChunkedArray[Any]") -> tuple["pa.ChunkedArray[Any]", dict[int, str]]:
-    """The column; cells that would make a part unreadable are replaced, with reasons by index."""
+    """Replace the cells that would make a part unreadable. Return the column and the reasons by row index."""
     try:
-        column.validate(full=True)  # strings that are not UTF-8 are found here, nested ones too
+        column.validate(full=True)  # also finds nested strings that are not UTF-8
     except pa.ArrowInvalid:
         cells = read_cells(column)
     else:
         return column, {}
     bad = {i: cell.reason for i, cell in enumerate(cells) if isinstance(cell, CellError)}
     for index in bad:
-        # A string keeps what can be read of it; anything else that holds such bytes is dropped.
+        # A string keeps the characters that can be decoded; any other value with such bytes becomes null.
         raw = column[index].cast(pa.binary()).as_py() if is_text(column.type) else None
         cells[index] = raw.decode("utf-8", "replace") if raw is not None else None
     return pa.chunked_array([pa.array(cells, column.type)]), bad

@@ -1,4 +1,4 @@
-"""`clean OUTPUT`: removes what runs that died left behind, and nothing that holds rows of the output."""
+"""Removes files that dead runs left in an output folder (`clean OUTPUT`), but no file whose rows are still needed."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,29 +16,33 @@ from pipeline.storage.storage import FileInfo, Storage
 
 THREADS = 16
 TEMPORARY_AGE_S = 3600.0
-"""A temporary file that is younger may be one that is being written, where the job is not complete."""
+"""Age in seconds above which a temporary file is removed although the job is not complete. A younger file may still be
+being written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Files of one kind that may go."""
+    """The files of one kind that may be removed."""
 
     what: str
     files: tuple[FileInfo, ...]
 
     def line(self) -> str:
-        """`3 segments of finished units, 1,234 bytes: _job/segments/… and 2 more`."""
+        """Return text such as `3 segments of finished units, 1,234 bytes: _job/segments/… and 2 more`."""
         more = f" and {len(self.files) - 1:,} more" if len(self.files) > 1 else ""
         size = sum(file.size for file in self.files)
         return f"{len(self.files):,} {self.what}, {size:,} bytes: {self.files[0].name}{more}"
 
 
 def find_leftovers(output_path: str, clock: Callable[[], float] = time.time) -> list[Leftover]:
-    """What `clean` would remove. Raises OutputError where the folder is no job's output, StorageError."""
+    """Return the files that `clean` would remove.
+
+    Raises OutputError if the folder is not a job's output, StorageError if the storage fails.
+    """
     ledger, storage = Ledger(output_path), Storage(output_path)
-    ledger.read_plan()  # refuses a folder that is none of ours
+    ledger.read_plan()  # raises if the folder is not a job's output
     inventory = list_inventory(storage)
-    # after the listing: a run that takes more files meanwhile has planned those of its segments
+    # Read the plan again after the listing: if a run has added input files to the job, their segments are not foreign.
     plan = ledger.read_plan()
     finished = inventory.part_units
     others = [file for unit in inventory.segments.keys() - finished for file in inventory.segments[unit]]
@@ -52,23 +56,23 @@ def find_leftovers(output_path: str, clock: Callable[[], float] = time.time) -> 
 
 
 def remove_leftovers(output_path: str, leftovers: Sequence[Leftover]) -> None:
-    """Removes them. Raises StorageError where that fails; what is gone already is no failure."""
+    """Remove these files. Raises StorageError if that fails; a file that is already gone is not a failure."""
     storage = Storage(output_path)
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(storage.remove, [file.name for leftover in leftovers for file in leftover.files]))
 
 
 def _foreign(storage: Storage, segments: Sequence[FileInfo], plan: PlanRecord) -> Iterator[FileInfo]:
-    """Those of another job or of another version of their input file; a run would not use them.
+    """Yield the segments of another job or of another version of their input file. No run of this job would use them.
 
-    One that cannot be read is left: a run ignores it, and removes it when its unit is done.
+    A segment that cannot be read is kept: a run ignores it and removes it when its unit is finished.
     """
 
     def is_foreign(segment: FileInfo) -> bool:
         try:
             with storage.open(segment.name, segment.size) as source:
                 record, _ = read_record(source)
-        except (NotOursError, StorageError):  # StorageError: its unit was finished meanwhile, and it is gone
+        except (NotOursError, StorageError):  # StorageError: the segment is gone, because its unit was finished
             return False
         digest, version = plan.fingerprint.digest, plan.files.get(record.file, (None, None))[:2]
         return (record.fingerprint, (record.size, record.stamp)) != (digest, version)
@@ -85,6 +89,7 @@ def _abandoned(inventory: Inventory, now: float) -> Iterator[FileInfo]:
         if complete or file.name == PROBE:
             yield file
             continue
-        with suppress(ValueError):  # a stamp that is no time: no local file, and there nothing is written in two steps
+        # ValueError: the stamp is not a time, so the file is not local, and only local writing makes temporary files.
+        with suppress(ValueError):
             if now - float(file.stamp.removeprefix("mtime:")) > TEMPORARY_AGE_S:
                 yield file

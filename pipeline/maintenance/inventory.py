@@ -1,4 +1,4 @@
-"""What lies in an output folder, sorted by what it is: what `verify` and `clean` go by."""
+"""Lists the files of an output folder by kind, for `verify` and `clean`."""
 
 import re
 from dataclasses import dataclass, field
@@ -11,26 +11,26 @@ UNIT = r"(?P<unit>[0-9a-f]{12}-[0-9]{10,})"
 
 @dataclass(slots=True)
 class Inventory:
-    """Files of an output folder; each is in one of these."""
+    """The files of an output folder. Each file is in exactly one of these fields."""
 
     own: list[FileInfo] = field(default_factory=list)
-    """Those of layout.OWN."""
+    """The files named in layout.OWN."""
     parts: list[FileInfo] = field(default_factory=list)
-    """Whatever a reader's `part-*.parquet` finds."""
+    """All files that match `part-*.parquet`, because readers take them for parts."""
     records: dict[str, FileInfo] = field(default_factory=dict)
-    """Commit records, by unit id."""
+    """Commit records by unit id."""
     segments: dict[str, list[FileInfo]] = field(default_factory=dict)
-    """By unit id."""
+    """Segments by unit id."""
     drivers: dict[int, FileInfo] = field(default_factory=dict)
-    """Driver claims, by number."""
+    """Driver claims by driver number."""
     temporary: list[FileInfo] = field(default_factory=list)
     """Files that were being written when their writer died, or are being written now."""
     strange: list[FileInfo] = field(default_factory=list)
-    """Not put there by this project."""
+    """Files that this project did not write."""
 
     @property
     def part_units(self) -> set[str]:
-        """Ids of the units that have a part, by its name."""
+        """Return the ids of the units that have a part, taken from the names of the parts."""
         return {match["unit"] for part in self.parts if (match := _PART.fullmatch(part.name))}
 
 
@@ -42,7 +42,7 @@ _TEMPORARY = re.compile(r"(?P<folder>.*/)?\.(?P<name>[^/]+)\.[0-9a-f]{32}\.tmp")
 
 
 def list_inventory(storage: Storage) -> Inventory:
-    """The files of an output folder. Raises StorageError."""
+    """List the files of an output folder. Raises StorageError if the storage fails."""
     inventory = Inventory()
     for file in storage.find():
         name = file.name
@@ -64,7 +64,7 @@ def list_inventory(storage: Storage) -> Inventory:
 
 
 def _is_own(temporary: "re.Match[str]") -> bool:
-    """Whether the name that a temporary file was to get is one of ours."""
+    """Return whether the final name of a temporary file is a name that this project uses."""
     name = f"{temporary['folder'] or ''}{temporary['name']}"
     patterns = (_PART, _RECORD, _SEGMENT, _DRIVER)
     return name in (*OWN, PROBE) or any(pattern.fullmatch(name) for pattern in patterns)

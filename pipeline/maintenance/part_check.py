@@ -1,4 +1,4 @@
-"""One part against all that is known of it: its own footer, its commit record, the plan, and every row of its data."""
+"""Checks that the rows, the footer and the commit record of one part agree with each other and with the plan."""
 
 import hashlib
 import threading
@@ -24,7 +24,8 @@ from pipeline.storage.storage import FileInfo, Storage
 
 BATCH_ROWS = 8192
 HELD_BYTES = 256 << 20
-"""Of parts in memory at one time, together. A part that is larger is read twice, in pieces: hashed, then decoded."""
+"""Largest number of bytes of parts in memory, over all threads. A larger part is not held in memory: it is read twice
+in pieces, once to hash it and once to decode it."""
 AGAIN = "delete it and submit the job again"
 _READ = (
     *("id", "finish_reason", "prompt_tokens", "completion_tokens", "denoiser_forwards"),
@@ -34,27 +35,30 @@ _READ = (
 
 @dataclass(frozen=True, slots=True)
 class CheckedPart:
-    """What was found out about one part."""
+    """The result of checking one part."""
 
     name: str
     record: PartRecord | None
-    """None: it cannot be read."""
+    """The record in the footer of the part; None if it cannot be read."""
     totals: Totals
-    """Counted from its rows."""
+    """The totals, counted from the rows of the part."""
     problems: tuple[str, ...]
-    """A line each."""
+    """One line for each problem."""
 
 
 class PartChecker:
-    """Checks the parts of one output folder. `check` may be called from many threads."""
+    """A checker for the parts of one output folder. `check` may be called from many threads."""
 
     def __init__(self, storage: Storage, plan: PlanRecord, records: set[str], ids: IdCounter | None) -> None:
-        """`records`: ids of the units that have a commit record. `ids` takes the ids, where the job has its own."""
+        """Set up the checks. `records`: ids of the units that have a commit record.
+
+        `ids` receives the hashed ids of all parts; it is None if the job generates its ids.
+        """
         self._storage, self._plan, self._records, self._ids = storage, plan, records, ids
         self._memory = _Budget(HELD_BYTES)
 
     def check(self, part: FileInfo) -> CheckedPart:
-        """Reads the part once (see HELD_BYTES). Raises StorageError."""
+        """Read and check one part. Raises StorageError if the storage fails."""
         if part.size > HELD_BYTES:
             digest = self._storage.sha256(part.name, part.size)
             with self._storage.open(part.name, part.size) as source:
@@ -71,9 +75,9 @@ class PartChecker:
             return CheckedPart(part.name, None, Totals(), (said,))
         unproven = list(self._check_commit(part, record, totals, digest))
         misplaced = list(self._check_record(part, record))
-        if misplaced:  # its rows cannot be what they should be
+        if misplaced:  # its rows cannot match the plan, so they are not checked
             return CheckedPart(part.name, record, Totals(), (*misplaced, *unproven))
-        # Without a checksum of the whole, every page is read for its own.
+        # If the checksum of the whole file was not confirmed, read all columns, to check the checksum of every page.
         columns = None if unproven else list(_READ)
         counted = Totals()
         try:
@@ -90,7 +94,7 @@ class PartChecker:
         )
 
     def _check_record(self, part: FileInfo, record: PartRecord) -> Iterator[str]:
-        """What the part says of itself against its name and the plan."""
+        """Yield a problem if the part's record does not agree with its file name or the plan."""
         planned = self._plan.files.get(record.file)
         if record.fingerprint != self._plan.fingerprint.digest:
             yield f"{part.name} is another job's part: its fingerprint is {record.fingerprint[:12]}…; {AGAIN}"
@@ -105,10 +109,10 @@ class PartChecker:
             yield f"{part.name} was made of another version of {record.file} than the plan's; {AGAIN}"
 
     def _check_commit(self, part: FileInfo, record: PartRecord, totals: Totals, digest: str) -> Iterator[str]:
-        """The commit record against the part."""
+        """Yield a problem if the commit record is missing, damaged or does not agree with the part."""
         name = record_name(record.unit)
         if part.name != part_name(record.unit):
-            return  # it is another part's
+            return  # the record belongs to another part
         data = self._storage.read_if_exists(name) if record.unit in self._records else None
         if data is None:
             yield f"{name} is missing: submit the job again to have it written"
@@ -119,7 +123,7 @@ class PartChecker:
         except NotOursError as error:
             yield f"{name} is damaged: {error}; {AGAIN}"
             return
-        # `seconds` is measured once more when the part is there.
+        # `seconds` in the commit record is measured again, after the part is published.
         said = {key: value for key, value in fields.items() if key not in ("seconds", "sha256", "part_bytes")}
         found = {key: value for key, value in {**asdict(record), **asdict(totals)}.items() if key != "seconds"}
         if (fields["sha256"], fields["part_bytes"]) != (digest, part.size):
@@ -138,7 +142,7 @@ class PartChecker:
     def _check_rows(
         self, file: pq.ParquetFile, record: PartRecord, columns: list[str] | None
     ) -> tuple[Totals, list[str]]:
-        """(totals, problems) of the data, read a batch at a time."""
+        """Read the rows in batches. Return (totals, problems); the totals are not complete if there is a problem."""
         generated = self._plan.fingerprint.fields.get("input.id_column") is None
         totals, row = Totals(), record.first_row
         hashes: list[Hashes] = []
@@ -166,7 +170,7 @@ class PartChecker:
 
 
 class _Budget:
-    """Bytes that threads hold; who wants more than there is waits."""
+    """A number of bytes that threads share. A thread that needs more than is free waits."""
 
     def __init__(self, size: int) -> None:
         self._left = size
@@ -174,7 +178,7 @@ class _Budget:
 
     @contextmanager
     def hold(self, size: int) -> Iterator[None]:
-        """Takes `size` bytes, at most those of the whole budget, for the time of the block."""
+        """Take `size` bytes while the `with` block runs. `size` must not be larger than the whole budget."""
         with self._changed:
             self._changed.wait_for(lambda: self._left >= size)
             self._left -= size
@@ -187,6 +191,6 @@ class _Budget:
 
 
 def _differing(said: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """`rows 9, not 10, …` for what differs; three at most."""
+    """Return text such as `rows 9, not 10, …` for up to three values that differ."""
     names = [name for name in dict.fromkeys([*said, *found]) if said.get(name) != found.get(name)]
     return ", ".join(f"{name} {said.get(name)!r}, not {found.get(name)!r}" for name in names[:3]) or "other seconds"

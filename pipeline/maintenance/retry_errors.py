@@ -1,8 +1,8 @@
-"""`retry-errors OUTPUT --to FOLDER`: a new job of the rows that failed.
+"""Makes a new job from the rows of an output that failed (`retry-errors OUTPUT --to FOLDER`).
 
-FOLDER/input gets their input rows as they are, FOLDER/job.yaml the settings of the old job, without a limit of the
-error rate; the new one writes to FOLDER/output. The rows keep their ids, so that its results can be joined to the old
-ones.
+FOLDER/input gets the input rows unchanged. FOLDER/job.yaml gets the settings of the old job, but without a limit on the
+error rate. The new job writes to FOLDER/output. The rows keep their ids, so that the new results can be joined to the
+old ones.
 """
 
 import os
@@ -38,7 +38,7 @@ from pipeline.storage.urls import is_inside, is_local, safe_url
 THREADS = 16
 ROWS_A_FILE, BYTES_A_FILE = 50_000, 64 << 20
 READ_ROWS = 1024
-"""Of a file at a time, the failed ones among them."""
+"""Largest range of rows to read from a file at once; it includes rows that did not fail."""
 REASONS = 5
 _REASONS_KEPT = 10_000
 _NUMBER = re.compile(r"\d[\d,.]*\d|\d")
@@ -48,20 +48,20 @@ RowNumbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class RetryJob:
-    """What was made; nothing, where no row failed."""
+    """The new job that was written. If no row failed, `rows` is 0 and nothing was written."""
 
     rows: int
     reasons: tuple[tuple[str, int], ...]
-    """(error with its numbers as N, rows), the five most frequent."""
+    """The five most frequent errors as (error text with its numbers replaced by N, number of rows)."""
     job_file: str
-    """Path or URL."""
+    """Path or URL of the new job file."""
     units_left: int
-    """Units of the old job that have no part yet: what fails in them is not in the new one."""
+    """Number of units of the old job that have no part yet. Rows that fail in them are not in the new job."""
 
 
 @dataclass(slots=True)
 class _Failed:
-    """The error rows of an output."""
+    """The error rows found in an output."""
 
     rows: dict[str, list[RowNumbers]]
     """Row numbers by input file."""
@@ -70,10 +70,10 @@ class _Failed:
 
 
 def make_retry_job(output_path: str, folder: str) -> RetryJob:
-    """Writes the new job to `folder`, which must be empty or absent.
+    """Write the new job to `folder`, which must be empty or must not exist yet.
 
-    Raises OutputError where the output or the folder is not as it must be, InputError where the input files of failed
-    rows are not those that the job was planned over, StorageError.
+    Raises OutputError if the output cannot be read or the folder cannot be used, InputError if an input file with
+    failed rows is not as it was when the job was planned, and StorageError if the storage fails.
     """
     folder = os.path.abspath(os.path.expanduser(folder)) if is_local(folder) else folder.rstrip("/")
     record = Ledger(output_path).read_plan()
@@ -92,7 +92,7 @@ def make_retry_job(output_path: str, folder: str) -> RetryJob:
                 for table in _read_rows(job, file, np.sort(np.concatenate(failed.rows[file.name])), plan, id_column):
                     writer.add(table)
         writer.flush()
-        # last: a folder without it is no job
+        # written last: without this file the folder is not taken for a job
         comment = f"{rows:,} rows of a job that failed; made by retry-errors"
         target.write("job.yaml", to_yaml(without_variables(retry), [comment]))
     return RetryJob(rows, tuple(failed.reasons.most_common(REASONS)), job_file, units_left)
@@ -154,7 +154,10 @@ def _find_failed(output_path: str, record: PlanRecord) -> _Failed:
 
 
 def _plan_again(job: Job, record: PlanRecord, folder: str, needed: Collection[str]) -> Plan:
-    """The input as it is now. Raises InputError where a file of failed rows is not what it was."""
+    """Return a plan of the job over the input as it is now. `needed`: the files with failed rows.
+
+    Raises InputError if one of these files was changed or removed, OutputError if `folder` lies inside the input.
+    """
     identity = str(record.fingerprint.fields.get("model.checkpoint"))
     plan = make_plan(job, checkpoint_identity=identity, allow_unreadable=True)
     change = listing_change(record.files, plan.listing)
@@ -169,7 +172,7 @@ def _plan_again(job: Job, record: PlanRecord, folder: str, needed: Collection[st
 
 
 def _free_name(columns: Sequence[str]) -> str:
-    """For the column that gets the ids which the old job made."""
+    """Return a name that is not in `columns`, for the column that gets the ids which the old job generated."""
     name = "original_id"
     while name in columns:
         name += "_"
@@ -177,7 +180,11 @@ def _free_name(columns: Sequence[str]) -> str:
 
 
 def _read_rows(job: Job, file: InputFile, rows: RowNumbers, plan: Plan, id_column: str) -> Iterator[pa.Table]:
-    """The rows of a file (ordered numbers), a few at a time: the job's columns and the id."""
+    """Yield these rows of a file, a few at a time. `rows`: row numbers in ascending order.
+
+    The tables have the job's input columns, and `id_column` if the job itself has no id column. Raises InputError if
+    the file cannot be decoded.
+    """
     columns = job.input.columns
     types = {name: plan.schema.field(name).type for name in job.input.carry}
     if job.input.prompt_column is not None:
@@ -188,9 +195,9 @@ def _read_rows(job: Job, file: InputFile, rows: RowNumbers, plan: Plan, id_colum
     try:
         for near in np.split(rows, np.flatnonzero(np.diff(rows // READ_ROWS)) + 1):
             first, last = int(near[0]), int(near[-1])
-            # taken, not sliced: a slice would keep all rows around it in memory
+            # take() copies the rows; a slice would keep all rows around it in memory
             table = stream.take(first, last - first + 1).take(near - first)
-            # A column that is all null in this file may be typed in another one.
+            # A column that holds only nulls in this file may have another type in another file.
             made = {name: table[name].cast(types.get(name, table[name].type)) for name in columns}
             if job.input.id_column is None:
                 made[id_column] = pa.chunked_array([[f"{file.name}#{row}" for row in near]])
@@ -202,7 +209,7 @@ def _read_rows(job: Job, file: InputFile, rows: RowNumbers, plan: Plan, id_colum
 
 
 class _Writer:
-    """Puts rows into files of a bounded size."""
+    """A writer that collects rows and writes them into Parquet files of bounded size."""
 
     def __init__(self, target: Storage) -> None:
         self._target = target
@@ -210,7 +217,7 @@ class _Writer:
         self._rows = self._bytes = self._files = 0
 
     def add(self, table: pa.Table) -> None:
-        if self._tables and self._tables[0].schema != table.schema:  # columns of a template may differ between files
+        if self._tables and self._tables[0].schema != table.schema:  # the template's columns may differ between files
             self.flush()
         self._tables.append(table)
         self._rows += table.num_rows
@@ -231,5 +238,5 @@ def _settings(job: Job, folder: str, id_column: str) -> dict[str, Any]:
     settings["name"] = f"{job.name or 'job'}-retry"
     settings["input"] |= {"path": f"{folder}/input", "id_column": id_column}
     settings["output"]["path"] = f"{folder}/output"
-    settings["retry"]["max_error_rate"] = 1.0  # all of them failed once: those that fail again do not end the job
+    settings["retry"]["max_error_rate"] = 1.0  # these rows failed once, and failing again must not end the job
     return Job.model_validate(settings).model_dump(mode="json")

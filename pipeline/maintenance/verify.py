@@ -1,8 +1,7 @@
-"""`verify OUTPUT`: whether an output folder holds every input row once, as it was made. Needs that folder alone.
+"""Checks that an output folder holds every input row once and undamaged (`verify OUTPUT`), from that folder alone.
 
-Each part is fetched once and checked in a thread; the memory is bounded by part_check.HELD_BYTES and, where the job has
-its own ids, by 8 bytes an id of the parts being checked. 2,000 parts with 10 million rows, 1.1 GB: 9 s and 230 MiB on
-two cores that had other work, 24 s from SeaweedFS on the same machine (tests/benchmarks/resume.py).
+Each part is checked in a thread. The memory is bounded by part_check.HELD_BYTES and, if the job has its own ids, by 8
+bytes for each id of the parts that are being checked.
 """
 
 from collections import defaultdict
@@ -24,22 +23,22 @@ from pipeline.storage.storage import Storage
 
 THREADS = 8
 ProgressHook = Callable[[int, int], None]
-"""Called after each part with (parts checked, parts)."""
+"""A function that is called after each part with (number of parts checked, number of all parts)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was found in an output folder."""
+    """The result of checking an output folder."""
 
     problems: tuple[str, ...]
-    """What is wrong, which file it is and what to do, a line each; none: all is as it must be."""
+    """One line for each problem: what is wrong, in which file, and what to do. Empty if the output is sound."""
     totals: Totals
-    """Counted from the rows of the parts."""
+    """The totals, counted from the rows of the parts."""
     parts: int
     part_bytes: int
 
     def summary(self) -> str:
-        """One line, for an output without problems."""
+        """Return one line that describes an output without problems."""
         totals = self.totals
         return (
             f"verified: {totals.rows:,} rows in {self.parts:,} parts ({self.part_bytes:,} bytes), each input row once; "
@@ -48,9 +47,10 @@ class Verification:
 
 
 def verify(output_path: str, progress: ProgressHook = lambda _done, _all: None) -> Verification:
-    """Checks all of an output folder.
+    """Check everything in an output folder.
 
-    Raises OutputError where it is no job's output or its plan cannot be read, StorageError.
+    Raises OutputError if the folder is not a job's output or its plan cannot be read, StorageError if the storage
+    fails.
     """
     plan = Ledger(output_path).read_plan()
     storage = Storage(output_path)
@@ -66,11 +66,11 @@ def verify(output_path: str, progress: ProgressHook = lambda _done, _all: None) 
                 progress(len(parts), len(inventory.parts))
         duplicates = ids.count()[0] if ids is not None else 0
     counted = sum((part.totals for part in parts), Totals())
-    totals = Totals(**{**asdict(counted), "duplicate_ids": duplicates})  # the parts' own count those within each
+    totals = Totals(**{**asdict(counted), "duplicate_ids": duplicates})  # each part counts only its own duplicates
     problems = [text for part in parts for text in part.problems]
     missing = list(_check_cover(plan, inventory, parts))
     problems += missing
-    if not problems:  # else the sums say nothing new
+    if not problems:  # with other problems the totals differ anyway
         problems += _check_end(storage, plan, inventory, totals)
     problems += _check_leftovers(inventory, complete=not missing)
     size = sum(part.size for part in inventory.parts)
@@ -78,7 +78,7 @@ def verify(output_path: str, progress: ProgressHook = lambda _done, _all: None) 
 
 
 def _check_cover(plan: PlanRecord, inventory: Inventory, parts: Sequence[CheckedPart]) -> Iterator[str]:
-    """Whether the parts' rows are those of the input files, each once."""
+    """Yield a problem for parts with the same row, and one if rows of the input files are in no part."""
     ranges: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
     for checked in parts:
         record = checked.record
@@ -103,7 +103,7 @@ def _check_cover(plan: PlanRecord, inventory: Inventory, parts: Sequence[Checked
 
 
 def _check_end(storage: Storage, plan: PlanRecord, inventory: Inventory, totals: Totals) -> Iterator[str]:
-    """The manifest and `_SUCCESS` of a job whose parts are all there."""
+    """Yield the problems of the manifest and `_SUCCESS`, for a job that has all of its parts."""
     if len(inventory.parts) != plan.units:
         yield f"the plan has {plan.units} units, and its rows stand in {len(inventory.parts)} parts: use another folder"
     if not _has(inventory, SUCCESS):
@@ -128,7 +128,7 @@ def _check_end(storage: Storage, plan: PlanRecord, inventory: Inventory, totals:
 
 
 def _check_leftovers(inventory: Inventory, *, complete: bool) -> Iterator[str]:
-    """What does not belong in the folder, or not any more."""
+    """Yield a problem for files that do not belong in the folder, or do not belong there any more."""
     units = inventory.part_units
     for file in inventory.strange:
         yield f"{file.name} is not of this project: move it away, readers of the folder may take it for output"

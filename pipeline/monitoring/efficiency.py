@@ -1,7 +1,8 @@
-"""Watches whether block diffusion gains anything: where every block takes a forward a token, something is wrong.
+"""Warns if block diffusion gains nothing, that is, if every block takes one denoiser forward per token.
 
-A wrong scan does not crash. It leaves the denoiser so unsure that every step commits the one position that it must.
-Each replica watches its own first blocks and tells at once. What was told to a driver that died is read off the parts.
+This is the sign of a wrong scan, which does not crash: it only makes the denoiser so unsure that every step commits
+just the one position that it must commit. Each replica checks its own first blocks and warns at once. Warnings that
+were reported to a driver that died are lost, so the totals of the parts are checked at the end of a job as well.
 """
 
 from collections.abc import Container, Iterable
@@ -12,29 +13,29 @@ from pipeline.core.events import WARNING
 from pipeline.core.types import Totals, UnitResult
 
 BLOCKS = 200
-"""Blocks that a verdict takes."""
+"""Number of blocks that are needed before a warning is given."""
 
 
 def may_gain(params: GenerationParams) -> bool:
-    """Whether a block could take fewer forwards than it has tokens, and could take as many.
+    """Return whether a block can take fewer denoiser forwards than it has tokens, and can also take as many.
 
-    Not where it has one token or a threshold of 1, which no probability exceeds; and with fewer steps than tokens it
-    always takes fewer.
+    False in the AR modes, if a block has one token, and if the threshold is 1, which no probability exceeds. False also
+    if there are fewer steps than tokens, because then every block takes fewer forwards anyway.
     """
     blocks = params.mode == "diffusion" and 1 < params.block_size <= params.steps_per_block
     return blocks and params.confidence_threshold < 1
 
 
 class ForwardsWatch:
-    """Counts blocks of one replica, from its first on, until one takes fewer forwards than it has tokens."""
+    """A check of one replica's first blocks, which ends when a block takes fewer forwards than it has tokens."""
 
     def __init__(self) -> None:
-        self._blocks: int | None = 0  # None: the verdict is in
+        self._blocks: int | None = 0  # None when the check has ended
 
     def take(self, params: GenerationParams, completion: Completion) -> str | None:
-        """The warning to give, once, when the first BLOCKS blocks have taken a forward a token.
+        """Return a warning, once, if the first BLOCKS blocks took one forward per token; else None.
 
-        Whole blocks alone count: a row's last one may have ended early.
+        Only complete blocks count, because the last block of a row may have ended early.
         """
         if self._blocks is None or not may_gain(params):
             return None
@@ -50,8 +51,11 @@ class ForwardsWatch:
 
 
 def slow_replicas(job: Job, results: Iterable[UnitResult], but: Container[str] = ()) -> list[str]:
-    """A warning for each replica whose parts have no more tokens than denoiser forwards, BLOCKS blocks at least; none
-    for those in `but`."""
+    """Return a warning for each replica whose parts hold no more tokens than they took denoiser forwards.
+
+    A replica needs at least BLOCKS blocks' worth of forwards; replicas in `but` are left out. The list is empty if the
+    rows may bring a confidence_threshold of their own, or if may_gain is false for the job.
+    """
     params = job.generation.params(())
     if not may_gain(params) or job.input.row_settings.confidence_threshold is not None:
         return []

@@ -1,6 +1,6 @@
-"""`_job/live.json`: what a driver says of itself every few seconds, which tells a running job from a dead one.
+"""Writes and reads `_job/live.json`, the driver's regular report, which shows whether a job runs or is dead.
 
-Nothing depends on it but what people see: a job runs, resumes and ends the same without it.
+The file only informs people: a job runs, resumes and ends the same without it.
 """
 
 import threading
@@ -18,47 +18,51 @@ from pipeline.output.records import to_json
 from pipeline.storage.storage import Storage
 
 INTERVAL_S = 10.0
-"""From one writing to the next: one request to the storage each."""
+"""Seconds between two writes; each write is one storage request."""
 DEAD_AFTER = 3
-"""Intervals without a sign of life after which a driver counts as dead."""
+"""Number of intervals without a new report after which a driver counts as dead."""
 COMPLETE = "complete"
-"""`ended` of a run that completed its job."""
+"""Value of `ended` if the run completed its job."""
 CLOSE_S = 5.0
-"""For the last writing; the driver ends without it where the storage takes longer."""
+"""Maximum seconds for the last write; if the storage takes longer, the driver ends without waiting for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveReplica:
-    """A replica that has loaded its model. Rates and means are over the last minute."""
+    """A replica that has loaded its model. Rates and means cover the last minute."""
 
     name: str
     doing: str
     heard: float
-    """When it last reported, in seconds since 1970 by the driver's clock, as all times here."""
+    """Time of its last report, in seconds since 1970 by the driver's clock, like all times in this module."""
     rows_per_s: float
     tokens_per_s: float
     batch_rows: float
-    """Mean number of rows computed together, of the rows that ended."""
+    """Mean number of rows computed together, averaged over the rows that ended."""
     tokens_per_forward: float
-    """Of the denoiser, by row; 0 in the AR modes."""
+    """Completion tokens per denoiser forward of a row; 0 in the AR modes."""
     padding_share: float
-    """Of the tokens in prefill forwards, those that are none."""
+    """Share of the tokens in prefill forwards that is padding."""
     stats: ReplicaStats
-    """Without its error kinds, which are those of the run: with hundreds of replicas the file stays small."""
+    """Counts of the replica, without error kinds: `Live` has those of the whole run, which keeps the file small with
+    hundreds of replicas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Live:
-    """The whole job as its driver sees it. Counts of rows are of the job, those of errors and retries of this run."""
+    """The whole job as its driver sees it.
+
+    Counts of rows, units and errors cover the job; losses, retries and error kinds cover this run.
+    """
 
     time: float
-    """When this was written: the driver's process was alive then."""
+    """Time of the write; the driver's process was alive then."""
     sampled: float
-    """When its loop last turned."""
+    """Time when the driver's loop last collected these numbers."""
     fingerprint: str
     started: float
     ended: str | None
-    """How the run ended: COMPLETE or why not; None: it goes on."""
+    """The way the run ended: COMPLETE, or the reason why it did not complete; None while it is running."""
     rows: int
     total_rows: int
     errors: int
@@ -70,14 +74,15 @@ class Live:
     replicas: tuple[LiveReplica, ...]
     replicas_lost: int
     losses: tuple[str, ...]
-    """Why, of the last few."""
+    """Names of the last few replicas that were lost, each with the reason."""
     unit_retries: int
-    """Units that went back, because their replica was lost or because reading or publishing them failed."""
+    """Number of times that a unit or a range of its rows was given back, because its replica was lost or because
+    reading or publishing it failed."""
     error_kinds: tuple[ErrorCount, ...]
 
     @property
     def storage_retries(self) -> int:
-        """Of the replicas that are there."""
+        """Return the number of storage retries of the replicas that are alive now."""
         return sum(replica.stats.storage_retries for replica in self.replicas)
 
 
@@ -85,7 +90,10 @@ _LIVE = TypeAdapter(Live)
 
 
 def read_live(storage: Storage, fingerprint: str) -> Live | None:
-    """What the last driver of the job with this fingerprint said; None where it said nothing, or it cannot be read."""
+    """Return the last report of the job with this fingerprint, or None if there is none or it cannot be parsed.
+
+    Raises StorageError if the storage fails.
+    """
     with suppress(ValidationError):
         live = _LIVE.validate_json(storage.read_if_exists(LIVE) or b"")
         return live if live.fingerprint == fingerprint else None
@@ -93,9 +101,9 @@ def read_live(storage: Storage, fingerprint: str) -> Live | None:
 
 
 class LiveFile:
-    """Writes live.json from a thread of its own: storage that is slow or away costs the job nothing.
+    """A writer of live.json with a thread of its own, so that slow or unreachable storage does not delay the job.
 
-    The thread writes at every interval, also where the driver's loop hangs or loads a model: then `sampled` is old.
+    The thread writes at every interval, even while the driver's loop hangs or loads a model; `sampled` is then old.
     """
 
     def __init__(self, output_path: str, interval_s: float = INTERVAL_S) -> None:
@@ -105,13 +113,13 @@ class LiveFile:
         self._thread = threading.Thread(target=self._run, name="live", daemon=True)
 
     def show(self, live: Live) -> None:
-        """What is to be written next; never waits. The first is written at once."""
+        """Set the report that is written next, without waiting. The first one is written at once."""
         first, self._newest = self._newest is None, live
         if first:
             self._thread.start()
 
     def close(self, live: Live | None) -> None:
-        """Ends the thread; `live` is the last to be written, None: nothing more, for the file is another driver's."""
+        """End the thread after a last write of `live`; None: write nothing more, as another driver owns the file."""
         if self._newest is None:
             return
         self._newest, self._closed = live, True
@@ -120,7 +128,7 @@ class LiveFile:
 
     def _run(self) -> None:
         while True:
-            closed = self._closed  # before `_newest` is read: what was set with it is written
+            closed = self._closed  # read before `_newest`, so that the last report is still written
             if (live := self._newest) is not None:
                 with suppress(StorageError):
                     self._storage.write(LIVE, to_json(asdict(replace(live, time=time()))))

@@ -1,7 +1,7 @@
-"""Logs as JSON, a record a line, for machines that read them: `run --log-format json`.
+"""Writes logs as JSON, one record per line, for machines that read them (`run --log-format json`).
 
-Driver and replicas log what happens to units and replicas. No record holds a prompt or a completion; a reason that
-quotes something is logged without the quotation.
+The driver and the replicas log what happens to units and replicas. No record holds a prompt or a completion: quotations
+are removed from reasons and notes.
 """
 
 import json
@@ -15,25 +15,25 @@ from pipeline.core.events import Event, RangeDone, ReplicaLost, ReplicaNote, Rep
 from pipeline.core.types import Assignment
 
 LOG = logging.getLogger("twotower")
-"""Silent until use_json: in text mode people read lines of their own (pipeline.monitoring.progress)."""
+"""The project's logger, silent until use_json: in text mode pipeline.monitoring.progress prints lines for people."""
 LOG.addHandler(logging.NullHandler())
 LOG.propagate = False
 Record = tuple[int, str, dict[str, Any]]
-"""(level, what happened, fields)."""
+"""A log record: (level, event name, fields)."""
 
 
 class JsonLines(logging.Formatter):
-    """`{"ts": …, "level": …, "event": …}` and the record's own fields."""
+    """A formatter that writes `{"ts": …, "level": …, "event": …}` with the record's own fields added."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Return the record as one line of JSON."""
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         fields: dict[str, Any] = getattr(record, "fields", {})
         return json.dumps({"ts": at, "level": record.levelname.lower(), "event": record.getMessage(), **fields})
 
 
 def use_json(out: TextIO | None = None) -> None:
-    """Log JSON to `out` (default: stderr) in this process; what it logged to before is let go."""
+    """Log JSON to `out` (default: stderr) in this process; this replaces any earlier destination."""
     handler = logging.StreamHandler(out or sys.stderr)
     handler.setFormatter(JsonLines())
     LOG.handlers[:] = [handler]
@@ -41,12 +41,12 @@ def use_json(out: TextIO | None = None) -> None:
 
 
 def is_json() -> bool:
-    """Whether this process logs JSON."""
+    """Return whether this process logs JSON."""
     return any(isinstance(handler.formatter, JsonLines) for handler in LOG.handlers)
 
 
 def log(record: Record | None, **more: Any) -> None:
-    """Logs the record, if there is one, with more fields; those that are None are left out."""
+    """Log the record, if there is one, with the fields in `more` added; fields that are None are left out."""
     if record is not None and LOG.isEnabledFor(record[0]):
         level, event, fields = record
         shown = {name: value for name, value in (more | fields).items() if value is not None}
@@ -54,13 +54,13 @@ def log(record: Record | None, **more: Any) -> None:
 
 
 def work_record(event: str, replica: str, work: Assignment) -> Record:
-    """Something that happened to an assignment."""
+    """Return the record of an event that concerns an assignment."""
     first, end = work.span
     return logging.INFO, event, _about(replica, work) | {"rows": end - first}
 
 
 def event_record(event: Event | None) -> Record | None:
-    """The record of an event; None for those that are progress alone."""
+    """Return the record of an event, or None if the event only reports progress."""
     match event:
         case ReplicaReady(replica):
             return logging.INFO, "replica ready", {"replica": replica}

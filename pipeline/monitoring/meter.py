@@ -1,4 +1,4 @@
-"""Counts of one run: rows, tokens, errors and rates, added up from the events of the dispatch loop."""
+"""Counts the rows, tokens and errors of one run and computes its rates, from the events of the dispatch loop."""
 
 import time
 from collections import deque
@@ -17,27 +17,28 @@ from pipeline.core.events import (
 from pipeline.core.types import UnitResult, WorkKey
 
 RATE_WINDOW_S = 60.0
-"""Rates are means over this long: steady enough to read, and new enough to show a replica that joined."""
+"""Seconds over which rates are averaged: long enough to be steady, short enough to show a replica that joined."""
 
 SAMPLE_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """How far the job is. Rates are of this run; rows that an earlier run or attempt finished count as done only."""
+    """The progress of the job at one moment. Rows finished by an earlier run or attempt count as done, not in the
+    rates."""
 
     rows: int
     total_rows: int
     errors: int
     tokens_per_s: float
     eta_s: float | None
-    """None before there is a rate."""
+    """Estimated seconds until the job is done; None before there is a rate."""
     replicas: int
     rows_per_s: float
 
 
 class Meter:
-    """Counts of one run. Rows of units that are taken back (a lost replica) are taken back here too."""
+    """The counts of one run. Rows reported by an attempt that fails or is lost no longer count as done."""
 
     def __init__(
         self, total_rows: int, finished: Iterable[UnitResult] = (), clock: Callable[[], float] = time.monotonic
@@ -48,15 +49,15 @@ class Meter:
         for result in finished:
             self._done_rows += result.totals.rows
             self._done_errors += result.totals.errors
-        self._live: dict[WorkKey, UnitProgress] = {}  # what is under way -> its last report
-        self._ranges: dict[str, list[UnitProgress]] = {}  # unit -> its ranges that are done, while it is not
+        self._live: dict[WorkKey, UnitProgress] = {}  # assignment in progress -> its last report
+        self._ranges: dict[str, list[UnitProgress]] = {}  # unfinished unit -> its finished ranges
         self._replicas: set[str] = set()
         self._computed_rows = self._computed_tokens = 0
         self._samples: deque[tuple[float, int, int]] = deque([(clock(), 0, 0)])  # time, rows and tokens computed
 
     @property
     def tokens(self) -> int:
-        """Completion tokens that this run generated, repeated work included."""
+        """Return the number of completion tokens that this run generated, repeated work included."""
         return self._computed_tokens
 
     def take(self, event: Event | None) -> None:
@@ -78,7 +79,7 @@ class Meter:
         self._sample()
 
     def snapshot(self) -> Snapshot:
-        """The state now."""
+        """Return the counts and rates as they are now."""
         under_way = [*self._live.values(), *(done for ranges in self._ranges.values() for done in ranges)]
         rows = self._done_rows + sum(live.rows for live in under_way)
         start, start_rows, start_tokens = self._samples[0]
@@ -96,11 +97,11 @@ class Meter:
 
     def _advance(self, now: UnitProgress) -> None:
         before = self._live.get(now.key)
-        if now.key[1] is None:  # it has the rows of its ranges
+        if now.key[1] is None:  # a report on the whole unit includes the rows of its ranges
             self._ranges.pop(now.key[0], None)
         rows, tokens = now.rows - now.kept_rows, now.tokens - now.kept_tokens
         if before is None and rows and self._computed_rows == 0:
-            # The clock of the rates starts with the first rows, not with the loading of the model.
+            # Rates are measured from the first rows on, so that the loading of the model does not count.
             self._samples = deque([self._samples[-1]])
         self._computed_rows += rows - (before.rows - before.kept_rows if before else 0)
         self._computed_tokens += tokens - (before.tokens - before.kept_tokens if before else 0)

@@ -1,8 +1,8 @@
-"""What a run shows while it goes: rows, tokens a second, errors, time left. Counts only, never a prompt.
+"""Shows the progress of a run: rows, tokens per second, errors and time left. It shows counts only, never a prompt.
 
-`Meter` (pipeline.monitoring.meter) adds up the dispatch loop's events; `LogProgress` prints a plain line every few
-seconds, `BarProgress` keeps a live bar on a terminal, `JsonProgress` logs records. All are called with every event, and
-with None once a turn. A calibration has a bar and lines of its own, `BarShow` and `LogShow`.
+`Meter` (pipeline.monitoring.meter) adds up the events of the dispatch loop. `LogProgress` prints a plain line every few
+seconds, `BarProgress` keeps a live bar on a terminal, and `JsonProgress` logs JSON records. Each of them is called with
+every event, and with None once per turn of the loop. A calibration has its own displays, `BarShow` and `LogShow`.
 """
 
 import logging
@@ -22,7 +22,7 @@ from pipeline.monitoring.meter import Meter, Snapshot
 
 
 def line(now: Snapshot) -> str:
-    """One line that says it all."""
+    """Return a snapshot as one line of text."""
     share = now.rows / now.total_rows if now.total_rows else 1.0
     eta = "?" if now.eta_s is None else duration(now.eta_s)
     return (
@@ -32,7 +32,7 @@ def line(now: Snapshot) -> str:
 
 
 class LogProgress:
-    """A plain line every `interval_s`, for logs; and what else is to be told, as it comes."""
+    """A progress display for log files: a plain line every `interval_s` seconds, and messages as they come."""
 
     def __init__(
         self, meter: Meter, out: TextIO, interval_s: float = 5.0, clock: Callable[[], float] = time.monotonic
@@ -48,11 +48,11 @@ class LogProgress:
             self._print()
 
     def tell(self, text: str) -> None:
-        """A message beside the progress."""
+        """Print a message between the progress lines."""
         print(text, file=self._out, flush=True)
 
     def close(self) -> None:
-        """Print where things stand at the end."""
+        """Print the state at the end."""
         self._print()
 
     def _print(self) -> None:
@@ -64,7 +64,7 @@ class LogProgress:
 
 
 class BarProgress:
-    """A live bar on a terminal. It stands still until the first event."""
+    """A live bar on a terminal, updated once per turn of the dispatch loop."""
 
     def __init__(self, meter: Meter, console: Console) -> None:
         self._meter = meter
@@ -80,11 +80,11 @@ class BarProgress:
             self._update()
 
     def tell(self, text: str) -> None:
-        """A message above the bar."""
+        """Print a message above the bar."""
         self._bar.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
-        """Draw the bar a last time and leave it."""
+        """Draw the bar a last time and leave it on the screen."""
         self._update()
         self._bar.stop()
 
@@ -94,7 +94,7 @@ class BarProgress:
 
 
 class JsonProgress:
-    """JSON records: of what happens, and of how far the job is every `interval_s`."""
+    """A progress display of JSON records: one for each notable event, and the counts every `interval_s` seconds."""
 
     def __init__(
         self, meter: Meter, out: TextIO, interval_s: float = 5.0, clock: Callable[[], float] = time.monotonic
@@ -110,11 +110,11 @@ class JsonProgress:
             self._log()
 
     def tell(self, text: str) -> None:
-        """A message beside the progress."""
+        """Log a message."""
         log((logging.INFO, "note", {"text": text}), source="driver")
 
     def close(self) -> None:
-        """Log where things stand at the end."""
+        """Log the state at the end."""
         self._log()
 
     def _log(self) -> None:
@@ -127,7 +127,7 @@ ShownProgress = LogProgress | BarProgress | JsonProgress
 
 
 def tell_news(event: Event | None, tell: Callable[[str], None]) -> None:
-    """Say what went wrong on the way and is being repeated, and what replicas want the operator to know."""
+    """Pass lost replicas, failed units and the notes of replicas to `tell`, as text for the operator."""
     match event:
         case ReplicaNote(replica, text):
             tell(f"{replica}: {text}")
@@ -140,7 +140,8 @@ def tell_news(event: Event | None, tell: Callable[[str], None]) -> None:
 def open_progress(
     meter: Meter, out: TextIO | None = None, interval_s: float = 5.0, *, as_json: bool = False
 ) -> ShownProgress:
-    """The bar where `out` (default: stderr) is a terminal, else lines every `interval_s` seconds; JSON if asked for."""
+    """Return a bar if `out` (default: stderr) is a terminal, else lines every `interval_s` seconds, or JSON on
+    request."""
     out = out or sys.stderr
     if as_json:
         return JsonProgress(meter, out, interval_s)
@@ -150,22 +151,22 @@ def open_progress(
 
 
 class Show(Protocol):
-    """Takes what is going on."""
+    """A display of the progress of a calibration."""
 
     def tell(self, text: str) -> None:
-        """A line that stays."""
+        """Show a line that stays on the screen."""
 
     def begin(self, what: str, left_s: float | None) -> None:
-        """The next piece of work; about how long all that is left takes."""
+        """Show the next piece of work. `left_s`: estimated seconds for all remaining work, None if not known."""
 
     def rows(self, done: int, expected: int) -> None:
-        """How far the piece of work is. Called often."""
+        """Show how many rows of the current piece of work are done. Called often."""
 
     def close(self) -> None: ...
 
 
 class LogShow:
-    """A line for each piece of work, and one every `interval_s` while it goes on."""
+    """A display in plain text: a line for each piece of work, and one every `interval_s` seconds while it runs."""
 
     def __init__(self, out: TextIO, interval_s: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._out, self._interval_s, self._clock = out, interval_s, clock
@@ -191,7 +192,7 @@ class LogShow:
 
 
 class BarShow:
-    """A live bar."""
+    """A display with a live bar on a terminal."""
 
     def __init__(self, console: Console) -> None:
         columns = BarColumn(bar_width=24), TextColumn("{task.description}", markup=False)
@@ -220,7 +221,7 @@ class BarShow:
 
 
 def open_show(out: TextIO | None = None, interval_s: float = 5.0) -> LogShow | BarShow:
-    """The bar where `out` (default: stderr) is a terminal, else lines."""
+    """Return a bar if `out` (default: stderr) is a terminal, else a display in plain text."""
     out = out or sys.stderr
     return BarShow(Console(file=out)) if out.isatty() else LogShow(out, interval_s)
 

@@ -1,6 +1,6 @@
-"""`status OUTPUT`: how far a job is, whether it runs, what its replicas do, what failed; for people and monitors.
+"""Reads and formats the status of a job for `status OUTPUT`: its progress, its state, its replicas and its errors.
 
-What is finished is read from parts and segments, as `run` does; what goes on, from the driver's live.json.
+Finished work is read from parts and segments, as `run` does; current activity is read from the driver's live.json.
 """
 
 import time
@@ -22,36 +22,40 @@ from pipeline.output.records import Status
 from pipeline.storage.storage import FileInfo, Storage
 
 State = Literal["complete", "running", "stopped", "dead", "unknown"]
-"""stopped: its driver said how it ended. dead: it is silent. unknown: no driver has said anything."""
+"""The state of a job. stopped: its driver reported how it ended. dead: its driver has stopped reporting without that.
+unknown: no driver has reported anything."""
 ERROR_PARTS = 16
-"""Parts whose error rows are read, where the driver cannot say what they are."""
+"""Maximum number of parts whose error rows are read if live.json does not cover all errors."""
 SHOWN_ERRORS = 5
 QUIET_S = 60.0
-"""A replica, or the driver's loop, that was not heard of for so long is worth a word."""
+"""Seconds of silence after which the status mentions that a replica, or the driver's loop, may hang."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """One look at a job."""
+    """The status of a job at one moment."""
 
     at: float
-    """When, in seconds since 1970."""
+    """Time of the reading, in seconds since 1970."""
     folder_at: float
-    """When parts and segments were read: while a driver runs and is watched, at the first look alone."""
+    """Time when parts and segments were read. While a running job is watched, they are read only the first time."""
     folder: Status
     live: Live | None
     error_kinds: tuple[ErrorCount, ...]
     error_parts: int | None
-    """Of so many parts alone; None: of all that is known."""
+    """Number of parts that `error_kinds` is limited to; None if it covers all known errors."""
 
     @property
     def age(self) -> float:
-        """Seconds since the driver was alive; clocks of two machines may differ by a little."""
+        """Return the seconds since the driver was last known to be alive, or infinity if it never reported.
+
+        Clocks of two machines may differ a little.
+        """
         return max(0.0, self.at - self.live.time) if self.live else float("inf")
 
     @property
     def state(self) -> State:
-        """What the job is doing."""
+        """Return the state of the job."""
         if self.folder.complete:
             return "complete"
         if self.live is None:
@@ -61,7 +65,7 @@ class JobStatus:
         return "running" if self.age <= DEAD_AFTER * INTERVAL_S else "dead"
 
     def to_dict(self) -> dict[str, Any]:
-        """For monitors: all of it, as JSON takes it."""
+        """Return the whole status as a dict for JSON, for monitors."""
         age = round(self.age, 1) if self.live else None
         return {
             "state": self.state,
@@ -75,9 +79,12 @@ class JobStatus:
 
 
 def read_job(output_path: str, clock: Callable[[], float] = time.time) -> JobStatus:
-    """Looks at an output folder. Raises OutputError where it is no job's, StorageError."""
+    """Read the status of an output folder.
+
+    Raises OutputError if the folder is not a job's output, StorageError if the storage fails.
+    """
     ledger, storage = Ledger(output_path), Storage(output_path)
-    # before the parts: a job that ends meanwhile shows as complete, not as ended without all its parts
+    # read before the parts, so that a job that ends meanwhile shows as complete, not as stopped with parts missing
     live = read_live(storage, ledger.read_plan().fingerprint.digest)
     at, found = clock(), ledger.read_parts()
     folder = ledger.read_status(found)
@@ -86,16 +93,16 @@ def read_job(output_path: str, clock: Callable[[], float] = time.time) -> JobSta
     bad = [part for part, totals in found.items() if totals.errors]
     kinds = ErrorKinds()
     for part in bad[:ERROR_PARTS]:
-        with suppress(StorageError, pa.ArrowException, OSError):  # `verify` says what is wrong with it
+        with suppress(StorageError, pa.ArrowException, OSError):  # `verify` reports what is wrong with the part
             _count_errors(storage, part, kinds)
     return JobStatus(at, at, folder, live, kinds.counts(), ERROR_PARTS if len(bad) > ERROR_PARTS else None)
 
 
 def look_again(output_path: str, before: JobStatus, clock: Callable[[], float] = time.time) -> JobStatus:
-    """What changed since: a single small file is read while the job runs, else the whole folder again."""
+    """Return a newer status. While the job runs only live.json is read again, else the whole folder."""
     live = read_live(Storage(output_path), before.folder.fingerprint)
     now = replace(before, at=clock(), live=live)
-    if live and _rows(live.error_kinds) >= _rows(before.error_kinds):  # else the first look found more, in parts
+    if live and _rows(live.error_kinds) >= _rows(before.error_kinds):  # else the parts showed more error rows
         now = replace(now, error_kinds=live.error_kinds)
     return now if now.state == "running" and before.state == "running" else read_job(output_path, clock)
 
@@ -109,7 +116,7 @@ def _count_errors(storage: Storage, part: FileInfo, kinds: ErrorKinds) -> None:
 
 
 def lines(status: JobStatus) -> Iterator[str]:
-    """The status as a person reads it."""
+    """Yield the lines of the status as people read it."""
     folder, live = status.folder, status.live
     yield f"state    {_state(status)}"
     if live is not None and status.state == "running":
@@ -221,5 +228,5 @@ def _many(count: int, noun: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """live.json and the parts are files that anybody may have written: no control characters to the terminal."""
+    """Replace control characters in a text for the terminal: anybody may have written live.json and the parts."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)

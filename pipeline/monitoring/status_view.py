@@ -1,4 +1,4 @@
-"""Shows a job's status: once, or again and again until the job ends."""
+"""Shows the status of a job once, or repeatedly until the job ends."""
 
 import json
 import time
@@ -20,10 +20,11 @@ def show(
     console: Console | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> bool:
-    """Prints the status; with `watch` every `every_s` seconds until the job has ended, is stopped or is dead. On a
-    terminal in place, else below each other.
+    """Print the status; with `watch`, every `every_s` seconds until the job is complete, stopped or dead.
 
-    Returns whether the job is complete; without `watch` always True. Raises OutputError, StorageError.
+    With `watch` on a terminal the text is updated in place, otherwise each status is printed below the last one.
+    Returns whether the job is complete; without `watch` always True. Raises OutputError if the folder is not a job's
+    output, StorageError if the storage fails.
     """
     console = console or Console(soft_wrap=True, markup=False, highlight=False)
     now = read_job(output_path)

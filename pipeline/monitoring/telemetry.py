@@ -1,6 +1,7 @@
-"""Adds up what a run's replicas report, for people and monitors: `_job/live.json`, and sinks such as Ray's metrics.
+"""Adds up the reports of a run's replicas for `_job/live.json` and for sinks such as Ray's metrics.
 
-It hears every event of the driver's loop and decides nothing. What fails here is told once and never ends a job.
+It receives every event of the driver's loop and decides nothing. A sink that fails is reported once and removed; it
+never ends a job.
 """
 
 import time
@@ -25,22 +26,22 @@ from pipeline.monitoring.live import Live, LiveFile, LiveReplica
 from pipeline.monitoring.meter import RATE_WINDOW_S, Meter
 
 SAMPLE_S = 2.0
-"""From one picture of the run to the next: as often as replicas report."""
+"""Seconds between two pictures of the run, the same as between two reports of a replica."""
 SHOWN_LOSSES = 5
 Sink = Callable[[Live], None]
-"""Takes each picture; workers.cluster.metrics is one."""
+"""A function that receives each picture of the run, for example workers.cluster.metrics."""
 
 
 @dataclass(slots=True)
 class _Seen:
-    """A replica that is there."""
+    """A replica that has loaded its model and is not lost."""
 
     heard: float
     window: deque[tuple[float, ReplicaStats]]
-    """Its reports of the last minute; the first is the one before that, or its start."""
+    """(time, stats) of its reports in the last minute, after the last older report or a start with zero counts."""
     doing: str = "idle"
     holds: set[WorkKey] = field(default_factory=set)
-    """What it has reported as under way."""
+    """Keys of the assignments that it has reported as in progress."""
 
     def take(self, now: float, event: ReplicaActive) -> None:
         self.heard, self.doing = now, event.doing
@@ -51,7 +52,7 @@ class _Seen:
 
     def line(self, name: str, now: float) -> LiveReplica:
         (start, first), (_, last) = self.window[0], self.window[-1]
-        elapsed = max(now - start, 1.0)  # what came in with the first report is no rate
+        elapsed = max(now - start, 1.0)  # at least 1 s, so that a report right after the start gives no huge rate
         padded = last.room.padded_tokens - first.room.padded_tokens
         filled = last.room.prefill_tokens - first.room.prefill_tokens
         return LiveReplica(
@@ -72,7 +73,7 @@ def _ratio(above: float, below: float) -> float:
 
 
 class Watch:
-    """The run as a whole. Called with every event, after the meter has it, and with None once a turn of the loop."""
+    """A summary of the whole run, called with every event after the meter, and with None once per turn of the loop."""
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class Watch:
         tell: Callable[[str], None] = lambda _text: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """units: those that were finished before. tell: shows a message to the operator."""
+        """Make the first picture. `units`: number of units finished before. `tell`: shows a message to the operator."""
         self._meter, self._file, self._clock, self._tell = meter, file, clock, tell
         self._fingerprint, self._units, self._total_units = fingerprint, units, total_units
         self._sinks = list(sinks)
@@ -120,14 +121,14 @@ class Watch:
             self._show(now)
 
     def close(self, ended: str | None) -> None:
-        """The last picture, with how the run ended; None: another driver has the job, and writes its own."""
+        """Pass on the last picture, with how the run ended. None: write nothing, as another driver owns the job."""
         live = None if ended is None else self.picture(ended)
         if live is not None:
             self._pass_on(live)
         self._file.close(live)
 
     def picture(self, ended: str | None = None) -> Live:
-        """The run now."""
+        """Return the state of the run as it is now."""
         now, count = self._clock(), self._meter.snapshot()
         kinds = ErrorKinds(self._lost_kinds.counts())
         for seen in self._seen.values():
@@ -163,7 +164,7 @@ class Watch:
         for sink in list(self._sinks):
             try:
                 sink(live)
-            except Exception as error:  # somebody else's telemetry: whatever it raises, the job goes on without it
+            except Exception as error:  # whatever a sink raises, the job continues without it
                 self._sinks.remove(sink)
                 self._tell(f"metrics are off from now on: {type(error).__name__}: {' '.join(str(error).split())}")
 

@@ -1,7 +1,8 @@
-"""Which driver has a job: the newest. A driver claims the output when it starts, and ends once a newer one has claimed.
+"""Decides which driver owns a job: the driver that started last wins.
 
-So submitting again is always right and never waits, whether the driver before is alive or dead. Two drivers at once do
-no harm meanwhile: parts are published by exclusive create.
+A driver claims the output when it starts, and ends once a newer driver has claimed it. So submitting a job again is
+always right and never waits, whether the previous driver is alive or dead. Two drivers at the same time do no harm
+until then, because parts are published by exclusive create.
 """
 
 import os
@@ -20,19 +21,20 @@ from pipeline.storage.storage import Storage
 from pipeline.storage.urls import safe_url
 
 CHECK_S = 10.0
-"""Seconds from one look for a newer driver to the next."""
+"""Seconds between two checks for a newer driver."""
 TRIES = 100
-"""Drivers that may be faster, one after the other, before claiming is given up."""
+"""Number of tries to claim the folder, each lost to a faster driver, before the claim is given up."""
 _NAME = re.compile(r"(\d{8})\.json")
 
 
 class DriverRecord(BaseModel):
-    """What a claim says of its driver."""
+    """The record of a driver in its claim file."""
 
     model_config = ConfigDict(frozen=True)
 
     token: str = Field(max_length=64)
-    """Of this claim alone: tells a lost acknowledgement from another driver."""
+    """Random id of this claim. It shows whether a claim that already exists was written by this driver, whose success
+    was not acknowledged, or by another one."""
     host: str = Field(max_length=255)
     pid: int
     started: str = Field(max_length=64)
@@ -44,28 +46,29 @@ class DriverRecord(BaseModel):
 
 
 def read_driver(data: bytes) -> DriverRecord | None:
-    """The driver in a claim's file; None where that cannot be read."""
+    """Return the driver recorded in a claim file, or None if it cannot be read."""
     with suppress(ValidationError):
         return DriverRecord.model_validate_json(data)
     return None
 
 
 def newest_driver(storage: Storage) -> str | None:
-    """Who claimed an output folder last, in a few words; None where nobody did, or the claim cannot be read."""
+    """Return a short text about the driver that claimed an output folder last; None if no claim can be read."""
     numbers = _numbers(storage)
     driver = read_driver(storage.read_if_exists(_name(max(numbers))) or b"") if numbers else None
     return None if driver is None else str(driver)
 
 
 class Claim:
-    """This driver's hold on an output folder.
+    """This driver's claim on an output folder.
 
-    While it is watched (`with claim:`), a thread looks for a newer one every few seconds, and `check` raises once there
-    is one; storage that fails meanwhile only puts the next look off.
+    Inside `with claim:` a thread looks for a newer driver every few seconds, and `check` raises once there is one. A
+    storage failure in the thread only delays this until it looks again.
     """
 
     def __init__(self, output_path: str, *, check_s: float = CHECK_S) -> None:
-        """Claims the folder. Raises StorageError; OutputError where other drivers keep being faster."""
+        """Claim the folder. Raises StorageError if the storage fails, OutputError if other drivers are always
+        faster."""
         self._storage, self._shown, self._check_s = Storage(output_path), safe_url(output_path), check_s
         self._successor: str | None = None
         self._closed = threading.Event()
@@ -80,7 +83,7 @@ class Claim:
         self._closed.set()  # not joined: it may be waiting for storage
 
     def check(self) -> None:
-        """Raises JobFailed if a newer driver has been seen. Touches no storage."""
+        """Raise JobFailed if a newer driver has been seen. Does not access the storage."""
         if self._successor is not None:
             raise JobFailed(
                 f"another driver of this job took over output {self._shown} ({self._successor}); it goes on with the "
@@ -88,7 +91,7 @@ class Claim:
             )
 
     def check_now(self) -> None:
-        """Looks, and raises JobFailed if there is a newer driver. Raises StorageError."""
+        """Look for a newer driver now and raise JobFailed if there is one. Raises StorageError if the storage fails."""
         self._look()
         self.check()
 
@@ -109,7 +112,7 @@ class Claim:
                 mine = there is not None and there.token == record.token
             if mine:
                 for old in known:
-                    with suppress(StorageError):  # `clean` removes it
+                    with suppress(StorageError):  # `clean` removes it later
                         self._storage.remove(_name(old))
                 return number
         raise OutputError(

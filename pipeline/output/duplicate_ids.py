@@ -1,7 +1,7 @@
-"""Ids that stand more than once in the output, found at the end of a job in bounded memory.
+"""Finds ids that occur more than once in the output, at the end of a job and in bounded memory.
 
-Ids are hashed to 64 bits and spread over files on the local disk by hash range, each small enough to sort in memory.
-Among 100 million text ids the chance that two different ones share a hash is below 0.1 %; integers never do.
+Ids are hashed to 64 bits and spread by hash range over files on the local disk, each small enough to sort in memory.
+Among 100 million text ids the chance that two different ids share a hash is below 0.1 %; integer ids never do.
 """
 
 import threading
@@ -27,22 +27,22 @@ Hashes = npt.NDArray[np.uint64]
 
 
 class IdCounter:
-    """Counts ids that stand more than once. `add` may be called from many threads."""
+    """A counter of ids that occur more than once. `add` may be called from many threads."""
 
     def __init__(self, files: Scratch, rows: int) -> None:
-        """`rows`: about how many ids will come; it sizes the buckets."""
+        """Set up the buckets. `rows`: about how many ids will come, which decides the number of buckets."""
         self._files = files
         self._buckets = max(1, -(-rows // IDS_A_BUCKET))
         self._lock = threading.Lock()
 
     def add(self, hashes: Hashes) -> None:
-        """Take these ids, hashed by hash_ids."""
+        """Add these ids, hashed by hash_ids."""
         for bucket, members in _spread(hashes, self._buckets):
             with self._lock:
                 self._files.append(bucket, members.tobytes())
 
     def count(self) -> tuple[int, Hashes]:
-        """(ids that stood before, the hashes of up to 10 of them)."""
+        """Return (number of ids that had occurred before, hashes of up to 10 of them)."""
         duplicates = 0
         repeated: list[np.uint64] = []
         for bucket in range(self._buckets):
@@ -54,9 +54,10 @@ class IdCounter:
 
 
 def find_duplicates(storage: Storage, parts: Sequence[FileInfo], rows: int) -> tuple[int, tuple[str, ...]]:
-    """(rows whose id stood before, up to 10 such ids as text) over the `id` column of the parts; nulls do not count.
+    """Return (number of rows whose id occurred before, up to 10 such ids as text) for the `id` column of the parts.
 
-    `rows` sizes the buckets. Raises StorageError, and OutputError where a part's data is damaged.
+    Null ids do not count. `rows` sets the number of buckets. Raises StorageError if the storage fails, OutputError if a
+    part's data is damaged.
     """
     with scratch() as files:
         counter = IdCounter(files, rows)
@@ -90,11 +91,11 @@ def _read_ids(storage: Storage, parts: Sequence[FileInfo]) -> "Iterator[pa.Array
 
 
 def hash_ids(ids: "pa.Array[Any]") -> Hashes:
-    """Each id, none of them null, as 64 bits."""
+    """Return a 64-bit hash of each id. No id may be null."""
     if pa.types.is_integer(ids.type):
         unsigned = pa.types.is_uint64(ids.type)
         return ids.cast(pa.uint64() if unsigned else pa.int64()).to_numpy().view(np.uint64) * _MIX
-    # Python's own hash of text: 64 bits, keyed, the same throughout this process, and that is all it is used for.
+    # Python's own hash of text has 64 bits and a key that changes with each process, which does no harm here.
     return np.fromiter((hash(text) for text in ids.to_pylist()), np.int64, len(ids)).view(np.uint64)
 
 

@@ -1,5 +1,7 @@
-"""Names in an output folder, relative to it (those of the job's own records begin with _), and whether it can be
-written to."""
+"""Defines the names of files in an output folder and checks that the folder can be written to.
+
+The names are relative to the folder. Those of the job's own records begin with `_`.
+"""
 
 from contextlib import suppress
 
@@ -10,32 +12,32 @@ from pipeline.storage.urls import cause, safe_url
 PLAN, MANIFEST, SUCCESS = "_job/plan.json", "_job/manifest.json", "_SUCCESS"
 REPORT = "_job/report.html"
 LIVE = "_job/live.json"
-"""What the driver did last, and that it is alive."""
+"""The driver's latest report, which also shows that the driver is alive."""
 OWN = (PLAN, MANIFEST, SUCCESS, REPORT, LIVE)
-"""The job's own files that stand alone."""
+"""The job's own files that are not in one of its folders."""
 RECORDS = "_job/units"
-"""Commit records, one a unit."""
+"""Folder of the commit records, one per unit."""
 SEGMENTS = "_job/segments"
-"""A folder a unit: the rows that are finished while the unit is not."""
+"""Folder of the segments, with one folder per unit: the finished rows of units that are not finished."""
 DRIVERS = "_job/drivers"
-"""Who runs the job: the highest number has it."""
+"""Folder of the drivers' claims. The driver with the highest number owns the job."""
 PARTS = "part-*.parquet"
 PROBE = "_writable"
-"""Written and removed, to see whether the folder can be written to."""
+"""Name of the file that is written and removed to check whether the folder can be written to."""
 
 
 def part_name(unit_id: str) -> str:
-    """The file name of a unit's part."""
+    """Return the file name of a unit's part."""
     return f"part-{unit_id}.parquet"
 
 
 def record_name(unit_id: str) -> str:
-    """The name of a unit's commit record."""
+    """Return the name of a unit's commit record."""
     return f"{RECORDS}/{unit_id}.json"
 
 
 def check_writable(url: str) -> None:
-    """Writes an empty file `_writable` in the folder and removes it. Raises OutputError where the writing fails."""
+    """Write an empty file `_writable` in the folder and remove it. Raises OutputError if the write fails."""
     try:
         storage = Storage(url)
         storage.write(PROBE, b"")

@@ -1,7 +1,7 @@
-"""The driver's side of the output folder: whose it is, what is finished, what it all adds up to.
+"""Manages the output folder for the driver: which job it belongs to, which units are finished, and the final totals.
 
-Parts are the truth; commit records are written after them and made again from them where they are missing; then come
-the manifest and, last, `_SUCCESS`.
+Parts are the authoritative record. Commit records are written after them, and rewritten from them if they are missing.
+Then come the manifest and, last, `_SUCCESS`.
 """
 
 import contextlib
@@ -46,26 +46,28 @@ from pipeline.storage.urls import safe_url
 
 READ_THREADS = 16
 HALF_WRITTEN = (("", ".part-*.tmp"), (RECORDS, ".*.tmp"))
-"""What a killed writer of a part or a record leaves on a local disk: (folder, pattern)."""
+"""Files that a killed writer of a part or a record leaves on a local disk: (folder, pattern)."""
 
 
 class Ledger:
-    """One output folder. Methods raise OutputError where it is not as it must be, StorageError where it fails."""
+    """One output folder. Methods raise OutputError if its content is not valid, StorageError if the storage fails."""
 
     def __init__(self, output_path: str, fingerprint_digest: str | None = None) -> None:
-        """`fingerprint_digest` names the job that may write here; None: only read_status and is_complete are used."""
+        """Open the folder for the job with this fingerprint digest; with None, call only methods that take no Plan."""
         self.path = output_path
         self._digest = fingerprint_digest
         self._storage = Storage(output_path)
         self._shown = safe_url(output_path)
 
-    # The driver's side: before, and at the end.
+    # For the driver, before and after the run.
 
     def open(self, plan: Plan, job: Job) -> None:
-        """Takes the folder for this job, or refuses: not writable, another job's, rows of unknown origin, other input.
+        """Take the folder for this job.
 
-        The plan of another job that never finished a row is replaced: there is nothing to protect. With
-        `input.on_change: extend` the plan is replaced by one with more files, and `_SUCCESS` goes first.
+        Raises OutputError if the folder cannot be written to, belongs to another job, holds rows of unknown origin, or
+        was planned over other input. The plan of another job that never finished a row is replaced, because nothing is
+        lost. With `input.on_change: extend` the plan is replaced by one with more files, and `_SUCCESS` is removed
+        before.
         """
         old = self.check(plan, job)
         if old is None:
@@ -84,7 +86,8 @@ class Ledger:
             check_writable(self.path)
 
     def check(self, plan: Plan, job: Job) -> PlanRecord | None:
-        """The folder's plan.json; writes nothing. Raises OutputError where the folder cannot be this job's."""
+        """Return the folder's plan.json, or None if there is none; write nothing. Raises OutputError if the folder
+        cannot be this job's."""
         self._refuse_file()
         data = self._storage.read_if_exists(PLAN)
         if data is None:
@@ -101,11 +104,13 @@ class Ledger:
         return old
 
     def finished(self, plan: Plan, *, repair: bool = True) -> dict[str, UnitResult]:
-        """The units that have a part, by id. A commit record that is missing is written again, if `repair`.
+        """Return the results of the units that have a part, by unit id. With `repair`, missing commit records are
+        written again.
 
-        One request a part: its footer is read, never its data, and of its commit record only that there is one (the
-        `sha256` of such a result is empty). So a part that is truncated, replaced or of another job is found, and
-        OutputError names it; damage inside the data, and a record that does not fit its part, are found by `verify`.
+        This takes one request per part: its footer is read but not its data, and its commit record is only looked for,
+        so the `sha256` of the result is empty unless that record was written again. Raises OutputError with the name of
+        the part if one is truncated, replaced or of another job. Damaged data and a commit record that does not fit its
+        part are found only by `verify`.
         """
         planned = {part_name(unit.id): unit for unit in plan.units}
         parts = self._parts()
@@ -131,9 +136,10 @@ class Ledger:
     def complete(
         self, plan: Plan, job: Job, totals: Totals, *, seconds: float, warnings: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """Writes the manifest, then `_SUCCESS`, and returns the manifest. `seconds`: wall clock of the run.
+        """Write the manifest, then `_SUCCESS`, and return the manifest. `seconds`: wall-clock time of the run.
 
-        Raises OutputError where a unit has no part or the totals do not cover all rows: the job is not complete then.
+        Raises OutputError if a unit has no part, if the totals do not cover all rows, or if another run has taken the
+        folder: the job is not complete then.
         """
         self._refuse_taken(plan)
         parts = self._parts()
@@ -150,35 +156,35 @@ class Ledger:
         given = job.input.id_column is not None
         duplicates, examples = find_duplicates(self._storage, parts, plan.rows) if given else (0, ())
         manifest = manifest_fields(plan, job, totals, duplicates, examples, seconds, warnings)
-        self._refuse_taken(plan)  # reading all ids takes minutes
+        self._refuse_taken(plan)  # checked again, because reading all ids takes long
         self._storage.write(MANIFEST, to_json(manifest))
         self._storage.write(SUCCESS, b"")
         self._sweep()
         return manifest
 
     def is_complete(self) -> bool:
-        """Whether `_SUCCESS` is there."""
+        """Return whether `_SUCCESS` exists."""
         return self._storage.exists(SUCCESS)
 
     def reopen(self) -> None:
-        """Removes `_SUCCESS`, if it is there: rows are about to be generated."""
+        """Remove `_SUCCESS`, if it exists, because rows are about to be generated."""
         if self.is_complete():
             self._storage.remove(SUCCESS)
 
     def finished_at(self) -> str | None:
-        """When the job completed, from its manifest; None where that is missing or cannot be read."""
+        """Return the time when the job completed, from its manifest; None if that is missing or cannot be read."""
         with contextlib.suppress(NotOursError):
             return finished_at(self._storage.read_if_exists(MANIFEST) or b"")
         return None
 
     def warnings(self) -> tuple[str, ...]:
-        """What the manifest warns of; nothing where it is missing or cannot be read."""
+        """Return the warnings in the manifest; none if it is missing or cannot be read."""
         with contextlib.suppress(NotOursError):
             return warnings_in(self._storage.read_if_exists(MANIFEST) or b"")
         return ()
 
     def read_plan(self) -> PlanRecord:
-        """The folder's plan.json. Raises OutputError where the folder is no job's output."""
+        """Return the folder's plan.json. Raises OutputError if the folder is not a job's output."""
         self._refuse_file()
         data = self._storage.read_if_exists(PLAN)
         if data is None:
@@ -187,13 +193,15 @@ class Ledger:
         return self._parse_plan(data)
 
     def read_parts(self) -> dict[FileInfo, Totals]:
-        """The parts of the job in this folder; needs no plan. Raises OutputError as read_status."""
+        """Return the totals of each part of the folder's job, without a Plan. Raises OutputError if the folder is not a
+        job's output."""
         return self._read_totals(self.read_plan().fingerprint.digest)
 
     def read_status(self, parts: Mapping[FileInfo, Totals] | None = None) -> Status:
-        """How far the job in this folder is; needs no plan. Raises OutputError where the folder is no job's output.
+        """Return the progress of the folder's job, without a Plan. Raises OutputError if the folder is not a job's
+        output.
 
-        `parts`: from read_parts, where the caller has them.
+        `parts`: the result of read_parts, if the caller has it already.
         """
         plan = self.read_plan()
         digest = plan.fingerprint.digest
@@ -216,7 +224,7 @@ class Ledger:
             warnings=self.warnings() if complete else (),
         )
 
-    # Inside.
+    # Helpers.
 
     def _parts(self) -> list[FileInfo]:
         return self._storage.list_files("", PARTS)
@@ -225,11 +233,11 @@ class Ledger:
         return Storage(f"{self.path.rstrip('/')}/{SEGMENTS}").find()
 
     def _finished_rows(self) -> list[str]:
-        """Names of the files that hold rows."""
+        """Return the names of the files that hold finished rows: the parts, or the segments if there is no part."""
         return [part.name for part in self._parts()] or [f"{SEGMENTS}/{segment.name}" for segment in self._segments()]
 
     def count_saved(self, digest: str) -> int:
-        """Rows in the segments, of the job with this fingerprint, of units without a part."""
+        """Return the number of rows in segments of units without a part, for the job with this fingerprint."""
         # listed before the parts, so that a unit that is published meanwhile is not counted
         if not (segments := self._segments()):
             return 0
@@ -237,7 +245,7 @@ class Ledger:
         open_units = [each for each in segments if part_name(each.name.partition("/")[0]) not in published]
 
         def read(segment: FileInfo) -> int:
-            # gone meanwhile, or not this job's: it saves nothing
+            # a segment that is gone by now or belongs to another job holds no saved rows
             with (
                 contextlib.suppress(NotOursError, StorageError),
                 self._storage.open(f"{SEGMENTS}/{segment.name}", segment.size) as source,
@@ -250,8 +258,8 @@ class Ledger:
             return sum(pool.map(read, open_units))
 
     def _sweep(self) -> None:
-        """The rows of all segments are in parts, and what a killed writer left half written is there by now. What
-        cannot be removed is left to `clean`."""
+        """Remove the segments and what killed writers left half written, once all rows are in parts. A file that cannot
+        be removed is left to `clean`."""
 
         def remove(name: str) -> None:
             with contextlib.suppress(StorageError):
@@ -276,7 +284,7 @@ class Ledger:
             ) from None
 
     def _refuse_taken(self, plan: Plan) -> None:
-        """Raises OutputError where another run has taken the folder meanwhile, with other settings or input."""
+        """Raise OutputError if another run, with other settings or input, has taken the folder meanwhile."""
         data = self._storage.read_if_exists(PLAN)
         if data is None:
             return
@@ -288,7 +296,7 @@ class Ledger:
             )
 
     def _refuse_settings(self, old: PlanRecord, plan: Plan) -> None:
-        """Raises OutputError where the folder's plan is of other settings."""
+        """Raise OutputError if the folder's plan has other settings."""
         if found := differences(old.fingerprint.fields, plan.fingerprint.fields):
             listing = listing_change(old.files, plan.listing)
             said = "; ".join([*([f"input files: {listing}"] if listing.any else []), *found])
@@ -298,7 +306,7 @@ class Ledger:
             )
 
     def _refuse_input(self, old: PlanRecord, plan: Plan, *, extend: bool) -> None:
-        """Raises OutputError where the folder's plan is over other input files; with `extend` there may be more now."""
+        """Raise OutputError if the folder's plan has other input files; with `extend`, new files are allowed."""
         change = listing_change(old.files, plan.listing)
         if change.any and not (extend and change.only_added):
             remedy = "set input.on_change: extend to take them" if change.only_added else "put the input back"
@@ -308,9 +316,11 @@ class Ledger:
             )
 
     def _read_totals(self, digest: str) -> dict[FileInfo, Totals]:
-        """Of each part of the job with this fingerprint; one that cannot be read or is not its own counts as not done.
+        """Return the totals of each part of the job with this fingerprint. A part that cannot be read or is another
+        job's is left out.
 
-        Without a plan the units are not known, but a part of the same fingerprint under its own name is one of them.
+        The units are not known without a Plan, but a part that has this fingerprint and its own unit's name is one of
+        them.
         """
 
         def read(part: FileInfo) -> Totals | None:
@@ -331,5 +341,5 @@ def _same(old: PlanRecord, plan: Plan) -> bool:
 
 
 def read_status(output_path: str) -> Status:
-    """How far the job in an output folder is. Raises OutputError where the folder is no job's output."""
+    """Return the progress of the job in an output folder. Raises OutputError if the folder is not a job's output."""
     return Ledger(output_path).read_status()

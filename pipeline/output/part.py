@@ -1,4 +1,4 @@
-"""Builds parts: the results of a unit and the columns that it carries, as Parquet bytes."""
+"""Builds parts: Parquet bytes with the results of a work unit and its id and carried columns."""
 
 import json
 import math
@@ -22,14 +22,14 @@ TOTALS_KEY = "twotower.totals"
 
 
 def row_key(unit: WorkUnit, index: int) -> str:
-    """The key of a row by its position in the unit: that of Row and Completion."""
+    """Return the key of a row from its position in the unit. Row and Completion use the same key."""
     return f"{unit.name}#{unit.first_row + index}"
 
 
 def result_table(unit: WorkUnit, results: Sequence[RowResult]) -> pa.Table:
-    """Finished rows of a unit as the output has them, less id and carried columns: RESULT_SCHEMA, in the order given.
+    """Return finished rows of a unit as a table with RESULT_SCHEMA, without id and carried columns, in the order given.
 
-    Raises ValueError where a result is that of another row: a fault of the caller.
+    Raises ValueError if a result belongs to another row, which is a mistake of the caller.
     """
     columns: dict[str, list[Any]] = {name: [] for name in RESULT_COLUMNS}
     for result in results:
@@ -47,14 +47,14 @@ def result_table(unit: WorkUnit, results: Sequence[RowResult]) -> pa.Table:
 def build_part(
     data: UnitData, finished: Sequence[pa.Table], schema: pa.Schema, header: dict[str, str]
 ) -> tuple[bytes, Totals]:
-    """One part as Parquet bytes, rows in input order, and its totals.
+    """Return one part as Parquet bytes, with its rows in input order, and its totals.
 
-    `finished` holds tables of result_table, together every row of the unit once, in any order. `header` goes into the
-    file's key-value metadata, and the totals with it. Raises ValueError where a row is missing, there twice or unknown:
-    that is a fault of the caller, and nothing must be published.
+    `finished` holds tables made by result_table. Together they hold every row of the unit once, in any order. `header`
+    goes into the key-value metadata of the file, and the totals are added to it. Raises ValueError if a row is missing,
+    repeated or unknown: this is a mistake of the caller, and nothing may be published then.
     """
     results = _in_order(data.unit, pa.concat_tables([RESULT_SCHEMA.empty_table(), *finished]))
-    # A column that is all null in this file, or parts of it, may be typed in another one.
+    # A column, or a nested field, that is all null in this file may have another type in other files.
     columns: dict[str, Any] = {
         name: data.columns.column(name).cast(schema.field(name).type) for name in data.columns.column_names
     }
@@ -68,14 +68,14 @@ def build_part(
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """The table as one Parquet file of the job's own. Pages carry checksums: damage of one is found when it is read."""
+    """Return the table as a Parquet file for the job's own use, with page checksums, which reveal damaged pages."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 
 def tally(results: pa.Table | pa.RecordBatch) -> Totals:
-    """The totals of rows with RESULT_COLUMNS, but for what is said of their ids."""
+    """Return the totals of rows with RESULT_COLUMNS, without the counts of duplicate and null ids."""
     reasons = dict(Counter(map(str, results["finish_reason"].to_pylist())))
     errors = reasons.get("error", 0)
     return Totals(
@@ -135,20 +135,22 @@ def _result_row(done: Completion) -> dict[str, Any]:
 
 
 GROUP_ROWS, GROUP_BYTES = 100_000, 128 << 20
-"""Of a row group at most, the bytes before encoding and by the mean row: what one task of a reader takes at a time."""
+"""Maximum number of rows and of bytes in a row group, which one task of a reader takes at a time. The bytes are counted
+before encoding, with all rows taken to be of mean size."""
 
 MOSTLY_UNIQUE = frozenset({"id", "completion", "mean_confidence", "queue_s", "latency_s", "tokens_per_s", "source_row"})
-"""Columns without a dictionary: hardly a value stands twice, so it would be a second copy."""
+"""Columns written without a dictionary: hardly any value occurs twice, so a dictionary would be a second copy."""
 
 NO_STATISTICS = frozenset({"completion"})
-"""Nobody looks for a range of texts, and they would stand in the footer, which every resume reads."""
+"""Columns written without statistics: nobody selects texts by range, and the statistics would enlarge the footer, which
+every resume reads."""
 
 
 def encode_part(table: pa.Table) -> bytes:
-    """The part's rows, which are in input order, with its schema's metadata, as one Parquet file.
+    """Return the rows of a part, which are in input order, as one Parquet file with the schema's metadata.
 
-    Pages carry checksums: damage of a page is found when it is read. Format and encodings are those that Spark 3 and
-    Athena read: data pages of version 1, plain and dictionary encodings.
+    Page checksums reveal damaged pages when they are read. The format and the encodings are those that Spark 3 and
+    Athena can read: data pages of version 1, plain and dictionary encodings.
     """
     leaves = [(field.name, leaf) for field in table.schema for leaf in _leaves(field.name, field.type)]
     sink = pa.BufferOutputStream()
@@ -169,7 +171,7 @@ def encode_part(table: pa.Table) -> bytes:
 
 
 def _order(table: pa.Table) -> Sequence[tuple[str, Literal["ascending"]]]:
-    """What the rows are sorted by: file and row always, the ids before them where that is true of this part."""
+    """Return the sort order of the rows: file and row, preceded by the id if the ids of this part are ascending."""
     ids = table["id"].combine_chunks()
     ascending = ids.null_count == 0 and pc.all(pc.less_equal(ids[:-1], ids[1:])).as_py() is not False
     names = (["id"] if ascending else []) + ["source_file", "source_row"]
@@ -182,7 +184,8 @@ def _group_rows(table: pa.Table) -> int:
 
 
 def _leaves(path: str, kind: pa.DataType) -> Iterator[str]:
-    """The paths of a column's leaves in the Parquet file: options go by them, and nested columns have several."""
+    """Yield the paths of a column's leaves in the Parquet file. Writer options use these paths, and a nested column has
+    several."""
     if pa.types.is_map(kind):
         yield from _leaves(f"{path}.key_value.key", kind.key_type)
         yield from _leaves(f"{path}.key_value.value", kind.item_type)

@@ -1,7 +1,7 @@
-"""The workers' side of the output folder: a unit's segments, then its part and its commit record, published once.
+"""Writes a unit's results to the output folder, for the workers: segments first, then the part and its commit record.
 
-Parts are the truth: the first writer wins, and a commit record is written after the part and only helps. Segments go
-once the part is there.
+Parts are the authoritative record: the first writer wins, and the commit record is written after the part, as an aid
+only. The segments are removed once the part exists.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from pipeline.storage.urls import safe_url
 
 
 class UnitOutput:
-    """One job's output folder. Methods raise OutputError where it is not as it must be, StorageError where it fails."""
+    """The output folder of one job. Methods raise OutputError if it is not valid, StorageError if the storage fails."""
 
     def __init__(self, output_path: str, fingerprint_digest: str) -> None:
-        """`fingerprint_digest` names the job that may write here."""
+        """Open the folder for the job with this fingerprint digest."""
         self._digest = fingerprint_digest
         self._storage = Storage(output_path)
         self._segments = Segments(self._storage, fingerprint_digest)
@@ -35,8 +35,11 @@ class UnitOutput:
     def header(
         self, unit: WorkUnit, *, attempt: int, replica: str, seconds: float, writer: str | None = None
     ) -> dict[str, str]:
-        """The header for build_part. `seconds`: from the unit's start until now; `writer`: the same for each try to
-        publish what one attempt has made."""
+        """Return the header for build_part.
+
+        `seconds`: time from the unit's start until now. `writer`: must be the same for each try to publish the part of
+        one attempt.
+        """
         record = PartRecord(
             unit=unit.id,
             file=unit.name,
@@ -62,11 +65,11 @@ class UnitOutput:
         self._segments.write(unit, rows, writer=writer, number=number, attempt=attempt)
 
     def publish(self, unit: WorkUnit, data: bytes) -> UnitResult:
-        """Publishes a part made by build_part with this ledger's header; the first writer wins.
+        """Publish a part that was made by build_part with this object's header; the first writer wins.
 
-        Where another attempt's part is there already, `data` is dropped and the result is that part's, with
-        `published_by_other`. Raises OutputError where that part is broken or another job's. May be called again after
-        a StorageError.
+        If another attempt's part exists already, `data` is dropped and the result describes that part, with
+        `published_by_other` set. Raises OutputError if that part is broken or belongs to another job. May be called
+        again after a StorageError.
         """
         started = time.monotonic()
         ours, _ = check_part(self._shown, self._digest, unit, pa.BufferReader(data))
@@ -75,14 +78,15 @@ class UnitOutput:
         return self._settle(unit, data, ours.writer, started)
 
     def published(self, unit: WorkUnit) -> UnitResult | None:
-        """What publish would say of a part that is there already; None where there is none."""
+        """Return the result of a part that exists already, with `published_by_other` set; None if there is no part."""
         data = self._storage.read_if_exists(part_name(unit.id))
         return None if data is None else self._settle(unit, data, None, time.monotonic())
 
     def _settle(self, unit: WorkUnit, stored: bytes, writer: str | None, started: float) -> UnitResult:
-        """The result of the part that is stored, whoever wrote it; its record is written and its segments go."""
+        """Return the result of the stored part, whoever wrote it. Its commit record is written and its segments are
+        removed."""
         record, totals = check_part(self._shown, self._digest, unit, pa.BufferReader(stored))
-        # Our own writer id where a create was refused: the first try arrived, only its acknowledgement was lost.
+        # If the part has our own writer id, our first try to create it succeeded and only its answer was lost.
         by_other = record.writer != writer
         seconds = record.seconds + (0 if by_other else time.monotonic() - started)
         sha256 = hashlib.sha256(stored).hexdigest()
@@ -93,9 +97,10 @@ class UnitOutput:
 
 
 def check_part(shown: str, digest: str | None, unit: WorkUnit, source: pa.NativeFile) -> tuple[PartRecord, Totals]:
-    """A part's record and totals. Raises OutputError where it is broken or not the unit's part in the job `digest`.
+    """Return a part's record and totals.
 
-    `shown`: the output folder, for messages.
+    Raises OutputError if the part is broken, or is not the part of this unit in the job with fingerprint `digest`.
+    `shown`: name of the output folder in messages.
     """
     name = part_name(unit.id)
     try:
@@ -117,6 +122,7 @@ def check_part(shown: str, digest: str | None, unit: WorkUnit, source: pa.Native
 
 
 def write_record(storage: Storage, record: PartRecord, result: UnitResult, part_bytes: int) -> None:
-    """Writes a unit's commit record. A failure is none of the unit: its part is there, the next resume writes it."""
+    """Write a unit's commit record. A failure here does not fail the unit: its part exists, and the next resume writes
+    the record."""
     with contextlib.suppress(StorageError):
         storage.write(record_name(result.unit_id), to_json(commit_record(record, result, part_bytes)))

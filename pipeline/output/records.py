@@ -1,4 +1,4 @@
-"""What the output folder's records say, as values: a part's own record, the plan file, the manifest, the status."""
+"""Converts the records of the output folder (parts, commit records, plan, manifest) to and from Python values."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ from pipeline.storage.urls import safe_url
 T = TypeVar("T")
 RECORD_KEY = "twotower.unit"
 ADDED_LATER: Mapping[str, int | str] = {"degenerate": 0, "published": ""}
-"""What records of earlier versions lack, and what that means."""
+"""Fields that records of earlier versions do not have, with the value to use instead."""
 
 
 class NotOursError(ValueError):
-    """A file is not what this project writes under that name."""
+    """A file whose content is not what this project writes under that name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartRecord:
-    """What a part says of itself in its key-value metadata."""
+    """A part's record about itself, kept in its key-value metadata."""
 
     unit: str
     file: str
@@ -37,36 +37,36 @@ class PartRecord:
     rows: int
     fingerprint: str
     writer: str
-    """Unique to the attempt that wrote the part: tells a lost acknowledgement from another's part."""
+    """Unique id of the attempt that wrote the part. It shows whether a part that already exists was written by this
+    attempt, whose success was not acknowledged, or by another one."""
     replica: str
     attempt: int
     seconds: float
     size: int
-    """Bytes of the input file that the rows were read from; with `stamp`: which version of it that was."""
+    """Size of the input file in bytes; with `stamp`, it tells which version of the file the rows were read from."""
     stamp: str
     schema_version: int = SCHEMA_VERSION
     published: str = ""
-    """When that was, ISO 8601 in UTC by the replica's clock: right before the attempt to; "" in a part of an earlier
-    version."""
+    """Time just before the publication, ISO 8601 in UTC by the replica's clock; "" in parts of earlier versions."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRecord:
-    """What plan.json says."""
+    """The content of plan.json."""
 
     fingerprint: Fingerprint
     rows: int
     units: int
     files: dict[str, tuple[int, str, int]]
-    """(size, stamp, rows) by name."""
+    """(size in bytes, stamp, rows) of each input file, by name."""
     created: str
     job: dict[str, Any]
-    """The job's settings, without credentials, under today's keys."""
+    """Settings of the job without credentials, under today's names of the keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How far a job is, read from its output folder alone."""
+    """The progress of a job, read from its output folder alone."""
 
     rows_done: int
     rows_total: int
@@ -74,33 +74,34 @@ class Status:
     units_total: int
     totals: Totals
     complete: bool
-    """`_SUCCESS` is there and so are all rows."""
+    """Whether `_SUCCESS` and all rows are there."""
     fingerprint: str
     created: str
-    """When the job first ran, ISO 8601 in UTC."""
+    """Time when the job first ran, ISO 8601 in UTC."""
     finished: str | None
-    """When it completed, likewise; None where it is not complete or its manifest cannot be read."""
+    """Time when the job completed, ISO 8601 in UTC; None if it is not complete or its manifest cannot be read."""
     rows_saved: int = 0
-    """Rows in segments of units that have no part yet: resuming does not generate them again. Rows that two attempts
-    saved count twice."""
+    """Number of rows in segments of units that have no part yet; resuming does not generate them again. Rows that two
+    attempts saved count twice."""
     driver: str | None = None
-    """Who runs the job, or ran it last; None where no claim can be read."""
+    """The driver that runs the job or ran it last, as text; None if no claim can be read."""
     warnings: tuple[str, ...] = ()
-    """Those of the manifest, where the job is complete."""
+    """Warnings in the manifest; empty if the job is not complete."""
 
 
 def now(timespec: str = "seconds") -> str:
-    """This moment, ISO 8601 in UTC, in whole seconds or in `milliseconds`."""
+    """Return the current time, ISO 8601 in UTC, in whole seconds or in `milliseconds`."""
     return datetime.now(UTC).isoformat(timespec=timespec)
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON, as all records are written."""
+    """Return the value as readable JSON, the format of all records."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def from_json(data: bytes) -> dict[str, Any]:
-    """A record's fields. Raises NotOursError where the bytes are no JSON object (a write that never ended, for one)."""
+    """Return the fields of a record. Raises NotOursError if the bytes are not a JSON object, for example after an
+    interrupted write."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -111,7 +112,8 @@ def from_json(data: bytes) -> dict[str, Any]:
 
 
 def totals_from(fields: Mapping[str, Any]) -> Totals:
-    """Totals from a record that holds their fields. Raises NotOursError where they are missing or do not add up."""
+    """Return the totals in a record that holds their fields. Raises NotOursError if they are missing or do not add
+    up."""
     reasons = fields.get("finish_reasons")
     if not isinstance(reasons, dict):
         raise NotOursError(f"finish_reasons is {reasons!r}")
@@ -143,7 +145,8 @@ def _typed(fields: Mapping[str, Any], name: str, kind: type[T]) -> T:
 
 
 def read_part(source: pa.NativeFile) -> tuple[PartRecord, Totals]:
-    """A part's record and totals, from its footer. Raises NotOursError where it is no whole part of this project."""
+    """Return a part's record and totals from its footer. Raises NotOursError if it is not a whole part of this
+    project."""
     try:
         metadata = pq.read_metadata(source)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column name that is not UTF-8
@@ -178,13 +181,14 @@ def _part_record(fields: Mapping[str, Any]) -> PartRecord:
 
 
 def commit_record(record: PartRecord, result: UnitResult, part_bytes: int) -> dict[str, Any]:
-    """The commit record of a published part: what the part says, its checksum and its size in bytes."""
+    """Return the commit record of a published part: its own record and totals, its checksum and its size in bytes."""
     fields = {**asdict(record), **asdict(result.totals)}
     return {**fields, "seconds": result.seconds, "sha256": result.sha256, "part_bytes": part_bytes}
 
 
 def read_commit(data: bytes) -> tuple[UnitResult, int]:
-    """The unit's result and its part's size in bytes, from its commit record. Raises NotOursError."""
+    """Return the unit's result and the size of its part in bytes, read from its commit record. Raises NotOursError if
+    the bytes are not a commit record."""
     fields = from_json(data)
     result = UnitResult(
         unit_id=_typed(fields, "unit", str),
@@ -206,7 +210,7 @@ def manifest_fields(
     seconds: float,
     warnings: Sequence[str],
 ) -> dict[str, Any]:
-    """What manifest.json says of a complete job. `seconds`: wall clock of the run that completed it."""
+    """Return the content of manifest.json for a complete job. `seconds`: wall clock of the run that completed it."""
     return {
         "rows": totals.rows,
         "ok": totals.ok,
@@ -238,7 +242,8 @@ def _job_settings(job: Job) -> dict[str, Any]:
 
 
 def plan_fields(plan: Plan, job: Job) -> dict[str, Any]:
-    """What plan.json says: the fingerprint with its fields and files, the size of the job, its settings."""
+    """Return the content of plan.json: the fingerprint with its fields, the input files, the counts and the
+    settings."""
     return {
         "fingerprint": {"digest": plan.fingerprint.digest, "fields": plan.fingerprint.fields},
         "rows": plan.rows,
@@ -252,7 +257,7 @@ def plan_fields(plan: Plan, job: Job) -> dict[str, Any]:
 
 
 def read_plan(data: bytes) -> PlanRecord:
-    """A plan.json. Raises NotOursError where it is not as plan_fields makes it."""
+    """Return the content of a plan.json as a record. Raises NotOursError if it is not as plan_fields makes it."""
     value = from_json(data)
     fingerprint: dict[str, Any] = _typed(value, "fingerprint", dict)
     fields: dict[str, Any] = _typed(fingerprint, "fields", dict)
@@ -277,10 +282,10 @@ def read_plan(data: bytes) -> PlanRecord:
 
 
 def finished_at(data: bytes) -> str:
-    """When the job of a manifest.json completed. Raises NotOursError."""
+    """Return the time when the job of a manifest.json completed. Raises NotOursError if the manifest is not valid."""
     return _typed(from_json(data), "finished", str)
 
 
 def warnings_in(data: bytes) -> tuple[str, ...]:
-    """What a manifest.json warns of; nothing in one of an earlier version. Raises NotOursError."""
+    """Return the warnings in a manifest.json (earlier versions have none). Raises NotOursError if it is not valid."""
     return tuple(str(warning) for warning in _typed({"warnings": [], **from_json(data)}, "warnings", list))

@@ -1,9 +1,9 @@
-"""Segments: the finished rows of a unit that has no part yet, in small files that whoever goes on with it reads.
+"""Saves the finished rows of a unit that has no part yet in small files, from which a later attempt continues.
 
     _job/segments/<unit id>/<writer>-<number>-<checksum>.parquet
 
-A segment is written once, whole, under a name of its own, so attempts of one unit never disturb each other. What is
-damaged or not of this job and unit is left out, and said: its rows are generated again.
+A segment is written once, as a whole, under a unique name, so attempts of one unit never disturb each other. A segment
+that is damaged or not of this job and unit is left out and reported; its rows are generated again.
 """
 
 import hashlib
@@ -29,29 +29,29 @@ from pipeline.storage.storage import Storage
 
 RECORD_KEY = "twotower.segment"
 IO_THREADS = 8
-"""Segments of one unit read or removed at a time."""
+"""Number of segments of one unit that are read or removed at the same time."""
 _NAME = re.compile(r"[0-9a-f]{32}-[0-9]{6,}-(?P<checksum>[0-9a-f]{64})\.parquet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentRecord:
-    """Whose rows a segment holds; stands in its key-value metadata, beside the writer's name of itself."""
+    """The unit and job of a segment's rows, kept in its key-value metadata beside the writer and the attempt."""
 
     unit: str
     file: str
-    """WorkUnit.name."""
+    """Name of the input file (WorkUnit.name)."""
     first_row: int
     rows: int
-    """Of the unit, not of the segment."""
+    """Number of rows of the unit, not of the segment."""
     size: int
     stamp: str
-    """Of the input file, as in WorkUnit: rows of a file that was rewritten are other rows."""
+    """Stamp of the input file, as in WorkUnit. Rows of an older version of the file are not used."""
     fingerprint: str
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
     def of(cls, unit: WorkUnit, fingerprint: str) -> Self:
-        """What the segments of this unit say."""
+        """Return the record for segments of this unit."""
         return cls(
             unit=unit.id,
             file=unit.name,
@@ -65,34 +65,34 @@ class SegmentRecord:
 
 @dataclass(frozen=True, slots=True)
 class SegmentRows:
-    """What the segments of a unit hold together."""
+    """The rows of all segments of a unit together."""
 
     table: pa.Table
-    """RESULT_SCHEMA: each row once, ordered by source_row."""
+    """Table with RESULT_SCHEMA: each row once, ordered by source_row."""
     ignored: tuple[str, ...] = ()
-    """What was left out and why, a line each."""
+    """Segments that were left out and the reason, one line each."""
 
 
 class Segments:
-    """The segments of one job. Methods raise StorageError where the storage fails, and nothing else."""
+    """The segments of one job. Methods raise StorageError if the storage fails, and nothing else."""
 
     def __init__(self, storage: Storage, fingerprint_digest: str) -> None:
-        """`storage`: the output folder."""
+        """Use the segments in `storage`, the output folder."""
         self._storage, self._digest = storage, fingerprint_digest
 
     def write(self, unit: WorkUnit, rows: pa.Table, *, writer: str, number: int, attempt: int) -> None:
-        """Writes rows (RESULT_SCHEMA) as one segment; `writer` (32 hex digits) and `number` are used once together."""
+        """Write rows (RESULT_SCHEMA) as one segment. `writer` (32 hex digits) and `number` together must be unique."""
         data = to_segment(unit, self._digest, rows, writer=writer, attempt=attempt)
-        # A name that exists is this very segment: an acknowledgement was lost.
+        # If the name exists already, it is this same segment: an earlier try succeeded, but its answer was lost.
         self._storage.create(f"{folder_of(unit.id)}/{segment_name(writer, number, data)}", data)
 
     def read(self, unit: WorkUnit) -> SegmentRows:
-        """The union of the unit's segments; of a row that stands in several, the first by name counts."""
+        """Return the rows of all segments of the unit. If several segments hold a row, the first by name counts."""
         tables, ignored = [RESULT_SCHEMA.empty_table()], []
         files = self._storage.list_files(folder_of(unit.id), "*.parquet")
         with ThreadPoolExecutor(IO_THREADS, "segments") as pool:
             for file, data in zip(files, pool.map(self._storage.read_if_exists, (f.name for f in files)), strict=True):
-                if data is None:  # another attempt has published the part meanwhile
+                if data is None:  # another attempt has published the part and removed the segment
                     continue
                 try:
                     tables.append(from_segment(file.name.rpartition("/")[2], data, unit, self._digest))
@@ -101,30 +101,32 @@ class Segments:
         return SegmentRows(_union(tables), tuple(ignored))
 
     def remove(self, unit: WorkUnit) -> None:
-        """Removes the segments of a unit that has its part. A failure is none of the unit: what stays does no harm."""
+        """Remove the segments of a unit that has its part. A failure here does not fail the unit: leftovers do no
+        harm."""
         with suppress(StorageError), ThreadPoolExecutor(IO_THREADS, "segments") as pool:
             names = [file.name for file in self._storage.list_files(folder_of(unit.id), "*.parquet")]
             list(pool.map(self._storage.remove, names))
 
 
 def folder_of(unit_id: str) -> str:
-    """Where a unit's segments stand, relative to the output folder."""
+    """Return the folder of a unit's segments, relative to the output folder."""
     return f"{SEGMENTS}/{unit_id}"
 
 
 def segment_name(writer: str, number: int, data: bytes) -> str:
-    """The file name of a segment with this content. Its checksum covers what Parquet's own do not: the footer."""
+    """Return the file name of a segment with this content. Its checksum covers the footer, unlike Parquet's
+    checksums."""
     return f"{writer}-{number:06}-{hashlib.sha256(data).hexdigest()}.parquet"
 
 
 def to_segment(unit: WorkUnit, fingerprint: str, rows: pa.Table, *, writer: str, attempt: int) -> bytes:
-    """A segment as Parquet bytes."""
+    """Return a segment as Parquet bytes."""
     record = {**asdict(SegmentRecord.of(unit, fingerprint)), "writer": writer, "attempt": attempt}
     return to_parquet(rows.replace_schema_metadata({RECORD_KEY: json.dumps(record)}))
 
 
 def from_segment(name: str, data: bytes, unit: WorkUnit, fingerprint: str) -> pa.Table:
-    """The rows of a segment (RESULT_SCHEMA). Raises NotOursError where it is damaged or not of this job and unit."""
+    """Return the rows of a segment (RESULT_SCHEMA). Raises NotOursError if it is damaged or of another job or unit."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise NotOursError("it has no segment's name")
@@ -148,9 +150,9 @@ def from_segment(name: str, data: bytes, unit: WorkUnit, fingerprint: str) -> pa
 
 
 def read_record(source: pa.NativeFile) -> tuple[SegmentRecord, int]:
-    """Whose a segment is and how many rows it has, from its footer.
+    """Return a segment's record and its number of rows, read from its footer.
 
-    Raises NotOursError where that has no such record, or cannot be read.
+    Raises NotOursError if the footer cannot be read or has no such record.
     """
     try:
         footer = pq.read_metadata(source)
@@ -173,7 +175,7 @@ def _record_in(footer: pq.FileMetaData) -> SegmentRecord:
 
 
 def _check_record(found: SegmentRecord, wanted: SegmentRecord) -> None:
-    """Raises NotOursError, naming what differs."""
+    """Raise NotOursError with the first field that differs."""
     for name, value in asdict(wanted).items():
         if (there := getattr(found, name)) != value:
             raise NotOursError(f"its {name} is {there!r}, not {value!r}")

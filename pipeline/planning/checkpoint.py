@@ -1,4 +1,4 @@
-"""Whether a replica could load the job's checkpoint, found out without loading it."""
+"""Checks, without loading the job's checkpoint, that a replica could load it."""
 
 from model.checkpoint.reader import Checkpoint, open_checkpoint
 from model.checkpoint.tokenizer import Tokenizer
@@ -8,9 +8,9 @@ from pipeline.storage.urls import safe_url
 
 
 def check_checkpoint(job: Job) -> Checkpoint:
-    """Opens the job's checkpoint and checks, without loading it, that a replica could.
+    """Open the job's checkpoint and check, without loading it, that a replica could load it.
 
-    Raises CheckpointError; JobError where the job's limits do not fit the checkpoint's context.
+    Raises CheckpointError if it could not, JobError if the job's limits do not fit the checkpoint's context.
     """
     checkpoint = open_checkpoint(job.model.checkpoint)
     checkpoint.validate(job.generation.towers)
@@ -18,7 +18,7 @@ def check_checkpoint(job: Job) -> Checkpoint:
     limits = job.engine.limits()
     try:
         room, remedy = limits.context_tokens(checkpoint.config.max_position_embeddings), "lower it"
-    except RequestError as error:  # it names the field alone
+    except RequestError as error:  # its message begins with the name of the field
         raise JobError(f"engine.{error}") from None
     if limits.kv_tokens is not None and limits.kv_tokens < room:
         room, remedy = limits.kv_tokens, "lower it or raise engine.kv_tokens"
@@ -31,7 +31,7 @@ def check_checkpoint(job: Job) -> Checkpoint:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's tokenizer. Raises CheckpointError where it has none."""
+    """Return the checkpoint's tokenizer. Raises CheckpointError if it has none."""
     raw = checkpoint.tokenizer_json()
     if raw is None:
         raise CheckpointError(

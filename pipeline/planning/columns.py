@@ -1,4 +1,4 @@
-"""Whether the input's columns are those that the job reads, and the schema of the output that follows."""
+"""Checks that the input has the columns that the job reads, and derives the schema of the output from them."""
 
 import pyarrow as pa
 
@@ -12,7 +12,7 @@ from pipeline.storage.storage import FileInfo
 
 
 def check_columns(settings: InputSection, footers: list[tuple[FileInfo, Footer]]) -> pa.Schema:
-    """The output schema. Raises InputError where a column is missing, of a wrong type, or differs between files."""
+    """Return the output schema. Raises InputError if a column is missing, has a wrong type or varies between files."""
     _check_names(settings)
     prompt = settings.prompt_column
     prompts = template_columns(settings.template) if settings.template is not None else ()
@@ -22,10 +22,10 @@ def check_columns(settings: InputSection, footers: list[tuple[FileInfo, Footer]]
     for info, footer in footers:
         for name in [*([prompt] if prompt is not None else prompts), *kept]:
             kind = _column_type(info.name, footer.schema, name, settings)
-            if name in prompts and name not in kept:  # a template takes any type
+            if name in prompts and name not in kept:  # a template can use any type
                 continue
             first, first_file = types.setdefault(name, (kind, info.name))
-            merged = merge_types(first, kind)  # all null in one file: any type will do
+            merged = merge_types(first, kind)  # a column that is all null in one file fits any type
             if merged is None:
                 raise InputError(
                     f"column '{name}' is {first} in {first_file} but {kind} in {info.name}: make them one type"
@@ -45,7 +45,7 @@ def _check_names(settings: InputSection) -> None:
     taken = {"id", *RESULT_COLUMNS}
     seen: set[str] = set()
     for name in settings.carry:
-        if name.casefold() in taken:  # readers such as DuckDB do not tell ID from id
+        if name.casefold() in taken:  # readers such as DuckDB do not distinguish ID from id
             raise InputError(
                 f"input.carry: column '{name}' would collide with the output's own column {name.casefold()}"
             )

@@ -1,7 +1,7 @@
-"""Which units take longest, as far as footers and settings tell. Those go out first, so that the replicas of a job end
-at about the same time: a long unit that begins last keeps one replica busy while all others are idle.
+"""Estimates which units take longest, from footers and settings, so that these units are handed out first.
 
-Nothing but the order depends on it.
+Then the replicas of a job end at about the same time. A long unit that begins last would keep one replica busy while
+all others are idle. Only the order of the units depends on the estimate.
 """
 
 from bisect import bisect_right
@@ -14,19 +14,19 @@ from pipeline.config.job import InputSection
 from pipeline.prompts.template import template_columns
 
 BYTES_A_TOKEN = 4
-"""Of prompts. A prompt token is cheaper than one that is generated, but longer prompts have longer answers, and each
-token of these reads them."""
+"""Bytes of prompt that count as much as one generated token. A prompt token is cheaper than a generated one, but longer
+prompts have longer completions, and each generated token reads the prompt."""
 
 
 def prompt_columns(settings: InputSection) -> tuple[str, ...]:
-    """The columns that prompts are made of."""
+    """Return the columns that prompts are made of."""
     if settings.template is not None:
         return tuple(template_columns(settings.template))
     return (settings.prompt_column,) if settings.prompt_column else ()
 
 
 def prompt_bytes(metadata: pq.FileMetaData, columns: Collection[str]) -> tuple[int, ...]:
-    """Uncompressed bytes of these columns in each row group, by the footer, which may say anything."""
+    """Return the uncompressed bytes of these columns in each row group, as stated by the footer, which may be wrong."""
     sizes = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -37,15 +37,18 @@ def prompt_bytes(metadata: pq.FileMetaData, columns: Collection[str]) -> tuple[i
 
 
 class ExpectedWork:
-    """Of the rows of one file: tokens, those of the prompts guessed from their bytes, which lie evenly in a group."""
+    """The expected work of the rows of one file, in tokens.
+
+    Prompt tokens are estimated from bytes, which are assumed to be spread evenly over the rows of a row group.
+    """
 
     def __init__(self, groups: Sequence[int], sizes: Sequence[int], max_new_tokens: int) -> None:
-        """groups: rows of each row group. sizes: prompt_bytes."""
+        """Add up the row groups. `groups`: rows of each row group. `sizes`: the result of prompt_bytes."""
         self._rows, self._bytes = [0, *accumulate(groups)], [0, *accumulate(sizes)]
         self._max_new_tokens = max_new_tokens
 
     def of(self, first: int, count: int) -> float:
-        """Of `count` rows from `first` on."""
+        """Return the expected work of `count` rows from row `first` on."""
         size = self._before(first + count) - self._before(first)
         return count * self._max_new_tokens + size / BYTES_A_TOKEN
 

@@ -1,7 +1,7 @@
-"""What makes two jobs the same: a fingerprint of everything in the settings that changes the output, and the listing.
+"""Makes the fingerprint of a job, which covers every setting that changes the output, and compares input listings.
 
-The listing is not part of the fingerprint: an output may grow with its input (`input.on_change: extend`), and no row of
-it depends on which other files there are.
+Two jobs are the same if their fingerprints and listings are. The listing is not part of the fingerprint: an output may
+grow with its input (`input.on_change: extend`), and no row of it depends on which other files there are.
 """
 
 import hashlib
@@ -18,25 +18,25 @@ from pipeline.planning.part_size import ESTIMATE
 
 NAMED_AT_MOST = 3
 Listing = Mapping[str, tuple[int, str, int]]
-"""Input files: (size in bytes, stamp, rows) by name."""
+"""Input files by name: (size in bytes, stamp, rows)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Named settings and one digest over all of them."""
+    """The settings that determine the output, by name, and one digest over all of them."""
 
     fields: dict[str, Any]
-    """JSON values by dotted job key."""
+    """JSON values by name; settings are named by their dotted keys in the job file."""
     digest: str
-    """sha256 of the fields as canonical JSON."""
+    """sha256 (hex) of the fields as canonical JSON."""
 
 
 def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str) -> Fingerprint:
-    """The fingerprint of a job whose parts have this schema.
+    """Return the fingerprint of a job whose parts have this schema.
 
-    Replicas, GPUs and engine limits are left out: they change how fast the output comes, never what it is.
+    Replicas, GPUs and engine limits are left out: they change the speed of the job, never its output.
     """
-    # Through JSON, so that the fields compare equal to those read back from plan.json (tuples become lists).
+    # Converted to JSON and back, so that the fields equal those read from plan.json (tuples become lists).
     fields: dict[str, Any] = json.loads(
         json.dumps(
             {
@@ -59,28 +59,29 @@ def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str) -> F
 
 
 def _part_size(job: Job) -> dict[str, Any]:
-    """Nothing where units are cut by rows: jobs from before there was a choice have the fingerprint that they had."""
+    """Return the settings of the part size, or nothing if units are cut by rows. So jobs from before there was a choice
+    keep their fingerprint."""
     if job.output.target_mb is None:
         return {}
     return {"output.target_mb": job.output.target_mb, "estimate of part sizes": ESTIMATE}
 
 
 def column_types(schema: pa.Schema) -> dict[str, str]:
-    """The types of the id and the carried columns of a part, by name: the same for a planned schema and a stored one.
+    """Return the types of the id and the carried columns of a part, by name, equal for a planned and a stored schema.
 
-    The other columns are those of `output schema version`.
+    The types of all other columns follow from `output schema version`.
     """
     return {field.name: str(plain_type(field.type)) for field in schema if field.name not in RESULT_COLUMNS}
 
 
 def digest_of(value: Any) -> str:
-    """sha256 (hex) of a JSON value, whatever the order of its keys."""
+    """Return the sha256 (hex) of a JSON value; the order of its keys does not matter."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One `name: old -> new` for each field that differs."""
+    """Return a text `name: old -> new` for each field that differs."""
     return [
         f"{name}: {_shown(old.get(name))} -> {_shown(new.get(name))}"
         for name in dict.fromkeys([*old, *new])
@@ -90,25 +91,25 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class ListingChange:
-    """How the input differs from the listing that an output was planned over; names in order."""
+    """The differences between the input and the listing that an output was planned over; names are sorted."""
 
     added: tuple[str, ...]
     removed: tuple[str, ...]
     rewritten: tuple[str, ...]
-    """Of another size, stamp or number of rows."""
+    """Files whose size, stamp or number of rows has changed."""
 
     @property
     def any(self) -> bool:
-        """Whether there is a difference at all."""
+        """Return whether there is any difference."""
         return bool(self.added or self.removed or self.rewritten)
 
     @property
     def only_added(self) -> bool:
-        """Whether all that was planned is still as it was, and there is more."""
+        """Return whether there are new files and all planned files are unchanged."""
         return bool(self.added) and not self.removed and not self.rewritten
 
     def __str__(self) -> str:
-        """`a.parquet has changed, b.parquet is gone and 4 more`."""
+        """Return a text such as `a.parquet has changed, b.parquet is gone, c.parquet is new and 4 more`."""
         said = [
             *(f"{name} has changed" for name in self.rewritten),
             *(f"{name} is gone" for name in self.removed),
@@ -119,7 +120,7 @@ class ListingChange:
 
 
 def listing_change(old: Listing, new: Listing) -> ListingChange:
-    """What happened to the input between two listings."""
+    """Return the differences between two listings of the input."""
     return ListingChange(
         added=tuple(sorted(new.keys() - old.keys())),
         removed=tuple(sorted(old.keys() - new.keys())),

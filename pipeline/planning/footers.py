@@ -1,4 +1,4 @@
-"""The footers of the input files, read in parallel: row groups, schema and sizes, never data."""
+"""Reads the footers of the input files in parallel: row groups, schema and sizes, never data."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +21,12 @@ NAMED_AT_MOST = 3
 @dataclass(frozen=True, slots=True)
 class Footer:
     groups: tuple[int, ...]
-    """Rows of each row group."""
+    """Number of rows in each row group."""
     schema: pa.Schema
     carried_bytes: float
-    """Of the columns that go to the output, where that is asked for; else 0."""
+    """Estimated bytes, in the output, of the columns that are copied there; 0 if no columns are measured."""
     prompt_bytes: tuple[int, ...]
-    """Of each row group."""
+    """Uncompressed bytes of the prompt columns in each row group."""
 
 
 def read_footers(
@@ -38,7 +38,8 @@ def read_footers(
         try:
             with storage.open(info.name, info.size) as source:
                 parquet = pq.ParquetFile(source)
-                parquet.schema_arrow.to_string(show_field_metadata=False, show_schema_metadata=False)  # can be shown
+                # Fails if the schema holds a name that cannot be shown.
+                parquet.schema_arrow.to_string(show_field_metadata=False, show_schema_metadata=False)
                 groups = check_footer(parquet.metadata, info.size)
                 carried = carried_bytes(parquet.metadata, measured, info.size)
                 return Footer(groups, parquet.schema_arrow, carried, prompt_bytes(parquet.metadata, prompts))

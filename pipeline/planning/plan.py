@@ -1,4 +1,4 @@
-"""The plan of a job: its files, its work units and its fingerprint. Reads listings and footers, never data."""
+"""Makes the plan of a job: its files, its work units and its fingerprint. It reads listings and footers, never data."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -19,48 +19,49 @@ from pipeline.storage.storage import FileInfo
 from pipeline.storage.urls import safe_url
 
 MAX_UNITS = 1_000_000
-"""The driver holds them all."""
+"""Maximum number of units of a job, because the driver holds them all in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One input file as planned."""
+    """An input file at the time of planning."""
 
     name: str
-    """Relative to the input root."""
+    """Path relative to the input root."""
     url: str
-    """Path or URL that opens it."""
+    """Path or URL that opens the file."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
     stamp: str
-    """Changes when the content does."""
+    """Text that changes when the content of the file changes."""
     rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a job will do."""
+    """The plan of a job."""
 
     files: tuple[InputFile, ...]
     units: tuple[WorkUnit, ...]
     rows: int
     fingerprint: Fingerprint
     schema: pa.Schema
-    """Of every part."""
+    """Schema of every part."""
     unreadable: tuple[tuple[str, str], ...] = ()
-    """(name, reason) of files that cannot be read; only where make_plan was told to allow them."""
+    """(name, reason) of files that cannot be read; empty unless make_plan was called with allow_unreadable."""
 
     @property
     def listing(self) -> Listing:
-        """The files as plan.json keeps them."""
+        """Return the input files in the form of a listing, as they are compared with those in plan.json."""
         return {file.name: (file.size, file.stamp, file.rows) for file in self.files}
 
 
 def make_plan(job: Job, *, checkpoint_identity: str, allow_unreadable: bool = False) -> Plan:
-    """Lists the input, reads all footers in parallel and cuts the units.
+    """List the input, read all footers in parallel and cut the units.
 
-    Raises InputError (one line, naming the file and column) where there is nothing to do or a file or column cannot
-    be used; StorageError where the listing fails.
+    With `allow_unreadable`, files that cannot be read are left out if others can be read. Raises InputError (one line,
+    naming the file and column) if there is nothing to do or a file or column cannot be used, StorageError if the
+    listing fails.
     """
     root, listing = list_input(job.input.path)
     shown = safe_url(job.input.path)
@@ -91,9 +92,9 @@ def make_plan(job: Job, *, checkpoint_identity: str, allow_unreadable: bool = Fa
 
 
 def cut(groups: Sequence[int], rows_per_unit: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of the units of a file whose row groups have these sizes.
+    """Yield (first row, number of rows) of each unit of a file whose row groups have these sizes.
 
-    Whole groups are put together up to the limit; a group above it is cut inside, into pieces of about one size.
+    Whole row groups are put together up to the limit. A group above the limit is cut into pieces of about equal size.
     """
     first = count = 0
     for rows in groups:
@@ -113,7 +114,7 @@ def cut(groups: Sequence[int], rows_per_unit: int) -> Iterator[tuple[int, int]]:
 
 
 def unit_id(name: str, first_row: int) -> str:
-    """The stable id of the unit of a file (relative name) that begins at a row."""
+    """Return the stable id of the unit that begins at this row of a file, given the file's relative name."""
     return f"{hashlib.sha256(name.encode()).hexdigest()[:12]}-{first_row:010d}"
 
 

@@ -1,4 +1,4 @@
-"""From the columns of a row to its prompt. A row that has none gets a reason instead, never an exception."""
+"""Makes a prompt from the columns of a row. A row without a prompt gets a reason instead; it raises no exception."""
 
 from collections.abc import Iterator
 
@@ -9,23 +9,26 @@ from pipeline.prompts.values import CellError, Prompt, judge, read_cells
 
 
 class PromptMaker:
-    """Makes the prompts of a job's rows, from one column or from a template over several. For one thread."""
+    """A maker of prompts for a job's rows, from one column or from a template over several columns.
+
+    Only one thread may use it.
+    """
 
     def __init__(self, prompt_column: str | None, template: str | None) -> None:
-        """One of the two. Raises ValueError where the template is wrong."""
+        """Take either a column or a template. Raises ValueError if the template is wrong."""
         self._renderer = Renderer(template) if template is not None else None
         self._column = prompt_column or ""
         self.columns = self._renderer.columns if self._renderer else (self._column,)
 
     def make(self, table: pa.Table) -> Iterator[Prompt]:
-        """(prompt, None) or (None, reason) for each row of a table that has `columns`.
+        """Yield (prompt, None) or (None, reason) for each row of a table that has `columns`.
 
-        Raises InputError where templates cannot be rendered at all.
+        Raises InputError if templates cannot be rendered at all.
         """
         return self._renderer.make(table) if self._renderer else self._read(table)
 
     def close(self) -> None:
-        """Ends the process that renders templates, if there is one."""
+        """End the process that renders templates, if there is one."""
         if self._renderer is not None:
             self._renderer.close()
 

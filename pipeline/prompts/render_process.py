@@ -1,8 +1,9 @@
-"""The process that renders templates: `python -m pipeline.prompts.render_process SECONDS`, started and fed by
-pipeline.prompts.renderer.
+"""Renders templates in its own process: `python -m pipeline.prompts.render_process SECONDS`.
 
-in    the template, then record batches as Arrow streams, each after its length
-out   READY, then a frame a row: PROMPT and the prompt, or REASON and why there is none
+pipeline.prompts.renderer starts the process and talks to it:
+
+in    the template, then record batches as Arrow streams, each preceded by its length
+out   READY, then one frame for each row: PROMPT with the prompt, or REASON with the reason why there is none
 """
 
 import os
@@ -19,31 +20,31 @@ from pipeline.prompts.template import Template
 from pipeline.prompts.values import CellError, judge, one_line, read_cells
 
 SEND_BYTES, SEND_SECONDS = 1 << 16, 1.0
-"""What is finished is sent when it is as much or as old."""
+"""Finished frames are sent if they exceed this many bytes, or this many seconds after the last ones."""
 LENGTH, FRAME = struct.Struct("<Q"), struct.Struct("<BQ")
 READY, PROMPT, REASON = range(3)
 NO_MEMORY = 3
-"""The exit status that says so."""
+"""The exit status if the process runs out of memory."""
 
 
 def main() -> None:
-    """Renders what comes until there is no more. SECONDS: of computing for a row, after which the process ends."""
+    """Render batches until the input ends. SECONDS is the CPU time that a row may take before the process is ended."""
     out = os.dup(1)
-    os.dup2(2, 1)  # whatever a library prints
-    # Not even one long call into C survives this signal.
+    os.dup2(2, 1)  # so that nothing that a library prints gets among the frames
+    # With the default action, this signal ends the process even in the middle of a long call into C.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     try:
         _serve(sys.stdin.buffer, out, float(sys.argv[1]))
     except MemoryError:
         os._exit(NO_MEMORY)
-    except BrokenPipeError:  # nobody wants to know any more
+    except BrokenPipeError:  # the parent has closed the pipe
         os._exit(0)
 
 
 def _serve(source: BinaryIO, out: int, row_seconds: float) -> None:
     template = Template(_receive(source).decode())
-    # Arrow and jinja2 load parts of themselves on first use: before the memory is limited.
+    # Arrow and jinja2 load some of their code on first use. This must happen before READY: then memory gets limited.
     table = pa.table({"a": ["x"]})
     _serialised(table)
     _send(out, FRAME.pack(READY, 0))
@@ -81,7 +82,7 @@ def _render(template: Template, table: pa.Table) -> Iterator[tuple[int, bytes]]:
             text = template.render(cells)
         except MemoryError:
             raise
-        except Exception as error:  # a template is the user's code: it can raise anything, and costs its row alone
+        except Exception as error:  # a template is the user's code: it can raise anything, and only its row fails
             yield REASON, f"template: {one_line(error)}".encode()
             continue
         prompt, reason = judge(text)
@@ -89,7 +90,7 @@ def _render(template: Template, table: pa.Table) -> Iterator[tuple[int, bytes]]:
 
 
 def _receive(source: BinaryIO) -> bytes:
-    """The next message; empty at the end."""
+    """Return the next message, or empty bytes at the end of the input."""
     head = source.read(LENGTH.size)
     return source.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
 

@@ -1,9 +1,9 @@
-"""Renders templates in a process of their own: whatever one does, it costs its row alone and never the replica.
+"""Renders templates in a separate process, so that a bad template can fail its row but never the replica.
 
-A row may take ROW_SECONDS of computing and MEMORY_BYTES of memory. At the first the kernel ends the process, at the
-second it ends itself. What is left of the batch is then sent to a new process, row by row; a row at which that one ends
-as well has no prompt. Where something else than a limit ends it, and the machine may have been at fault, the row is
-tried once more. The process ends with its parent, because the pipe from there does.
+A row may take ROW_SECONDS of CPU time and MEMORY_BYTES of memory. If it takes more time, the operating system ends the
+process; if it needs more memory, the process ends itself. The rest of the batch is then sent to a new process, one row
+at a time. A row that ends this process as well gets no prompt. If the process did not end at a limit, the machine may
+be the cause, so the row is tried once more. The process ends when its parent ends, because its input pipe closes.
 """
 
 import os
@@ -26,39 +26,42 @@ from pipeline.prompts.values import Prompt
 from pipeline.storage.storage import read_text
 
 ROW_SECONDS = 2.0
-"""Of computing, not by the clock: a busy machine changes nothing."""
+"""Seconds of CPU time that a row may take. Clock time does not count, so a busy machine makes no difference."""
 MEMORY_BYTES = 1 << 30
-"""Above what the process has when it is ready."""
+"""Bytes that the process may take beyond those that it has when it is ready."""
 SILENT_SECONDS = 120.0
-"""Without a sign of life, computing or not: for the start, and the last resort for a row."""
+"""Seconds without an answer, computing or not, after which the process is ended.
+
+This guards its start, and is the last resort for a row.
+"""
 ENDED_ROWS_AT_MOST = 50
-"""Rows of one table at which the process ends: each costs seconds."""
+"""The number of rows of one table that may end the process. It is small because each of them takes seconds."""
 BATCH_ROWS, BATCH_BYTES = 256, 1 << 22
 READ_BYTES = 1 << 20
 _PASSED_ON = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
-"""Environment variables; no credentials among them."""
+"""The environment variables that the process gets; none of them holds credentials."""
 
 
 class Renderer:
-    """Renders the rows of tables with one template. For one thread; the process starts with the first row."""
+    """A renderer of one template for the rows of tables, for one thread. Its process starts with the first row."""
 
     def __init__(self, template: str) -> None:
-        """Raises ValueError where the template is wrong."""
+        """Raise ValueError if the template is wrong."""
         self.columns = template_columns(template)
         self._template = template
         self._child: _Child | None = None
 
     def make(self, table: pa.Table) -> Iterator[Prompt]:
-        """What becomes of each row of a table that has `columns`.
+        """Yield the prompt, or the reason why there is none, for each row of a table that has `columns`.
 
-        Raises InputError where the process does not start, or ends at more than ENDED_ROWS_AT_MOST rows.
+        Raises InputError if the process does not start, or if more than ENDED_ROWS_AT_MOST rows end it.
         """
         whole = False
         try:
             yield from self._make(table.select(self.columns))
             whole = True
         finally:
-            if not whole:  # the answers that nobody took would be taken for the next rows'
+            if not whole:  # otherwise the answers left in the pipe would be taken for those of the next rows
                 self.close()
 
     def _make(self, table: pa.Table) -> Iterator[Prompt]:
@@ -89,23 +92,24 @@ class Renderer:
                     )
 
     def close(self) -> None:
-        """Ends the process, if there is one."""
+        """End the process, if there is one."""
         if self._child is not None:
             self._child.end()
             self._child = None
 
 
 class _Child:
-    """One process of pipeline.prompts.render_process."""
+    """A process that runs pipeline.prompts.render_process."""
 
     def __init__(self, template: str) -> None:
         self.ended: str | None = None
-        """Why it is no more."""
+        """The reason why the process ended; None until then."""
         self.ended_by_itself = False
-        """It came to its own limit: nobody else's doing."""
+        """Whether the process ended at one of its own limits, so that nothing else can be the cause."""
         root = str(Path(__file__).parents[2])
         passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        # Other pools of Arrow reserve gigabytes of addresses, which count. The seed: sets print in one order.
+        # Other memory pools of Arrow reserve gigabytes of address space, which count towards the limit. The fixed hash
+        # seed makes sets print in the same order in every process.
         environment = {**passed, "ARROW_DEFAULT_MEMORY_POOL": "system", "PYTHONHASHSEED": "0"}
         process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.prompts.render_process", str(ROW_SECONDS)],
@@ -114,7 +118,7 @@ class _Child:
             bufsize=0,
             cwd=root,
             env=environment,
-            process_group=0,  # ^C at a terminal is for the parent
+            process_group=0,  # ^C at a terminal must reach only the parent
         )
         self.end = weakref.finalize(self, _end, process)
         assert process.stdin is not None
@@ -128,7 +132,10 @@ class _Child:
         _limit_memory(process.pid)
 
     def render(self, batch: pa.RecordBatch) -> Iterator[Prompt]:
-        """What becomes of the rows of the batch, or of the first ones: then `ended` says why."""
+        """Yield the prompt or the reason for each row of the batch. If the process ends first, the rest is missing.
+
+        `ended` then says why.
+        """
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, batch.schema) as stream:
             stream.write_batch(batch)
@@ -155,7 +162,7 @@ class _Child:
         return True
 
     def _frame(self) -> tuple[int, bytes] | None:
-        """(kind, content) of the next one; None where the process ends or falls silent."""
+        """Return (kind, content) of the next frame, or None if the process ends or gives no answer in time."""
         while True:
             if len(self._buffer) >= FRAME.size:
                 kind, length = FRAME.unpack_from(self._buffer)
@@ -172,9 +179,9 @@ class _Child:
             self._buffer += data
 
     def _why(self) -> str:
-        """Ends the process and says what it was."""
+        """End the process and return the reason why it ended."""
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(1)  # its pipe is closed a moment before
+            self._process.wait(1)  # its pipe closes shortly before it ends
         status = self._process.poll()
         self.ended_by_itself = status in (-signal.SIGPROF, NO_MEMORY)
         self.end()
@@ -188,7 +195,7 @@ class _Child:
 
 
 def _batches(table: pa.Table) -> Iterator[pa.RecordBatch]:
-    """The table in batches of at most BATCH_ROWS rows and about BATCH_BYTES, or of one row."""
+    """Yield the table in batches of at most BATCH_ROWS rows and about BATCH_BYTES bytes, but at least one row."""
     waiting = list(reversed(table.to_batches(max_chunksize=BATCH_ROWS)))
     while waiting:
         batch = waiting.pop()
@@ -202,7 +209,7 @@ def _batches(table: pa.Table) -> Iterator[pa.RecordBatch]:
 def _limit_memory(pid: int) -> None:
     if sys.platform != "linux":
         return
-    with suppress(ProcessLookupError, FileNotFoundError):  # it is gone already: the next read says so
+    with suppress(ProcessLookupError, FileNotFoundError):  # the process has ended; the next read finds that out
         pages = int(read_text(f"/proc/{pid}/statm").split()[0])
         limit = pages * resource.getpagesize() + MEMORY_BYTES
         _, hard = resource.prlimit(pid, resource.RLIMIT_AS)

@@ -1,7 +1,7 @@
-"""Prompt templates in jinja2's sandbox.
+"""Compiles and renders prompt templates in the sandbox of jinja2.
 
-What a template can reach is bounded here. What it can take of time and memory is bounded by the process that renders it
-(pipeline.prompts.renderer): in no other one is any of its expressions computed.
+This module limits what a template can access. The process that renders it (pipeline.prompts.renderer) limits the time
+and memory that it can take; no other process evaluates any of its expressions.
 """
 
 import re
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
 
 MAX_TEMPLATE_CHARS, MAX_EXPRESSIONS = 1_000_000, 2_000
-"""What compiles in seconds."""
+"""The limits of a template's size. A template within them compiles in seconds."""
 _CONVERSION = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?[hlL]?(.)", re.DOTALL)
 
 
@@ -27,7 +27,7 @@ def _environment() -> "SandboxedEnvironment":
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generator(CodeGenerator):
-        """Computes nothing while it compiles: jinja2 would fold `{{ 'x' * 10 ** 10 }}` into its value."""
+        """A code generator that evaluates nothing. jinja2's own would replace `{{ 'x' * 10 ** 10 }}` by its value."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -36,7 +36,7 @@ def _environment() -> "SandboxedEnvironment":
 
         def enter_frame(self, frame: Any) -> None:
             super().enter_frame(frame)
-            # As jinja2.meta finds undeclared variables; but that folds constants.
+            # jinja2.meta finds undeclared variables in the same way, but it folds constants.
             self.columns.update(name for action, name in frame.symbols.loads.values() if action == "resolve")
 
         def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> str:
@@ -51,7 +51,7 @@ def _environment() -> "SandboxedEnvironment":
             self.fail("autoescape is not for prompts", node.lineno)
 
     class Environment(ImmutableSandboxedEnvironment):
-        """Refuses the operations that make much of little before they do."""
+        """A sandbox that refuses operations that make a huge value from small ones, before they run."""
 
         code_generator_class = Generator
         intercepted_binops = frozenset(("*", "%"))
@@ -65,16 +65,16 @@ def _environment() -> "SandboxedEnvironment":
 
     environment = Environment(undefined=StrictUndefined, autoescape=False, optimized=False, cache_size=0)
     environment.filters["format"] = _format
-    del environment.filters["random"]  # the same row must give the same prompt on every attempt
-    # Without jinja2's own functions every free name is a column: `range` or `dict` cannot shadow one in silence.
+    del environment.filters["random"]  # the same row must give the same prompt in every attempt
+    # Without jinja2's own functions every free name is a column, so `range` or `dict` cannot hide a column silently.
     environment.globals.clear()
     return environment
 
 
 def template_columns(template: str) -> tuple[str, ...]:
-    """The columns that a template reads, sorted. Computes none of its expressions.
+    """Return the columns that a template reads, sorted, without evaluating any of its expressions.
 
-    Raises ValueError (one line) where the template does not compile, is too long or reads no column.
+    Raises ValueError (one line) if the template does not compile, is too long or reads no column.
     """
     from jinja2 import TemplateSyntaxError
 
@@ -87,10 +87,10 @@ def template_columns(template: str) -> tuple[str, ...]:
         generator: CodeGenerator = environment.code_generator_class(environment, None, None)
         generator.visit(environment.parse(template))
         columns: set[str] = generator.columns  # type: ignore[attr-defined]
-        environment.compile(template)  # blocks in blocks in blocks are Python's to refuse
+        environment.compile(template)  # Python itself refuses blocks that are nested too deeply
     except TemplateSyntaxError as error:
         raise ValueError(f"template, line {error.lineno}: {error.message}") from None
-    except (RecursionError, MemoryError, SyntaxError):  # the last: Python's own limit of blocks in blocks
+    except (RecursionError, MemoryError, SyntaxError):  # SyntaxError: Python's own limit for nested blocks
         raise ValueError("template is nested too deeply") from None
     if not columns:
         raise ValueError("template reads no column, so all prompts would be the same: use {{ column }}")
@@ -98,18 +98,17 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 
 class Template:
-    """A compiled template. To be rendered in pipeline.prompts.renderer's process alone: it may take any time and
-    memory."""
+    """A compiled template. It may take any time and memory, so only pipeline.prompts.renderer's process renders it."""
 
     def __init__(self, template: str) -> None:
-        """Raises ValueError where the template is wrong."""
+        """Raise ValueError if the template is wrong."""
         self.columns = template_columns(template)
         self._template = _environment().from_string(template)
 
     def render(self, cells: Sequence[Any]) -> str:
-        """The text for a row's cells, in the order of `columns`; it ends at the piece that makes it too long.
+        """Return the text for a row's cells, which are in the order of `columns`.
 
-        Raises whatever the template raises.
+        The text ends after the piece that makes it too long. Raises any error that the template raises.
         """
         return _join(self._template.generate(zip(self.columns, cells, strict=True)))
 
@@ -125,7 +124,7 @@ def _join(pieces: Iterator[str]) -> str:
 
 
 def _format(text: str, *values: Any, **named: Any) -> str:
-    """jinja2's filter, with widths checked."""
+    """Check the widths in the format, then apply jinja2's format filter."""
     from jinja2.filters import do_format
 
     _check_widths(str(text), values)

@@ -1,4 +1,4 @@
-"""Cells of Arrow columns as Python values, what is wrong with those that cannot be one, and with prompts."""
+"""Converts cells of Arrow columns to Python values, and says what is wrong with bad cells and bad prompts."""
 
 from typing import Any
 
@@ -6,21 +6,24 @@ import pyarrow as pa
 
 MAX_ERROR_CHARS = 300
 MAX_PROMPT_CHARS = 16_000_000
-"""Far above any context."""
+"""The most characters of a prompt, far more than any context holds."""
 
 Prompt = tuple[str | None, str | None]
-"""(prompt, None), or (None, reason) where there is none."""
+"""(prompt, None), or (None, reason) if there is no prompt."""
 
 
 class CellError:
-    """A cell that cannot be given to Python as it is; `reason` says why."""
+    """A cell that cannot become a Python value; `reason` says why."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
 
 def read_cells(column: "pa.ChunkedArray[Any]") -> list[Any]:
-    """The column as Python values; a cell that Python cannot hold (not UTF-8, a year 99999) is a CellError."""
+    """Return the column as Python values; a CellError stands for a cell that Python cannot hold.
+
+    Such cells are text that is not UTF-8, or a date in the year 99999.
+    """
     try:
         return column.to_pylist()
     except (ValueError, OverflowError):  # UnicodeDecodeError is a ValueError
@@ -37,14 +40,14 @@ def _read_cell(scalar: Any) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text in one line of at most MAX_ERROR_CHARS characters, all of which can be written."""
+    """Return the error's text in one line of at most MAX_ERROR_CHARS characters that can be encoded as UTF-8."""
     text = " ".join(f"{error}".split()) or type(error).__name__
-    text = text.encode("utf-8", "backslashreplace").decode()  # it may quote a lone surrogate
+    text = text.encode("utf-8", "backslashreplace").decode()  # the text may contain a lone surrogate
     return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 1] + "…"
 
 
 def judge(prompt: str | None) -> Prompt:
-    """The prompt, or why it cannot be one."""
+    """Return the prompt, or the reason why the text cannot be one."""
     if prompt is None:
         return None, "prompt is null"
     if prompt == "":

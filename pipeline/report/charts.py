@@ -1,6 +1,7 @@
-"""The report's charts as SVG to be put into a page: text stays text, and the page's style colours them.
+"""Draws the report's charts as SVG for an HTML page.
 
-Written by hand rather than with matplotlib: a report is made at the end of every job, and this takes milliseconds.
+Text in a chart stays text, and the page's CSS sets the colours. matplotlib is not used, because a report is made at the
+end of every job and must be quick.
 """
 
 import math
@@ -16,14 +17,14 @@ from pipeline.report.timeline import Array, Timeline
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 36
 SMALL, LARGE = (360, 190), (560, 270)
 SERIES = 6
-"""Colours that the page has."""
+"""Number of different colours that the page has for series."""
 
 
 class Chart:
-    """One chart: a range on each axis, and what is drawn so far. y begins at 0."""
+    """A chart: the range of each axis and the SVG elements drawn so far. The y axis begins at 0."""
 
     def __init__(self, size: tuple[int, int], x: tuple[float, float], y_most: float, about: str) -> None:
-        """about: for readers who do not see it."""
+        """Start an empty chart. `about`: its description for readers who cannot see it."""
         self.width, self.height = size
         self._x0, self._x1 = x if x[1] > x[0] else (x[0], x[0] + 1)
         self._y1 = y_most if y_most > 0 else 1.0
@@ -31,23 +32,23 @@ class Chart:
         self._made: list[str] = []
 
     def x(self, value: float) -> float:
-        """Where a value is, in units of the chart."""
+        """Return the horizontal position of an x value, in units of the SVG."""
         return LEFT + (value - self._x0) / (self._x1 - self._x0) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """Where a value is, in units of the chart."""
+        """Return the vertical position of a y value, in units of the SVG."""
         return self.height - BOTTOM - value / self._y1 * (self.height - TOP - BOTTOM)
 
     def text(self, x: float, y: float, text: str, anchor: str = "middle") -> None:
-        """A text, escaped."""
+        """Add a text, which is escaped, at a position in units of the SVG."""
         self._made.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
 
     def line(self, x0: float, y0: float, x1: float, y1: float, css: str) -> None:
-        """A straight line."""
+        """Add a straight line between two positions in units of the SVG."""
         self._made.append(f'<line class="{css}" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"/>')
 
     def bar(self, x0: float, x1: float, value: float, title: str) -> None:
-        """A bar from 0, between two values of x; the title is shown where the pointer rests on it."""
+        """Add a bar from 0 up to `value`, between two x values. A pointer that rests on the bar shows the title."""
         left, width, top = self.x(x0), max(0.5, self.x(x1) - self.x(x0) - 0.7), self.y(value)
         tall = self.height - BOTTOM - top
         self._made.append(
@@ -56,7 +57,7 @@ class Chart:
         )
 
     def area(self, x: Array, low: Array, high: Array, css: str, title: str) -> None:
-        """What lies between two lines."""
+        """Add the filled area between two lines through the given values."""
         there = [f"{self.x(at):.1f},{self.y(value):.1f}" for at, value in zip(x, high, strict=True)]
         back = [f"{self.x(at):.1f},{self.y(value):.1f}" for at, value in zip(x[::-1], low[::-1], strict=True)]
         self._made.append(
@@ -64,12 +65,12 @@ class Chart:
         )
 
     def path(self, x: Array, y: Array, css: str) -> None:
-        """A line through points."""
+        """Add a line through points that are given as x and y values."""
         points = " ".join(f"{self.x(at):.1f},{self.y(value):.1f}" for at, value in zip(x, y, strict=True))
         self._made.append(f'<polyline class="{css}" points="{points}"/>')
 
     def axes(self, x_label: str, *, whole: bool = False) -> None:
-        """Ticks with lines for y, ticks and a label for x. whole: there are but whole numbers on x."""
+        """Add ticks and grid lines for y, and ticks and a label for x. `whole`: x shows only whole numbers."""
         for tick in ticks(0.0, self._y1, 4):
             self.line(LEFT, self.y(tick), self.width - RIGHT, self.y(tick), "grid")
             self.text(LEFT - 5, self.y(tick) + 4, number(tick), "end")
@@ -79,7 +80,7 @@ class Chart:
         self.text((LEFT + self.width - RIGHT) / 2, self.height - 4, x_label)
 
     def svg(self) -> str:
-        """All of it."""
+        """Return the chart as SVG text."""
         return (
             f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(self._about)}">'
             f"{''.join(self._made)}</svg>"
@@ -87,7 +88,7 @@ class Chart:
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers between two others, about so many."""
+    """Return roughly `about` round numbers between `low` and `high`."""
     raw = (high - low) / about
     if not (raw > 0 and math.isfinite(raw)):
         return [low]
@@ -98,12 +99,12 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def histogram_chart(found: Histogram, label: str) -> str:
-    """Shares of the values, a bar a bin; a line at the median."""
+    """Return a chart with one bar for each bin, as high as the bin's share of the values, and a line at the median."""
     total = int(found.counts.sum())
     shares = found.counts / total
     low, high = float(found.edges[0]), float(found.edges[-1])
     chart = Chart(SMALL, (low, high), 100 * float(shares.max()) * 1.12, f"distribution of {label}")
-    whole = low % 1 == 0.5  # a bin's middle is a number
+    whole = low % 1 == 0.5  # edges between whole numbers: the values are whole
     chart.axes(f"{label}; % of all", whole=whole)
     for index, share in enumerate(shares):
         start, end = float(found.edges[index]), float(found.edges[index + 1])
@@ -119,7 +120,7 @@ def histogram_chart(found: Histogram, label: str) -> str:
 
 
 def throughput_chart(timeline: Timeline, legend: Sequence[tuple[str, Array]]) -> str:
-    """Completion tokens/s over time, the places on top of each other."""
+    """Return a chart of completion tokens/s over time, with the series of `legend` stacked on top of each other."""
     scale = TimeScale(timeline.seconds)
     chart = Chart(LARGE, (0.0, scale.of(timeline.seconds)), float(timeline.rates.max()) * 1.1, "tokens/s over time")
     chart.axes(f"{scale.unit} at work")
@@ -134,7 +135,10 @@ def throughput_chart(timeline: Timeline, legend: Sequence[tuple[str, Array]]) ->
 
 
 def spread_chart(timeline: Timeline) -> str:
-    """Tokens/s of one place among those at work: the median, and a band from the 10th to the 90th percentile."""
+    """Return a chart of the tokens/s of one place over time, taken over the places that are at work.
+
+    It shows the median and a band from the 10th to the 90th percentile.
+    """
     scale = TimeScale(timeline.seconds)
     rates = np.array([place.rates for place in timeline.places])  # (places, bins)
     low, middle, high = (

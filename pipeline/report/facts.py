@@ -1,4 +1,4 @@
-"""What a report says of a job as a whole: its plan, the footers of its parts, its manifest. No row is read."""
+"""Reads the facts about a whole job from its plan, the footers of its parts and its manifest, without reading rows."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ THREADS = 16
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A published unit."""
+    """A work unit whose part is published."""
 
     part: FileInfo
     id: str
@@ -30,51 +30,54 @@ class Unit:
     replica: str
     attempt: int
     seconds: float
-    """From its start on the replica that published it; rows that earlier attempts had finished are among its rows."""
+    """Seconds that the unit took on the replica that published it. The totals also count rows that earlier attempts had
+    finished."""
     ended: float | None
-    """When it was published, seconds since 1970; None in a part of an earlier version."""
+    """Time at which it was published, in seconds since 1970; None if the part does not say, as in earlier versions."""
 
     @property
     def place(self) -> str:
-        """The replica without the number of its process: r3 for r3.2, which replaced r3."""
+        """Return the replica's name without the number of its process: r3 for r3.2, which replaced r3."""
         return self.replica.partition(".")[0]
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Completion tokens a second."""
+        """Return the completion tokens per second, or None if the seconds are 0."""
         return self.totals.completion_tokens / self.seconds if self.seconds > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A job, finished or not."""
+    """The facts about a job, which may be finished or not."""
 
     plan: PlanRecord
     units: tuple[Unit, ...]
     totals: Totals
     complete: bool
     finished: str | None
-    """ISO 8601 in UTC; None where it is not complete or has no manifest."""
+    """Time of completion, ISO 8601 in UTC; None if the job is not complete or its manifest cannot be read."""
     warnings: tuple[str, ...]
     strange_parts: int
-    """Files under a part's name that are broken or another job's."""
+    """Number of files with a part's name that are broken or belong to another job."""
     live: Live | None
-    """What the driver of the last run said last; None where there is none of this version."""
+    """The last state that the driver of the last run wrote; None if there is none or this version cannot read it."""
 
     @property
     def name(self) -> str:
-        """Of the job."""
+        """Return the name of the job, or `job` if it has none."""
         return str(self.plan.job.get("name") or "job")
 
     def setting(self, section: str, name: str) -> Any:
-        """One setting of the job as plan.json has it; None where it has none."""
+        """Return one setting of the job from plan.json, or None if it is not there."""
         found = self.plan.job.get(section)
         return found.get(name) if isinstance(found, Mapping) else None
 
 
 def read_facts(output_path: str) -> Facts:
-    """Reads the footer of each part: one request each. Raises OutputError where the folder is no job's output,
-    StorageError."""
+    """Read the facts about the job, with one request for the footer of each part.
+
+    Raises OutputError if the folder is not a job's output, StorageError if the storage fails.
+    """
     ledger, storage = Ledger(output_path), Storage(output_path)
     plan = ledger.read_plan()
     parts = storage.list_files("", PARTS)

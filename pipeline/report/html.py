@@ -1,4 +1,4 @@
-"""report.html: what stands on the page."""
+"""Builds the page report.html."""
 
 from typing import Any
 
@@ -109,7 +109,7 @@ _CHARTS = {
 
 
 def make_html(report: Report) -> bytes:
-    """The page."""
+    """Return the page as UTF-8 HTML."""
     facts, time = report.facts, report.timeline
     name = shown(facts.name, NAME_CHARS)
     legend = _legend(time)
@@ -144,14 +144,14 @@ def make_html(report: Report) -> bytes:
 
 
 def _legend(time: Timeline) -> list[tuple[str, Array]]:
-    """(name, tokens/s by bin) of what is drawn: each place, or all as one where the page has no colours for them."""
+    """Return (name, tokens/s by bin) of each place, or of all together if there are more places than colours."""
     if len(time.places) > charts.SERIES:
         return [(f"all {len(time.places):,} replicas", time.rates)]
     return [(shown(place.name, NAME_CHARS), place.rates) for place in time.places]
 
 
 def _replicas(time: Timeline) -> dict[str, Any]:
-    """The slowest replicas; all of them where they are few."""
+    """Return the template values for the table of the slowest replicas: up to REPLICAS_SHOWN of them."""
     ordered = sorted(time.places, key=lambda place: (place.tokens_per_s, place.name))
     more = len(ordered) - REPLICAS_SHOWN
     said = f"The {REPLICAS_SHOWN} slowest; {more:,} others are faster." if more > 0 else ""
@@ -159,7 +159,7 @@ def _replicas(time: Timeline) -> dict[str, Any]:
 
 
 def _charts(sample: Sample) -> list[tuple[str, str]]:
-    """(SVG, caption) of each measure that has values."""
+    """Return (SVG, caption) of each measure that has values."""
     found: list[tuple[str, str]] = []
     for name, caption in _CHARTS.items():
         counted = name == "steps_per_block"

@@ -1,4 +1,4 @@
-"""Distributions: bins of a histogram, and the few numbers that stand for them."""
+"""Computes histograms and summary numbers of distributions."""
 
 from dataclasses import dataclass
 
@@ -9,36 +9,40 @@ from pipeline.report.rows import Counts, Floats
 
 BINS = 32
 TAIL, NEAR = 0.995, 0.1
-"""What lies above this share of the values goes into the last bin, so that one outlier does not flatten the rest; but
-not where it is near: the second is a share of the range."""
+"""Values above the TAIL quantile go into the last bin, so that one outlier does not flatten the rest. This is not done
+if the largest value is near, which means above that quantile by at most NEAR times the range."""
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Counts between edges."""
+    """A histogram: the counts of values between edges."""
 
     edges: npt.NDArray[np.float64]
-    """(bins + 1,)"""
+    """Edges of the bins, shape (bins + 1,)."""
     counts: Counts
-    """(bins,)"""
+    """Number of values in each bin, shape (bins,)."""
     median: float
     cut: bool
-    """Whether the last bin holds all that is above it."""
+    """Whether the last bin also counts all values above it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A distribution in numbers."""
+    """The summary numbers of a distribution."""
 
     mean: float
     quantiles: tuple[float, ...]
-    """Those of QUANTILES."""
+    """The quantiles named in QUANTILES."""
     most: float
 
 
 def histogram(values: Floats) -> Histogram | None:
-    """A bin a whole number where all values are whole and near each other, else BINS of them; None: no values."""
+    """Return a histogram of the values, or None if there are no values.
+
+    If all values are whole numbers, each bin covers one of them, or several if the range is wider than BINS. Otherwise
+    there are BINS bins of equal width.
+    """
     if not len(values):
         return None
     low, most = float(values.min()), float(values.max())
@@ -49,7 +53,7 @@ def histogram(values: Floats) -> Histogram | None:
         step = max(1, int(np.ceil((high - low + 1) / BINS)))
         edges = np.arange(low - 0.5, high + 0.5 + step, step)
     else:
-        if high <= low:  # nearly all are the same
+        if high <= low:  # nearly all values are the same
             high = most if most > low else low + (abs(low) or 1.0)
         edges = np.linspace(low, high, BINS + 1)
     counts = np.histogram(np.minimum(values, edges[-1]), bins=edges)[0]
@@ -57,7 +61,11 @@ def histogram(values: Floats) -> Histogram | None:
 
 
 def histogram_of_counts(counts: Counts) -> Histogram | None:
-    """The same of whole numbers from 0 up that were counted: (values,) -> a bin each, from the first to the last."""
+    """Return a histogram of whole numbers, or None if all counts are 0.
+
+    `counts[n]`: how often n occurs, shape (values,). There is one bin for each number from the smallest to the largest
+    that occurs.
+    """
     present = np.flatnonzero(counts)
     if not len(present):
         return None
@@ -67,7 +75,7 @@ def histogram_of_counts(counts: Counts) -> Histogram | None:
 
 
 def summary(values: Floats) -> Summary | None:
-    """None: no values."""
+    """Return the mean, the quantiles and the largest of the values, or None if there are no values."""
     if not len(values):
         return None
     quantiles = tuple(float(value) for value in np.quantile(values, QUANTILES))
@@ -75,7 +83,7 @@ def summary(values: Floats) -> Summary | None:
 
 
 def summary_of_counts(counts: Counts) -> Summary | None:
-    """The same of whole numbers from 0 up that were counted."""
+    """Return the summary of whole numbers, or None if all counts are 0. `counts[n]`: how often n occurs."""
     total = int(counts.sum())
     if not total:
         return None

@@ -1,4 +1,4 @@
-"""What the HTML reports have in common: a page that is one file, runs nothing and fetches nothing."""
+"""Renders the pages of all HTML reports. A page is one file that runs no script and loads nothing."""
 
 import unicodedata
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 td small { color: var(--soft); font-weight: normal; }
 td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 """
-"""Light and dark, from a phone's width up."""
+"""The CSS of all pages, for light and dark mode and for screens from a phone's width up."""
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -55,8 +55,10 @@ _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\
 
 
 def render(body: str, context: Mapping[str, Any], *, title: str, style: str = "") -> bytes:
-    """A page. `body`: a jinja2 template; all texts of the context are escaped but where it says `safe`. `style`: beside
-    STYLE."""
+    """Return a page as UTF-8 HTML. `body`: a jinja2 template. `style`: CSS in addition to STYLE.
+
+    All texts of the context are escaped, except those that the template marks as `safe`.
+    """
     from jinja2 import Environment, StrictUndefined
 
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_PAGE.replace("BODY", body))
@@ -64,7 +66,7 @@ def render(body: str, context: Mapping[str, Any], *, title: str, style: str = ""
 
 
 def shown(text: str, at_most: int) -> str:
-    """The text with control characters and marks of direction made visible, cut to so many characters."""
+    """Return the text with control characters and direction marks made visible, cut to `at_most` characters."""
     cut = text if len(text) <= at_most else text[:at_most]
     visible = "".join(map(_visible, cut))
     return visible if cut is text else f"{visible}… ({len(text) - at_most:,} more characters)"

@@ -1,7 +1,7 @@
-"""What a report says of rows: their statistics, from a bounded sample of parts, and why rows failed.
+"""Reads the statistics of rows from a bounded sample of parts, and the reasons why rows failed.
 
-Only the columns of statistics are read, and of a sampled part one row group; the parts are drawn by a fixed seed, so a
-report of the same output says the same.
+For the statistics, one row group of each sampled part is read, and only the columns that are needed. The parts are
+drawn with a fixed seed, so that a second report of the same output says the same.
 """
 
 import random
@@ -23,12 +23,13 @@ from pipeline.report.facts import Unit
 from pipeline.storage.storage import Storage
 
 PARTS_READ, ROWS_READ = 200, 1_000_000
-"""At most: whichever comes first bounds the time and the memory of a report."""
+"""Largest number of parts, and of rows, in a sample; a part counts with at most GROUP_ROWS rows. The limit that is
+reached first bounds the time and the memory of a report."""
 THREADS = 4
 BATCH_ROWS = 16_384
 SEED = 0
 STEPS_SHOWN = 64
-"""Steps a block are counted up to here; what is above counts as this."""
+"""Largest number of steps of a block that is counted; a block with more steps counts as one with this many."""
 MEASURES = (
     *("tokens_per_forward", "prompt_tokens", "completion_tokens", "latency_s", "tokens_per_s", "batch_rows"),
     *("mean_confidence", "forced_commits", "repetition", "queue_s", "prefill_s", "denoise_s", "commit_s"),
@@ -41,32 +42,32 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Statistics of rows that are no error rows."""
+    """The statistics of sampled rows that are not error rows."""
 
     values: dict[str, Floats]
-    """By measure, without nulls."""
+    """Values of the rows by measure, without nulls."""
     steps: Counts
-    """Blocks by steps, (STEPS_SHOWN + 1,)."""
+    """Number of blocks for each number of steps, shape (STEPS_SHOWN + 1,)."""
     rows: int
     parts: int
     of_parts: int
-    """That have such rows."""
+    """Number of all parts that have such rows."""
     unreadable: int
-    """Parts that were drawn and could not be read."""
+    """Number of sampled parts that could not be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Why rows failed, most frequent first."""
+    """The reasons why rows failed, the most frequent first."""
 
     kinds: tuple[ErrorCount, ...]
     parts: int
     of_parts: int
-    """That have error rows."""
+    """Number of all parts that have error rows."""
 
 
 def read_sample(storage: Storage, units: Sequence[Unit]) -> Sample:
-    """Statistics of a row group of each drawn part. A part that cannot be read is left out and counted."""
+    """Return the statistics of one row group of each sampled part. Unreadable parts are left out and counted."""
     good = [unit for unit in units if unit.totals.ok]
     drawn = _draw(good)
     found = _each(lambda unit: _read_statistics(storage, unit), drawn)
@@ -78,7 +79,7 @@ def read_sample(storage: Storage, units: Sequence[Unit]) -> Sample:
 
 
 def read_errors(storage: Storage, units: Sequence[Unit]) -> Errors:
-    """The texts of `error` in the parts that have any, or in a draw of them."""
+    """Return the kinds of errors in the parts that have error rows, or in a sample of these parts."""
     failed = [unit for unit in units if unit.totals.errors]
     drawn = _draw(failed)
     found = _each(lambda unit: _read_kinds(storage, unit), drawn)
@@ -89,7 +90,7 @@ def read_errors(storage: Storage, units: Sequence[Unit]) -> Errors:
 
 
 def _draw(units: Sequence[Unit]) -> list[Unit]:
-    """PARTS_READ of them at random, fewer where they have more than ROWS_READ rows in the groups that would be read."""
+    """Return a random sample of the units, within the limits PARTS_READ and ROWS_READ."""
     mixed = random.Random(SEED).sample(units, min(len(units), PARTS_READ))
     drawn: list[Unit] = []
     rows = 0
@@ -102,10 +103,10 @@ def _draw(units: Sequence[Unit]) -> list[Unit]:
 
 
 def _each(read: Callable[[Unit], T], units: Sequence[Unit]) -> list[T]:
-    """What is read of each, without those that cannot be read."""
+    """Return the results of `read` for the units, without the units whose part cannot be read."""
 
     def try_one(unit: Unit) -> list[T]:
-        # damaged, or without its columns: `verify` says so
+        # the part is damaged or lacks columns: `verify` reports that
         with suppress(pa.ArrowException, OSError, ValueError, LookupError):
             return [read(unit)]
         return []
@@ -116,7 +117,7 @@ def _each(read: Callable[[Unit], T], units: Sequence[Unit]) -> list[T]:
 
 @contextmanager
 def _open(storage: Storage, unit: Unit) -> Iterator[pq.ParquetFile]:
-    """A part, whose pages are checked for damage."""
+    """Open the part of a unit so that the checksums of its pages are checked."""
     with (
         storage.open(unit.part.name, unit.part.size) as source,
         pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True) as file,
@@ -125,7 +126,7 @@ def _open(storage: Storage, unit: Unit) -> Iterator[pq.ParquetFile]:
 
 
 def _read_statistics(storage: Storage, unit: Unit) -> tuple[dict[str, Floats], Counts, int]:
-    """(values by measure, blocks by steps, rows) of one row group, error rows left out."""
+    """Return (values by measure, number of blocks by steps, number of rows) of one row group, without error rows."""
     values: dict[str, list[Floats]] = {name: [np.zeros(0, np.float32)] for name in MEASURES}
     steps, rows = np.zeros(STEPS_SHOWN + 1, np.int64), 0
     with _open(storage, unit) as file:
@@ -142,7 +143,7 @@ def _read_statistics(storage: Storage, unit: Unit) -> tuple[dict[str, Floats], C
 
 
 def _read_kinds(storage: Storage, unit: Unit) -> tuple[ErrorCount, ...]:
-    """The error rows of one part."""
+    """Return the kinds of errors in one part."""
     kinds, columns = ErrorKinds(), ["error", "source_row"]
     with _open(storage, unit) as file:
         for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):

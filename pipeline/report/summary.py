@@ -1,4 +1,4 @@
-"""What a report says, in words and numbers that the page and the terminal share."""
+"""Puts a report into the words and numbers that the HTML page and the terminal both show."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,10 +38,10 @@ TEXT_CHARS, NAME_CHARS = 400, 120
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that is read of an output for a report."""
+    """Everything that is read from an output for a report."""
 
     output: str
-    """Fit to be shown."""
+    """Path or URL of the output folder, without credentials."""
     facts: Facts
     timeline: Timeline
     sample: Sample
@@ -49,14 +49,17 @@ class Report:
 
 
 def read_report(output_path: str) -> Report:
-    """Reads a job's output. Raises OutputError where the folder is none, StorageError."""
+    """Read the report of a job's output.
+
+    Raises OutputError if the folder is not a job's output, StorageError if the storage fails.
+    """
     facts, storage = read_facts(output_path), Storage(output_path)
     sample, errors = read_sample(storage, facts.units), read_errors(storage, facts.units)
     return Report(safe_url(output_path).rstrip("/"), facts, timeline_of(facts.units), sample, errors)
 
 
 def verdict(facts: Facts) -> str:
-    """How far the job is, in a sentence or two."""
+    """Return one or two sentences that say how far the job is."""
     totals, plan = facts.totals, facts.plan
     counts = f"{totals.ok:,} ok, {totals.errors:,} errors"
     if facts.complete:
@@ -67,7 +70,7 @@ def verdict(facts: Facts) -> str:
 
 
 def tiles(report: Report) -> list[tuple[str, str]]:
-    """(label, value) of the figures that come first."""
+    """Return (label, value) for each of the figures at the top of the report."""
     facts, time = report.facts, report.timeline
     totals = facts.totals
     work = sum(place.work_s for place in time.places)
@@ -79,7 +82,7 @@ def tiles(report: Report) -> list[tuple[str, str]]:
         ("prompt tokens", number(totals.prompt_tokens)),
     ]
     if totals.denoiser_forwards:
-        # the sums divided: a short row counts as little as it is
+        # the sums are divided, so that a short row has little weight
         found.append(("tokens a denoiser forward", f"{totals.completion_tokens / totals.denoiser_forwards:.3f}"))
     if time.seconds:
         found += [
@@ -100,7 +103,7 @@ def _part_of(count: int, whole: int) -> str:
 
 
 def notes(report: Report) -> list[str]:
-    """What the reader should know of this output."""
+    """Return warnings and notes about this output."""
     facts = report.facts
     said = [f"Warning: {shown(warning, TEXT_CHARS)}" for warning in facts.warnings]
     if facts.strange_parts:
@@ -117,7 +120,7 @@ def notes(report: Report) -> list[str]:
 
 
 def last_run(facts: Facts) -> list[tuple[str, str]]:
-    """(what, how much) that the driver of the last run said at its end, or says now; nothing where it said nothing."""
+    """Return (label, value) for the figures that the driver of the last run wrote last; empty if it wrote none."""
     if (live := facts.live) is None:
         return []
     stats = [replica.stats for replica in live.replicas]
@@ -137,7 +140,7 @@ def last_run(facts: Facts) -> list[tuple[str, str]]:
 
 
 def about_time(time: Timeline) -> list[str]:
-    """What the throughput does not say by itself."""
+    """Return sentences that explain the throughput chart."""
     said = ["A unit's tokens are spread evenly over its seconds, also those of rows that an earlier attempt finished."]
     if time.gaps:
         idle = sum(length for _, length in time.gaps)
@@ -148,7 +151,7 @@ def about_time(time: Timeline) -> list[str]:
 
 
 def about_sample(facts: Facts, sample: Sample) -> str:
-    """What the distributions are made of."""
+    """Return a sentence that says from which rows the distributions were made."""
     if sample.rows == facts.totals.ok:
         return f"From all {sample.rows:,} rows that are no error rows."
     return (
@@ -158,7 +161,7 @@ def about_sample(facts: Facts, sample: Sample) -> str:
 
 
 def about_errors(facts: Facts, errors: Errors) -> str:
-    """How many rows failed, and how many of them were looked at."""
+    """Return sentences that say how many rows failed and from how many parts their errors were read."""
     total = facts.totals.errors
     if not total:
         return "No row failed."
@@ -169,14 +172,14 @@ def about_errors(facts: Facts, errors: Errors) -> str:
 
 
 def reasons(facts: Facts) -> list[tuple[str, float, str]]:
-    """(finish reason, share, as text), the most frequent first."""
+    """Return (finish reason, share of rows, share as text), the most frequent reason first."""
     counts = sorted(facts.totals.finish_reasons.items(), key=lambda item: -item[1])
     rows = facts.totals.rows
     return [(shown(name, NAME_CHARS), count / rows, f"{count:,} ({share(count, rows)})") for name, count in counts]
 
 
 def time_spent(sample: Sample) -> list[tuple[str, float, str]]:
-    """(what, share of all latency, as text); nothing where no latency was measured."""
+    """Return (activity, share of all latency, share as text). The list is empty if no latency was measured."""
     sums = {name: float(sample.values[f"{name}_s"].sum(dtype=np.float64)) for name in _STAGES}
     whole = max(float(sample.values["latency_s"].sum(dtype=np.float64)), sum(sums.values()))
     if whole <= 0:
@@ -189,7 +192,7 @@ _STAGES = ("queue", "prefill", "denoise", "commit")
 
 
 def summaries(sample: Sample) -> list[tuple[str, Summary]]:
-    """(label, numbers) of every measure that has values."""
+    """Return (label, summary) of every measure that has values."""
     found = [(name, summary(sample.values[name])) for name in MEASURES]
     found.insert(1, ("steps_per_block", summary_of_counts(sample.steps)))
     return [(LABELS[name], one) for name, one in found if one is not None]
@@ -199,18 +202,18 @@ MEASURE_HEADS = ("measure", "mean", *(f"p{100 * quantile:.0f}" for quantile in Q
 
 
 def measure_cells(label: str, of: Summary) -> list[str]:
-    """A row under MEASURE_HEADS."""
+    """Return the cells of a measure under MEASURE_HEADS."""
     return [label, *map(number, (of.mean, *of.quantiles, of.most))]
 
 
 def slowest(facts: Facts) -> list[list[str]]:
-    """The units that took longest, under UNIT_HEADS."""
+    """Return the cells under UNIT_HEADS of the units that took longest."""
     units = sorted(facts.units, key=lambda unit: (-unit.seconds, unit.id))[:SLOWEST]
     return [_unit_cells(unit) for unit in units]
 
 
 def about_slowest(facts: Facts) -> str:
-    """What to hold them against."""
+    """Return the median time of all units in words, to compare the slowest units with."""
     seconds = [unit.seconds for unit in facts.units]
     middle = float(np.median(seconds)) if seconds else 0.0
     return f"The median unit took {took(middle)}. A replica may have two units under way at a time."
@@ -232,7 +235,7 @@ def _unit_cells(unit: Unit) -> list[str]:
 
 
 def took(seconds: float) -> str:
-    """A time as a person reads it, with two digits where it is short."""
+    """Return a time in seconds as text for people, with two digits if it is below 10 seconds."""
     return duration(seconds) if seconds >= 10 else f"{seconds:.2g}s"
 
 
@@ -240,13 +243,13 @@ PLACE_HEADS = ("replica", "units", "rows", "tokens", "at work", "tokens/s", "pro
 
 
 def place_cells(place: Place) -> list[str]:
-    """A row under PLACE_HEADS."""
+    """Return the cells of a place under PLACE_HEADS."""
     name, counts = shown(place.name, NAME_CHARS), (f"{place.units:,}", f"{place.rows:,}", number(place.tokens))
     return [name, *counts, took(place.work_s), number(place.tokens_per_s), f"{place.processes:,}"]
 
 
 def settings(report: Report) -> list[tuple[str, str]]:
-    """The job as its plan has it, and what it is known by."""
+    """Return (name, value) of the job's identity and of all its settings in the plan."""
     plan = report.facts.plan
     found: list[tuple[str, Any]] = [
         ("output", report.output),

@@ -1,4 +1,4 @@
-"""The report as lines of text, for a terminal or a log."""
+"""Formats the report as lines of text, for a terminal or a log."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,7 +17,7 @@ REPLICAS, UNITS, KINDS = 8, 5, 5
 
 
 def lines(report: Report) -> Iterator[str]:
-    """The report, a line at a time."""
+    """Yield the lines of the report."""
     facts, time = report.facts, report.timeline
     yield f"{shown(facts.name, summary.NAME_CHARS)}: {summary.verdict(facts)}"
     yield from (f"- {_one_line(note)}" for note in summary.notes(report))
@@ -51,7 +51,7 @@ def lines(report: Report) -> Iterator[str]:
 
 
 def sparkline(values: Array) -> str:
-    """A character a value, its height the value's share of the largest; what is above 0 is seen."""
+    """Return a bar character for each value, as high as its share of the largest. Any value above 0 is visible."""
     most = float(values.max()) if len(values) else 0.0
     if most <= 0:
         return " " * len(values)
@@ -59,7 +59,7 @@ def sparkline(values: Array) -> str:
 
 
 def _measures(sample: Sample) -> Iterator[list[str]]:
-    """Cells under MEASURE_HEADS, and the distribution."""
+    """Yield for each measure the cells under MEASURE_HEADS and its distribution as a sparkline."""
     found: dict[str, Histogram | None] = {LABELS[name]: histogram(sample.values[name]) for name in MEASURES}
     found[LABELS["steps_per_block"]] = histogram_of_counts(sample.steps)
     for label, numbers in summary.summaries(sample):
@@ -68,7 +68,10 @@ def _measures(sample: Sample) -> Iterator[list[str]]:
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Iterable[str]:
-    """Rows as columns of equal width; `left`: the columns that begin at the left, the last one is never filled up."""
+    """Yield the rows as lines whose columns have equal widths. Spaces at the end of a line are removed.
+
+    `left`: indexes of the columns that are aligned to the left; if it is empty, the last column is.
+    """
     if not rows:
         return
     cells = [[_one_line(cell) for cell in row] for row in rows]

@@ -1,7 +1,8 @@
-"""Throughput over time, out of when units began and ended.
+"""Computes the throughput over time from the times at which units began and ended.
 
-A unit's tokens are spread evenly over its seconds. Times at which nothing was at work, a stopped job or a queue, are
-cut out of the axis: a job that was resumed after a week is read like one that ran through.
+A unit's tokens are spread evenly over its seconds. Long times without any unit in progress (the job was stopped or
+waited in a queue) are cut out of the time axis, so that a job that was resumed after a week looks like one that ran
+without a break.
 """
 
 from collections.abc import Sequence
@@ -14,55 +15,55 @@ from pipeline.report.facts import Unit
 
 BINS = 60
 GAP_S, GAP_SHARE = 60.0, 0.05
-"""Idle time is cut out where it is longer than both: the second is a share of the time at work."""
+"""Idle time is cut out if it is longer than GAP_S seconds and longer than GAP_SHARE of the time at work."""
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What one replica did, with those that took its place when it was lost."""
+    """The work of one replica and of the replicas that replaced it after it was lost."""
 
     name: str
     units: int
     rows: int
     tokens: int
     processes: int
-    """Replicas that published from this place."""
+    """Number of replicas in this place that published a unit."""
     work_s: float
-    """During which it had a unit under way."""
+    """Seconds during which at least one unit was in progress here."""
     rates: Array
-    """Completion tokens/s, (bins,)."""
+    """Completion tokens/s in each bin, shape (bins,)."""
 
     @property
     def tokens_per_s(self) -> float:
-        """While it was at work."""
+        """Return the completion tokens/s over the time at work."""
         return self.tokens / self.work_s if self.work_s > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """The job's time at work, in equal bins."""
+    """The job's time at work, divided into equal bins."""
 
     seconds: float
-    """Idle time cut out."""
+    """Length of the time axis in seconds, without the idle times that were cut out."""
     gaps: tuple[tuple[float, float], ...]
-    """(where on the axis, how long) of the idle times that were cut out."""
+    """(position on the axis, length) of each idle time that was cut out, both in seconds."""
     places: tuple[Place, ...]
-    """The one with most tokens first."""
+    """The places, sorted so that the one with the most tokens is first."""
     undated: int
-    """Units of earlier versions, which say no time: they are in no bin and no place."""
+    """Number of units whose parts say no time, as in earlier versions. They are in no bin and in no place."""
     working: Array
-    """Places that made tokens, (bins,)."""
+    """Number of places that generated tokens in each bin, shape (bins,)."""
 
     @property
     def rates(self) -> Array:
-        """Completion tokens/s of all, (bins,)."""
+        """Return the completion tokens/s of all places together in each bin, shape (bins,)."""
         total: Array = np.sum([place.rates for place in self.places], axis=0) if self.places else np.zeros(BINS)
         return total
 
 
 def timeline_of(units: Sequence[Unit]) -> Timeline:
-    """The timeline of a job's units."""
+    """Return the timeline of a job's units."""
     dated = [(unit.ended - max(unit.seconds, 1e-3), unit.ended, unit) for unit in units if unit.ended is not None]
     if not dated:
         return Timeline(0.0, (), (), len(units), np.zeros(BINS))
@@ -94,7 +95,10 @@ def timeline_of(units: Sequence[Unit]) -> Timeline:
 
 
 def _place(name: str, done: Sequence[tuple[float, float, Unit]], spans: Array, edges: Array) -> Place:
-    """spans: (units, 2) on the axis; edges: (bins + 1,)."""
+    """Return the place for its units, which are in `done`.
+
+    `spans`: start and end of each unit on the axis, shape (units, 2). `edges`: edges of the bins, shape (bins + 1,).
+    """
     tokens = np.array([unit.totals.completion_tokens for *_, unit in done], np.float64)
     began, lengths = spans[:, 0], np.maximum(spans[:, 1] - spans[:, 0], 1e-9)
     made = [float(tokens @ np.clip((edge - began) / lengths, 0.0, 1.0)) for edge in edges]
@@ -111,7 +115,7 @@ def _place(name: str, done: Sequence[tuple[float, float, Unit]], spans: Array, e
 
 
 def _union(spans: Sequence[tuple[float, float, Unit]]) -> list[tuple[float, float]]:
-    """The times covered by any of them, in order, without overlap."""
+    """Return the periods (start, end) covered by at least one span, in order and without overlap."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted(span[:2] for span in spans):
         if merged and start <= merged[-1][1]:
@@ -122,7 +126,7 @@ def _union(spans: Sequence[tuple[float, float, Unit]]) -> list[tuple[float, floa
 
 
 def _sessions(busy: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The same with short idle times filled in."""
+    """Join the busy periods that only a short idle time separates, and return the longer periods."""
     longest = max(GAP_S, GAP_SHARE * sum(end - start for start, end in busy))
     sessions = [busy[0]]
     for start, end in busy[1:]:

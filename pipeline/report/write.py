@@ -1,4 +1,4 @@
-"""Writes the report of a job, at its end or at any time."""
+"""Writes the HTML report of a job, when the job ends or at any other time."""
 
 import os
 import posixpath
@@ -12,9 +12,10 @@ from pipeline.storage.urls import is_local, safe_url
 
 
 def write_report(output_path: str, to: str | None = None) -> str:
-    """Writes the page into the output folder, or to another path or URL, a file or a folder -> where, fit to be shown.
+    """Write the page and return its path or URL without credentials.
 
-    Raises OutputError where the output is no job's or `to` is empty, StorageError.
+    The page goes into the output folder, or to `to`: the path or URL of a file or folder. Raises OutputError if
+    the output is not a job's output or `to` is empty, StorageError if the storage fails.
     """
     target = f"{output_path.rstrip('/')}/{REPORT}" if to is None else _target(to)
     storage, name = split_url(target)
@@ -23,7 +24,7 @@ def write_report(output_path: str, to: str | None = None) -> str:
 
 
 def _target(to: str) -> str:
-    if not to.strip():  # an unset shell variable would mean the current directory
+    if not to.strip():  # an unset shell variable would else mean the current directory
         raise OutputError("--to is empty: name a file")
     path = os.path.abspath(os.path.expanduser(to)) if is_local(to) else to
     folder = to.endswith("/") or Storage(path).kind() == "folder"
@@ -31,11 +32,13 @@ def _target(to: str) -> str:
 
 
 def report_line(output_path: str) -> str:
-    """Writes the page of a job that just ended -> a line for the operator. It never fails: the job is done, and
-    `report` can be run again."""
+    """Write the page of a job that has just ended, and return a line for the operator.
+
+    If writing fails, the line says why and nothing is raised: the job is done, and `report` can be run again.
+    """
     try:
         return write_report(output_path)
     except TwoTowerError as error:
         return f"not written: {' '.join(str(error).split())}"
-    except Exception as error:  # a fault of the report's own must not make a job that is complete a failed one
+    except Exception as error:  # a bug in the report must not make a complete job fail
         return f"not written: {type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,4 +1,4 @@
-"""Local files: links are followed in listings, and a file is published whole or not at all."""
+"""Lists local files, following links, and writes a local file either as a whole or not at all."""
 
 import errno
 import os
@@ -15,9 +15,10 @@ _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.
 
 
 class LocalFiles(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """Follows links to files and folders in listings, too; a folder that a link shows inside itself is left out.
+    """A local file system that also follows links to files and folders in listings.
 
-    A folder that cannot be read is an error, not an empty folder: its rows would be missing and nobody would know.
+    It leaves out a link that leads to a folder which contains the link. A folder that cannot be read is an error, not
+    an empty folder, because otherwise its rows would be missing unnoticed.
     """
 
     def info(self, path: Any, **kwargs: Any) -> Any:
@@ -28,7 +29,7 @@ class LocalFiles(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
         except OSError:
             return {"name": path.path, "size": DANGLING, "type": "dangling"}
 
-    def walk(self, path: str, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any, Any]]:  # calls itself for folders
+    def walk(self, path: str, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any, Any]]:  # recursive in fsspec
         for folder, dirs, files in super().walk(path, *args, **{"on_error": "raise", **kwargs}):
             for name, info in list(dirs.items()) if isinstance(dirs, dict) else []:
                 if info["islink"] and os.path.realpath(info["name"]) in _real_ancestors(folder):
@@ -42,7 +43,7 @@ def _real_ancestors(folder: str) -> set[str]:
 
 
 def write_local(path: str, data: bytes, publish: Callable[[str, str], object]) -> None:
-    """Writes beside the path under a hidden name, then `publish(hidden, path)`: a crash leaves no half file."""
+    """Write a hidden file beside the path, then call `publish(hidden, path)`, so that a crash leaves no half file."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     hidden = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
@@ -72,7 +73,7 @@ def _link(hidden: str, path: str) -> None:
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        # No hard links here: claim the name first, then put the content under it.
+        # The file system has no hard links: claim the name first, then replace the empty file by the content.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         os.replace(hidden, path)
 

@@ -1,6 +1,6 @@
-"""How long the storage keeps trying: backoff with jitter, a word to the log, and one clear line in the end.
+"""Retries failing storage operations with backoff and jitter, logs a warning, and raises a clear error in the end.
 
-It is the only place that tries again: the retries of the storage libraries are off.
+Only this module retries: the retries of the storage libraries are off.
 """
 
 import logging
@@ -14,21 +14,24 @@ from pipeline.storage.urls import cause, is_storage_failure, is_transient
 
 T = TypeVar("T")
 PATIENCE_S, LOCAL_PATIENCE_S = 300.0, 10.0
-"""How long a failing operation is tried again: on a store behind a network, and on a local disk."""
+"""Seconds for which a failing operation is retried: on a store behind a network, and on a local disk."""
 STRANGER_PATIENCE_S = 30.0
-"""The same on a store that has not answered this process yet: rather a wrong address than an outage."""
+"""Seconds for which an operation is retried on a store that has not answered this process yet.
+
+It is shorter because a wrong address is more likely there than an outage.
+"""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 20.0
 NOTICE_S = 10.0
-"""An operation that has been failing for so long says so in the log, once."""
-_BROKEN_ON_THE_WAY = ("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch")  # S3's names for such uploads
+"""Seconds after which an operation that keeps failing is logged, once."""
+_BROKEN_ON_THE_WAY = ("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch")  # S3's codes for damaged uploads
 _log = logging.getLogger(__name__)
 
 
 def call_with_retries(what: str, patience_s: float, call: Callable[[], T]) -> T:
-    """What the call returns, at the first try that does not fail.
+    """Call `call` until it succeeds, for at most `patience_s` seconds, and return its result.
 
-    `what`: "cannot read s3://…". Raises StorageError where trying again cannot help or did not; a fault of the program
-    as it is.
+    `what` begins the error message, such as "cannot read s3://…". Raises StorageError if a retry cannot help or did not
+    help. An error that is a fault of the program is raised unchanged.
     """
     retrying = Retrying(
         stop=stop_after_delay(patience_s),
@@ -40,7 +43,7 @@ def call_with_retries(what: str, patience_s: float, call: Callable[[], T]) -> T:
     try:
         return retrying(call)
     except Exception as error:
-        # A ValueError is about the path: a name that the file system cannot hold.
+        # A ValueError is about the path: the file system cannot hold such a name.
         if not is_storage_failure(error) and not isinstance(error, ValueError):
             raise
         tried = f" (tried {retrying.statistics['attempt_number']} times in {patience_s:g} s)"
@@ -48,7 +51,7 @@ def call_with_retries(what: str, patience_s: float, call: Callable[[], T]) -> T:
 
 
 class _Notice:
-    """Tells the log that an operation keeps failing and is tried again."""
+    """A callback that logs once that an operation keeps failing and is retried."""
 
     def __init__(self, what: str, patience_s: float) -> None:
         self._what, self._patience_s, self._told = what, patience_s, False

@@ -1,4 +1,4 @@
-"""Temporary files on the local disk."""
+"""Creates temporary files on the local disk."""
 
 import os
 import tempfile
@@ -7,18 +7,18 @@ from contextlib import contextmanager, suppress
 
 
 class Scratch:
-    """Numbered temporary local files that are appended to and then read whole."""
+    """A set of numbered temporary local files. Data is appended to them, and then they are read as a whole."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
 
     def append(self, number: int, data: bytes) -> None:
-        """Adds to the file of that number, making it at first."""
+        """Append to the file of that number, which is created at the first call."""
         with open(os.path.join(self._folder, str(number)), "ab") as file:
             file.write(data)
 
     def read(self, number: int) -> bytes:
-        """All that was appended to the file of that number."""
+        """Return all data of the file of that number, or empty bytes if there is none."""
         with suppress(FileNotFoundError), open(os.path.join(self._folder, str(number)), "rb") as file:
             return file.read()
         return b""
@@ -26,6 +26,6 @@ class Scratch:
 
 @contextmanager
 def scratch() -> Iterator[Scratch]:
-    """Temporary files on the local disk, deleted at the end."""
+    """Open a set of temporary files on the local disk that are deleted at the end."""
     with tempfile.TemporaryDirectory(prefix="twotower-") as folder:
         yield Scratch(folder)

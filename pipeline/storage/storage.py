@@ -1,8 +1,8 @@
-"""Storage: the operations that the pipeline needs of local files and of any fsspec URL. No other folder opens paths.
+"""Reads, lists and writes files for the pipeline, local or behind any fsspec URL; no other folder opens paths.
 
-Transient failures are tried again (pipeline.storage.retrying); what is left becomes one line that names the operation,
-the path, the cause and what to do. What is read is whole: fewer bytes than there are, or were asked for, are a failure,
-too. Credentials in a URL never reach a text.
+Transient failures are retried (pipeline.storage.retrying). A failure that remains becomes an error of one line with the
+operation, the path, the cause and what to do. Data is always complete: fewer bytes than the file has, or than were
+asked for, are a failure. No message contains credentials from a URL.
 """
 
 import errno
@@ -28,13 +28,16 @@ from pipeline.storage.urls import cause, is_local, safe_url
 
 T = TypeVar("T")
 CONNECT_S, SILENCE_S = 5.0, 20.0
-"""Until a server takes a connection, and between two signs of life of an answer."""
+"""Seconds within which a server must accept a connection, and seconds that an answer may pause."""
 ANSWER_S, SLOWEST_BYTES_S = 60.0, 100_000
-"""A try may take so many seconds, and one more for every so many bytes: an answer that drips is cut off."""
+"""A try may take ANSWER_S seconds, and one more for every SLOWEST_BYTES_S bytes, so that a very slow answer ends."""
 LISTING_BYTES = 100_000_000
-"""What the answers of the longest listing come to."""
+"""The assumed bytes of all answers of the longest listing, from which its time limit follows."""
 S3_FILE_BYTES = 5 << 30
-"""What S3 takes in one request. Uploads in several requests would stay behind, unseen and paid for, where one ends."""
+"""The most bytes that S3 takes in one request.
+
+An upload in several requests that is interrupted would leave parts behind, invisible but paid for.
+"""
 _S3_OPTIONS = {
     "config_kwargs": {
         "retries": {"total_max_attempts": 1},
@@ -42,7 +45,7 @@ _S3_OPTIONS = {
         "read_timeout": SILENCE_S,
         "max_pool_connections": 32,
     },
-    "max_concurrency": 1,  # else a whole file is read in pieces whose lengths nobody checks
+    "max_concurrency": 1,  # otherwise s3fs reads a file in pieces and does not check their lengths
 }
 HASH_CHUNK_BYTES = 1 << 20
 _BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs")
@@ -53,23 +56,23 @@ class FileInfo:
     """A stored file as a listing shows it."""
 
     name: str
-    """Relative to the listed root, with forward slashes."""
+    """The name relative to the listed root, with forward slashes."""
     path: str
-    """Path or URL that opens it."""
+    """The path or URL that opens the file."""
     size: int
-    """Bytes; DANGLING: a link that leads to nothing."""
+    """The size in bytes, or DANGLING for a link that leads to nothing."""
     stamp: str
-    """Changes when the content does: `etag:…`, `mtime:…` or `sha256:…`."""
+    """A text that changes when the content does: `etag:…`, `mtime:…` or `sha256:…`."""
 
 
 class Storage:
     """A folder, local or behind a URL. Names are relative to it, with forward slashes; "" is the folder itself.
 
-    Methods raise StorageError when an operation fails for good. One object may be used from many threads.
+    Methods raise StorageError if an operation fails for good. Several threads may use one object.
     """
 
     def __init__(self, root: str) -> None:
-        """Raises StorageError where the URL cannot be used: an unknown protocol, a library or an archive missing."""
+        """Raise StorageError if the URL cannot be used: an unknown protocol, or a missing library or archive."""
         if "\0" in root:
             raise StorageError("cannot use {}: it holds a NUL byte".format(safe_url(root).replace("\0", "\\0")))
         self.root = root.rstrip("/") or "/"
@@ -77,12 +80,12 @@ class Storage:
             if is_local(root):
                 self._fs, path = LocalFiles(), str(LocalFileSystem._strip_protocol(root))
             else:
-                # No cache of listings: another process may have published since.
+                # Listings are not cached, because another process may have written files since.
                 s3 = root.startswith(("s3://", "s3a://"))
                 self._fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False, **(_S3_OPTIONS if s3 else {}))
                 if s3:
                     self._fs.retries = 1
-        except Exception as error:  # whatever the protocol's library raises, it is about this URL
+        except Exception as error:  # any error that the protocol's library raises here is about this URL
             raise StorageError(f"cannot use {safe_url(root)}: {cause(error)}") from error
         self._path = path.rstrip("/") or "/"
         self._local = isinstance(self._fs, LocalFileSystem)
@@ -92,43 +95,49 @@ class Storage:
             raise StorageError(f"cannot use {root}: it names no bucket; write {root.rstrip(':/')}://bucket/…")
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file or folder of that name."""
+        """Return whether there is a file or folder of that name."""
         return self._call("look for", name, self._info) is not None
 
     def kind(self) -> str | None:
-        """What the root itself is: "file", "folder", "other" (a pipe, a device) or None where there is nothing."""
+        """Return what the root is: "file", "folder", "other" (a pipe, a device), or None if there is nothing."""
         info = self._call("look for", "", self._info)
         return None if info is None else {"file": "file", "directory": "folder"}.get(info["type"], "other")
 
     def stat(self, name: str) -> FileInfo | None:
-        """Size and stamp of one file; None where there is none."""
+        """Return the size and stamp of one file, or None if there is no such file."""
         info = self._call("look at", name, self._info)
         return None if info is None or info["type"] != "file" else self._file_info(info)
 
     def list_files(self, folder: str, pattern: str) -> list[FileInfo]:
-        """Files directly in a folder whose last name part matches the pattern, sorted; none if there is no folder."""
+        """Return the files directly in a folder whose last part of the name matches the pattern, sorted by name.
+
+        Returns an empty list if there is no such folder.
+        """
         found = self._call("list", folder, partial(self._listing, self._fs.ls))
         files = [info for info in found if info.size != DANGLING]
         return [info for info in files if fnmatch.fnmatchcase(info.name.rpartition("/")[2], pattern)]
 
     def find(self) -> list[FileInfo]:
-        """All files below the root, and links to nothing, sorted by name; none if there is no folder."""
+        """Return all files below the root, and links to nothing, sorted by name; an empty list without a folder."""
         return self._call("list", "", partial(self._listing, self._fs.find))
 
     def glob(self, pattern: str) -> list[FileInfo]:
-        """The same for the names that match the pattern (`*`, `?`, `[…]`, `**`), relative to the root."""
+        """Return the files, and links to nothing, whose names match the pattern, sorted by name.
+
+        The pattern is relative to the root and may contain `*`, `?`, `[…]` and `**`.
+        """
         return self._call("list", pattern, partial(self._listing, self._fs.glob))
 
     def read(self, name: str) -> bytes:
-        """The whole content."""
+        """Return the whole content of the file."""
         return self._call("read", name, self._read_whole)
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
-        """Bytes from start up to, not including, end: all of them, or StorageError."""
+        """Return the bytes from start up to, but not including, end. Raises StorageError if they are not all there."""
         return self._call("read", name, partial(self._read_range, start=start, end=end))
 
     def read_if_exists(self, name: str) -> bytes | None:
-        """The whole content, or None where there is no such file."""
+        """Return the whole content of the file, or None if there is no such file."""
 
         def fetch(path: str) -> bytes | None:
             with suppress(FileNotFoundError, NotADirectoryError):
@@ -138,37 +147,37 @@ class Storage:
         return self._call("read", name, fetch)
 
     def sha256(self, name: str, size: int) -> str:
-        """Checksum (hex) of a file of `size` bytes, read in pieces."""
+        """Return the SHA-256 checksum (hex) of a file of `size` bytes, which is read in pieces."""
         digest = hashlib.sha256()
         for start in range(0, size, HASH_CHUNK_BYTES):
             digest.update(self.read_range(name, start, min(size, start + HASH_CHUNK_BYTES)))
         return digest.hexdigest()
 
     def open(self, name: str, size: int) -> pa.NativeFile:
-        """A seekable file of `size` bytes for pyarrow: reads ranges as asked and caches nothing."""
+        """Return a seekable file of `size` bytes for pyarrow. It reads only the ranges asked for and caches nothing."""
         if self._local:
             return self._call("open", name, lambda path: pa.OSFile(path, "rb"))
         return pa.PythonFile(_RangeFile(self, name, size), mode="r")
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes the whole file, replacing what was there; readers see the old or the new one, never a part."""
+        """Write the whole file and replace an existing one. Readers see the old or the new file, never half of one."""
         if self._local:
             self._call("write", name, lambda path: write_local(path, data, os.replace))
         else:
             self._call("write", name, lambda path: self._upload(path, data))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Writes the whole file if there is none; the first writer wins. False: there is one already.
+        """Write the whole file unless it exists, and return whether this call wrote it; the first writer wins.
 
-        After a lost acknowledgement the retry finds the file that this very call wrote and answers False:
-        who must know reads back a writer id from inside the file.
+        If the store's answer to a successful write is lost, the retry finds the file that this same call wrote and
+        returns False. A caller that must know puts a writer id into the file and reads it back.
         """
         if self._local:
             return self._call("create", name, lambda path: create_local(path, data))
         return self._call("create", name, lambda path: self._create_remote(path, data))
 
     def remove(self, name: str) -> None:
-        """Deletes the file if it is there."""
+        """Delete the file if it exists."""
 
         def delete(path: str) -> None:
             with suppress(FileNotFoundError):
@@ -205,14 +214,17 @@ class Storage:
         except FileExistsError:
             return False
         except OSError as error:
-            # Servers that answer a failed precondition without naming the condition come through as EINVAL.
+            # If a server does not say which precondition failed, the error is EINVAL.
             if error.errno == errno.EINVAL and self._info(path) is not None:
                 return False
             raise
         return True
 
     def _limit(self, size: int) -> dict[str, float]:
-        """The argument that ends a try which moves `size` bytes and takes too long: async file systems know it."""
+        """Return the argument that limits the time of a try to move `size` bytes.
+
+        Only async file systems take one; for others it is empty.
+        """
         return {"timeout": ANSWER_S + size / SLOWEST_BYTES_S} if self._fs.async_impl else {}
 
     def _info(self, path: str) -> dict[str, Any] | None:
@@ -226,7 +238,7 @@ class Storage:
         except (FileNotFoundError, NotADirectoryError):
             return []
         infos = found.values() if isinstance(found, dict) else found
-        # An object store may list a folder as an empty object of its own name.
+        # An object store may list a folder as an empty object with the folder's name.
         kinds = ("file", "dangling")
         files = [info for info in infos if info["type"] in kinds and not str(info["name"]).endswith("/")]
         return sorted(map(self._file_info, files), key=lambda info: info.name)
@@ -240,7 +252,7 @@ class Storage:
         path = f"{self._path.rstrip('/')}/{name}" if name else self._path
         url = safe_url(f"{self.root.rstrip('/')}/{name}" if name else self.root)
         result = call_with_retries(f"cannot {operation} {url}", self._patience_s(), partial(function, path))
-        self._fs.twotower_answered = True  # file systems are shared by all Storages of a store
+        self._fs.twotower_answered = True  # all Storage objects of one store share the file system object
         return result
 
     def _patience_s(self) -> float:
@@ -251,7 +263,7 @@ class Storage:
 
 
 class _RangeFile(io.RawIOBase):
-    """A remote object as a seekable file: every read is one range request with the storage's retries."""
+    """A remote object as a seekable file. Every read is one range request, with the retries of the storage."""
 
     def __init__(self, storage: Storage, name: str, size: int) -> None:
         super().__init__()
@@ -280,21 +292,24 @@ class _RangeFile(io.RawIOBase):
 
 
 def split_url(url: str) -> tuple[Storage, str]:
-    """The folder of a file's path or URL, and its name there. Raises StorageError."""
+    """Return the folder of a file's path or URL, and its name in it. Raises StorageError if the URL cannot be used."""
     folder, _, name = url.rpartition("/")
     return Storage(folder or "/"), name
 
 
 def real_path(url: str) -> str:
-    """The local path with its links resolved and without file://; any other URL as it is. Raises StorageError."""
+    """Return the local path without file:// and with its links resolved; any other URL is returned unchanged.
+
+    Raises StorageError if the URL cannot be used.
+    """
     storage = Storage(url)
     return os.path.realpath(storage._path) if storage._local else url
 
 
 def read_text(path: str, at_most: int = -1) -> str:
-    """A local text file, whole or its first `at_most` characters.
+    """Return the text of a local file, whole or only its first `at_most` characters.
 
-    Raises OSError and UnicodeDecodeError as they are: the caller knows what it wanted.
+    Raises OSError and UnicodeDecodeError unchanged, because the caller knows what the file was for.
     """
     with open(path, encoding="utf-8") as file:
         return file.read(at_most)

@@ -1,4 +1,4 @@
-"""Paths and URLs as text, and what an error of a storage library means. Opens nothing."""
+"""Handles paths and URLs as text, and explains errors of the storage libraries; it opens no files."""
 
 import errno
 import os
@@ -18,19 +18,20 @@ _FINAL_NAMES = {*_NO_CREDENTIALS, "ProfileNotFound", "ParamValidationError", "No
 
 
 def is_local(path: str) -> bool:
-    """Whether the path is a plain local one rather than a URL."""
+    """Return whether the path is a plain local path, not a URL."""
     return "://" not in path
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Whether a path or URL is the folder itself or lies below it."""
+    """Return whether a path or URL is the folder itself or lies below it."""
     return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
 
 
 def flaw_of(path: str, *, chains: bool, pattern: bool) -> str | None:
-    """Why a storage library or a reader would take the path for something else, and what to do; None where none would.
+    """Return why a storage library or a reader would misunderstand the path, and what to do; None if none would.
 
-    `chains`: `::` is a part of the name, not a URL inside a URL. `pattern`: it may hold `*`, `?` and `[`.
+    `chains`: whether `::` may be part of the name; otherwise it would mean a URL inside a URL. `pattern`: whether the
+    path may contain `*`, `?` and `[`.
     """
     if any(unicodedata.category(character) == "Cc" for character in path):
         return "it holds a control character: use another name"
@@ -44,34 +45,34 @@ def flaw_of(path: str, *, chains: bool, pattern: bool) -> str | None:
 
 
 def safe_url(url: str) -> str:
-    """The URL without user, password and query, and without a web address's fragment: fit for a message."""
+    """Return the URL without user, password and query, for use in messages. Web addresses also lose the fragment."""
     if "://" not in url:
         return url
     bare = re.sub(r"(?<=://)[^/]*@", "", url).partition("?")[0]
-    # elsewhere it is part of a key
+    # in other URLs the fragment is part of the key
     return bare.partition("#")[0] if bare.startswith(("http://", "https://")) else bare
 
 
 def in_ray_package(path: str) -> bool:
-    """Whether a local path lies in Ray's temporary copy of the working directory, deleted after the job."""
+    """Return whether a local path is in Ray's temporary copy of the working directory, deleted after the job."""
     parts = path.replace(os.sep, "/").split("/")
     return "working_dir_files" in parts and "runtime_resources" in parts
 
 
 def is_storage_failure(error: BaseException) -> bool:
-    """Whether the error comes from the storage rather than from a fault in the program."""
+    """Return whether the error comes from the storage, not from a fault in the program."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK_MODULES
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again can help."""
+    """Return whether a retry can help."""
     if isinstance(error, _FINAL_TYPES) or (isinstance(error, OSError) and error.errno in _FINAL_ERRNOS):
         return False
     return is_storage_failure(error) and type(error).__name__ not in _FINAL_NAMES
 
 
 def cause(error: BaseException) -> str:
-    """The error in one line, with what to do where that is known; no credentials."""
+    """Return the error in one line, with what to do if that is known, and without credentials."""
     if isinstance(error, PermissionError):
         return "permission denied; check the rights of the user or of the credentials"
     if isinstance(error, FileNotFoundError):

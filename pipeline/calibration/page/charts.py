@@ -1,6 +1,7 @@
-"""The charts of a calibration as SVG to be put into a page: text stays text, colours are the page's own variables.
+"""Draws the charts of a calibration as SVG elements for the report. Text stays text, and colours are the CSS variables
+of the page.
 
-matplotlib knows no variables, so it draws in colours that stand for them and are replaced in what it wrote.
+matplotlib knows no CSS variables, so it draws in placeholder colours, which are then replaced in the SVG.
 """
 
 import io
@@ -21,7 +22,7 @@ _COLOURS = {_TEXT: "var(--text)", _GRID: "var(--line)"}
 _COLOURS |= {colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES)}
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _LABEL_PLACES = ((-14, -4), (-13, -11), (-13, 5), (0, -15), (15, 5), (0, 9), (17, -3))
-"""Points (1/72 inch) from a marker to its label: the first one where no other label is."""
+"""Offsets of a label from its marker in points (1/72 inch). The first one that is free is used."""
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "twotower",
@@ -38,7 +39,8 @@ _SETTINGS: dict[Any, Any] = {
 
 
 def quality_speed(choice: Choice) -> str:
-    """Agreement against tokens/s: a line a row limit, at the most steps; points with fewer steps beside it."""
+    """Return a chart of agreement against tokens/s. A line for each row limit joins the points with the most steps;
+    points with fewer steps are drawn without a line."""
 
     def draw(axes: "Axes") -> None:
         from matplotlib.ticker import PercentFormatter
@@ -75,7 +77,7 @@ def quality_speed(choice: Choice) -> str:
 
 
 def _draw_limit(axes: "Axes", results: Sequence[Result], steps: Sequence[int], colour: str) -> None:
-    """The points of one row limit."""
+    """Draw the points of one row limit."""
     for number, most in enumerate(steps):
         found = [result for result in results if result.point.setting.steps == most]
         found.sort(key=lambda result: result.point.setting.threshold or 0.0)
@@ -94,13 +96,13 @@ def _draw_limit(axes: "Axes", results: Sequence[Result], steps: Sequence[int], c
 
 
 def _step_style(number: int) -> dict[str, Any]:
-    """The marker of the points with the most steps (0), the second most, and so on."""
+    """Return the marker style of the points with the most steps (0), the second most (1), and so on."""
     filled = "full" if number == 0 else "none"
     return {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 5, "fillstyle": filled}
 
 
 def by_threshold(choice: Choice, name: str, title: str, value: Callable[[Result], float | None]) -> str:
-    """A measure of the settings against their thresholds: a line for each number of steps, AR as a dashed one."""
+    """Return a chart of a measure against the threshold: a line for each number of steps, and a dashed one for AR."""
 
     def draw(axes: "Axes") -> None:
         settings = {result.point.setting: result for result in choice.results}
@@ -123,14 +125,14 @@ def by_threshold(choice: Choice, name: str, title: str, value: Callable[[Result]
 
 
 class _Labels:
-    """Texts beside markers, none over another."""
+    """The labels of a chart, placed beside their markers so that no two overlap."""
 
     def __init__(self, axes: "Axes") -> None:
         self._axes = axes
-        self._taken: list[tuple[float, float]] = []  # middles, in points
+        self._taken: list[tuple[float, float]] = []  # centres of the labels, in points
 
     def put(self, where: tuple[float, float], text: str) -> None:
-        """Writes the text where there is room, or not at all."""
+        """Write the text at the first place that is free, or not at all if no place is free."""
         pixels = self._axes.transData.transform(where)
         scale = 72 / self._axes.figure.dpi
         for dx, dy in _LABEL_PLACES:
@@ -157,13 +159,13 @@ def _speed_axis(axes: "Axes", speeds: Sequence[float]) -> None:
 
 
 def _svg(draw: Callable[["Axes"], None], name: str, size: tuple[float, float]) -> str:
-    """What was drawn, as an <svg> element whose ids begin with the name."""
+    """Return the drawing as an <svg> element whose ids begin with `name`, so that a page can hold several charts."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's own file says
+        matplotlib.rcdefaults()  # ignore the user's own matplotlibrc
         matplotlib.rcParams.update(_SETTINGS)
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)

@@ -1,4 +1,4 @@
-"""report.html of a calibration: what stands in it."""
+"""Builds the content of a calibration's report.html."""
 
 import math
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ _METHOD = (
 
 
 def make_report(outcome: Outcome) -> bytes:
-    """The page."""
+    """Return report.html as bytes."""
     choice, setup = outcome.choice, outcome.setup
     other = _compared(outcome)
     rows, sample = setup.sample.rows, setup.sample
@@ -67,7 +67,7 @@ def make_report(outcome: Outcome) -> bytes:
 
 
 def remarks(outcome: Outcome) -> list[str]:
-    """What the reader should know of this calibration as a whole."""
+    """Return remarks on the calibration as a whole, for example on points that were not measured."""
     said = []
     if outcome.missing:
         total = len(outcome.choice.results) + len(outcome.missing)
@@ -87,14 +87,19 @@ def remarks(outcome: Outcome) -> list[str]:
 
 
 def amount(value: float | None) -> str:
-    """A number of hours or of money, with three digits."""
+    """Return a number of hours or an amount of money as text with three significant digits, without decimals from 100
+    on. The text is `-` if the value is None or not finite."""
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _compared(outcome: Outcome) -> Setting | None:
-    """The diffusion setting whose texts are shown: the chosen one, else the job's own, else the nearest to AR."""
+    """Return the diffusion setting whose texts are shown, or None if no diffusion setting was measured.
+
+    It is the chosen setting if that is diffusion, else the job's own if it was measured, else the one that agrees best
+    with AR.
+    """
     candidates = [result for result in outcome.choice.results if result.point.setting != AR]
     if outcome.choice.best.point.setting != AR:
         return outcome.choice.best.point.setting
@@ -163,7 +168,7 @@ def _heads(outcome: Outcome) -> list[str]:
 
 
 def _cells(result: Result, outcome: Outcome) -> list[tuple[str, str]]:
-    """(value, what stands small beside it) for each of the heads."""
+    """Return a pair for each column of `_heads`: the value, and a small text to show beside it."""
     quality, workload = result.quality, outcome.setup.workload
     cost, agreement = cost_of(result, workload), result.quality.agreement
     between = f"{percent(agreement.low)} to {percent(agreement.high)}" if agreement.low < agreement.high else ""

@@ -1,4 +1,4 @@
-"""The report as a page. The template escapes whatever is put into it."""
+"""Renders the HTML report of a calibration. The template escapes all texts that are put into it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -71,5 +71,6 @@ _BODY = """<h1>Calibration of {{ name }}</h1>
 
 
 def render(context: Mapping[str, Any]) -> bytes:
-    """The page. All texts of the context are escaped; `quality_chart` and those of `small_charts` are SVG."""
+    """Return the page as bytes. All texts of the context are escaped, except `quality_chart` and the charts in
+    `small_charts`, which are SVG."""
     return page.render(_BODY, context, title=f"Calibration of {context['name']}", style=_STYLE)

@@ -1,4 +1,5 @@
-"""Prompts and completions made fit to be shown beside each other. They are anybody's: nothing in them may act."""
+"""Prepares prompts and completions to be shown side by side in the report. They are untrusted, so control characters in
+them are made visible, and long texts are cut."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,26 +10,27 @@ from pipeline.report.page import shown
 
 PAIRS = 4
 ID_CHARS, PROMPT_CHARS, TEXT_CHARS, ALIKE_CHARS = 200, 800, 1500, 400
-"""Shown at most: of an id, a prompt, the part in which two texts differ, those in which they are alike."""
+"""Maximum number of characters shown of an id, of a prompt, of the part in which two texts differ, and of each part in
+which they are equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A row's two completions."""
+    """The two completions of a row, prepared to be shown side by side."""
 
     id: str
     about: str
     prompt: str
     start: str
-    """What both begin with."""
+    """The common beginning of both completions; if it is long, only its end."""
     ar: str
     other: str
     end: str
-    """What both end with."""
+    """The common end of both completions, cut if it is long."""
 
 
 def pairs(rows: Sequence[SampleRow], ar: Sequence[Answer], other: Sequence[Answer]) -> list[Pair]:
-    """A few rows whose completions differ: the ones that differ most, and others on the way to the least."""
+    """Return at most PAIRS rows whose completions differ, evenly spaced from the least similar to the most similar."""
     differing = [
         (agreement_of(theirs, ours), index)
         for index, (ours, theirs) in enumerate(zip(ar, other, strict=True))

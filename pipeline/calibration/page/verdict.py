@@ -1,4 +1,4 @@
-"""What a choice means, in words: one sentence for everybody, and what the figures cannot tell."""
+"""Describes the choice of a calibration in words: a short verdict, and notes on what its figures do not show."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from pipeline.calibration.quality import difference, percent, rows_to_tell
 
 
 def verdict(choice: Choice) -> str:
-    """Which point was chosen and why, with figures."""
+    """Return a sentence or two that name the chosen point and the reason for it, with figures."""
     best, reference = choice.best, choice.reference
     if best.point.setting == AR:
         return _verdict_for_ar(choice)
@@ -46,7 +46,7 @@ def _verdict_for_ar(choice: Choice) -> str:
 
 
 def notes(choice: Choice) -> Iterator[str]:
-    """What to bear in mind."""
+    """Yield notes on the limits of the choice, for example if the sample is too small or the speed is not certain."""
     best, quality = choice.best, choice.best.quality
     rows = len(quality.similarities)
     if best.point.setting != AR and quality.agreement.low < choice.min_agreement:
@@ -69,7 +69,8 @@ def notes(choice: Choice) -> Iterator[str]:
 
 
 def _fastest_left_out(choice: Choice) -> Result | None:
-    """The fastest point that is clearly faster than the chosen one and did not qualify."""
+    """Return the fastest point that did not qualify although it is clearly faster than the chosen one, or None if there
+    is none. Points whose agreement interval reaches the minimum are preferred."""
     best = choice.best
     faster = [
         result
@@ -95,5 +96,5 @@ def _about(left_out: Result, choice: Choice) -> str:
 
 
 def rate(result: Result) -> str:
-    """Tokens a second, as texts show them."""
+    """Return the completion tokens per second as text."""
     return f"{result.speed.tokens_per_s:,.0f}"

@@ -1,5 +1,7 @@
-"""What a job will take, by the calibration of a job with the same model and settings. Nothing is extrapolated: where
-that job was another one in anything that speed depends on, or the point was not measured, there is no estimate.
+"""Estimates what a job will take, from the calibration of a job with the same model and settings.
+
+Nothing is extrapolated: there is no estimate if the two jobs differ in anything that speed depends on, or if the point
+was not measured.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,35 +29,36 @@ _LENGTH = "generation.max_new_tokens"
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A point that was measured, and what it means for the rows that are left."""
+    """The time and cost of the rows that are left, estimated from a point that was measured."""
 
     point: Point
     measured: Mapping[str, Any]
-    """Its row of measurements.parquet."""
+    """The point's row of measurements.parquet."""
     rows: int
-    """To be generated."""
+    """Rows to generate."""
     replicas: int | None
-    """None: as many as fit."""
+    """Number of replicas; None means as many as fit."""
     gpus: int
     price: float | None
-    """Of an hour of a GPU, or of a replica on CPUs; None: unknown."""
+    """Price of an hour of one GPU, or of one replica on CPUs; None if it is unknown."""
     currency: str
     same_input: bool
     most: float = 1.0
-    """Factor by which all can be higher, where rows were cut earlier than the job cuts them."""
+    """Factor by which all results can be higher at most, because the calibration cut rows earlier than the job does; 1
+    if it did not."""
 
     @property
     def replica_hours(self) -> float:
-        """Of all replicas together, loading not counted."""
+        """Return the hours of all replicas together, without the loading of the model."""
         return float(self.rows * self.measured["seconds_per_row"] / 3600)
 
     @property
     def money(self) -> float | None:
-        """Price of the replica_hours."""
+        """Return the price of the replica hours, or None if no price is known."""
         return None if self.price is None else self.replica_hours * (self.gpus or 1) * self.price
 
     def lines(self) -> Iterator[str]:
-        """What an operator wants to know, a line each."""
+        """Yield the lines for the operator."""
         measured, hours = self.measured, self.replica_hours
         error = f", ± {2 * error:.0%}" if (error := measured["speed_error"] or 0.0) >= 0.005 else ""
         several = self.replicas is not None and self.replicas > 1
@@ -77,10 +80,11 @@ class Estimate:
 
 
 def estimate(job: Job, plan: Plan, checkpoint_identity: str, folder: str | None, rows: int) -> Estimate | str | None:
-    """What `rows` rows of the job take; or why that cannot be said; None where there is no calibration.
+    """Return the estimate for `rows` rows of the job, or the reason why there is none, or None if there is no
+    calibration.
 
-    folder: None looks where `calibrate` writes by default. Raises InputError and StorageError where a folder that was
-    named holds no calibration, or one that cannot be read.
+    folder: None means the folder that `calibrate` writes to by default. Raises InputError or StorageError if a folder
+    was named and holds no calibration, or one that cannot be read.
     """
     where = default_folder(job) if folder is None else folder
     if where is None:
@@ -90,7 +94,7 @@ def estimate(job: Job, plan: Plan, checkpoint_identity: str, folder: str | None,
     except (InputError, StorageError) as error:
         if folder is not None:
             raise
-        return str(error)  # a plan is of use without: whoever may read the output may not read beside it
+        return str(error)  # a plan does not need it, and the user may lack access to this folder
     if found is None and folder is not None:
         raise InputError(f"--calibration {safe_url(folder)} holds no calibration: `twotower calibrate` makes one")
     return None if found is None else _estimate(job, plan, checkpoint_identity, found, rows)
@@ -98,7 +102,7 @@ def estimate(job: Job, plan: Plan, checkpoint_identity: str, folder: str | None,
 
 @dataclass(frozen=True, slots=True)
 class _Calibration:
-    """What a folder holds."""
+    """The parts of a calibration's folder that an estimate needs."""
 
     shown: str
     points: Mapping[Point, Mapping[str, Any]]
@@ -143,23 +147,25 @@ def _estimate(job: Job, plan: Plan, checkpoint_identity: str, found: _Calibratio
 
 
 def _points(data: bytes) -> dict[Point, dict[str, Any]]:
-    """Points whose quality was measured as well: without it the length of their rows is unknown."""
+    """Return the points whose quality was measured as well, each with its columns. Without it the length of their rows
+    is unknown."""
     rows = pq.read_table(pa.BufferReader(data)).to_pylist()
     return {tables.point_of(row)[0]: row for row in rows if row["seconds_per_row"] is not None}
 
 
 def _unlike(job: Job, checkpoint_identity: str, identity: Mapping[str, Any]) -> str:
-    """What differs of all that speed and length depend on; "" where nothing does."""
+    """Return the differences in all values that speed and length depend on, as text; the text is empty if there are
+    none."""
     here = record.of_settings(job, checkpoint_identity)
     if isinstance(length := identity.get(_LENGTH), int) and length <= here[_LENGTH]:
-        here[_LENGTH] = length  # rows that were cut earlier: the estimate says by how much it may be too low
+        here[_LENGTH] = length  # rows were cut earlier: Estimate.most says how much it may be too low
     found = differences({name: identity.get(name) for name in here}, here)
     more = f" and {len(found) - NAMED_AT_MOST} more" if len(found) > NAMED_AT_MOST else ""
     return ", ".join(found[:NAMED_AT_MOST]) + more
 
 
 def _point_of(job: Job, rows: int | None) -> Point | None:
-    """The job's own point; None where the calibration's replica did not try its row limit, or its mode has none."""
+    """Return the job's own point, or None if the calibration did not try its row limit or its mode is mock_ar."""
     generation = job.generation
     if rows is None or generation.mode == "mock_ar":
         return None

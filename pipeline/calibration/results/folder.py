@@ -1,11 +1,12 @@
-"""The folder of a calibration: what was measured so far, so that nothing is measured twice.
+"""Reads and writes the folder of a calibration. It holds what was measured so far, so that nothing is measured twice.
 
-    calibration.json        what it was measured on and with, then what was chosen and what the job will cost
-    measurements.parquet    a row a point: settings, measures, cost of the whole job
-    completions/*.parquet   a file a setting: the rows of the sample with their texts
-    report.html, job.yaml   for the reader; the job with the chosen settings
+    calibration.json        what the measurements depend on; then the chosen point and what the job will cost
+    measurements.parquet    a row for each point: its settings, its measurements, the cost of the whole job
+    completions/*.parquet   a file for each setting: the rows of the sample with their texts
+    report.html             the report for the reader
+    job.yaml                the job with the chosen settings
 
-A point counts as measured once it stands in measurements.parquet, which is written after the completions.
+A point counts as measured once it is in measurements.parquet, which is written after the completions.
 """
 
 import os
@@ -36,14 +37,16 @@ COMPLETIONS = "completions"
 
 
 def folder_for(job: Job, to: str | None) -> str:
-    """Where a calibration goes: as given, or beside the job's output. Raises JobError and InputError where its files
-    would be taken for the job's input or output, or would be lost."""
+    """Return the folder of a calibration: the one given, or the one beside the job's output.
+
+    Raises JobError or InputError if its files would be taken for the job's input or output, or would be lost.
+    """
     if to is None:
         beside = default_folder(job)
         if beside is None:
             raise JobError(f"output {safe_url(job.output.path)} has nothing beside it: name a folder with --to")
         folder = beside
-    elif not to.strip():  # an unset shell variable would mean the current directory
+    elif not to.strip():  # an unset shell variable; it would mean the current directory
         raise JobError("--to is empty: name a folder")
     elif not is_local(to):
         folder = to.rstrip("/")
@@ -68,14 +71,15 @@ def folder_for(job: Job, to: str | None) -> str:
 
 
 def default_folder(job: Job) -> str | None:
-    """The folder beside the job's output; None where that is a whole disk or bucket."""
+    """Return the folder beside the job's output, or None if the output is a whole disk or bucket."""
     output = job.output.path.rstrip("/")
     root = output.strip("/") if is_local(output) else output.partition("://")[2].partition("/")[2]
     return f"{output}-calibration" if root else None
 
 
 class Folder:
-    """One calibration's folder. Methods raise OutputError where it is not as it must be, StorageError."""
+    """The folder of one calibration. Its methods raise OutputError if the folder does not hold what it should, and
+    StorageError."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -83,9 +87,10 @@ class Folder:
         self._storage = Storage(path)
 
     def check(self, identity: Mapping[str, Any]) -> bool:
-        """Whether a calibration is there already. Raises OutputError where it is another one, or something else is.
+        """Return True if this calibration is in the folder already, False if the folder is empty or does not exist.
 
-        identity: all that decides over the measures, or a part of it.
+        identity: all values that the measurements depend on, or some of them. Raises OutputError if the folder holds
+        another calibration or other files.
         """
         data = self._storage.read_if_exists(RECORD)
         if data is None:
@@ -108,18 +113,18 @@ class Folder:
         return True
 
     def take(self, identity: Mapping[str, Any], replica: Replica) -> None:
-        """Begins a calibration, or goes on with the one that is there; what that came to stays until there is more."""
+        """Begin a calibration, or continue the one in the folder; its outcome stays until a new one is written."""
         there = self.check(identity)
         if not there:
             check_writable(self.path)
         self.write_record(identity, replica, from_json(self._storage.read(RECORD)) if there else {})
 
     def write_record(self, identity: Mapping[str, Any], replica: Replica, outcome: Mapping[str, Any]) -> None:
-        """calibration.json."""
+        """Write calibration.json."""
         self.write(RECORD, to_json({**outcome, "measured_with": identity, "replica": asdict(replica)}))
 
     def read_replica(self) -> Replica | None:
-        """The replica on which was measured; None where that cannot be read."""
+        """Return the replica that the points were measured on, or None if it is not recorded or cannot be read."""
         data = self._storage.read_if_exists(RECORD)
         try:
             return None if data is None else record.replica_from(from_json(data)["replica"])
@@ -127,16 +132,16 @@ class Folder:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        """A file of the folder, whole or not at all."""
+        """Write a file of the folder, whole or not at all."""
         self._storage.write(name, data)
 
     def write_measurements(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """All points so far, as rows of tables.MEASUREMENTS."""
+        """Write all points so far. `rows` are rows of tables.MEASUREMENTS."""
         table = pa.Table.from_pylist([dict(row) for row in rows], schema=tables.MEASUREMENTS)
         self.write(MEASUREMENTS, to_parquet(table))
 
     def read_points(self) -> dict[Point, tuple[Speed, str]]:
-        """What was measured: (speed, when) by point."""
+        """Return the measured points, each with its speed and the time of its measurement."""
         table = self._read(MEASUREMENTS)
         if table is None:
             return {}
@@ -146,11 +151,11 @@ class Folder:
             raise self._damaged(MEASUREMENTS, f"it has no column {error}") from None
 
     def write_answers(self, setting: Setting, rows: Sequence[SampleRow], answers: Answers) -> None:
-        """The completions of a setting to these rows."""
+        """Write the answers of a setting to these rows."""
         self.write(_answers_name(setting), to_parquet(tables.answers_table(rows, answers)))
 
     def read_answers(self, setting: Setting, rows: Sequence[SampleRow]) -> Answers | None:
-        """The completions of a setting to these rows; None where they are not there."""
+        """Return the answers of a setting to these rows, or None if they have not been written."""
         name = _answers_name(setting)
         table = self._read(name)
         try:

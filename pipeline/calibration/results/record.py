@@ -1,4 +1,4 @@
-"""What a calibration says of itself: what decides over its measures, and what came out, for people and for `plan`."""
+"""Makes the records of a calibration: what its measurements depend on, and its outcome, for people and for `plan`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,11 +15,11 @@ from pipeline.planning.plan import Plan
 from pipeline.storage.urls import safe_url
 
 _VARIED = {"mode", "confidence_threshold", "steps_per_block", "on_degenerate"}
-"""Generation settings that the points vary, or that do not touch what is measured."""
+"""Generation settings that the points vary, or that do not change what is measured."""
 
 
 def identity(measured: Job, plan: Plan, sample: Sample, checkpoint_identity: str) -> dict[str, Any]:
-    """Named values that decide over the measures, but for the replica's own; JSON."""
+    """Return all values that the measurements depend on, except the replica's own, by name, as JSON values."""
     return {
         "input files": digest_of(plan.listing),
         "sample rows": len(sample.rows),
@@ -29,7 +29,7 @@ def identity(measured: Job, plan: Plan, sample: Sample, checkpoint_identity: str
 
 
 def of_settings(measured: Job, checkpoint_identity: str) -> dict[str, Any]:
-    """The part of the identity that holds for any input."""
+    """Return the part of the identity that does not depend on the input files."""
     generation = measured.generation.model_dump(mode="json", exclude=_VARIED)
     engine = measured.engine.model_dump(mode="json", exclude={"max_rows"})
     return {
@@ -44,12 +44,13 @@ def of_settings(measured: Job, checkpoint_identity: str) -> dict[str, Any]:
 
 
 def of_replica(replica: Replica) -> dict[str, Any]:
-    """The replica's part of the identity."""
+    """Return the replica's part of the identity."""
     return {"device": replica.device, **dict(replica.versions)}
 
 
 def replica_from(fields: Mapping[str, Any]) -> Replica:
-    """A replica from its fields in JSON. Raises LookupError, TypeError or ValueError where they are no replica's."""
+    """Return the replica that these JSON fields describe. Raises LookupError, TypeError or ValueError if they do not
+    describe one."""
 
     def pairs(name: str) -> Any:
         return tuple((first, second) for first, second in fields[name])
@@ -58,7 +59,7 @@ def replica_from(fields: Mapping[str, Any]) -> Replica:
 
 
 def shared_columns(measured: Job, replica: Replica) -> dict[str, Any]:
-    """Columns of the measurements that are the same in all rows."""
+    """Return the columns of the measurements that are the same in all rows."""
     versions, generation = dict(replica.versions), measured.generation
     return {
         "checkpoint": safe_url(measured.model.checkpoint),
@@ -73,7 +74,7 @@ def shared_columns(measured: Job, replica: Replica) -> dict[str, Any]:
 
 
 def measurements(choice: Choice, workload: Workload, shared: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of measurements.parquet, in the order in which they were measured."""
+    """Return the rows of measurements.parquet, in the order in which they were measured."""
     return [tables.measurement(result, workload, choice.best, shared) for result in choice.results]
 
 
@@ -85,7 +86,7 @@ def outcome_fields(
     notes: Sequence[str],
     missing: Sequence[tuple[Point, str]],
 ) -> dict[str, Any]:
-    """What calibration.json says beside what the calibration was measured with."""
+    """Return the fields of calibration.json that describe the outcome."""
     return {
         "verdict": verdict,
         "notes": list(notes),
@@ -132,5 +133,5 @@ def _result_fields(result: Result, workload: Workload) -> dict[str, Any]:
 
 
 def limit_name(limit: RowLimit) -> str:
-    """As the command line says it."""
+    """Return the row limit as the command line writes it."""
     return "max" if limit == "auto" else str(limit)

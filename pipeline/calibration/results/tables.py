@@ -1,4 +1,4 @@
-"""The tables of a calibration: their columns, and rows of them as values."""
+"""Defines the tables of a calibration, and converts their rows to objects and back."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,21 +15,21 @@ _Columns = tuple[tuple[str, pa.DataType], ...]
 _MEASUREMENTS: _Columns = (
     ("point", pa.string()),
     ("mode", pa.string()),
-    ("confidence_threshold", pa.float64()),  # null in AR mode, as are the steps
+    ("confidence_threshold", pa.float64()),  # null in AR mode, like steps_per_block
     ("steps_per_block", pa.int32()),
     ("max_rows", pa.int32()),
-    ("tokens_per_s", pa.float64()),  # of a replica, completion tokens, all slots taken
+    ("tokens_per_s", pa.float64()),  # completion tokens of one replica while all its slots are taken
     ("speed_error", pa.float64()),  # standard error of tokens_per_s, as a share of it
     ("window_s", pa.float64()),
     ("window_tokens", pa.int64()),
     ("window_rows", pa.int64()),
-    ("seconds", pa.float64()),  # that the point took in all
+    ("seconds", pa.float64()),  # time that the point took in all
     ("measured_at", pa.string()),
-    ("rows", pa.int32()),  # of the sample; what follows is of the setting, measured at the largest row limit
+    ("rows", pa.int32()),  # of the sample; up to error_share: the setting's values at the largest row limit
     ("agreement", pa.float64()),  # mean similarity of the greedy tokens to AR's
     ("agreement_low", pa.float64()),  # 95% interval
     ("agreement_high", pa.float64()),
-    ("exact_match", pa.float64()),  # share of greedy texts that are AR's to the letter
+    ("exact_match", pa.float64()),  # share of greedy texts that are exactly AR's
     ("exact_match_low", pa.float64()),
     ("exact_match_high", pa.float64()),
     ("repetition", pa.float64()),
@@ -40,13 +40,13 @@ _MEASUREMENTS: _Columns = (
     ("stop_share", pa.float64()),
     ("length_share", pa.float64()),
     ("error_share", pa.float64()),
-    ("seconds_per_row", pa.float64()),  # of a replica
-    ("replica_hours", pa.float64()),  # of the whole job
+    ("seconds_per_row", pa.float64()),  # mean time of one replica for a row
+    ("replica_hours", pa.float64()),  # from here to cost: for the whole job
     ("gpu_hours", pa.float64()),
     ("cost", pa.float64()),
     ("currency", pa.string()),
     ("chosen", pa.bool_()),
-    # the same in every row, so that files of several calibrations can be read together
+    # these are the same in every row, so that files of several calibrations can be read together
     ("checkpoint", pa.string()),
     ("dtype", pa.string()),
     ("device", pa.string()),
@@ -59,7 +59,7 @@ _MEASUREMENTS: _Columns = (
 _ANSWERS: _Columns = (
     ("key", pa.string()),  # <source_file>#<source_row>
     ("id", pa.string()),
-    ("greedy", pa.bool_()),  # at temperature 0, to be compared with AR; else as the job samples
+    ("greedy", pa.bool_()),  # true: at temperature 0, to compare with AR; false: as the job samples
     ("prompt", pa.string()),
     ("completion", pa.string()),
     ("token_ids", pa.list_(pa.int32())),
@@ -75,7 +75,7 @@ ANSWERS = pa.schema([pa.field(name, kind) for name, kind in _ANSWERS])
 
 
 def measurement(result: Result, workload: Workload, best: Result, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of MEASUREMENTS. shared: what is the same in all of them."""
+    """Return a row of MEASUREMENTS. shared: the columns that are the same in all rows."""
     quality, cost = result.quality, cost_of(result, workload)
     return {
         **point_columns(result.point, result.speed, result.measured_at),
@@ -105,7 +105,7 @@ def measurement(result: Result, workload: Workload, best: Result, shared: Mappin
 
 
 def point_columns(point: Point, speed: Speed, measured_at: str) -> dict[str, Any]:
-    """The columns of MEASUREMENTS that are measured rather than reckoned."""
+    """Return the columns of MEASUREMENTS that describe the point, its speed and the time of its measurement."""
     return {
         "point": point.name,
         "mode": point.setting.mode,
@@ -123,7 +123,7 @@ def point_columns(point: Point, speed: Speed, measured_at: str) -> dict[str, Any
 
 
 def point_of(columns: Mapping[str, Any]) -> tuple[Point, tuple[Speed, str]]:
-    """The point of a row, its speed and when it was measured. Raises KeyError where columns are missing."""
+    """Return the point of a row, its speed and the time of its measurement. Raises KeyError if columns are missing."""
     setting = Setting(columns["mode"], columns["confidence_threshold"], columns["steps_per_block"])
     speed = Speed(
         tokens_per_s=columns["tokens_per_s"],
@@ -137,7 +137,7 @@ def point_of(columns: Mapping[str, Any]) -> tuple[Point, tuple[Speed, str]]:
 
 
 def answers_table(rows: Sequence[SampleRow], answers: Answers) -> pa.Table:
-    """The completions of a setting to these rows."""
+    """Return the answers of a setting to these rows as a table with the columns of ANSWERS."""
     columns = list(_answer_rows(rows, answers.greedy, greedy=True))
     if answers.rows is not answers.greedy:
         columns += _answer_rows(rows, answers.rows, greedy=False)
@@ -145,7 +145,7 @@ def answers_table(rows: Sequence[SampleRow], answers: Answers) -> pa.Table:
 
 
 def answers_of(table: pa.Table, rows: Sequence[SampleRow]) -> Answers:
-    """The completions to these rows. Raises KeyError where a row or a column is missing."""
+    """Return the answers to these rows. Raises KeyError if a row or a column is missing."""
     found: dict[bool, dict[str, Answer]] = {True: {}, False: {}}
     for columns in table.to_pylist():
         found[columns["greedy"]][columns["key"]] = _answer_of(columns)
