@@ -1,13 +1,14 @@
-"""Writes the demo's prompts: `python jobs/demo_prompts.py [OUT.parquet]`. Seeded, so that it always writes the same.
+"""Writes the demo's prompts: `python jobs/demo_prompts.py [OUT.parquet]`.
 
-Questions that builtin:tiny was not trained on, each with its right answer: what the demo writes can be marked in SQL.
+The prompts are questions that builtin:tiny was not trained on. Each has its right answer, so that the demo's output can
+be marked with SQL. The seed is fixed, so every call writes the same prompts.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-# The project's root: `python jobs/demo_prompts.py` puts the folder of this file on the path instead.
+# Add the project's root: `python jobs/demo_prompts.py` puts only the folder of this file on the path.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ SEED = 20
 
 
 def make_prompts(rows: int = ROWS, seed: int = SEED) -> pa.Table:
-    """A table of id, task, prompt and answer; no prompt twice."""
+    """Return a table with the columns id, task, prompt and answer, in which all prompts are different."""
     tokenizer = Tokenizer.from_file(str(BUILTIN["tiny"] / "tokenizer.json"))
     distinct = {example.prompt: example for example in held_out_examples(tokenizer, seed, 2 * rows)}
     examples = list(distinct.values())[:rows]
@@ -38,7 +39,7 @@ def make_prompts(rows: int = ROWS, seed: int = SEED) -> pa.Table:
 
 
 def main() -> None:
-    """The command."""
+    """Write the prompts to the file named on the command line; the default is demo_prompts.parquet beside this file."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".parquet")
     table = make_prompts()
     pq.write_table(table, out, row_group_size=ROWS_PER_GROUP, compression="zstd")

@@ -1,4 +1,4 @@
-"""Make canary.json from a checkpoint that is known to be right."""
+"""Makes canary.json, a file of expected completions, from a checkpoint that is known to be right."""
 
 import os
 from collections.abc import Sequence
@@ -20,12 +20,13 @@ PROMPTS = (
     '{"name": "Ada", "born": ',
     "A lighthouse is a tower that guides ships at night. Its lamp turns once in ten seconds and is seen from far away.",
 )
-"""Any tokenizer makes tokens of them; one is longer than a page of the context cache where a token is a letter."""
+"""The default prompts. Every tokenizer yields tokens for them, and the last one is longer than a page of the KV cache
+even if each letter is a token."""
 
 TOKENS = 20
-"""Of a canary's completion: a block, and some of the one after it."""
+"""Default length of a canary's completion, in tokens: one block and a part of the next."""
 SHOWN = 40
-"""Characters of a prompt in a message."""
+"""The number of characters of a prompt that messages show."""
 
 
 def make_canary(
@@ -38,10 +39,10 @@ def make_canary(
     out: str | None = None,
     force: bool = False,
 ) -> list[str]:
-    """Writes the canary.json of a checkpoint that is known to be well, or to `out` -> a line a prompt and one at last.
+    """Write canary.json for a checkpoint that is known to be right, and return lines of text that describe it.
 
-    Raises CheckpointError, also where the file is there and `force` is not given; RequestError, KernelError and
-    StorageError.
+    The file is written beside the weights, or to `out`. The lines are one for each completion and a summary at the end.
+    Raises CheckpointError (also if the file exists and `force` is false), RequestError, KernelError and StorageError.
     """
     import torch
 
@@ -70,7 +71,7 @@ def make_canary(
     cases, decode = make_cases(pair, encoded, tokens), pair.tokenizer.decode
     rounding = None
     if dtype == "float32":
-        del pair  # both may be too much for the memory
+        del pair  # the memory may be too small for both models
         rounded = load_model(checkpoint, dtype="bfloat16", devices=devices, towers=towers)
         rounding = {mode: round(off, 5) for mode, off in measure_rounding(rounded, cases).items()}
     name = torch.cuda.get_device_name(0) if gpus else "cpu"

@@ -1,4 +1,4 @@
-"""The checks of `doctor` that need torch: devices, their memory, the memory plan of a job."""
+"""Provides the checks of `doctor` that need torch: the devices, their memory and the memory plan of a job."""
 
 import functools
 import os
@@ -16,19 +16,22 @@ if TYPE_CHECKING:
     pass
 
 BUSY = 0.1
-"""Share of a GPU's memory that is in use when the operator is told."""
+"""If more than this share (0 to 1) of a GPU's memory is already in use, the operator gets a warning."""
 OLDEST = (8, 0)
-"""Compute capability of the first GPUs that compute in bfloat16."""
+"""Lowest compute capability of GPUs that can compute in bfloat16."""
 NO_GPU = "set workers.gpus: 0 to run on the CPU; else see whether `nvidia-smi` works and torch is built for CUDA"
 
 
 def device_checks(job: Job | None) -> list[Check]:
-    """What this machine computes with. Loading torch and making a context on each GPU take their time."""
+    """Return the checks of this machine's devices, which load torch and create a CUDA context on each GPU.
+
+    The memory plan is checked only if there is a job.
+    """
     checks = [
         Check("torch", check_torch, seconds=120),
         Check("memory", check_memory),
         Check("gpus", functools.partial(check_gpus, job), seconds=120),
-        Check("kernels", check_kernels, seconds=600),  # a GPU's are compiled first
+        Check("kernels", check_kernels, seconds=600),  # kernels for a GPU are compiled first
     ]
     return checks + ([Check("plan", functools.partial(check_plan, job), seconds=120)] if job else [])
 
@@ -53,7 +56,7 @@ def check_memory() -> Iterator[Finding]:
 
 
 def check_gpus(job: Job | None) -> Iterator[Finding]:
-    """A line a GPU. Makes a context on each."""
+    """Yield one finding for each GPU, after creating a CUDA context on it, or one finding if there is no GPU."""
     import torch
 
     count = torch.cuda.device_count()
@@ -79,7 +82,7 @@ def check_gpus(job: Job | None) -> Iterator[Finding]:
 
 
 def check_plan(job: Job) -> Iterator[Finding]:
-    """Whether the weights fit the devices of a replica, and how many rows beside them."""
+    """Check whether the weights fit on the devices of a replica, and report how many rows fit beside them."""
     import torch
 
     from model.checkpoint.loader import check_memory, free_memory
@@ -113,7 +116,7 @@ def check_plan(job: Job) -> Iterator[Finding]:
 
 
 def _driver() -> str:
-    """The NVIDIA driver's version."""
+    """Return the version of the NVIDIA driver, or "unknown"."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()

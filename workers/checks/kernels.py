@@ -1,4 +1,4 @@
-"""The checks of `doctor` for kernels: which ones a device would use, and whether they compute what they must."""
+"""Provides the check of `doctor` for kernels: which kernels each device uses, and whether their results are right."""
 
 import os
 import time
@@ -17,18 +17,20 @@ if TYPE_CHECKING:
 
 
 RELEASED_LAYERS = 4 * GIB
-"""Free memory of a GPU below which layers of the released size cannot be checked: weights, and what checking takes."""
+"""Free GPU memory, in bytes, that the check at the released model's sizes needs for weights and for the comparison."""
 
 PREFILL_SCAN = "ops/triton/ssd_combined.py"
 
 
 def check_kernels() -> Iterator[Finding]:
-    """On each device: which kernels it would use, and whether they compute what they must: on builtin:noise, and on a
-    GPU at the released model's sizes as well."""
+    """Yield a finding for each device: which kernels it uses, and whether their results are right.
+
+    Kernels are checked with builtin:noise; on a GPU they are also checked at the released model's sizes.
+    """
     import torch
 
     gpus = torch.cuda.device_count()
-    torch.set_num_threads(1)  # small sums: with more, threads wait for each other
+    torch.set_num_threads(1)  # the computations are small: more threads would only wait for each other
     yield from (_check_kernels_on(device) for device in ("cpu", *(f"cuda:{index}" for index in range(gpus))))
     spec = find_spec("mamba_ssm")
     folders = spec.submodule_search_locations if spec else None
@@ -56,7 +58,7 @@ def _check_kernels_on(device: str) -> Finding:
         if device != "cpu":
             released = _released_layers(device)
             took["released"] = _seconds(lambda: compare(released))
-    except TwoTowerError as error:  # it says what to do
+    except TwoTowerError as error:  # its text says what to do
         return fail(f"{device}: {error}")
     except Exception as error:  # a compiler or a device may raise anything
         text = f"{device}: {name} failed: {type(error).__name__}: {first_line(error)}"
@@ -66,9 +68,9 @@ def _check_kernels_on(device: str) -> Finding:
 
 
 def _released_layers(device: str) -> "TwoTower":
-    """A layer of each kind of the released model's context tower, 2.6 GiB of random weights, with a small vocabulary.
+    """Return a model with one layer of each kind at the released context tower's sizes, and a small vocabulary.
 
-    Raises RequestError where the device has no room for them.
+    Its random weights take 2.6 GiB. Raises RequestError if the device has too little free memory.
     """
     import torch
 

@@ -1,7 +1,8 @@
-"""The checks of a loaded model that a replica makes before it takes work.
+"""Checks a loaded model before its replica takes work.
 
-1. Its kernels against their definitions in float64 (model.checks.kernels).
-2. canary.json beside the weights, if there is one (model.checks.canary). Without: that logits are finite.
+1. The kernels are compared with their definitions in float64 (model.checks.kernels).
+2. The completions are compared with canary.json beside the weights (model.checks.canary). If there is no canary.json,
+   only finite logits are required.
 """
 
 import gc
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def self_check(pair: "TwoTower", tokenizer: "Tokenizer", checkpoint: str) -> str:
-    """A line about what was checked. Leaves nothing behind: neither in an engine nor in the memory of a GPU.
+    """Check the model and return one line about what was checked. The GPU memory used for it is freed again.
 
-    Raises KernelError, CheckpointError (also where canary.json is broken or of another checkpoint), StorageError.
+    Raises KernelError, CheckpointError (also if canary.json is broken or belongs to another checkpoint), StorageError.
     """
     import torch
 
@@ -49,7 +50,7 @@ def self_check(pair: "TwoTower", tokenizer: "Tokenizer", checkpoint: str) -> str
     else:
         _check_canary(pair, tokenizer, checkpoint, canary)
         compared = f"{len(canary.prompts)} prompts of canary.json agree"
-    if torch.cuda.is_available():  # the memory plan counts what is free
+    if torch.cuda.is_available():  # the memory plan that follows counts free memory
         gc.collect()
         torch.cuda.empty_cache()
     return f"self-check passed in {time.monotonic() - started:.1f} s: kernels are right, {compared}"

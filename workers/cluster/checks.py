@@ -1,4 +1,4 @@
-"""The check of `doctor` for Ray: the cluster or the job server that RAY_ADDRESS names."""
+"""Provides the check of `doctor` for Ray: the cluster or the job server that RAY_ADDRESS names."""
 
 import functools
 import json
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
     pass
 
 JOIN_S = 60.0
-"""Seconds for joining a Ray cluster."""
+"""Time limit for joining a Ray cluster, in seconds."""
 
 JOIN = "from workers.cluster.connection import print_nodes; print_nodes()"
 
 
 def cluster_checks(job: Job | None) -> list[Check]:
-    """The Ray cluster that RAY_ADDRESS names."""
+    """Return the check of the Ray cluster that RAY_ADDRESS names."""
     return [Check("ray", functools.partial(check_cluster, job, os.environ.get("RAY_ADDRESS")), seconds=JOIN_S + 30)]
 
 
 def check_cluster(job: Job | None, address: str | None) -> Iterator[Finding]:
-    """Whether a cluster is there, asks for a token, and has room for a replica."""
+    """Check the Ray at `address`: that a cluster can be joined and has room for a replica, or, if it is a job server,
+    that it answers and asks for a token."""
     if not address:
         yield ok(
             f"Ray {installed_version('ray')}; RAY_ADDRESS is not set: `run` starts a Ray of its own on this machine"
@@ -40,7 +41,7 @@ def check_cluster(job: Job | None, address: str | None) -> Iterator[Finding]:
 
 
 def _job_server(address: str) -> Finding:
-    """As `ray job submit` would meet it."""
+    """Check the job server with the address and the token that `ray job submit` would use."""
     shown, url = safe_url(address), f"{address.rstrip('/')}/api/version"
     try:
         status, _, body = answer(url)
@@ -74,7 +75,7 @@ def _job_server(address: str) -> Finding:
 
 
 def _cluster(job: Job | None, address: str) -> Finding:
-    """Joined by a process of its own, which can be ended."""
+    """Check the cluster by joining it from a separate process, which is killed if it takes too long."""
     from workers.cluster.connection import amounts, check_reachable
 
     check_reachable(address)
@@ -105,7 +106,7 @@ def _cluster(job: Job | None, address: str) -> Finding:
 
 
 def _token(source: str) -> str:
-    """Ray's token. Never shown."""
+    """Return Ray's token. It must never be shown."""
     from pipeline.storage.storage import read_text
 
     if source == "RAY_AUTH_TOKEN":

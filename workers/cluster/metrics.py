@@ -1,8 +1,9 @@
-"""The run's numbers as Prometheus metrics, through Ray: each node's agent serves them at its metrics port.
+"""Exports the run's numbers as Prometheus metrics through Ray; each node's agent serves them at its metrics port.
 
-They are set in the driver, from the reports that it has anyway: so a counter goes on when a replica is replaced, a
-replica that is gone leaves no number behind, and no model process has more to do. Ray puts `ray_` before each name.
-`replica` is the place of a replica, r0 for r0.2 too, which bounds the series of a job that lost many.
+The driver sets them from the reports that it gets anyway. A counter therefore continues when a replica is replaced, the
+gauges of a lost replica are set to 0, and the model processes have no extra work. Ray puts `ray_` before each name. The
+label `replica` names the place of a replica (r0 also for its replacement r0.2), which limits the number of series in a
+job that lost many replicas.
 """
 
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 from pipeline.monitoring.live import Live, LiveReplica
 
-JOB, REPLICA, KIND = "job_name", "replica", "kind"  # not "job", which Prometheus itself sets
+JOB, REPLICA, KIND = "job_name", "replica", "kind"  # not "job": Prometheus sets that label itself
 COUNTERS = {
     "twotower_rows_total": ("Rows finished by replicas, error rows and repeated work included.", (REPLICA,)),
     "twotower_prompt_tokens_total": ("Prompt tokens of these rows.", (REPLICA,)),
@@ -51,20 +52,20 @@ GAUGES = {
     "twotower_job_eta_seconds": ("Time left at the rate of the last minute; -1 where there is none.", ()),
 }
 Key = tuple[str, str]
-"""(metric, replica or kind, "" where the metric has neither)."""
+"""A metric and its label: (metric name, replica or kind), with "" if the metric has no such label."""
 
 
 class RayMetrics:
-    """A sink of pipeline.monitoring.telemetry. Does nothing before Ray is connected and after."""
+    """A sink of pipeline.monitoring.telemetry. It does nothing while Ray is not connected."""
 
     def __init__(self, job: str) -> None:
         self._job = job
         self._metrics: dict[str, Any] = {}
-        self._counted: dict[str, Mapping[Key, float]] = {}  # what a replica's life, or the run, has counted so far
+        self._counted: dict[str, Mapping[Key, float]] = {}  # last counts by replica name ("" for the run)
         self._shown: set[Key] = set()
 
     def __call__(self, live: Live) -> None:
-        ray = sys.modules.get("ray")  # the pool imports it, which takes seconds
+        ray = sys.modules.get("ray")  # not imported here: the pool imports it, and the import is slow
         if ray is None or not ray.is_initialized():
             return
         for owner, counts in _counts(live).items():
@@ -74,7 +75,7 @@ class RayMetrics:
                     self._metric(key[0]).inc(more, tags=self._tags(key))
             self._counted[owner] = counts
         values = dict(_gauges(live))
-        for key in self._shown - values.keys():  # of a replica that is gone
+        for key in self._shown - values.keys():  # gauges of a replica that is gone
             self._metric(key[0]).set(0.0, tags=self._tags(key))
         for key, value in values.items():
             self._metric(key[0]).set(value, tags=self._tags(key))
@@ -95,7 +96,7 @@ class RayMetrics:
 
 
 def _counts(live: Live) -> dict[str, dict[Key, float]]:
-    """What has been counted, by the replica's life ("" for the run): each number of one owner only grows."""
+    """Return the counts so far by replica name ("" for the run). The counts of one name never fall."""
     found: dict[str, dict[Key, float]] = defaultdict(dict)
     found[""] = {
         ("twotower_replicas_lost_total", ""): live.replicas_lost,

@@ -1,4 +1,4 @@
-"""A replica that measures the points of a calibration: the weights stay, engines of several row limits come and go."""
+"""Measures the points of a calibration on a replica: the weights stay loaded, and each row limit gets a new engine."""
 
 import gc
 import platform
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 class ReplicaBench:
-    """Implements pipeline.calibration.bench.Bench in this process."""
+    """A pipeline.calibration.bench.Bench in this process."""
 
     def __init__(self, job: Job) -> None:
-        """job: needs both towers."""
+        """Create a bench. The `job` must load both towers."""
         self._job = job
         self._pair: TwoTower | None = None
         self._engine: Engine | None = None
         self._rows: Sequence[SampleRow] = ()
-        self._prefixes: Sequence[int] = ()  # tokens of the common prefix, for each row
+        self._prefixes: Sequence[int] = ()  # for each row, how many of its tokens are the common prefix
 
     def start(self, rows: Sequence[SampleRow], limits: Sequence[RowLimit], tick: Tick) -> Replica:
         """See Bench. Raises CheckpointError, KernelError, RequestError and JobError."""
@@ -78,7 +78,7 @@ class ReplicaBench:
     def _engine_of(self, max_rows: int) -> "Engine":
         if self._engine is None or self._engine.limits.max_rows != max_rows:
             assert self._pair is not None, "not started"
-            self._drop_engine()  # first: both would not fit
+            self._drop_engine()  # before the new engine is made: both together would not fit into memory
             self._engine = make_engine(self._pair, self._limited(max_rows))
         return self._engine
 
@@ -88,7 +88,7 @@ class ReplicaBench:
 
             self._engine = None
             gc.collect()
-            with suppress(RuntimeError):  # of a GPU that was lost: the error is on its way
+            with suppress(RuntimeError):  # raised if the GPU was lost; that error is reported elsewhere
                 torch.cuda.empty_cache()
 
     def _requests(self, setting: Setting) -> list[Request]:
@@ -104,7 +104,7 @@ class ReplicaBench:
 
 
 class _Counted:
-    """An engine that says how many tokens its rows have so far."""
+    """An engine that also reports how many tokens the rows in its slots have so far."""
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
@@ -138,6 +138,6 @@ def _versions() -> tuple[tuple[str, str], ...]:
 
     try:
         ours = metadata.version("twotower")
-    except metadata.PackageNotFoundError:  # run from its folder, as Ray does
+    except metadata.PackageNotFoundError:  # it is run from its folder without being installed, as on Ray
         ours = "unknown"
     return ("twotower", ours), ("torch", torch.__version__), ("python", platform.python_version())

@@ -1,4 +1,4 @@
-"""Puts a replica together from a job: model, engine, reader and ledger."""
+"""Builds the parts of a replica from a job: the model, the engine, the reader of units and the writer of parts."""
 
 import os
 from collections.abc import Sequence
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
-    """All that a replica needs to know; it travels to the actor."""
+    """Everything that a replica needs to know. It is sent to the actor, so it must be picklable."""
 
     job: Job
     fingerprint: str
-    """The plan's digest."""
+    """Digest of the plan's fingerprint, which identifies the job in its output folder."""
     schema: pa.Schema
-    """Of every part."""
+    """Schema of every part."""
     json_logs: bool = False
     """Whether replicas log JSON (pipeline.monitoring.logs)."""
 
 
 class PartStore:
-    """Reads a job's units, keeps their finished rows and publishes their parts: the runner's UnitStore."""
+    """The runner's UnitStore for one job: it reads units, writes segments and publishes parts."""
 
     def __init__(self, spec: ReplicaSpec, replica: str) -> None:
         self._reader = UnitReader(spec.job.input)
@@ -71,18 +71,18 @@ class PartStore:
     def publish(
         self, data: UnitData, rows: Sequence[pa.Table], *, writer: str, attempt: int, seconds: float
     ) -> UnitResult:
-        """See UnitStore. Raises ValueError, which ends the replica, where a row has no result or more than one."""
+        """See UnitStore. Raises ValueError, which ends the replica, if a row has no result or more than one."""
         header = self._output.header(data.unit, attempt=attempt, replica=self._replica, seconds=seconds, writer=writer)
         part, _ = build_part(data, rows, self._schema, header)
         return self._output.publish(data.unit, part)
 
 
 def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
-    """Loads the job's model, checks it and makes a runner.
+    """Load the job's model, check it, and return a runner for it.
 
     Raises CheckpointError, RequestError, JobError and what the self-check raises.
     """
-    if spec.json_logs and not is_json():  # with --local the driver has set it up
+    if spec.json_logs and not is_json():  # with --local the driver has switched it on already
         use_json()
     job = spec.job
     pair, tokenizer = load_pair(job)
@@ -102,16 +102,17 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
 
 
 def load_pair(job: Job) -> "tuple[TwoTower, Tokenizer]":
-    """The job's model on the devices of this process, and its tokenizer. Raises as make_runner.
+    """Load the job's model on the devices of this process, and return it with its tokenizer.
 
-    The devices are those that Ray shows this process: cuda:0 up to the replica's number of GPUs, or the CPU.
+    The devices are the GPUs that Ray makes visible to this process, from cuda:0 up to the replica's number of GPUs, or
+    the CPU. Raises CheckpointError, RequestError and JobError.
     """
-    import torch  # only here: whoever builds a runner needs it, whoever imports this module may not
+    import torch  # imported here, because only a process that builds a runner needs it
 
     from model import load_model
 
     torch.set_num_threads(min(job.workers.cpus, os.cpu_count() or 1))
-    if job.workers.gpus > (found := torch.cuda.device_count()):  # with --local, or drivers that torch does not know
+    if job.workers.gpus > (found := torch.cuda.device_count()):  # with --local, or if torch cannot use the driver
         raise JobError(f"workers.gpus is {job.workers.gpus}, but torch finds {found} here; lower it, 0 is the CPU")
     devices = [f"cuda:{index}" for index in range(job.workers.gpus)] or ["cpu"]
     pair = load_model(job.model.checkpoint, dtype=job.model.dtype, devices=devices, towers=job.generation.towers)
@@ -121,12 +122,15 @@ def load_pair(job: Job) -> "tuple[TwoTower, Tokenizer]":
 
 
 def make_engine(pair: "TwoTower", job: Job) -> "Engine":
-    """An engine on a loaded model, with the job's limits. Raises RequestError and JobError where they do not fit."""
+    """Return an engine on a loaded model with the job's limits.
+
+    Raises RequestError or JobError if the limits do not fit the model or the memory.
+    """
     from model import Engine
 
     try:
         return Engine(pair, job.engine.limits())
-    except (RuntimeError, MemoryError) as error:  # torch has no narrower one for host memory
+    except (RuntimeError, MemoryError) as error:  # torch raises a plain RuntimeError if host memory runs out
         if device_lost(error):
             raise
         kv_tokens = "null" if job.engine.kv_tokens is None else job.engine.kv_tokens

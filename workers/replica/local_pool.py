@@ -1,4 +1,7 @@
-"""A pool of one replica in this process: `--local`, and tests. The same protocol and failures as the Ray pool."""
+"""Provides a pool of one replica in this process, for `--local` and for tests.
+
+It follows the same protocol as the Ray pool and reports failures in the same way.
+"""
 
 from collections.abc import Sequence
 
@@ -9,8 +12,7 @@ from workers.replica.replica import FLUSH_S, MakeRunner, Replica, Report
 
 
 class LocalPool:
-    """Implements pipeline.driver.dispatcher.Pool; the replica works during `wait`, so one that hangs holds up the
-    driver."""
+    """A pipeline.driver.dispatcher.Pool whose replica works during `wait`: a replica that hangs blocks the driver."""
 
     def __init__(self, make_runner: MakeRunner) -> None:
         self._make_runner = make_runner
@@ -28,9 +30,9 @@ class LocalPool:
             self._replica.assign(work)
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
-        """See Pool. The first call loads the model and takes as long as that does.
+        """See Pool. The first call loads the model and returns only when it is loaded.
 
-        Raises JobFailed where this process can no longer use its GPU: another replica in it could not either.
+        Raises JobFailed if this process can no longer use its GPU, because a new replica in it would fail too.
         """
         if self._dropped:
             events, self._dropped = self._dropped, []

@@ -1,5 +1,8 @@
-"""A replica: one loaded model and its unit runner, in a process of its own (an actor of workers.cluster.pool) or in
-this one (workers.replica.local_pool). It knows no Ray. Whatever is raised inside ends here, as a report.
+"""Implements a replica: one loaded model with its unit runner.
+
+A replica runs in a process of its own (an actor of workers.cluster.pool) or in the driver's process
+(workers.replica.local_pool). This module does not use Ray. An error inside a replica is caught here and becomes a
+report.
 """
 
 import logging
@@ -21,36 +24,40 @@ from pipeline.monitoring.logs import event_record, is_json, log, work_record
 from workers.units.runner import UnitRunner
 
 FLUSH_S = 15.0
-"""Seconds that a replica which is stopped has for writing down the rows that it finished."""
+"""Seconds that a replica has for saving its finished rows when it is stopped."""
 LEAVE_S = 5.0
-"""Seconds in which the driver hears why a replica is dead, before its process leaves."""
+"""Seconds between a replica's last report and the end of its process, so that the driver can still receive it."""
 DEAD_EXIT, STOPPED_EXIT = 1, 128 + signal.SIGTERM
-"""Exit codes of a replica's process that leaves by itself: its engine is dead; it was told to."""
+"""Exit codes of a replica's process that ends by itself: DEAD_EXIT after an error, STOPPED_EXIT after SIGTERM."""
 SOURCE = "replica"
-"""Tells its log records from the driver's."""
+"""The source named in a replica's log records, which distinguishes them from the driver's."""
 
 MakeRunner = Callable[[str], UnitRunner]
-"""Loads the model and makes the runner of the replica with this name; picklable, as it travels to the actor."""
+"""A function that loads the model and returns the runner for the replica with the given name. It must be picklable,
+because it is sent to the actor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a call of a replica tells the driver: counts, never rows."""
+    """The answer of a replica to a call of the driver: it carries counts, never rows."""
 
     events: tuple[Event, ...] = ()
     fatal: str | None = None
-    """Why the replica can do no more: it is to be thrown away, with all that it holds."""
+    """The reason why the replica cannot continue and must be replaced; None if it can continue."""
     refused: bool = False
-    """It did not start, with one of the project's own errors."""
+    """Whether the replica failed to start with one of the project's own errors."""
     excused: bool = False
-    """It was told to leave, and did: nothing is wrong with what it holds."""
+    """Whether the replica stopped because it was asked to, so that its rows are not suspected of killing it."""
     device_lost: bool = False
-    """Its process can no longer use the GPU: another replica needs another process."""
+    """Whether the process can no longer use its GPU, so that a new replica needs a new process."""
 
 
 class Replica:
-    """Calls of `start` and `work` come one at a time; all others may come at any moment, so that a freed replica does
-    not wait for its next unit until a running `work` returns."""
+    """A loaded model with its unit runner.
+
+    `start` and `work` are called one at a time. All other methods may be called while they run, so that a replica gets
+    its next unit before a running `work` returns.
+    """
 
     def __init__(self, name: str, make_runner: MakeRunner) -> None:
         self._name, self._make_runner = name, make_runner
@@ -60,23 +67,23 @@ class Replica:
         self._kept: tuple[object, ...] = ()
 
     def start(self) -> Report:
-        """Load the model. Not part of the constructor, because Ray gives a failed constructor's error as text only."""
+        """Load the model. The constructor does not do this, because Ray reports a constructor's error as text only."""
         try:
             self._runner = self._make_runner(self._name)
-        except Exception as error:  # the worker's boundary: the reason goes to the driver, the process is thrown away
+        except Exception as error:  # catches everything: the driver gets the reason and replaces the replica
             return self._die(error, refused=isinstance(error, TwoTowerError))
-        for text in self._runner.notes():  # its memory plan: that of every replica would be too much for the operator
+        for text in self._runner.notes():  # such as the memory plan; the operator should not get one from every replica
             self._say(text)
         log((logging.INFO, "replica started", {}), source=SOURCE, replica=self._name)
         return Report()
 
     def assign(self, work: Assignment) -> None:
-        """Take work; a dead replica takes none, its next report says so."""
+        """Accept work. A dead replica ignores it; its next report says that it is dead."""
         if self._runner is not None:
             try:
                 self._runner.add(work)
                 log(work_record("unit begun", self._name, work), source=SOURCE)
-            except Exception as error:  # the worker's boundary: nobody waits for this call's result
+            except Exception as error:  # catches everything: nobody waits for this call's result
                 self._die(error)
 
     def work(self, seconds: float) -> Report:
@@ -89,32 +96,32 @@ class Replica:
             for outcome in outcomes:
                 log(event_record(outcome), source=SOURCE)
             return Report((*runner.progress(), *outcomes, *self.look(), *self._notes(runner)))
-        except Exception as error:  # the worker's boundary, as above
+        except Exception as error:  # catches everything, as above
             return self._die(error)
 
     def look(self) -> tuple[ReplicaActive, ...]:
-        """What it is doing; answers at once, also while a step of the engine hangs."""
+        """Return what the replica is doing. Answers at once, even while an engine step hangs."""
         runner = self._runner
         return () if runner is None else (ReplicaActive(self._name, runner.beats, runner.doing(), runner.stats()),)
 
     def stop(self, seconds: float) -> int:
-        """Write down all finished rows, within `seconds`, and do no more; returns how many those were."""
+        """Save all finished rows within `seconds`, end the work for good, and return how many rows were saved."""
         if self._runner is None:
             return 0
         try:
             return self._runner.stop(seconds)
-        except Exception as error:  # the worker's boundary: it is about to go in any case
+        except Exception as error:  # catches everything: the replica is about to end in any case
             traceback.print_exception(error, file=sys.stderr)
             return 0
 
     def close(self) -> None:
-        """Let go of the runner."""
+        """Close and forget the runner."""
         if self._runner is not None:
             self._runner.close()
             self._runner = None
 
     def _say(self, text: str) -> None:
-        """To this process's own log."""
+        """Write a message to this process's own log."""
         if is_json():
             log((logging.INFO, "note", {"text": text}), source=SOURCE, replica=self._name)
         else:
@@ -132,28 +139,31 @@ class Replica:
             source=SOURCE,
             replica=self._name,
         )
-        # To the actor's own log: the report is one line, which says it all where it is one of ours.
+        # The report is one line, which is enough for a refused start. Any other error is also written to stderr.
         if self._device_lost:
             self._fatal = f"a GPU failed, and this process cannot use it any more: {self._fatal}"
             print(f"{self._name}: {self._fatal}; the process ends", file=sys.stderr, flush=True)
-            self._kept = (self._runner, error)  # to free their tensors could call the device
+            self._kept = (self._runner, error)  # kept alive, because freeing their tensors could call the device
         elif not refused:
             traceback.print_exception(error, file=sys.stderr)
-        self.stop(FLUSH_S)  # finished rows are on the host
+        self.stop(FLUSH_S)  # finished rows are in host memory, so they can still be saved
         self.close()
         return Report(fatal=self._fatal, refused=refused and not self._device_lost, device_lost=self._device_lost)
 
 
 class ReplicaProcess(Replica):
-    """A replica with a process to itself, which ends with it.
+    """A replica that has a process of its own, which ends with the replica.
 
-    SIGTERM (a spot notice, a node that is drained) writes down the finished rows; the driver is told, and the process
-    leaves with STOPPED_EXIT. A dead engine or GPU takes it down with DEAD_EXIT, whether the driver is there
-    to kill it or not.
+    On SIGTERM (a spot notice, or a node that is drained) the replica saves its finished rows and reports to the driver;
+    the process exits with STOPPED_EXIT. After an error of the engine or the GPU the process exits with DEAD_EXIT, even
+    if there is no driver left to kill it.
     """
 
     def __init__(self, name: str, make_runner: MakeRunner) -> None:
-        """To be called on the main thread: Ray makes its actors there, and runs their methods on others."""
+        """Create a replica and install its SIGTERM handler.
+
+        Must be called on the main thread. Ray creates its actors there, and runs their methods on other threads.
+        """
         super().__init__(name, make_runner)
         self._told_to_leave = threading.Event()
         self._flushed = threading.Event()
@@ -173,9 +183,9 @@ class ReplicaProcess(Replica):
             threading.Thread(target=self._leave, name="leave", daemon=True).start()
 
     def _leave(self) -> None:
-        if self._runner is None:  # it loads: nothing is finished, and nobody hears
+        if self._runner is None:  # no model is loaded: there is nothing to save, and no running `work` could report
             os._exit(STOPPED_EXIT)
-        _leave_later(STOPPED_EXIT, FLUSH_S + LEAVE_S)  # storage may hang
+        _leave_later(STOPPED_EXIT, FLUSH_S + LEAVE_S)  # ends the process even if the storage hangs
         self.stop(FLUSH_S)
         self._flushed.set()
         _leave_later(STOPPED_EXIT, LEAVE_S)
@@ -187,7 +197,7 @@ class ReplicaProcess(Replica):
 
 
 def _leave_later(code: int, seconds: float) -> None:
-    # os._exit: threads of a broken engine or of a storage that hangs would keep a tidy exit waiting.
+    # os._exit, because a normal exit would wait for threads of a broken engine or of a storage that hangs.
     timer = threading.Timer(seconds, os._exit, (code,))
     timer.daemon = True
     timer.start()

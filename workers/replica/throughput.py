@@ -1,4 +1,7 @@
-"""How fast an engine is while it is full, and what it makes of a sample on the way. Free of Ray and torch."""
+"""Measures how fast an engine is while all its slots are taken, and collects the completions of a sample.
+
+This module needs neither Ray nor torch.
+"""
 
 import itertools
 import time
@@ -12,29 +15,29 @@ from model.requests import Completion, Request
 from pipeline.calibration.bench import Run, Speed, Tick
 
 LEAST_ROWS = 8
-"""That end in the window, however few run together."""
+"""Smallest number of rows that end in the window, even if the engine has only a few slots."""
 TURNS = 2
-"""Times that every slot gets a new row in the window, on average: so what filling them costs is in the speed."""
+"""How many new rows a slot gets in the window on average, so that the speed includes the cost of filling slots."""
 PIECES = 8
-"""Of the window: how much they differ says how sure the speed is."""
+"""Number of equal pieces of the window; the differences between their speeds give the error of the speed."""
 Mark = tuple[float, int]
-"""(seconds, tokens so far)."""
+"""A measured point: (seconds, tokens so far)."""
 
 
 class FullEngine(Protocol):
-    """What measuring needs of an engine."""
+    """The part of an engine that the measurement uses."""
 
     @property
     def waiting(self) -> int:
-        """Requests that are not in a slot yet."""
+        """Return the number of requests that have no slot yet."""
 
     @property
     def max_rows(self) -> int:
-        """Slots. It falls where memory runs out."""
+        """Return the number of slots for rows. It falls if memory runs out."""
 
     @property
     def tokens_under_way(self) -> int:
-        """Of the rows in slots, so far."""
+        """Return the number of tokens that the rows in slots have so far."""
 
     def submit(self, request: Request) -> None: ...
 
@@ -44,7 +47,10 @@ class FullEngine(Protocol):
 
 
 def run_once(engine: FullEngine, requests: Sequence[Request], tick: Tick) -> tuple[Completion, ...]:
-    """Every request to its end -> completions in order. Raises what the engine and the tick raise."""
+    """Run every request to its end, and return the completions in the order of the requests.
+
+    Raises what the engine and the tick raise.
+    """
     done: dict[str, Completion] = {}
     try:
         for request in requests:
@@ -67,9 +73,10 @@ def measure(
     tick: Tick,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Run:
-    """The speed of the engine, and with `whole` a completion of each request. See pipeline.calibration.bench.Speed.
+    """Return the speed of the engine (see pipeline.calibration.bench.Speed); with `whole` also all completions.
 
-    The requests are given again and again until the window is long enough. Raises what the engine and the tick raise.
+    The requests are submitted repeatedly until the window is long enough. If memory runs out, so that the engine lowers
+    its row limit, the result has no speed. Raises what the engine and the tick raise.
     """
     watch = _Watch(engine, requests, whole, window_s, clock)
     try:
@@ -93,7 +100,7 @@ class _Watch:
         self._window_rows = max(TURNS * self._slots, LEAST_ROWS)
         self._feed = _again_and_again(requests)
         self._live: set[str] = set()
-        self._first: dict[str, Completion] = {}  # of each request when it was given first
+        self._first: dict[str, Completion] = {}  # by request key; a repeated request has a key of its own
         self._fed = self._ended = self._tokens = 0
         self._marks: list[Mark] = []
         self._rows_before = 0
@@ -117,7 +124,7 @@ class _Watch:
         return Run(speed, tuple(self._first[request.key] for request in self._requests) if self._whole else ())
 
     def clear(self, keep: "set[str] | frozenset[str]" = frozenset()) -> None:
-        """Takes the rows out that are still in the engine."""
+        """Cancel the rows that are still in the engine, except those in `keep`."""
         for key in self._live - keep:
             self._engine.cancel(key)
         self._live &= keep
@@ -152,7 +159,7 @@ class _Watch:
 
 
 def _again_and_again(requests: Sequence[Request]) -> Iterator[Request]:
-    """First as they are, then under other keys, which must be unique in the engine."""
+    """Yield the requests as they are, then again and again with new keys, because keys are unique in the engine."""
     yield from requests
     for turn in itertools.count(2):
         for request in requests:
@@ -160,7 +167,7 @@ def _again_and_again(requests: Sequence[Request]) -> Iterator[Request]:
 
 
 def speed_of(marks: Sequence[Mark], rows: int, seconds: float) -> Speed:
-    """The speed between the first and the last mark."""
+    """Return the speed between the first and the last mark."""
     times = np.array([mark[0] for mark in marks])
     tokens = np.array([mark[1] for mark in marks], float)
     edges = np.linspace(times[0], times[-1], PIECES + 1)

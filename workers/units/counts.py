@@ -1,4 +1,4 @@
-"""What a replica counts while it works, for those who watch the job."""
+"""Counts the rows that a replica finishes and the use of its engine, for the monitoring of the job."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class RowCounts:
-    """Of rows that ended on this replica; those that segments held already are not among them. Not thread-safe."""
+    """The counts of rows that ended on this replica, without rows that segments held already. Not thread-safe."""
 
     rows: int = 0
     errors: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
-    """Of completions."""
+    """Completion tokens of the rows."""
     forwards: int = 0
-    """Of the denoiser, in which the rows took part."""
+    """Denoiser forwards, added up over the rows that took part in them."""
     batched: int = 0
-    """Rows that were computed with others or alone."""
+    """Rows that took part in a forward after their prefill, alone or in a batch."""
     batch_rows: float = 0.0
-    """Added up over these: the mean number of rows computed together."""
+    """Sum, over the `batched` rows, of the mean number of rows computed together (Completion.batch_rows)."""
     forward_retries: int = 0
     loop_retries: int = 0
     kinds: ErrorKinds = field(default_factory=ErrorKinds)
 
     def add(self, completion: Completion) -> None:
-        """A row has ended."""
+        """Count a row that has ended."""
         self.rows += 1
         self.prompt_tokens += completion.prompt_tokens
         self.tokens += len(completion.token_ids)
@@ -44,13 +44,13 @@ class RowCounts:
             self.kinds.add(completion.key, completion.error or "")
 
     def merge(self, other: "RowCounts") -> None:
-        """Those of a unit."""
+        """Add other counts to these, such as those of a unit."""
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.kinds.merge(other.kinds.counts())
 
     def stats(self, **now: Any) -> ReplicaStats:
-        """What the driver is told; `now`: the fields of ReplicaStats that are no counts of rows."""
+        """Return the counts as the driver gets them; `now` gives the other fields of ReplicaStats."""
         counts = {name: getattr(self, name) for name in _COUNTS}
         return ReplicaStats(**counts, error_kinds=self.kinds.counts(), **now)
 
@@ -59,7 +59,7 @@ _COUNTS = tuple(name for name in RowCounts.__dataclass_fields__ if name != "kind
 
 
 def engine_room(engine: "Engine") -> EngineRoom:
-    """How much of the engine is in use; reads counters alone, so that any thread may ask while a step runs."""
+    """Return how much of the engine is in use. Only reads counters, so any thread may call it while a step runs."""
     allocator, stats = engine.cache.allocator, engine.stats
     return EngineRoom(
         slots_used=allocator.slots - allocator.free_slots,

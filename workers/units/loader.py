@@ -1,7 +1,7 @@
-"""Takes units in: reads them, leaves out what is done already, tokenises the rest and puts it in order.
+"""Opens work units: reads their rows, skips the finished ones, tokenises the rest and sorts them for the engine.
 
-A unit that has its part needs nothing. Rows that stand in segments are kept as they are. Of the others, those that
-cannot be generated are settled here, as error rows.
+If the unit's part exists already, nothing is read. Rows found in segments are kept as they are. Other rows that cannot
+be generated become error rows here.
 """
 
 from array import array
@@ -21,7 +21,7 @@ from workers.units.protocols import TokenizerLike, UnitStore
 from workers.units.unit import OpenUnit, QueuedRow, name_of
 
 TOKENISE_ROWS = 1000
-"""Prompts tokenised in one call: bounds the Python lists that exist beside the compact ones."""
+"""Number of prompts tokenised in one call; it limits how many token ids exist as Python lists at a time."""
 
 
 class UnitLoader:
@@ -37,13 +37,13 @@ class UnitLoader:
         tell: Callable[[str], None],
         clock: Callable[[], float],
     ) -> None:
-        """params: the job's. tell: takes what the operator should know."""
+        """Create a loader. `params` are the job's settings; `tell` is called with messages for the operator."""
         self._tokenizer, self._store, self._params, self._replica = tokenizer, store, params, replica
         self._tell, self._clock = tell, clock
-        self._prefixes: deque[array[int]] = deque(maxlen=PREFIX_SLOTS)  # those named last, newest last
+        self._prefixes: deque[array[int]] = deque(maxlen=PREFIX_SLOTS)  # those used most recently, newest last
 
     def open(self, work: Assignment) -> OpenUnit | UnitResult:
-        """The assignment, ready to generate; or the result of its unit, where that is published already.
+        """Return the assignment ready to generate, or the result of its unit if its part is published already.
 
         Raises what the store raises.
         """
@@ -54,19 +54,19 @@ class UnitLoader:
             )
             return result
         segments = self._store.read_segments(unit)
-        for text in segments.ignored if work.rows is None else ():  # once, not for each range
+        for text in segments.ignored if work.rows is None else ():  # only for a whole unit, not for each of its ranges
             self._tell(text)
         first, end = work.span
         kept = _between(segments.table, unit.first_row + first, unit.first_row + end)
         if kept.num_rows:
             self._tell(f"{name_of(work)}: {kept.num_rows} of {end - first} rows were finished by earlier attempts")
         wanted = np.setdiff1d(np.arange(first, end), kept["source_row"].to_numpy() - unit.first_row).tolist()
-        # A condemned row's file is not opened: that may be what kills.
+        # The file of a condemned row is not opened, because reading it may be what kills the replicas.
         needed = work.rows is None or (wanted and not work.condemned)
         data = self._store.read(unit) if needed else None
         opened = OpenUnit(
             work,
-            replace(data, rows=[]) if data and work.rows is None else None,  # prompts will be tokens
+            replace(data, rows=[]) if data and work.rows is None else None,  # drop the text: prompts are kept as tokens
             kept,
             end - first,
             params=self._params,
@@ -105,7 +105,7 @@ class UnitLoader:
         opened.queue.extend(sorted(queued, key=lambda row: (row.prefix_tokens - len(row.ids), row.index)))
 
     def _find_prefix(self, prompts: "Sequence[array[int]]") -> "array[int]":
-        """The prefix that these rows name."""
+        """Return the common prefix to use for these prompts, and remember it for the next units."""
         prefix = best_prefix(prompts, self._prefixes)
         if prefix:
             if prefix in self._prefixes:
@@ -115,6 +115,6 @@ class UnitLoader:
 
 
 def _between(table: pa.Table, first: int, end: int) -> pa.Table:
-    """The rows with first <= source_row < end, of a table that is ordered by it."""
+    """Return the rows with first <= source_row < end of a table that is sorted by source_row."""
     start, stop = np.searchsorted(table["source_row"].to_numpy(), [first, end])
     return table.slice(start, stop - start)

@@ -1,4 +1,4 @@
-"""The tokens that many prompts of a unit begin with, such as a template: the engine computes them once."""
+"""Finds the tokens that many prompts of a unit begin with, such as a template: the engine computes them only once."""
 
 from array import array
 from collections.abc import Collection, Iterator, Sequence
@@ -6,21 +6,25 @@ from collections.abc import Collection, Iterator, Sequence
 from model.runtime.page_allocator import PAGE_SIZE
 
 FORWARD_TOKENS = 1024
-"""What a forward costs beside its tokens, in tokens: it reads the weights, however few they are. A new prefix has one
-of its own, so it has to save more than this."""
+"""Fixed cost of a forward, expressed in tokens: even for a few tokens it reads all weights. A new prefix needs a
+forward of its own, so it must save more tokens than this."""
 
 
 def has_prefix(prompt: "array[int]", prefix: "array[int]") -> bool:
-    """Whether the prompt is the prefix and more. More, because the AR modes keep a prompt's last token back."""
+    """Return True if the prompt begins with the prefix and is longer.
+
+    It must be longer because the AR modes do not prefill a prompt's last token.
+    """
     return len(prompt) > len(prefix) and prompt[: len(prefix)] == prefix
 
 
 def best_prefix(prompts: "Sequence[array[int]]", known: "Collection[array[int]]" = ()) -> "array[int]":
-    """The prefix, in whole pages, that saves the most tokens of context; empty where none saves any.
+    """Return the prefix, in whole pages, that saves the most context tokens; an empty one if none saves any.
 
-    With n tokens in k of the prompts that is n * k, less n and FORWARD_TOKENS where it has to be computed: a `known`
-    one, of the units before, is in the engine already. What saves as much as a known or shorter one gives way to it.
-    A few odd prompts thus do not matter to the others, nor does a page that a few prompts share by chance.
+    A `known` prefix, from earlier units, is in the engine already. With n tokens in k prompts it saves n * k tokens. A
+    new prefix must be computed first and saves n * (k - 1) - FORWARD_TOKENS. Of two equal savings a known prefix wins,
+    then the shorter one. A few unusual prompts therefore do not change the choice, and neither does a page that a few
+    prompts share by chance.
     """
     best, most = array("i"), 0
     for prefix in known:
@@ -35,12 +39,15 @@ def best_prefix(prompts: "Sequence[array[int]]", known: "Collection[array[int]]"
 
 
 def _groups(prompts: "Sequence[array[int]]") -> "Iterator[tuple[int, list[array[int]]]]":
-    """(n, the prompts that begin with the same n tokens), two at least, for every whole number of pages n."""
+    """Yield (n, prompts) for each group of two or more prompts that begin with the same n tokens and are longer.
+
+    n takes every multiple of PAGE_SIZE, in ascending order, as long as such groups exist.
+    """
     end, groups = 0, [list(prompts)]
     while groups:
         start, end = end, end + PAGE_SIZE
         split: list[list[array[int]]] = []
-        for group in groups:  # which agree up to `start`
+        for group in groups:  # its prompts agree up to `start`
             pages: dict[bytes, list[array[int]]] = {}
             for prompt in group:
                 if len(prompt) > end:

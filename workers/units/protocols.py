@@ -1,4 +1,4 @@
-"""What the unit runner needs of the engine, the tokenizer and the storage: protocols, so that fakes drop in."""
+"""Defines protocols for what the unit runner needs from engine, tokenizer and storage, so that tests can use fakes."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -12,38 +12,44 @@ from pipeline.output.segments import SegmentRows
 
 
 class EngineLike(Protocol):
-    """What the runner needs of model.Engine."""
+    """The part of model.Engine that the runner uses."""
 
     @property
     def waiting(self) -> int:
-        """Requests that are not in a slot yet."""
+        """Return the number of requests that have no slot yet."""
 
     @property
     def max_rows(self) -> int:
-        """Rows generated together at most. It falls where memory runs out."""
+        """Return the largest number of rows generated together. It falls if memory runs out."""
 
     def submit(self, request: Request) -> None:
-        """Raises RequestError where the request can never run."""
+        """Queue a request. Raises RequestError if it can never run."""
 
     def step(self) -> Sequence[Completion]:
-        """One turn of the engine; the rows that finished in it. Raises EngineError with the rows that it lost."""
+        """Run one step and return the rows that finished in it.
+
+        Raises EngineError if the step fails; the error names the rows that were lost.
+        """
 
 
 class TokenizerLike(Protocol):
-    """What the unit loader needs of a checkpoint's tokenizer."""
+    """The part of a checkpoint's tokenizer that the unit loader uses."""
 
     def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]: ...
 
 
 class UnitStore(Protocol):
-    """Where units are read and parts go. Called from threads. All raise StorageError where the storage fails, and read,
-    published and publish another TwoTowerError where trying this unit again cannot help."""
+    """The reader of units and writer of segments and parts. Its methods are called from several threads.
+
+    All of them raise StorageError if the storage fails. `read`, `published` and `publish` raise another TwoTowerError
+    if a retry of the unit cannot help.
+    """
 
     def close(self) -> None:
-        """Lets go of what reading holds."""
+        """Release what reading keeps open, such as the input file."""
 
     def published(self, unit: WorkUnit) -> UnitResult | None:
-        """The part that another attempt has published, if there is one."""
+        """Return the result of the unit's part, or None if no attempt has published it yet."""
 
     def read(self, unit: WorkUnit) -> UnitData: ...
 
@@ -54,4 +60,7 @@ class UnitStore(Protocol):
     def publish(
         self, data: UnitData, rows: Sequence[pa.Table], *, writer: str, attempt: int, seconds: float
     ) -> UnitResult:
-        """`rows`: RESULT_SCHEMA, each row of the unit once. The segments are gone when it returns."""
+        """Publish the unit's part, remove its segments and return the result.
+
+        `rows` are tables with RESULT_SCHEMA that hold each row of the unit exactly once.
+        """

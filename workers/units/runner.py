@@ -1,13 +1,14 @@
-"""One replica's work, free of Ray: reads units, keeps the engine full, saves what is finished, publishes parts.
+"""Runs the work of one replica without Ray: reads units, keeps the engine full, saves finished rows, publishes parts.
 
     add(unit) -> read + tokenise (thread) -> rows, longest first -> engine -> segments, then part (threads) -> UnitDone
 
-A unit's rows finish in any order. Up to two units are in at once (the dispatcher's rule), so the engine goes on with
-the next one's rows while the last rows of the first finish; reading, flushing and publishing happen beside it.
+The rows of a unit finish in any order. A replica holds up to two units at once (the driver sees to that), so the engine
+continues with rows of the second unit while the last rows of the first finish. Reading, flushing and publishing run in
+threads beside the engine.
 
-Rows that a failed forward took down are submitted again, once each. A second failure of one of them is raised: then it
-is the engine, and the unit is for another replica. So is an error that leaves the GPU unusable
-(model.runtime.device_errors), at once.
+Rows that are lost in a failed forward are submitted once more. If one of them is lost again, the error is raised: the
+engine is then taken to be at fault, and the unit goes to another replica. An error that makes the GPU unusable
+(model.runtime.device_errors) is raised at once.
 """
 
 import threading
@@ -36,18 +37,20 @@ from workers.units.tries import judge, next_params
 from workers.units.unit import OpenUnit, QueuedRow, Tries, name_of
 
 QUEUE_FACTOR = 2
-"""Rows handed to the engine ahead of its slots, in multiples of its row limit: all slots can turn over in one step."""
+"""How many rows may wait in the engine without a slot, in multiples of its row limit. The reserve is large enough for
+all slots to get new rows in one step."""
 MAX_NOTES = 1000
-"""Notes kept while nobody takes them; the oldest go."""
+"""Largest number of notes kept until they are collected; the oldest are dropped."""
 STOP_PAUSE_S = 0.5
-"""From one flush of `stop` that failed to the next."""
+"""Seconds that `stop` waits after a failed flush before the next one."""
 
 
 class UnitRunner:
-    """Drives one engine over units. `work` is for one thread; all else may be called from any, at any time.
+    """The object that drives one engine over units. Only `work` belongs to one thread; all other methods may be called
+    from any thread at any time.
 
-    A lock guards what all of them see. The engine's step and the waiting run without it, so that a step that hangs
-    holds up nobody.
+    A lock guards the shared state. It is released during an engine step and while waiting, so that a step that hangs
+    does not block other callers.
     """
 
     def __init__(
@@ -64,54 +67,60 @@ class UnitRunner:
         room: Callable[[], EngineRoom] = EngineRoom,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """retry_degenerate: rows whose completion is a loop are generated again (workers.units.tries). notes: what
-        there is to tell already. room: how much of the engine is in use; asked from any thread."""
+        """Create a runner.
+
+        If `retry_degenerate` is true, rows whose completion is a loop are generated again (workers.units.tries).
+        `notes` are the first messages for the operator. `room` returns how much of the engine is in use; it is called
+        from any thread.
+        """
         self._engine, self._store, self._replica, self._clock = engine, store, replica, clock
         self._retry_degenerate, self._room = retry_degenerate, room
-        self._counts = RowCounts()  # of the units that have ended
+        self._counts = RowCounts()  # counts of the units that have ended
         self._read_failures = 0
         self._watch = ForwardsWatch()
-        self._max_rows = engine.max_rows  # as last told to the operator
-        # fixed: where the engine lowers its row limit because memory runs out, rows wait there instead of here
+        self._max_rows = engine.max_rows  # the row limit last reported to the operator
+        # Not adjusted if the engine lowers its row limit because memory ran out: the rows then wait in the engine.
         self._queue_limit = QUEUE_FACTOR * engine.max_rows
         self._notes = deque(notes, maxlen=MAX_NOTES)
         self._lock = threading.Lock()
-        self._idle = threading.Event()  # set while no `work` runs
+        self._idle = threading.Event()  # set while `work` is not running
         self._idle.set()
-        self._wake = threading.Event()  # set by whatever gives an idle runner something to do
+        self._wake = threading.Event()  # set if there may be something to do for an idle runner
         self._stopped = self._closed = False
-        self._announce = False  # a suspect is read: the driver hears so before it is generated, and may kill
+        self._announce = False  # a suspect has been read: report that before generating it, as it may kill this replica
         self._steps = self._reads = 0
         self._loader = UnitLoader(
             tokenizer, store, params=params, replica=replica, tell=self._notes.append, clock=clock
         )
-        # A thread each, not some for all: a reader reads one unit at a time, and no part waits behind a reading.
+        # Reading has a thread of its own: units are read one at a time, and no part waits behind a read.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
         self._saver = Saver(store, flush, replica=replica, tell=self._notes.append, done=self._wake.set, clock=clock)
-        self._units: dict[str, Assignment] = {}  # by id, from add to outcome
+        self._units: dict[str, Assignment] = {}  # by unit id, from `add` until the outcome
         self._to_read: dict[str, Tries] = {}
         self._reading: dict[str, Future[OpenUnit | UnitResult]] = {}
-        self._open: dict[str, OpenUnit] = {}  # in the order they came
+        self._open: dict[str, OpenUnit] = {}  # in the order in which they were opened
         self._in_engine: dict[str, tuple[OpenUnit, QueuedRow]] = {}  # by row key
 
     @property
     def busy(self) -> bool:
-        """Whether any unit is in."""
+        """Return True if the runner holds any unit."""
         return bool(self._units)
 
     @property
     def beats(self) -> int:
-        """Changes whenever something has ended: a step of the engine, a reading, a flush, a publication; well or badly,
-        for a store that is away is no standstill of the replica."""
+        """Return a number that changes whenever an engine step, a read, a flush or a publication has ended.
+
+        Failed ones count too: a replica whose storage is unavailable does not stand still.
+        """
         return self._steps + self._reads + self._saver.ended
 
     def notes(self) -> list[str]:
-        """What the operator should know and was not told yet."""
+        """Return the new messages for the operator, each message only once."""
         with self._lock:
             return [self._notes.popleft() for _ in range(len(self._notes))]
 
     def add(self, work: Assignment) -> None:
-        """Take a unit. Raises ValueError for one that is in already: its row keys would be twice in the engine."""
+        """Accept a unit. Raises ValueError if the runner holds it already, since row keys are unique in the engine."""
         unit_id = work.unit.id
         with self._lock:
             if unit_id in self._units:
@@ -121,10 +130,11 @@ class UnitRunner:
         self._wake.set()
 
     def work(self, seconds: float) -> list[Outcome]:
-        """Run until a unit is finished or `seconds` have passed; returns what became of the finished ones.
+        """Run until a unit is finished or `seconds` have passed, and return the outcomes of the finished units.
 
-        Raises what the engine raises (EngineError where a row failed twice), and errors of reading or publishing that
-        are not the project's own: the runner is then good for nothing but `stop`.
+        It also returns early after reading a unit that may kill the replica. Raises what the engine raises (EngineError
+        if a row failed twice), and errors of reading, flushing or publishing that the project does not expect. After an
+        error only `stop` and `close` may be called.
         """
         deadline = self._clock() + seconds
         with self._lock:
@@ -135,12 +145,12 @@ class UnitRunner:
                 self._idle.set()
 
     def progress(self) -> list[UnitProgress]:
-        """How far each unit is that has been read."""
+        """Return the progress of every unit that has been read."""
         with self._lock:
             return [opened.progress() for opened in self._open.values()]
 
     def stats(self) -> ReplicaStats:
-        """What it has done so far, and what it holds."""
+        """Return what the runner has done since its start, and what it holds now."""
         with self._lock:
             counts = RowCounts()
             for each in (self._counts, *(opened.counts for opened in self._open.values())):
@@ -158,7 +168,7 @@ class UnitRunner:
             )
 
     def doing(self) -> str:
-        """What the runner is at, in a few words."""
+        """Return what the runner is doing, in a few words."""
         with self._lock:
             in_engine = Counter(opened.work.unit.id for opened, _ in self._in_engine.values())
             texts = [opened.describe(in_engine[unit_id]) for unit_id, opened in self._open.items()]
@@ -166,11 +176,10 @@ class UnitRunner:
         return "; ".join(texts) or "idle"
 
     def stop(self, seconds: float) -> int:
-        """Ends the work for good, so that the process can go: makes a running `work` return after the engine's step and
-        writes all finished rows to segments; returns how many that were. Gives up after `seconds`; a step that takes
-        more than half of them is not waited for. `work` returns at once from now on.
+        """End the work for good, write all finished rows to segments, and return how many rows were written.
 
-        From any thread but that of a running `work`.
+        A running `work` returns after its engine step, and every later call of `work` returns at once. Gives up after
+        `seconds`; half of them is the longest wait for the engine step. Call it from another thread than `work`.
         """
         deadline = time.monotonic() + seconds
         self._stopped = True
@@ -195,17 +204,17 @@ class UnitRunner:
         return flushed
 
     def close(self) -> None:
-        """Let go of the threads; units under way are abandoned. Safe to call twice."""
+        """Shut down the threads without waiting for them; open units are abandoned. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
         for future in self._reading.values():
             future.cancel()
-        self._reader.submit(self._store.close)  # behind what it is reading
+        self._reader.submit(self._store.close)  # runs after the read in progress
         self._reader.shutdown(wait=False)
         self._saver.close()
 
-    # With the lock held.
+    # The methods below are called with the lock held.
 
     def _run(self, deadline: float) -> list[Outcome]:
         while not self._stopped:
@@ -232,7 +241,7 @@ class UnitRunner:
             self._lock.acquire()
 
     def _wait(self, seconds: float) -> None:
-        """Until something is to be done, that many seconds at most."""
+        """Wait until there is something to do, but at most `seconds`."""
         due = [self._saver.due_at(opened) for opened in self._open.values()]
         due += [tries.not_before for unit_id, tries in self._to_read.items() if unit_id not in self._reading]
         seconds = min([seconds, *(at - self._clock() for at in due)])
@@ -265,7 +274,7 @@ class UnitRunner:
         return outcomes
 
     def _read_again(self, unit_id: str, error: TwoTowerError) -> bool:
-        """Whether reading the unit is worth another try, later."""
+        """Record a failed read of a unit, and return True if the read is to be retried later."""
         tries = self._to_read[unit_id]
         tries.failed(self._clock(), error)
         if not isinstance(error, StorageError) or error.__cause__ is None or not is_transient(error.__cause__):
@@ -276,9 +285,9 @@ class UnitRunner:
         return not tries.exhausted
 
     def _published(self, result: UnitResult) -> Outcome:
-        """The outcome of an assignment whose unit has its part already."""
+        """Return the outcome of an assignment whose unit has its part already."""
         work = self._units[result.unit_id]
-        if work.rows is not None:  # the whole unit follows its ranges, and finds the part
+        if work.rows is not None:  # the whole unit is assigned after its ranges, and then finds the part
             return RangeDone(self._replica, work.key)
         return UnitDone(result, result.totals.rows, result.totals.completion_tokens)
 
@@ -287,7 +296,7 @@ class UnitRunner:
         return [self._end(unit_id, outcome) for unit_id, outcome in found if outcome]
 
     def _end(self, unit_id: str, outcome: Outcome) -> Outcome:
-        """Lets go of the unit."""
+        """Forget the unit, keep its counts, and return its outcome."""
         del self._units[unit_id]
         self._to_read.pop(unit_id, None)
         if opened := self._open.pop(unit_id, None):
@@ -326,7 +335,10 @@ class UnitRunner:
             self._put_back(failure)
 
     def _take_in(self, opened: OpenUnit, row: QueuedRow, completion: Completion) -> None:
-        """A try has ended. The next, if there is to be one, has its key in the engine and waits for no queued row."""
+        """Record a try that has ended.
+
+        If the row gets another try, submit it at once with the same key, ahead of the queued rows.
+        """
         if warning := self._watch.take(row.params, completion):
             self._notes.append(warning)
         tries = (*row.tries, judge(row.params, completion))
@@ -338,8 +350,10 @@ class UnitRunner:
             self._submit(opened, replace(row, params=params, tries=tries, failures=0))
 
     def _put_back(self, error: EngineError) -> None:
-        """Queues the rows that a failed step lost once more. Raises the error where it names none, or one again, and
-        where the GPU can do nothing more."""
+        """Queue the rows that a failed step lost for another forward.
+
+        Raises the error if it names no rows, if it names a row that failed before, or if the GPU is unusable.
+        """
         lost = [self._in_engine.pop(key) for key in error.keys]
         if not lost or any(row.failures for _, row in lost) or device_lost(error):
             raise error

@@ -1,7 +1,8 @@
-"""Writes down what a replica finishes, beside the engine: segments while a unit is under way, its part at the end.
+"""Saves finished rows while the engine runs: as segments until the unit is complete, then as its part.
 
-For each unit one of the two is under way at a time. What fails at the storage is tried again with growing pauses, the
-rows staying in memory; a unit is given up only when it is complete and cannot be put anywhere.
+For each unit, one flush or one publication runs at a time. If the storage fails, the rows stay in memory and the write
+is retried after growing pauses. An assignment fails only if all its rows are finished and their part (for a range:
+their segment) cannot be written.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,10 @@ NEVER = float("inf")
 
 
 class Saver:
-    """Not thread-safe, but for its two threads: one for segments, so that none waits behind a part, one for parts."""
+    """The writer of segments and parts, with a thread for each of the two, so that no segment waits behind a part.
+
+    Not thread-safe: all methods must be called under one lock.
+    """
 
     def __init__(
         self,
@@ -35,20 +39,25 @@ class Saver:
         done: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
-        """tell: takes what the operator should know. done: called, in a thread, when something under way has ended."""
+        """Create a saver with its two threads.
+
+        `tell` is called with messages for the operator. `done` is called when a flush or a publication has ended,
+        usually in the thread that ran it.
+        """
         self._store, self._settings, self._replica = store, settings, replica
         self._tell, self._done, self._clock = tell, done, clock
         self._flusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
         self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self.ended = 0
-        """Flushes and publications, well or badly."""
+        """Number of flushes and publications that have ended, failed ones included."""
         self.failures = 0
-        """Those of them that failed at the storage."""
+        """Number of flushes and publications that failed at the storage."""
 
     def settle(self, opened: OpenUnit) -> Outcome | None:
-        """Hears what has ended, begins what is due; what became of the assignment, once that is known.
+        """Handle writes that have ended, start the write that is due, and return the outcome if there is one already.
 
-        Raises what flushing or publishing raised, where that is not the project's own.
+        Raises an error of a flush that is not a StorageError, and an error of a publication that is not one of the
+        project's own.
         """
         if opened.flush and opened.flush.done():
             self.end_flush(opened)
@@ -70,13 +79,13 @@ class Saver:
         return None
 
     def due_at(self, opened: OpenUnit) -> float:
-        """When settle has something to do without anything having ended."""
+        """Return the time at which `settle` must be called even if no write has ended; infinity if there is none."""
         if opened.flush or opened.publishing:
             return NEVER
         return min(self._flush_at(opened), self._publish_at(opened))
 
     def begin_flush(self, opened: OpenUnit) -> None:
-        """Starts to write the finished rows as a segment."""
+        """Start to write the finished rows as a segment."""
         opened.flushing, opened.finished = opened.finished, []
         opened.flushed_at = self._clock()
         opened.flushes += 1
@@ -84,7 +93,10 @@ class Saver:
         opened.flush.add_done_callback(lambda _future: self._done())
 
     def end_flush(self, opened: OpenUnit) -> int:
-        """Hears how a flush ended, which is done; returns how many rows it has written."""
+        """Take the result of a flush that has ended, and return how many rows it wrote.
+
+        If the storage failed, the rows go back to the unit's finished rows. Raises any other error of the flush.
+        """
         assert opened.flush is not None
         flush, rows = opened.flush, opened.flushing
         opened.flush, opened.flushing = None, []
@@ -104,7 +116,7 @@ class Saver:
         return len(rows)
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """Shut down the threads without waiting for them."""
         for threads in (self._flusher, self._publisher):
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -114,7 +126,7 @@ class Saver:
             return NEVER
         at = opened.flushed_at + self._settings.seconds
         most = self._settings.rows
-        # Of a unit whose replicas die, and of one that cannot be published, each row is saved as soon as can be.
+        # If the unit may kill replicas, or is complete but not published, its rows are saved as soon as possible.
         if opened.work.suspect or opened.complete or (most is not None and len(opened.finished) >= most):
             at = -NEVER
         return max(at, opened.flush_tries.not_before)
@@ -124,7 +136,7 @@ class Saver:
         return opened.publish_tries.not_before if ready else NEVER
 
     def _flush(self, opened: OpenUnit, rows: Sequence[RowResult], number: int) -> pa.Table:
-        """In a thread."""
+        """Write the rows as a segment and return them as a table. Runs in the flush thread."""
         work = opened.work
         table = result_table(work.unit, rows)
         self._store.write_segment(work.unit, table, writer=opened.writer, number=number, attempt=work.attempt)
@@ -136,7 +148,7 @@ class Saver:
         opened.publishing.add_done_callback(lambda _future: self._done())
 
     def _publish(self, opened: OpenUnit, saved: Sequence[pa.Table], finished: Sequence[RowResult]) -> UnitResult:
-        """In a thread."""
+        """Publish the unit's part and return its result. Runs in the publish thread."""
         assert opened.data is not None
         rows = [*saved, result_table(opened.work.unit, finished)]
         seconds = self._clock() - opened.started

@@ -1,9 +1,9 @@
-"""The tries of a row: one whose completion is a loop may be generated again, more carefully.
+"""Decides whether and how a row is generated again if its completion is a loop. Each further try is more careful:
 
-    diffusion at its threshold -> diffusion at a threshold half way to 1 -> ar        (mock_ar -> ar; ar: nothing left)
+    diffusion at its threshold -> diffusion at a threshold half way to 1 -> ar        (mock_ar -> ar; ar: no retry)
 
-A try has the row's own key and seed, so that its tokens are those of a job with that mode and threshold, whatever came
-before and wherever the row runs.
+Every try uses the row's own key and seed. Its tokens are therefore those of a job with that mode and threshold; they do
+not depend on the tries before it or on the replica.
 """
 
 from collections.abc import Sequence
@@ -15,27 +15,30 @@ from pipeline.core.repetition import DEGENERATE, repetition
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """What came of generating a row once."""
+    """The result of generating a row once."""
 
     params: GenerationParams
     completion: Completion
     repetition: float | None
-    """See RowResult."""
+    """Share of the completion that is a loop (see RowResult); None for an error without tokens."""
 
     @property
     def good(self) -> bool:
-        """Whether it is text, and no loop."""
+        """Return True if the try is neither an error nor a loop."""
         return self.completion.finish_reason != "error" and (self.repetition or 0.0) < DEGENERATE
 
 
 def judge(params: GenerationParams, completion: Completion) -> Try:
-    """The try that had these settings and gave this completion."""
+    """Return the try with these settings and this completion, and with its repetition measured."""
     nothing = completion.finish_reason == "error" and not completion.token_ids
     return Try(params, completion, None if nothing else repetition(completion.token_ids, params.eos_ids))
 
 
 def next_params(tries: Sequence[Try]) -> GenerationParams | None:
-    """How to generate the row now; None: no more. A row whose first try is an error stays one."""
+    """Return the settings of the row's next try, or None if there is no next try.
+
+    There is none after a good try, after an error in the first try, and after the most careful settings.
+    """
     first = tries[0]
     if tries[-1].good or first.completion.finish_reason == "error":
         return None
@@ -46,7 +49,7 @@ def next_params(tries: Sequence[Try]) -> GenerationParams | None:
 def _ladder(params: GenerationParams) -> list[GenerationParams]:
     ladder = [params]
     careful = replace(params, confidence_threshold=(1 + params.confidence_threshold) / 2)
-    # Where a step has no choice of what to commit, a threshold changes nothing.
+    # If a step cannot choose which tokens to commit, a threshold changes nothing.
     matters = params.mode == "diffusion" and params.steps_per_block > 1 and params.block_size > 1
     if matters and careful.confidence_threshold > params.confidence_threshold:
         ladder.append(careful)
@@ -56,10 +59,10 @@ def _ladder(params: GenerationParams) -> list[GenerationParams]:
 
 
 def best(tries: Sequence[Try]) -> Try:
-    """The first that is good, else the one that loops least; an error only where all are.
+    """Return the first good try, else the one that loops least, or an error if all tries are errors.
 
-    Its seconds are those of all tries together, so that what was spent on the row is seen; its counts (forwards, steps,
-    confidences) are its own.
+    The seconds of its completion are the sums over all tries, so that they show the whole time spent on the row; the
+    counts (forwards, steps, confidences) are those of the returned try alone.
     """
     texts = [one for one in tries if one.completion.finish_reason != "error"] or tries
     kept = next((one for one in texts if one.good), None) or min(texts, key=lambda one: one.repetition or 0.0)
