@@ -1,4 +1,4 @@
-"""Ray clusters of tests."""
+"""Starts Ray clusters for tests."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -8,16 +8,18 @@ TRIES = 4
 
 
 def start_patiently(start: Callable[[], T]) -> T:
-    """Return what `start` gives, which starts a node of Ray or a cluster. Ray gives a node 30 s for that, which no
-    setting raises and a busy machine may need: then it is started once more."""
+    """Call `start`, which starts a Ray node or cluster, up to TRIES times while it times out, and return its result.
+
+    Ray gives a node 30 s to start. No setting raises this limit, and a busy machine may need longer.
+    """
     import ray
 
     for number in range(1, TRIES):
         try:
             return start()
-        except Exception as error:  # Ray raises this very class
+        except Exception as error:  # Ray raises a plain Exception
             if "timed out" not in str(error):
                 raise
             print(f"Ray did not start in try {number}: {error}")
-            ray.shutdown()  # of a driver that has half connected; does nothing where there is none
+            ray.shutdown()  # ends a half-made connection; does nothing if there is none
     return start()

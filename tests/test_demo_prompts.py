@@ -1,4 +1,4 @@
-"""The demo's prompts: the shipped file is what the shipped program writes, and is as varied as it claims."""
+"""Tests that the shipped demo prompts are what the shipped program writes, and that they are varied."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The markers that say what is in `make check`: a test that starts Ray or a server and does not say so fails."""
+"""Tests that a test which starts Ray or a server without the marker fails."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ POPEN = "import subprocess\n    subprocess.run([{!r}, '-c', '', 'pipeline', 'run
 
 
 def run(folder: Path, text: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Runs pytest with the conftest of the tests on a file of that text."""
+    """Run pytest, with the conftest of the project's tests, on a file with this text."""
     (folder / "test_it.py").write_text(text)
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", str(folder), *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -52,7 +52,7 @@ def test_a_file_that_imports_ray_says_so_for_all_its_tests(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_file_of_which_nothing_is_selected_is_not_imported(tmp_path: Path) -> None:
     text = f"import pytest\n\npytestmark = pytest.mark.slow\nraise RuntimeError('imported')\n{a_test('pass')}"
-    assert run(tmp_path, text, "-m", "not slow").returncode == 5  # nothing was collected
+    assert run(tmp_path, text, "-m", "not slow").returncode == 5  # pytest's exit code if it collected no test
     assert "imported" in run(tmp_path, text, "-m", "slow").stdout
 
 
@@ -63,7 +63,7 @@ def test_what_an_expression_selects() -> None:
         assert selects(costly, names)
     assert selects(quick, set())
     assert not selects(costly, set())
-    assert selects("gpu and not slow", {"slow"})  # other markers are pytest's to judge
+    assert selects("gpu and not slow", {"slow"})  # pytest decides about other markers
 
 
 def test_the_markers_of_a_file_are_read_from_its_text(tmp_path: Path) -> None:

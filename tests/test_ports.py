@@ -1,4 +1,4 @@
-"""Held ports: nobody answers there, a server can have them, and nobody else gets them."""
+"""Tests that nobody answers at a held port, that a server can take it, and that no other process gets it."""
 
 import errno
 import socket
@@ -30,7 +30,7 @@ def test_a_server_takes_a_held_port_again_and_again() -> None:
 
 
 def test_what_is_held_is_held_once() -> None:
-    """Ports of two holders differ, those above them as well, and without SO_REUSEADDR nobody binds one."""
+    """The ports of two holders differ, including those at an offset, and nobody can bind one without SO_REUSEADDR."""
     with held_ports(5, (0, 10_000)) as ours, held_ports(50) as others:
         taken = {*ours, *(port + 10_000 for port in ours)}
         assert len(taken) == 10

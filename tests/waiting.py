@@ -1,4 +1,4 @@
-"""How tests wait: for what they need, not for a while, and with a deadline that only what hangs comes to."""
+"""Lets tests wait for a condition instead of a fixed time, with a deadline that only a hanging test reaches."""
 
 import subprocess
 import time
@@ -7,14 +7,16 @@ from typing import TypeVar
 
 T = TypeVar("T")
 PATIENCE_S = 240.0
-"""A machine may be busy with other work: what takes a second alone takes many there. It is below pytest's own limit, so
-that the message of the test is seen and not that of pytest."""
+"""Seconds until a wait fails. A busy machine may take many times as long as an idle one. The limit is below pytest's
+own, so that the test's message is shown and not that of pytest."""
 PAUSE_S = 0.02
 
 
 def wait_until(met: Callable[[], T], said: Callable[[], object] | None = None, pause_s: float = PAUSE_S) -> T:
-    """Return what `met` gives, as soon as that is true. Fails after PATIENCE_S, with what `said`
-    gives, such as a log."""
+    """Call `met` until its result is true, and return that.
+
+    Raises AssertionError after PATIENCE_S, with the result of `said`, such as a log.
+    """
     deadline = time.monotonic() + PATIENCE_S
     while not (found := met()):
         if time.monotonic() >= deadline:
@@ -24,11 +26,13 @@ def wait_until(met: Callable[[], T], said: Callable[[], object] | None = None, p
 
 
 def wait_for(process: "subprocess.Popen[str]", met: Callable[[], T]) -> T:
-    """As wait_until, of something that a process brings about, whose output is a pipe. Fails at once where it has
-    ended, and shows what it printed."""
+    """Wait like `wait_until` for something that a process does. The process's output is a pipe.
+
+    Raises AssertionError with that output if the process ends before the condition holds.
+    """
 
     def look() -> T:
-        ended = process.poll() is not None  # asked first: what it did last of all still counts
+        ended = process.poll() is not None  # checked first, so that what the process did just before its end counts
         found = met()
         assert found or not ended, f"it ended with {process.returncode}: {last_words(process)}"
         return found
@@ -37,6 +41,6 @@ def wait_for(process: "subprocess.Popen[str]", met: Callable[[], T]) -> T:
 
 
 def last_words(process: "subprocess.Popen[str]") -> str:
-    """All that a process printed, which is killed where it still runs."""
+    """Kill the process if it still runs, and return all that it printed."""
     process.kill()
     return process.communicate()[0]

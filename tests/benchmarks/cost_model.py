@@ -1,8 +1,8 @@
-"""A backend of the engine's loop that computes nothing: it says when forwards would end, on simulated devices.
+"""Simulates a backend of the engine's loop: it computes nothing and says when forwards would end on simulated devices.
 
-The scheduling is the engine's own (model.engine.loop, model.engine.scheduler); how long a forward takes comes from a
-layout, how many steps a row's block takes is drawn from a measured distribution. Free of torch; the clock is the
-simulation's.
+The scheduling is the engine's own (model.engine.loop, model.engine.scheduler). A layout says how long a forward takes,
+and the steps of a row's block are drawn from a measured distribution. The module does not import torch, and its clock
+is simulated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,12 @@ from tests.benchmarks.roofline import Roofline, Work
 Ints = NDArray[np.int64]
 Kind = Literal["context", "denoise"]
 BLOCK = 16
-_TOKEN = 5  # what every simulated completion is made of
-_POOL = 1 << 20  # steps are drawn so many at a time
+_TOKEN = 5  # the token that every simulated completion consists of
+_POOL = 1 << 20  # number of steps drawn at once
 
 
 class Steps:
-    """Denoiser forwards of blocks, drawn from a histogram: steps -> blocks."""
+    """Draws the denoiser forwards of blocks from a histogram: steps -> number of blocks."""
 
     def __init__(self, histogram: Mapping[int, int], seed: int = 0) -> None:
         values, counts = np.array(list(histogram)), np.array(list(histogram.values()), dtype=float)
@@ -34,7 +34,7 @@ class Steps:
         self._next = 0
 
     def draw(self, count: int) -> Ints:
-        """(count,) steps; the draws repeat after about a million."""
+        """Return (count,) numbers of steps. The draws repeat after about a million."""
         if self._next + count > _POOL:
             self._next = 0
         self._next += count
@@ -43,24 +43,24 @@ class Steps:
 
 
 class Layout(Protocol):
-    """Which device computes what."""
+    """The assignment of forwards to devices."""
 
     devices: int
 
     def route(self, kind: Kind, work: Work) -> Sequence[tuple[int, float]]:
-        """The devices that a forward passes, in order, and its seconds on each."""
+        """Return the devices that a forward passes, in order, with its seconds on each."""
 
     def handover(self, kind: Kind, work: Work) -> float:
-        """Seconds on the link between the devices, after the forward and before its rows go on."""
+        """Return the seconds on the link between the devices after the forward, before its rows can continue."""
 
 
 class Layers:
-    """Two devices, each with its share of the layers of both towers; hidden states alone cross (20 us, not counted)."""
+    """Two devices, each with some layers of both towers. Only hidden states cross the link (20 us, not counted)."""
 
     devices = 2
 
     def __init__(self, roofline: Roofline) -> None:
-        """The layers lie where the engine puts them (model.network.partition)."""
+        """Split the layers as the engine does (model.network.partition)."""
         self.roofline = roofline
         self._context, self._denoiser = zip(*partition(roofline.config, self.devices), strict=True)
 
@@ -76,7 +76,8 @@ class Layers:
 
 
 class Towers:
-    """The context tower on device 0, the denoiser on device 1: a row's Mamba states, and its new K and V, cross."""
+    """The context tower on device 0 and the denoiser tower on device 1. The Mamba states of a row, and its new keys and
+    values, cross the link."""
 
     devices = 2
 
@@ -98,7 +99,7 @@ class Towers:
 
 
 class Instant:
-    """Forwards take no time: what is left is the host's work."""
+    """A layout in which forwards take no time, so that only the host's work remains."""
 
     devices = 0
 
@@ -115,17 +116,17 @@ class Instant:
 
 @dataclass(slots=True)
 class Device:
-    """A simulated device: it runs forwards in the order of their launch."""
+    """A simulated device, which runs forwards in the order of their launch."""
 
     free: float = 0.0
-    """When it has ended what it was given."""
+    """Simulated time at which its last forward ends."""
     busy: float = 0.0
-    """Seconds it computed."""
+    """Simulated seconds in which it computed."""
 
 
 @dataclass(slots=True)
 class Ticket:
-    """A simulated forward: when it runs, and the blocks that it completes."""
+    """A simulated forward: when it begins and ends, and the rows whose block it completes."""
 
     began: float
     ended: float
@@ -139,23 +140,23 @@ class Ticket:
 
 
 class CostModel:
-    """Backend of model.engine.loop.Loop; diffusion rows alone. `host_s`: what preparing a forward takes the host."""
+    """A simulated backend of model.engine.loop.Loop, for diffusion rows. `host_s`: host seconds before a forward."""
 
     def __init__(self, slots: PageAllocator, layout: Layout, steps: Steps, *, host_s: float = 0.0) -> None:
         self.slots, self.layout, self.steps, self.host_s = slots, layout, steps, host_s
         self.now = 0.0
         self.devices = [Device() for _ in range(layout.devices)]
         self.tokens = 0
-        """Committed, of all blocks."""
+        """Committed tokens of all blocks."""
         self._link_free = 0.0
         self._context = np.zeros(slots.slots, np.int64)
-        self._ready = np.zeros(slots.slots)  # when a row's states are where the denoiser reads them
+        self._ready = np.zeros(slots.slots)  # when a row's states have reached the denoiser's device
         self._needed = np.ones(slots.slots, np.int64)
         self._taken = np.zeros(slots.slots, np.int64)
         self._full_block = [_TOKEN] * BLOCK, [1.0] * BLOCK
 
     def clock(self) -> float:
-        """Simulated seconds."""
+        """Return the simulated time in seconds."""
         return self.now
 
     def add_slots(self, count: int) -> None:
@@ -184,7 +185,7 @@ class CostModel:
         pairs = float((tokens * (context + tokens / 2)).sum())
         work = Work(len(rows), int(tokens.sum()), int(context.sum()), pairs, store=True)
         ticket = self._launch("context", work, self.now)
-        # without a handover the devices' own order is enough: what comes behind finds the states in place
+        # without a handover the order on each device is enough: later forwards find the states in place
         if link := self.layout.handover("context", work):
             self._link_free = max(ticket.ended, self._link_free) + link
             self._ready[slots] = self._link_free
@@ -198,7 +199,7 @@ class CostModel:
         needed, taken = self._needed[slots], self._taken[slots]
         context = int(self._context[slots].sum())
         tokens = BLOCK * len(rows)
-        # a block loses its masks evenly over its steps
+        # assumes that a block loses its masks evenly over its steps
         masked = round(BLOCK * float((1 - taken / needed).sum()))
         work = Work(len(rows), tokens, context, BLOCK * (context + tokens), masked)
         ticket = self._launch("denoise", work, float(self._ready[slots].max()))

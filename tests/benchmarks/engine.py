@@ -1,14 +1,14 @@
-"""`make bench`: what the engine's design gains, as tests/benchmarks/out/engine.json and a table.
+"""`make bench`: measures what the engine's design gains; writes tests/benchmarks/out/engine.json and prints a table.
 
-    vs_lockstep            tokens/s of the engine over static batches in lockstep, by rows (builtin:noise, CPU)
+    vs_lockstep            tokens/s of the engine over those of static batches in lockstep, by rows (builtin:noise, CPU)
     padding                share of padding in prefill forwards, 2,000 log-normal prompts, sorted and as they arrive
-    prefix_speedup         64 rows with a template of 1,000 tokens, computed once against computed for each row
-    scheduler_ms_256_rows  host time of one turn of the loop, forwards taking no time
+    prefix_speedup         time of 64 rows with a template of 1,000 tokens: computed for each row over computed once
+    scheduler_ms_256_rows  host time of one turn of the loop with 256 rows, if forwards take no time
     modes                  tokens/s of the three modes at 16 rows (builtin:noise, CPU)
     simulated              100,000 requests at 256 rows on two H100s by a roofline, in three layouts
 
-Torch runs on one thread. The steps a block are those of rows whose thresholds differ (workload.THRESHOLDS). `--quick`
-makes everything small, to see that it runs; its figures mean nothing.
+Torch runs on one thread. The rows have different thresholds (workload.THRESHOLDS), so their steps per block differ.
+`--quick` makes everything small, to check that it runs; its figures mean nothing.
 """
 
 import json
@@ -35,25 +35,25 @@ from tests.model.golden_cases import CHECKPOINT
 
 OUT = Path(__file__).parent / "out" / "engine.json"
 ONE_THRESHOLD = 0.8
-"""The published operating point, for a comparison in which no row is harder than another."""
+"""The published threshold, for a comparison in which all rows are equally hard."""
 HOST_S = 1e-3
-"""What the simulation has the host take for each forward; measured: 1.5 ms for the three forwards of 256 rows."""
+"""Seconds of host time for each forward in the simulation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is run."""
+    """The sizes of the measurements."""
 
     rounds: Mapping[int, int]
-    """Rows -> rounds of the comparison with lockstep."""
+    """Number of rows -> rounds of the comparison with lockstep."""
     other_rounds: int = 3
     template: int = 1000
     turns: int = 3000
     bfloat16_rows: int = 128
-    """Compared alone and among others, on each of the two small models."""
+    """Rows that are compared alone and among others, on each of the two small models."""
     prompts: int = 2000
     requests: int = 100_000
-    """Simulated, in each of the three layouts; a fifth of it in each variant of the third."""
+    """Requests simulated in each of the three layouts; each variant of the third layout gets a fifth of them."""
 
 
 FULL = Sizes({1: 9, 8: 5, 32: 3})
@@ -61,7 +61,7 @@ QUICK = Sizes({1: 1, 8: 1}, 1, 128, 50, 4, 200, 1500)
 
 
 def measure(sizes: Sizes, console: Console) -> dict[str, Any]:
-    """Everything, in the form of engine.json."""
+    """Run all measurements and return the content of engine.json."""
     torch.set_num_threads(1)
     tiny = load_model("builtin:noise")
     found: dict[str, Any] = {}
@@ -119,7 +119,7 @@ def _simulated(histogram: Mapping[int, int], requests: int) -> dict[str, Any]:
     layers = Layers(roofline)
 
     def steps() -> Steps:
-        return Steps(histogram)  # each run from its beginning: all draw alike
+        return Steps(histogram)  # new for each run, so that all runs draw the same steps
 
     runs = {
         "lockstep": lockstep(roofline, mix, steps()),
@@ -138,7 +138,7 @@ def _rates(runs: Mapping[str, Simulated]) -> dict[str, Any]:
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:
-    """The table."""
+    """Print the table."""
     table = Table("what", "figure", "beside it", title="engine", title_justify="left")
     details = found["details"]
     for rows, ratio in found["vs_lockstep"].items():

@@ -1,19 +1,20 @@
-"""What the host does in a turn: `python -m tests.benchmarks.host` -> a table and tests/benchmarks/out/host.json.
+"""`python -m tests.benchmarks.host`: measures what the host does in a turn of the loop.
 
-All is real but the device's work: the loop, the scheduler, the tables of blocks and pages, and what a GPU's forwards
-are given, packed rows and attention plans. Parts compute nothing, and predictions are drawn so that a fifth of the
-rows fill a block each turn. Times are this process's, on one thread, in milliseconds of processor time a turn:
+Prints a table and writes tests/benchmarks/out/host.json. Everything is real except the device's work: the loop, the
+scheduler, the tables of blocks and pages, and the inputs of a GPU's forwards (packed rows and attention plans). The
+parts of a forward compute nothing, and predictions are drawn so that a fifth of the rows complete a block in each turn.
+Times are those of this process on one thread, in milliseconds of processor time per turn:
 
-    critical   from the moment at which a forward's predictions are there to the launch of the next forward
-    turn       all of a turn, of which:
+    critical   from the arrival of a forward's predictions to the launch of the next forward
+    turn       the whole turn, made up of:
     collect    what the device committed goes into the table of blocks
-    loop       rows that ended or filled a block, admission, which rows come next
+    loop       rows that ended or completed a block, admission, choice of the rows that come next
     begin      new blocks, and the settings of new rows
-    extend, denoise    what a forward is made from, to its launch
-    plans      packed rows and attention plans, in the parts
-    device     torch on this CPU in place of launches: the choice of tokens, the commit (no part of `turn`)
+    extend, denoise    preparing a forward, up to its launch
+    plans      packed rows and attention plans, within the parts of a forward
+    device     torch on this CPU in place of launches: choosing tokens, committing (not included in `turn`)
 
-Beside each row stands what the last run has written. `--profile` shows the functions that take the time instead.
+Below each row the table shows the previous run. `--profile` shows the functions that take the most time instead.
 """
 
 import cProfile
@@ -53,44 +54,44 @@ from model.runtime.ragged_batch import RaggedBatch
 from model.runtime.stages import Flight, Part, Stages
 
 OUT = Path(__file__).parent / "out" / "host.json"
-HEADS = Heads(2, 16, PAGE_SIZE)  # the released model's
+HEADS = Heads(2, 16, PAGE_SIZE)  # as in the released model
 PROMPT, COMPLETIONS = 896, (128, 384)  # tokens: 1,024 of context on average
 LONGEST = PROMPT + COMPLETIONS[1] + 64
 GRAPH_TOKENS = 32
-"""Tokens of the longest row up to which a forward is planned in fixed room, as for a CUDA graph."""
+"""Tokens of the longest row up to which a forward is planned in a room of fixed size, as for a CUDA graph."""
 PREFILL_TOKENS, EXTEND_EVERY = EngineLimits().max_prefill_tokens, EngineLimits().extend_every
 THRESHOLD = 0.5
-"""Of confidences drawn from [0, 1): the last of 16 positions is committed after 5 steps on average."""
+"""The threshold for confidences drawn from [0, 1): it commits the last of 16 positions after 5 steps on average."""
 TOKEN = 5
-WARM_UP = 150  # turns, once all prompts are read
-WINDOWS = 5  # others use this machine too
+WARM_UP = 150  # turns after all prompts are prefilled
+WINDOWS = 5  # the best of them counts, because other processes use the machine too
 CASES: Sequence[tuple[Mode, int]] = (("diffusion", 16), ("diffusion", 128), ("diffusion", 384), ("ar", 16), ("ar", 128))
 PARTS = ("collect", "loop", "begin", "extend", "denoise", "plans", "device")
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Milliseconds of a turn on the host."""
+    """The times of a turn on the host, in milliseconds."""
 
     critical: float
     total: float
     parts: dict[str, float]
     tokens: float
-    """That all rows together have got in it."""
+    """Tokens that all rows together get in a turn."""
 
 
 class Clock:
-    """Where processor time goes: to each part its own, without that of the parts inside it."""
+    """Counts the processor time of each part, without that of the parts nested in it."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = defaultdict(float)
         self.critical: list[float] = []
         self._inside: list[str] = []
-        self._since = self._seen = 0.0  # `_seen`: when the first predictions of a turn were there, 0 after the launch
+        self._since = self._seen = 0.0  # `_seen`: when a turn's first predictions arrived; 0 after the next launch
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Counts what happens inside for `name`."""
+        """Count the processor time of the block for `name`."""
         self._charge()
         self._inside.append(name)
         try:
@@ -106,29 +107,29 @@ class Clock:
         self._since = now
 
     def seen(self) -> None:
-        """Predictions are there."""
+        """Note that predictions have arrived."""
         self._seen = self._seen or time.process_time()
 
     def launched(self) -> None:
-        """A forward is on its way."""
+        """Note that a forward has been launched."""
         if self._seen:
             self.critical.append(time.process_time() - self._seen)
             self._seen = 0.0
 
 
 class NoTower:
-    """Its forwards return what they are given."""
+    """A tower whose forwards return their input."""
 
     def __init__(self, pair: TwoTower, *, causal: bool) -> None:
         self.causal, self.devices = causal, pair.context.devices
 
     def head_on(self, hidden: Tensor) -> Tensor:
-        """See Tower; the choice that goes with it is `drawn`."""
+        """Return `hidden` (see Tower). `drawn` in `measure` chooses the tokens that go with it."""
         return hidden
 
 
 class NoModel:
-    """Stands for the pair: plans its forwards as for a GPU with graphs, and computes nothing."""
+    """A stand-in for the model that plans its forwards as for a GPU with graphs, and computes nothing."""
 
     def __init__(self, pair: TwoTower, clock: Clock) -> None:
         self.config, self.stages, self.devices = pair.config, pair.stages[:1], pair.devices
@@ -166,7 +167,7 @@ class NoModel:
 
 
 class TimedStages:
-    """The stages' own, with the time in the parts as `device`."""
+    """The real stages, with the time in the parts of a forward counted as `device`."""
 
     def __init__(self, stages: Stages, clock: Clock) -> None:
         self._stages, self._clock = stages, clock
@@ -178,7 +179,7 @@ class TimedStages:
 
 
 class TimedModelRunner(ModelRunner):
-    """Forwards over no model, timed."""
+    """A model runner over no model, whose methods are timed."""
 
     def __init__(self, pair: TwoTower, cache: ContextCache, clock: Clock) -> None:
         stand_in: Any = NoModel(pair, clock)
@@ -211,7 +212,7 @@ class TimedModelRunner(ModelRunner):
 
 @torch.inference_mode()
 def measure(pair: TwoTower, mode: Mode, rows: int, *, turns: int, profile: cProfile.Profile | None = None) -> Turn:
-    """A turn of `rows` rows, once all of them are at work: the mean of the best of WINDOWS parts, by token."""
+    """Measure a turn with `rows` running rows: the mean over the best of WINDOWS windows, judged by time per token."""
     clock, generator = Clock(), torch.Generator().manual_seed(0)
 
     def drawn(head: Any, count: int, *_: Any) -> tuple[Tensor, Tensor]:
@@ -229,7 +230,7 @@ def measure(pair: TwoTower, mode: Mode, rows: int, *, turns: int, profile: cProf
     coming = _requests(mode)
 
     def run(turns: int) -> int:
-        """-> the tokens that all rows together have got."""
+        """Run the turns and return the tokens that all rows together got."""
         tokens = -_held(loop)
         for _ in range(turns):
             while loop.waiting < rows:
@@ -258,12 +259,12 @@ def measure(pair: TwoTower, mode: Mode, rows: int, *, turns: int, profile: cProf
 
 
 def host_ms(pair: TwoTower, rows: int, *, turns: int) -> float:
-    """Milliseconds of processor time of one turn with `rows` rows of diffusion in one lane."""
+    """Return the milliseconds of processor time of one turn with `rows` rows of diffusion in one lane."""
     return measure(pair, "diffusion", rows, turns=turns).total
 
 
 def _held(loop: Loop[Handle]) -> int:
-    """Finished tokens of the rows at work."""
+    """Return the number of finished tokens of the running rows."""
     return sum(len(row.tokens) for row in loop.scheduler.running.values())
 
 

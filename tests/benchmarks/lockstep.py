@@ -1,9 +1,10 @@
-"""The baseline: a batch in lockstep, as the released inference code runs one, on the same forwards as the engine.
+"""Runs the baseline: static batches in lockstep, like the released inference code, on the same forwards as the engine.
 
-Static batches: all rows start together, every denoiser forward takes all rows until the slowest row's block is done,
-one t for the batch, float32 logits of every position over the whole vocabulary, one context forward for all blocks, and
-no row is replaced before the batch ends. In the baseline's favour: unequal prompts are computed as the engine computes
-them (the released code takes none), and `serve` gives it batches of prompts as long as each other where there are such.
+All rows of a batch start together. Every denoiser forward computes all rows until the slowest row's block is done, with
+one t for the batch and float32 logits of every position over the whole vocabulary. Then one context forward takes the
+blocks of all rows. No row is replaced before the batch ends. In the baseline's favour, prompts of unequal lengths are
+computed as the engine computes them (the released code does not accept them), and `serve` sorts prompts by length, so
+that those of a batch are as similar in length as possible.
 
 Shapes: R rows of the batch, S positions of a block, V vocabulary.
 """
@@ -23,20 +24,22 @@ from model.runtime.page_allocator import PAGE_SIZE, pages_for
 
 @dataclass(slots=True)
 class Batch:
-    """What a batch generated, and what it took."""
+    """The tokens that a batch generated, and the forwards that it took."""
 
     tokens: list[list[int]]
-    """Of each row: whole blocks."""
+    """Tokens of each row, in whole blocks."""
     steps_per_block: list[int] = field(default_factory=list)
-    """Denoiser forwards of the batch for each block: those of its slowest row."""
+    """Denoiser forwards of the batch for each block, which are those of its slowest row."""
     trace: list[Tensor] = field(default_factory=list)
-    """(R, S) int64: the blocks fed to each denoiser forward."""
+    """(R, S) int64 for each denoiser forward: the blocks that are its input."""
 
 
 def serve(pair: TwoTower, requests: Sequence[Request], rows: int) -> list[list[int]]:
-    """Runs the requests in batches of `rows`, longest prompts first -> each one's tokens, in the requests' order.
+    """Run the requests in batches of `rows`, longest prompts first.
 
-    A batch runs until its longest completion is there; a multiple of the block_size that all have (ValueError).
+    Returns each one's tokens, in the requests' order. A batch runs until its longest completion is done. Raises
+    ValueError if the rows of a batch differ in block_size or steps_per_block, or if its longest max_new_tokens is not a
+    multiple of block_size.
     """
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
     done: list[list[int]] = [[] for _ in requests]
@@ -52,7 +55,7 @@ def serve(pair: TwoTower, requests: Sequence[Request], rows: int) -> list[list[i
 
 @torch.inference_mode()
 def generate(pair: TwoTower, prompts: Sequence[Sequence[int]], params: Sequence[GenerationParams]) -> Batch:
-    """One static batch, greedy, to its end: max_new_tokens, or the first block in which any row commits an EOS."""
+    """Generate one static batch greedily, up to max_new_tokens or to the first block in which a row commits an EOS."""
     size, steps, length = _shared_settings(params)
     thresholds = torch.tensor([p.confidence_threshold for p in params])
     cache, slots = _cache(pair, [len(prompt) + length for prompt in prompts])
@@ -71,7 +74,10 @@ def generate(pair: TwoTower, prompts: Sequence[Sequence[int]], params: Sequence[
 
 
 def _shared_settings(params: Sequence[GenerationParams]) -> tuple[int, int, int]:
-    """(block_size, steps_per_block, max_new_tokens), which a batch has in common."""
+    """Return (block_size, steps_per_block, max_new_tokens) of a batch.
+
+    Raises ValueError if the rows differ in them, or if max_new_tokens is not a multiple of block_size.
+    """
     shared = {(p.block_size, p.steps_per_block, p.max_new_tokens) for p in params}
     if len(shared) != 1:
         raise ValueError(f"a batch has one block_size, steps_per_block and max_new_tokens, not {sorted(shared)}")
@@ -82,7 +88,7 @@ def _shared_settings(params: Sequence[GenerationParams]) -> tuple[int, int, int]
 
 
 def _cache(pair: TwoTower, tokens: Sequence[int]) -> tuple[ContextCache, list[int]]:
-    """A cache with a slot, and pages for `tokens[r]` tokens, for each row."""
+    """Return a cache, and a slot for each row with pages for `tokens[r]` tokens."""
     cache = pair.new_cache(slots=len(tokens), kv_tokens=PAGE_SIZE * sum(map(pages_for, tokens)))
     slots = [slot for count in tokens if (slot := cache.allocator.acquire(count)) is not None]
     assert len(slots) == len(tokens)
@@ -98,7 +104,7 @@ def _block(
     thresholds: Tensor,
     batch: Batch,
 ) -> Tensor:
-    """Denoises one block of every row until the slowest is done -> (R, S) ids."""
+    """Denoise one block of every row until the slowest is done, and return the (R, S) ids."""
     mask_id = pair.config.mask_token_id
     blocks = torch.full((len(slots), size), mask_id)
     masked = torch.ones_like(blocks, dtype=torch.bool)
@@ -110,7 +116,7 @@ def _block(
         t = masked.float().mean().expand(len(slots))  # one t: the mean masked fraction of the batch
         logits = pair.denoiser.logits(pair.denoise(cache, rows, blocks.flatten(), t))
         logits[:, mask_id] = -torch.inf
-        best = logits.log_softmax(-1).max(-1)  # of all R * S positions
+        best = logits.log_softmax(-1).max(-1)  # over all R * S positions
         confidence = best.values.exp().view(blocks.shape)
         left = torch.full((len(slots),), steps - step)
         commit = positions_to_commit(masked, confidence, thresholds, left)

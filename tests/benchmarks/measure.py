@@ -1,7 +1,7 @@
-"""What `make bench` measures on the small models: both sides of a ratio in turns, in one run, medians of the rounds.
+"""Measures the figures of `make bench` on the small models; the two sides of a ratio run alternately.
 
-Time is that of the process on its core: all of it runs on one thread and nothing waits, so on an idle machine it is the
-wall clock's, and on a busy one the neighbours stay out of it.
+Ratios are medians over the rounds. Time is the processor time of this process. All work runs on one thread and nothing
+waits, so on an idle machine this is the wall clock, and on a busy one other processes do not count.
 """
 
 import statistics
@@ -16,16 +16,16 @@ from model.requests import Completion, Mode
 from tests.benchmarks import lockstep
 from tests.benchmarks.workload import THRESHOLDS, requests
 
-BATCHES = 12  # requests for each row of a comparison: a corpus is long, its end is not what counts
+BATCHES = 12  # requests per row of a comparison: many, because the end of a long corpus hardly counts
 
 
 LENGTHS = (16, 64, 112, 32, 80, 48, 96)
-"""Tokens of completions, 64 on average: a corpus has short and long ones, and they are not known beforehand."""
+"""Lengths of completions in tokens, 64 on average: a corpus has short and long ones, which are not known beforehand."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The engine against the baseline at one number of rows; rates are useful tokens a second."""
+    """The engine against the baseline with one number of rows. Rates are useful tokens per second."""
 
     ratio: float
     engine: float
@@ -33,18 +33,19 @@ class Comparison:
     range: tuple[float, float]
     """The smallest and the largest ratio of a round."""
     steps: dict[int, int]
-    """Steps a block -> blocks, over the engine's rows."""
+    """Steps per block -> number of blocks, over the engine's rows."""
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Processor time of one call."""
+    """Return the processor time of one call in seconds."""
     began = time.process_time()
     run()
     return time.process_time() - began
 
 
 def alternate(sides: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Seconds of each side in each round, sides in turns, the first of a round changing; one unmeasured round first."""
+    """Return the seconds of each side in each round. Sides run alternately, in reversed order in every second round;
+    one round before is not measured."""
     for side in sides:
         side()
     times: list[list[float]] = [[] for _ in sides]
@@ -56,7 +57,7 @@ def alternate(sides: Sequence[Callable[[], object]], rounds: int) -> list[list[f
 
 
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
-    """Of each round."""
+    """Return the ratio of each round."""
     return [a / b for a, b in zip(slow, fast, strict=True)]
 
 
@@ -68,7 +69,7 @@ def vs_lockstep(
     lengths: Sequence[int] = LENGTHS,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> Comparison:
-    """The same requests through the engine and through static batches of `rows`, whose completions take `lengths`."""
+    """Run the same requests through the engine and static batches of `rows`; completions take `lengths` in turn."""
     longest = max(lengths)
     work = [
         replace(request, params=replace(request.params, max_new_tokens=lengths[i % len(lengths)]))
@@ -104,7 +105,7 @@ def vs_lockstep(
 
 
 def prefix_speedup(pair: TwoTower, *, rounds: int, template: int = 1000, own: int = 50, rows: int = 64) -> float:
-    """Time without a shared prefix over time with it, for one short completion of each row."""
+    """Return the time without a shared prefix divided by the time with it, for one short completion of each row."""
 
     def generate(prefix_tokens: int) -> Callable[[], list[Completion]]:
         work: list[Request] = requests(
@@ -123,7 +124,7 @@ def prefix_speedup(pair: TwoTower, *, rounds: int, template: int = 1000, own: in
 
 
 def mode_rates(pair: TwoTower, *, rounds: int, rows: int = 16) -> dict[Mode, float]:
-    """Tokens a second of each mode on two times `rows` requests."""
+    """Return the tokens per second of each mode on `2 * rows` requests."""
     modes: tuple[Mode, ...] = ("ar", "mock_ar", "diffusion")
     engine = Engine(pair, EngineLimits(max_rows=rows, max_context_tokens=128))
 
@@ -136,7 +137,7 @@ def mode_rates(pair: TwoTower, *, rounds: int, rows: int = 16) -> dict[Mode, flo
 
 
 def bfloat16_differences(uri: str, *, count: int, rows: int = 16) -> int:
-    """Of `count` requests, half of them sampled, those whose tokens differ in bfloat16 alone and among `rows`."""
+    """Return how many of `count` bfloat16 requests, half of them sampled, get other tokens alone than among `rows`."""
     pair = load_model(uri, dtype="bfloat16")
     work = [
         replace(request, params=replace(request.params, temperature=0.8 * (i % 2)))

@@ -1,12 +1,14 @@
-"""What the pipeline costs beside the model: `make bench-pipeline` -> a table and tests/benchmarks/out/pipeline.json.
+"""`make bench-pipeline`: measures what the pipeline costs in addition to the model.
+
+Prints a table and writes tests/benchmarks/out/pipeline.json:
 
     driver_ms_a_unit, handover_ms_p99, driver_rss_mb    256 simulated replicas and 50,000 units through the dispatcher
-    tail_ratio          wall clock of that job over what it is with all replicas busy to the end, units longest first
-                        and as they come; `details` has it for jobs of fewer units
-    overhead_share      of a replica's time, what it does not spend in the engine: jobs/demo.yaml in one process
-    vs_ray_data         rows a second over Ray Data's, 200,000 rows, an engine that computes nothing
+    tail_ratio          wall clock of that job over its wall clock with all replicas busy to the end, with units longest
+                        first and as they come; `details` has it for jobs of fewer units
+    overhead_share      share of a replica's time outside the engine: jobs/demo.yaml in one process
+    vs_ray_data         rows per second over those of Ray Data: 200,000 rows, an engine that computes nothing
 
-Each part runs in a process of its own. `--quick` is a small version of all, and writes no file.
+Each part runs in a process of its own. `--quick` runs a small version of each part and writes no file.
 """
 
 import json
@@ -28,21 +30,21 @@ from tests.benchmarks.pipeline_results import Dispatched, figures
 
 OUT = Path(__file__).parent / "out" / "pipeline.json"
 TAILS = (1_000, 5_000)
-"""Units of smaller jobs: their end is more of the whole."""
+"""Units of smaller jobs, in which the end is a larger share of the whole."""
 QUICK = 20
-"""By so much a quick run is smaller."""
+"""Factor by which a quick run is smaller."""
 T = TypeVar("T")
 
 
 def alone(run: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Calls it in a new process."""
+    """Call `run` in a new process and return its result."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(run, *arguments, **options).result()
 
 
 def measure(folder: Path, *, scale: int, console: Console) -> dict[str, Any]:
-    """All of pipeline.json."""
-    # Each process imports this file: the simulated driver's memory is to be its own.
+    """Run all parts and return the content of pipeline.json."""
+    # Imported late: every process imports this file, and these modules would add to the simulated driver's memory.
     from tests.benchmarks.pipeline_overhead import measure_overhead
     from tests.benchmarks.pipeline_ray_data import ROWS, compare
 
@@ -60,7 +62,7 @@ def measure(folder: Path, *, scale: int, console: Console) -> dict[str, Any]:
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:
-    """The table."""
+    """Print the table."""
     table = Table("what", "figure", "aim", "beside it", title="pipeline", title_justify="left")
     dispatcher, ray = found["details"]["dispatcher"], found["details"]["ray"]
     units, whole = next(iter(dispatcher["longest_first"].items()))

@@ -1,9 +1,9 @@
-"""The real dispatcher over many simulated replicas: what a unit costs the driver, and how well the units are spread.
+"""Runs the real dispatcher over many simulated replicas, to measure the driver's time per unit and the spread of units.
 
-The replicas live on a virtual clock. It jumps to the next thing that happens, and while the driver computes it goes on
-by the processor time that the driver takes: what waits for the driver waits as long as it would in a real job, and what
-else runs on the machine does not count. Replicas report as those of workers.cluster.pool do, when a unit ends and every
-two seconds. Ray itself is not in it.
+The replicas run on a virtual clock. The clock jumps to the next event; while the driver computes, it advances by the
+processor time that the driver takes. So whatever waits for the driver waits as long as in a real job, and other
+processes on the machine do not count. Replicas report like those of workers.cluster.pool: at the end of a unit and
+every two seconds. Ray itself is not involved.
 """
 
 import heapq
@@ -27,25 +27,26 @@ from tests.benchmarks.pipeline_results import Dispatched
 
 REPLICAS, UNITS = 256, 50_000
 UNITS_PER_S = 100
-ROWS, TOKENS = 100, 12_800  # of a unit
+ROWS, TOKENS = 100, 12_800  # per unit
 REPORT_S = 2.0
-"""workers.cluster.pool.WORK_S, which is not imported: Ray would count in the driver's memory."""
+"""Seconds between reports of a replica: workers.cluster.pool.WORK_S, not imported because Ray would then count in the
+driver's memory."""
 SPREAD, SURPRISE = 0.4, 0.1
-"""Standard deviations, in natural logarithms: of the units' expected work, and of their seconds around it."""
+"""Standard deviations (natural logarithms): SPREAD of units' expected work, SURPRISE of their seconds around it."""
 
 
 @dataclass(slots=True)
 class _Replica:
     held: list[WorkUnit] = field(default_factory=list)
-    """The first is the one it works on."""
+    """Units assigned to the replica, which works on the first one."""
     began: float = 0.0
     freed: list[float] = field(default_factory=list)
-    """Ends of units for which it has got no other one yet."""
+    """Times at which units ended and for which no new unit has been assigned yet."""
     beats: int = 0
 
 
 class VirtualPool:
-    """Implements pipeline.driver.dispatcher.Pool. `seconds`: what each unit takes, by its id."""
+    """Implements pipeline.driver.dispatcher.Pool on a virtual clock. `seconds`: how long each unit takes, by its id."""
 
     def __init__(self, replicas: int, seconds: dict[str, float]) -> None:
         self.now = self.driver_s = 0.0
@@ -53,7 +54,7 @@ class VirtualPool:
         self._seconds = seconds
         self._replicas = {f"r{number}": _Replica() for number in range(replicas)}
         self._coming = [(0.0, number, name, "ready") for number, name in enumerate(self._replicas)]
-        self._number = replicas  # of what comes, so that equal times stay in order
+        self._number = replicas  # a counter of events, which keeps events of equal time in order
         self._mark = time.thread_time()
 
     def assign(self, replica: str, work: Assignment) -> None:
@@ -129,7 +130,8 @@ class VirtualPool:
 
 
 def make_work(units: int, replicas: int, *, seed: int = 0) -> tuple[list[WorkUnit], dict[str, float]]:
-    """Units whose expected work is log-normal, and the seconds that each really takes, UNITS_PER_S in all."""
+    """Return units with log-normal expected work, and the real seconds of each by its id, scaled so that the replicas
+    end UNITS_PER_S units per second."""
     rng = np.random.default_rng(seed)
     expected = np.exp(rng.normal(0.0, SPREAD, units))
     seconds = expected * np.exp(rng.normal(0.0, SURPRISE, units))
@@ -143,7 +145,7 @@ def make_work(units: int, replicas: int, *, seed: int = 0) -> tuple[list[WorkUni
 
 
 def run_simulated(units: int, replicas: int, *, longest_first: bool, seed: int = 0) -> Dispatched:
-    """A job through pipeline.driver.dispatcher; not longest_first: nothing is known of the units' work."""
+    """Run a job through pipeline.driver.dispatcher. If not `longest_first`, the units' expected work is unknown."""
     work, seconds = make_work(units, replicas, seed=seed)
     if not longest_first:
         work = [replace(unit, expected_work=0.0) for unit in work]
@@ -169,6 +171,6 @@ def run_simulated(units: int, replicas: int, *, longest_first: bool, seed: int =
 
 
 def _peak_mb() -> float:
-    # getrusage would give that of the process which started this one, where it was larger
+    # getrusage would report the peak of the parent process if that was larger
     status = Path("/proc/self/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024 / 1e6

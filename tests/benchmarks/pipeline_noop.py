@@ -1,4 +1,4 @@
-"""Replicas whose engine computes nothing, in a module of their own: their processes import this, and not Ray Data."""
+"""Makes replicas whose engine computes nothing; a module of its own, so that they do not import Ray Data."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ TEXT, TOKENS = "a completion", (5, 6, 7)
 
 
 class NoOpEngine:
-    """Ends MAX_ROWS rows a step; every completion is the same."""
+    """An engine that ends MAX_ROWS rows per step, all with the same completion."""
 
     max_rows = MAX_ROWS
 
@@ -37,7 +37,7 @@ class NoOpEngine:
 
 @dataclass(frozen=True, slots=True)
 class NoOpMaker:
-    """Makes the pipeline's replicas."""
+    """A maker of runners with this engine for the pipeline's replicas."""
 
     spec: ReplicaSpec
 

@@ -1,4 +1,4 @@
-"""Where a replica's time goes: the demo through `builtin:tiny` in this process, all as in a real job."""
+"""Measures where a replica's time goes: the demo runs with `builtin:tiny` in this process, else like a real job."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ from workers.units.runner import UnitRunner
 
 
 class TimedEngine:
-    """An engine with the time that its steps take: (wall clock, processor) in seconds."""
+    """An engine whose steps are timed: (wall clock, processor) in seconds."""
 
     def __init__(self, engine: EngineLike) -> None:
         self._engine = engine
@@ -51,7 +51,7 @@ class TimedEngine:
 
 
 def measure_overhead(folder: Path, job_file: str = "jobs/demo.yaml", overrides: Sequence[str] = ()) -> Overhead:
-    """Runs the job with one replica in this process, into `folder`."""
+    """Run the job with one replica in this process, with its output in `folder`."""
     job = load_job(job_file, [f"output.path={folder / 'overhead'}", *overrides])
     engines: list[TimedEngine] = []
     ended: list[tuple[float, float]] = []
@@ -71,7 +71,8 @@ def measure_overhead(folder: Path, job_file: str = "jobs/demo.yaml", overrides: 
         spec = ReplicaSpec(job, plan.fingerprint.digest, plan.schema)
         return Pool(lambda replica: make(spec, replica))
 
-    pa.array([])  # where pandas is installed, as for tests, pyarrow imports it here: half a second of a replica's start
+    # Imports pandas if it is installed, as it is for tests. Later the import would count as part of a replica's start.
+    pa.array([])
     run_job(job, make_pool, threading.Event())
     (wall, processor), engine = ended[0], engines[0]
     return Overhead(

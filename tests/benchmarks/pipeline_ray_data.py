@@ -1,9 +1,9 @@
-"""The same rows through this pipeline and through Ray Data, each on a new cluster; the engine computes nothing.
+"""Compares this pipeline with Ray Data on the same rows, each on a new cluster, with an engine that computes nothing.
 
-The pipeline does all that it does in a real job: plan, claim, segments every second, each part published once with its
-record, manifest. Ray Data reads, maps and writes Parquet; its actors add the four columns that a job would keep at
-least, where the pipeline's replicas also tokenise, queue, hand each row to the engine by itself and write its
-statistics. Both start their two actors within the time that is measured.
+The pipeline does all that it does in a real job: plan, claim of the output, segments every second, each part published
+once with its record, and the manifest. Ray Data reads, maps and writes Parquet; its actors only add the four columns
+that every job would keep. The pipeline's replicas also tokenize, queue, hand each row to the engine by itself and write
+its statistics. Both start their two actors within the measured time.
 """
 
 import logging
@@ -31,16 +31,16 @@ from workers.replica.build import ReplicaSpec
 ROWS, FILES = 200_000, 20
 REPLICAS = 2
 FLUSH_S = 1.0
-"""By default 30: no unit of this job takes so long."""
+"""Seconds between flushes. With the default of 30 s no segment would be saved, because no unit takes that long."""
 CPUS = 4
-"""Of the cluster, by name: Ray Data's tasks for reading and writing need some beside its actors."""
+"""CPUs that the cluster declares: Ray Data's tasks for reading and writing need some in addition to its actors."""
 
 
 class NoOp:
-    """What Ray Data's actors do with a batch."""
+    """The function that Ray Data's actors apply to each batch."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The same completions, with the least that a job would keep of a row."""
+        """Return the same completion for every row, with the fewest columns that a job would keep."""
         rows = len(batch["prompt"])
         return {
             "id": batch["id"],
@@ -52,7 +52,7 @@ class NoOp:
 
 
 def write_input(folder: Path, rows: int, files: int) -> None:
-    """Prompts of about 50 letters."""
+    """Write prompts of about 50 letters."""
     folder.mkdir()
     for number in range(files):
         ids = range(number * rows // files, (number + 1) * rows // files)
@@ -61,7 +61,10 @@ def write_input(folder: Path, rows: int, files: int) -> None:
 
 
 def run_pipeline(source: Path, out: Path) -> float:
-    """-> processor time of this process, in milliseconds a unit. Raises where a row is missing."""
+    """Run the job and return the processor time of this process, in milliseconds per unit.
+
+    Raises AssertionError if a row is missing.
+    """
     job = Job.model_validate(
         {
             "input": {"path": str(source), "id_column": "id"},
@@ -83,7 +86,7 @@ def run_pipeline(source: Path, out: Path) -> float:
 
 
 def run_ray_data(source: Path, out: Path) -> None:
-    """Raises where a row is missing."""
+    """Run the same rows through Ray Data. Raises AssertionError if a row is missing."""
     rows = ray.data.read_parquet(str(source), override_num_blocks=FILES)
     made = rows.map_batches(NoOp, compute=ray.data.ActorPoolStrategy(size=REPLICAS), num_cpus=1)
     made.write_parquet(str(out))
@@ -91,13 +94,16 @@ def run_ray_data(source: Path, out: Path) -> None:
 
 
 def compare(folder: Path, rows: int = ROWS, rounds: int = 2) -> Compared:
-    """Both in turns, first the one, then the other first, each time on a new cluster: whichever ran last would leave
-    warm processes behind. Starting the cluster is not measured."""
+    """Measure both alternately, in reversed order in every second round.
+
+    Each run gets a new cluster, because the previous run would leave warm processes behind. Starting it is not
+    measured.
+    """
     source = folder / "in"
     write_input(source, rows, FILES)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.use_datasource_v2 = False  # the newer one gives all files to one of the actors
+    context.use_datasource_v2 = False  # the newer one gives all files to one actor
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     seconds: dict[str, list[float]] = {"pipeline": [], "ray_data": []}
     drivers: list[float] = []

@@ -1,4 +1,4 @@
-"""What the parts of `make bench-pipeline` find, and the file that is made of it. Free of Ray."""
+"""Holds the results of the parts of `make bench-pipeline` and makes its output from them, without importing Ray."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -7,18 +7,18 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """A simulated job."""
+    """The figures of a simulated job."""
 
     driver_ms_a_unit: float
-    """Processor time of the dispatch loop, progress line and stall watch included."""
+    """Milliseconds of processor time of the dispatch loop per unit, including progress line and stall watch."""
     driver_share: float
-    """Of a core, at the rate of units that the replicas reach."""
+    """Share of one core that the driver uses at the rate of units that the replicas reach."""
     handover_ms_p50: float
     handover_ms_p99: float
-    """From the end of a unit to the assignment of the next one to its replica."""
+    """Percentiles of the milliseconds from the end of a unit to the assignment of the next one to its replica."""
     handover_ms_max: float
     tail_ratio: float
-    """Wall clock over what it would be with all replicas busy to the end."""
+    """Wall clock divided by the wall clock with all replicas busy to the end."""
     units_per_s: float
     rss_mb: float
     """Peak resident memory of the process, in 10^6 bytes."""
@@ -26,37 +26,38 @@ class Dispatched:
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """Shares of a replica's time, from the loaded model to the last published part, in which no step of the engine
-    runs: reading the first unit, submitting rows, turning completions into results, reports, the last part."""
+    """Shares of a replica's time in which no step of the engine runs, from the loaded model to the last published part.
+    During this time the replica reads the first unit, submits rows, turns completions into results, reports, and writes
+    the last part."""
 
     wall: float
-    """Of the wall clock: waiting counts, and so do neighbours on the machine."""
+    """Share of the wall clock, which includes waiting and the time of other processes."""
     processor: float
-    """Of the processor time of the replica's thread."""
+    """Share of the processor time of the replica's thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Wall clock of whole jobs, in seconds, in the order in which they ran."""
+    """The wall clock of whole jobs in seconds, in the order in which they ran."""
 
     rows: int
     pipeline: tuple[float, ...]
     ray_data: tuple[float, ...]
     driver_ms_a_unit: float
-    """Processor time of the pipeline's driver on Ray, planning and manifest included."""
+    """Milliseconds of processor time of the pipeline's driver on Ray per unit, including planning and manifest."""
 
     @property
     def ratio(self) -> float:
-        """Rows a second over Ray Data's."""
+        """Rows per second of the pipeline divided by those of Ray Data."""
         return sum(self.ray_data) / sum(self.pipeline)
 
     def rows_per_s(self, seconds: tuple[float, ...]) -> float:
-        """Of the runs together."""
+        """Return the rows per second over all runs together."""
         return self.rows * len(seconds) / sum(seconds)
 
 
 def figures(runs: Mapping[str, Mapping[int, Dispatched]], overhead: Overhead, compared: Compared) -> dict[str, Any]:
-    """The figures as pipeline.json has them; runs: by order and number of units, the whole job first."""
+    """Return the content of pipeline.json. `runs`: by order and number of units, the whole job first."""
     whole = next(iter(runs["longest_first"].values()))
     return {
         "driver_ms_a_unit": whole.driver_ms_a_unit,

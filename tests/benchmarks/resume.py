@@ -1,8 +1,9 @@
-"""What planning, resuming, reporting and verifying cost at scale: `python -m tests.benchmarks.resume [FOLDER or URL]`.
+"""`python -m tests.benchmarks.resume [FOLDER or URL]`: measures planning, resuming, reporting and verifying at scale.
 
-Makes 10,000,000 prompts in 2,000 files and the output of a job over them (2,000 parts; first half of them, then all),
-and measures each step in a process of its own: seconds, peak resident MiB. Without an argument in a temporary folder on
-the local disk; a URL is taken as it is, with credentials and endpoint from the usual AWS variables, and left as it is.
+Makes 10,000,000 prompts in 2,000 files and the output of a job over them (2,000 parts: first half of them, then all).
+Each step runs in a process of its own; its seconds and peak resident MiB are printed. Without an argument it works in a
+temporary folder on the local disk. A folder or URL is used as it is and not removed afterwards; credentials and
+endpoint come from the usual AWS variables.
 """
 
 import json
@@ -40,7 +41,7 @@ WRITERS = 16
 REPLICAS = 8
 CHARS = 200
 NOISE = random.Random(0).randbytes(4 << 20).hex()
-"""Completions are cut from it, so that parts do not shrink to nothing."""
+"""Random text from which completions are cut, so that parts do not compress to almost nothing."""
 Step = Callable[[str], str]
 
 
@@ -59,7 +60,7 @@ def plan_in(folder: str) -> Plan:
 
 
 def make_part(unit: WorkUnit, plan: Plan) -> tuple[bytes, PartRecord, Totals]:
-    """A part as a replica would publish it, made without going through rows."""
+    """Return a part as a replica would publish it, with its record and totals, without generating single rows."""
     rows, number = unit.row_count, plan.units.index(unit)
     numbers = np.arange(unit.first_row, unit.first_row + rows)
     values: dict[str, Any] = {
@@ -133,7 +134,7 @@ def measure_plan(folder: str) -> str:
 
 
 def measure_resume(folder: str) -> str:
-    """All that a run does before it hands out its first unit."""
+    """Measure all that a run does before it hands out its first unit."""
     began = time.perf_counter()
     plan, job = plan_in(folder), job_in(folder)
     planned = time.perf_counter()
@@ -149,7 +150,7 @@ def measure_resume(folder: str) -> str:
 
 
 def measure_listing(folder: str) -> str:
-    """A file was added: the run is refused, or takes it."""
+    """Measure how a run notices that an input file was added, and is refused."""
     plan = plan_in(folder)
     storage = Storage(f"{folder}/in")
     storage.write("9999.parquet", storage.read("0000.parquet"))
@@ -200,7 +201,7 @@ STEPS: dict[str, Step] = {
 
 
 def run_step(name: str, folder: str) -> None:
-    """In a process of its own: prints what it took."""
+    """Run one step, in a process of its own, and print its time and memory."""
     began = time.perf_counter()
     said = STEPS[name](folder)
     seconds = time.perf_counter() - began

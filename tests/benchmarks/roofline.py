@@ -1,9 +1,9 @@
-"""How long a forward of the released model takes on a GPU: bytes over bandwidth or operations over peak, a layer.
+"""Estimates how long a forward of the released model takes on a GPU, layer by layer.
 
-An estimate without a GPU, free of torch. A layer takes the longer of the time to move its bytes and the time of its
-operations; a forward is the sum of its layers. Counted: weights (of the experts, those that the tokens are expected to
-reach), Mamba states, keys and values, hidden states, logits. Not counted: launches beyond `layer_overhead_s`, time
-conditioning (58 MB of weights a forward), norms.
+The estimate needs neither a GPU nor torch. A layer takes the longer of the time to move its bytes (over the bandwidth)
+and the time of its operations (over the peak); a forward takes the sum of its layers. Counted are weights (of the
+experts, those that the tokens are expected to reach), Mamba states, keys and values, hidden states and logits. Not
+counted are launches beyond `layer_overhead_s`, time conditioning (58 MB of weights per forward) and norms.
 """
 
 from dataclasses import dataclass
@@ -19,50 +19,50 @@ LOGIT_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One GPU. The two shares are what well-made kernels reach of the data sheet, assumed here and not measured."""
+    """One GPU. The two shares say how much of its data sheet good kernels reach; they are assumed, not measured."""
 
     bandwidth: float = 3.35e12
-    """Bytes a second. Defaults: H100 SXM, 80 GB."""
+    """Bytes per second. The defaults are those of an H100 SXM with 80 GB."""
     flops: float = 989e12
-    """Dense bfloat16 operations a second."""
+    """Dense bfloat16 operations per second."""
     bandwidth_share: float = 0.8
     flops_share: float = 0.6
     link: float = 450e9
-    """Bytes a second to another GPU (NVLink, one direction)."""
+    """Bytes per second to another GPU (NVLink, one direction)."""
     layer_overhead_s: float = 10e-6
-    """What a layer's launches add, with CUDA graphs."""
+    """Seconds that the launches of a layer add, with CUDA graphs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one forward computes."""
+    """The size of one forward."""
 
     rows: int
     tokens: int
-    """Of all rows, padding counted where it is computed."""
+    """Tokens of all rows, including padding if it is computed."""
     context: int = 0
-    """Tokens of context of all rows, read by attention."""
+    """Context tokens of all rows, which attention reads."""
     pairs: float = 0.0
     """Query-key pairs of all rows."""
     logits: int = 0
-    """Positions whose logits are computed."""
+    """Number of positions whose logits are computed."""
     store: bool = False
-    """The context tower writes states, keys and values; the denoiser only reads them."""
+    """Whether the forward writes states, keys and values: the context tower does, the denoiser tower does not."""
 
 
 def released() -> TwoTowerConfig:
-    """The released model's shape."""
+    """Return the configuration of the released model."""
     return RELEASED_CONFIG
 
 
 class Roofline:
-    """Seconds of forwards of one tower of `config` on `hardware`."""
+    """The estimated costs of one tower of `config` on `hardware`."""
 
     def __init__(self, config: TwoTowerConfig, hardware: Hardware) -> None:
         self.config = config
         self.hardware = hardware
         kinds: tuple[LayerKind, ...] = ("mamba", "attention", "moe")
-        # the norm before each mixer is a vector more
+        # hidden_size: the weights of the norm before each mixer
         self.layer = {kind: config.hidden_size + sum(map(prod, mixer_tensors(config, kind).values())) for kind in kinds}
         self.expert = 2 * config.hidden_size * config.moe_intermediate_size
         self.head = config.vocab_size * config.hidden_size
@@ -70,33 +70,33 @@ class Roofline:
             config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * STATE_BYTES
             + config.conv_dim * config.conv_kernel * WEIGHT_BYTES
         )
-        """Of one row in one Mamba layer."""
+        """Bytes of one row's state in one Mamba layer."""
 
     def parameters(self) -> int:
-        """Of one tower: layers, embedding, final norm, head."""
+        """Return the number of parameters of one tower: layers, embedding, final norm, head."""
         layers = sum(self.layer[kind] for kind in self.config.layer_kinds)
         return layers + 2 * self.head + self.config.hidden_size
 
     def active_parameters(self) -> int:
-        """Of one tower, those that a token reaches."""
+        """Return the number of parameters of one tower that a token reaches."""
         idle = self.config.n_routed_experts - self.config.num_experts_per_tok
         return self.parameters() - len(self.config.layers_of("moe")) * idle * self.expert
 
     def row_state_bytes(self, layers: range) -> int:
-        """Mamba states of one row in `layers`."""
+        """Return the bytes of one row's Mamba states in `layers`."""
         return self.state_bytes * sum(self.config.layer_kinds[i] == "mamba" for i in layers)
 
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token in all attention layers."""
+        """Return the bytes of keys and values of one token in all attention layers."""
         return 2 * self.config.kv_inner * WEIGHT_BYTES * len(self.config.layers_of("attention"))
 
     def experts_reached(self, tokens: int) -> float:
-        """How many experts of a layer `tokens` tokens are expected to reach, were the choice even."""
+        """Return how many experts of a layer `tokens` tokens are expected to reach if routing is even."""
         share = self.config.num_experts_per_tok / self.config.n_routed_experts
         return self.config.n_routed_experts * (1 - (1 - share) ** tokens)
 
     def seconds(self, layers: range, work: Work) -> float:
-        """One forward through `layers`; the head's logits too, where they end with the last one."""
+        """Return the seconds of one forward through `layers`, with the logits if `layers` end with the last layer."""
         kinds = [self.config.layer_kinds[i] for i in layers]
         total = sum(kinds.count(kind) * self._layer_seconds(kind, work) for kind in self.layer)
         if layers.stop == self.config.num_layers and work.logits:

@@ -1,8 +1,8 @@
-"""Memory and time of everything but the model: `make bench-scale` puts many rows through two replicas on Ray.
+"""`make bench-scale`: measures memory and time of everything but the model, with many rows in two replicas on Ray.
 
-The replicas' engine computes nothing, so that what is left is planning, reading, dispatching and writing. The input is
-one Parquet file of one row group, the worst case for reading by ranges. Prints a line whenever a tenth of the units is
-done: resident MiB of the driver and of each replica, and the time since the first unit was handed out.
+The replicas' engine computes nothing, so only planning, reading, dispatching and writing remain. The input is one
+Parquet file of one row group, the worst case for reading by ranges. After every tenth of the units it prints a line:
+resident MiB of the driver and of each replica, and the time since the first unit was handed out.
 """
 
 import multiprocessing
@@ -31,19 +31,19 @@ ROWS_PER_FILE = 10_000
 
 
 def resident_mib(process: str) -> int:
-    """Resident memory of a process, by its id or "self"."""
+    """Return the resident memory of a process in MiB. `process`: its id or "self"."""
     status = Path(f"/proc/{process}/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) // 1024
 
 
 def write_input(path: Path, rows: int) -> None:
-    """One row group of short prompts."""
+    """Write short prompts as one row group."""
     table = pa.table({"prompt": [f"prompt number {i}" for i in range(rows)]})
     pq.write_table(table, path, row_group_size=rows)
 
 
 def measure(folder: Path) -> None:
-    """Runs the job and prints."""
+    """Run the job and print the figures."""
     job = Job.model_validate(
         {
             "input": {"path": str(folder / "in.parquet")},
@@ -87,7 +87,7 @@ def main() -> None:
     rows = int(sys.argv[1]) if len(sys.argv) > 1 else ROWS
     folder = Path(tempfile.mkdtemp(prefix="twotower-scale-"))
     try:
-        # in a process of its own, so that the memory it takes is not counted as the driver's
+        # in a process of its own, so that its memory does not count as the driver's
         writer = multiprocessing.get_context("spawn").Process(target=write_input, args=(folder / "in.parquet", rows))
         writer.start()
         writer.join()

@@ -1,4 +1,4 @@
-"""Many requests through the engine's own loop on simulated devices, and through static batches in lockstep."""
+"""Simulates many requests: with the engine's own loop on simulated devices, and as static batches in lockstep."""
 
 import time
 from collections.abc import Iterator
@@ -19,35 +19,35 @@ ROWS = 256
 EXTEND_EVERY = EngineLimits().extend_every
 KV_TOKENS = 1 << 20
 MAX_PREFILL_TOKENS = 4096
-UNIT = 10_000  # rows a work unit, which is sorted by length before it is fed
+UNIT = 10_000  # rows of a work unit, which is sorted by length before its rows are submitted
 PROMPT = {"median": 300, "p99": 4000, "longest": 16_384}
 COMPLETION = {"median": 128, "p99": 600, "longest": 2048}
 
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """Rates of a simulated run."""
+    """The rates of a simulated run."""
 
     tokens_per_s: float
-    """Tokens of completions a simulated second."""
+    """Completion tokens per simulated second."""
     busy: tuple[float, ...]
-    """Of each device, the share of the time that it computed."""
+    """The share of the time that each device computed."""
     seconds: float
-    """Simulated, in all."""
+    """Simulated seconds of the whole run."""
     host_seconds: float = 0.0
-    """What the simulation itself took, on this machine."""
+    """Seconds that the simulation itself took on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Lengths of requests, in the order in which they are fed: units of 10,000, longest prompts first."""
+    """The lengths of requests in the order of submission: units of 10,000, longest prompts first."""
 
     prompts: Ints
     completions: Ints
 
     @classmethod
     def draw(cls, count: int, *, unit: int = UNIT, seed: int = 0) -> "Mix":
-        """`count` requests; unit 1 leaves them in the order of arrival."""
+        """Draw the lengths of `count` requests; with unit 1 they stay in the order of arrival."""
         rng = np.random.default_rng(seed)
         prompts, completions = log_normal(rng, count, **PROMPT), log_normal(rng, count, **COMPLETION)
         order = np.concatenate(
@@ -56,7 +56,7 @@ class Mix:
         return cls(prompts[order], completions[order])
 
     def requests(self) -> Iterator[Request]:
-        """One after the other; the tokens are of no account."""
+        """Yield the requests one after the other. Their tokens have no meaning, only their lengths matter."""
         ids = [BLOCK] * int(self.prompts.max())
         lengths = zip(self.prompts.tolist(), self.completions.tolist(), strict=True)
         for number, (prompt, completion) in enumerate(lengths):
@@ -66,7 +66,7 @@ class Mix:
 def make_loop(
     layout: Layout, steps: Steps, *, rows: int, lanes: int, host_s: float = 0.0, extend_every: int = EXTEND_EVERY
 ) -> tuple[Loop[Ticket], CostModel]:
-    """The engine's loop over simulated devices."""
+    """Return the engine's loop over simulated devices, and its backend."""
     slots = PageAllocator(rows + PREFIX_SLOTS, KV_TOKENS // 64)
     backend = CostModel(slots, layout, steps, host_s=host_s)
     scheduler = Scheduler(slots, rows, MAX_PREFILL_TOKENS, lanes)
@@ -83,7 +83,7 @@ def replay(
     host_s: float = 0.0,
     extend_every: int = EXTEND_EVERY,
 ) -> tuple[Simulated, Stats]:
-    """Runs all requests of the mix to their ends."""
+    """Run all requests of the mix to their ends."""
     loop, backend = make_loop(layout, steps, rows=rows, lanes=lanes, host_s=host_s, extend_every=extend_every)
     coming, tokens, ended = mix.requests(), 0, 0
     began = time.perf_counter()
@@ -103,9 +103,10 @@ def replay(
 
 
 def lockstep(roofline: Roofline, mix: Mix, steps: Steps, *, rows: int = ROWS) -> Simulated:
-    """Static batches, a tower a device: blocks take their slowest row's steps, batches their longest row's blocks.
+    """Simulate static batches with one tower on each device.
 
-    In the baseline's favour: prompts are prefilled without padding, and in pieces, as the engine does.
+    A block takes the steps of its slowest row, a batch the blocks of its longest row. In the baseline's favour, prompts
+    are prefilled without padding and in pieces, as in the engine.
     """
     layers, state = range(roofline.config.num_layers), roofline.row_state_bytes(range(roofline.config.num_layers))
     busy, link = np.zeros(2), 0.0
@@ -125,19 +126,19 @@ def lockstep(roofline: Roofline, mix: Mix, steps: Steps, *, rows: int = ROWS) ->
             busy[0] += roofline.seconds(layers, Work(count, tokens, context, pairs, store=True))
             link += (count * state + tokens * roofline.kv_bytes_per_token()) / roofline.hardware.link
             context += tokens
-    spent = float(busy.sum()) + link  # one after the other: a batch has nothing else to compute
+    spent = float(busy.sum()) + link  # forwards run one after the other, because a batch has nothing else to compute
     return Simulated(float(mix.completions.sum()) / spent, tuple((busy / spent).tolist()), spent)
 
 
 def padding_share(count: int, *, sort: bool, seed: int = 0) -> float:
-    """The share of padding in the prefill forwards of `count` prompts, sorted longest first or as they arrive."""
+    """Return the share of padding in the prefill forwards of `count` prompts, sorted longest first or unsorted."""
     mix = Mix.draw(count, unit=count if sort else 1, seed=seed)
     _, stats = replay(Instant(), mix, Steps({1: 1}), lanes=1)
     return stats.padding_share
 
 
 class Timed:
-    """A backend with the time that its methods take."""
+    """A wrapper that measures the time spent in the methods of a backend."""
 
     def __init__(self, backend: CostModel) -> None:
         self._backend = backend
@@ -158,12 +159,12 @@ class Timed:
 
 
 def turn_ms(rows: int, steps: Steps, *, turns: int) -> tuple[float, float]:
-    """Milliseconds of one turn of the loop with `rows` rows: its own, and that of the stand-in."""
+    """Return the milliseconds of one turn of the loop itself with `rows` rows, and those of the stand-in backend."""
     loop, backend = make_loop(Instant(), steps, rows=rows, lanes=1)
     loop.backend = timed = Timed(backend)
     coming = Mix.draw(turns * rows // 4 + 2 * rows).requests()
     spent = 0.0
-    for turn in range(-turns // 10, turns):  # the first ones fill the slots
+    for turn in range(-turns // 10, turns):  # the first turns fill the slots and are not measured
         while loop.waiting < rows:
             loop.submit(next(coming))
         if turn == 0:

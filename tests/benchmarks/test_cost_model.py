@@ -1,4 +1,4 @@
-"""The simulated devices do what they claim, under the engine's own loop."""
+"""Tests the simulated devices under the engine's own loop."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from tests.benchmarks.simulate import Mix, lockstep, padding_share, replay
 
 
 def evenly() -> Steps:
-    """One to 16 steps a block, each as often."""
+    """Return steps from 1 to 16 a block, all equally frequent."""
     return Steps(dict.fromkeys(range(1, 17), 1))
 
 
@@ -21,12 +21,12 @@ def roofline() -> Roofline:
 
 
 def same(count: int, *, prompt: int, completion: int) -> Mix:
-    """Requests that are all alike."""
+    """Return requests that are all alike."""
     return Mix(np.full(count, prompt), np.full(count, completion))
 
 
 def test_one_row_takes_the_sum_of_its_forwards(roofline: Roofline) -> None:
-    """One row, two blocks of three steps on one lane: a prefill, six denoiser forwards and one extension, no more."""
+    """On one lane, a row of two blocks of three steps takes one prefill, six denoiser forwards and one extension."""
     calls: list[tuple[Kind, float]] = []
 
     class Counted(Layers):
@@ -40,13 +40,13 @@ def test_one_row_takes_the_sum_of_its_forwards(roofline: Roofline) -> None:
     assert sorted(kind for kind, _ in calls) == ["context"] * 2 + ["denoise"] * 6
     computed = sum(seconds for _, seconds in calls)
     assert sum(run.busy) * run.seconds == pytest.approx(computed)
-    # a denoiser forward follows a context forward from stage to stage; all others wait for the one before
+    # a denoiser forward can follow a context forward stage by stage; every other forward waits for the one before it
     assert computed - 2 * max(seconds for _, seconds in calls) <= run.seconds < computed
 
 
 @pytest.mark.slow
 def test_two_lanes_keep_both_devices_busy(roofline: Roofline) -> None:
-    """Even work: with one lane a device waits while the other computes, with two they compute at once."""
+    """With work of equal size, one lane leaves a device idle while the other computes; two lanes keep both busy."""
     mix, layers = same(512, prompt=256, completion=128), Layers(roofline)
     one, two = (replay(layers, mix, evenly(), rows=128, lanes=lanes)[0] for lanes in (1, 2))
     assert min(two.busy) > 0.9 > max(one.busy)
@@ -54,7 +54,8 @@ def test_two_lanes_keep_both_devices_busy(roofline: Roofline) -> None:
 
 @pytest.mark.slow
 def test_layers_across_devices_beat_towers_and_lockstep(roofline: Roofline) -> None:
-    """The order that the design rests on, for a mix of lengths."""
+    """For requests of mixed lengths, splitting the layers across devices is faster than one tower on each device, which
+    is faster than lockstep. The design rests on this order."""
     mix = Mix.draw(1024)
     layers = replay(Layers(roofline), mix, evenly(), rows=128)[0]
     towers = replay(Towers(roofline), mix, evenly(), rows=128)[0]
@@ -62,7 +63,7 @@ def test_layers_across_devices_beat_towers_and_lockstep(roofline: Roofline) -> N
 
 
 def test_a_handover_delays_the_rows_that_it_carries(roofline: Roofline) -> None:
-    """A slower link between the towers takes tokens a second, and nothing else does."""
+    """A slower link between the towers lowers the tokens per second, with nothing else changed."""
     slow = Roofline(released(), Hardware(link=45e9))
     mix = same(64, prompt=64, completion=128)
     fast_run, slow_run = (replay(Towers(r), mix, Steps({2: 1}), rows=32)[0] for r in (roofline, slow))
@@ -71,7 +72,7 @@ def test_a_handover_delays_the_rows_that_it_carries(roofline: Roofline) -> None:
 
 @pytest.mark.slow
 def test_replay_commits_every_token_once() -> None:
-    """Without devices no time passes; each request still gets its completion and each prompt token its place."""
+    """Without devices no time passes, but each request gets its completion and each prompt token is prefilled once."""
     mix = Mix.draw(300)
     run, stats = replay(Instant(), mix, evenly(), rows=16, lanes=2)
     assert run.seconds == 0

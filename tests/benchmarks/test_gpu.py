@@ -1,4 +1,4 @@
-"""The GPU benchmark runs, here on a CPU at the smallest size: its figures mean nothing there."""
+"""Tests that the GPU benchmark runs on a CPU at the smallest size; its figures mean nothing there."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ SMALL = "--size noise --device cpu --rows 1 --contexts 20 --throughput-rows 2 --
 
 @pytest.mark.slow
 def test_it_measures_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every figure once; the tables name the command, and two stages make the tokens of one."""
+    """The report holds every figure once, its tables name the command, and two stages give the tokens of one stage."""
     arguments = [*SMALL.split(), "--stage-rows", "2", "--folder", str(tmp_path), "--out", str(tmp_path / "gpu.json")]
     monkeypatch.setattr("sys.argv", ["bench", *arguments])
     bench.main()

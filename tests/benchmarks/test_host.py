@@ -1,4 +1,4 @@
-"""The benchmark of the host's work runs over this engine, and its rows are at work as it says."""
+"""Tests that the benchmark of the host's work runs on this engine, and that its rows work as it claims."""
 
 import pytest
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(("mode", "most"), [("diffusion", 16 / 5), ("ar", AR_TOKENS)])
 def test_a_turn_is_measured_part_by_part(monkeypatch: pytest.MonkeyPatch, mode: Mode, most: float) -> None:
-    """A block of 16 tokens takes 5 steps and its extension, so 4 rows get no more tokens a turn than that."""
+    """A block of 16 tokens takes about 5 steps and one extension, which bounds the tokens that 4 rows get in a turn."""
     monkeypatch.setattr(host, "WARM_UP", 20)
     turn = host.measure(load_model("builtin:noise"), mode, 4, turns=100)
     assert set(turn.parts) == set(host.PARTS)

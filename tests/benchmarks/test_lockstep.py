@@ -1,4 +1,4 @@
-"""The baseline is a true one: alone, a row gets what the released code gives; together, rows wait for the slowest."""
+"""Tests the lockstep baseline: one row gets what the released code gives, and rows of a batch wait for the slowest."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def pair() -> TwoTower:
 
 @pytest.mark.parametrize("case", cases("generate_mask_diffusion"), ids=lambda case: case["id"])
 def test_one_row_is_the_released_code(pair: TwoTower, case: dict[str, Any]) -> None:
-    """Tokens, forwards and what each of them was fed are those of the golden case."""
+    """A batch of one row gives the tokens, the forwards and their inputs of the golden case."""
     params = GenerationParams(
         max_new_tokens=case["max_new_tokens"],
         block_size=case["block_size"],
@@ -38,7 +38,7 @@ def test_one_row_is_the_released_code(pair: TwoTower, case: dict[str, Any]) -> N
 
 
 def test_twins_get_what_one_row_gets_alone(pair: TwoTower) -> None:
-    """Rows of a batch have their own contexts: two equal rows, between others of other lengths in `serve`, agree."""
+    """Two equal rows in a batch get the tokens of one row alone, and `serve` returns results in the requests' order."""
     params = GenerationParams(max_new_tokens=32, confidence_threshold=0.8)
     alone = generate(pair, [[7, 8, 9, 10]], [params])
     twins = generate(pair, [[7, 8, 9, 10]] * 2, [params] * 2)
@@ -49,7 +49,7 @@ def test_twins_get_what_one_row_gets_alone(pair: TwoTower) -> None:
 
 
 def test_a_batch_takes_the_steps_of_its_slowest_row(pair: TwoTower) -> None:
-    """Every forward has all rows, until none has a mask; some block is done while another has masks left."""
+    """Every forward computes all rows until no row has a mask left, even if some rows are done earlier."""
     prompts = [[11 * i + j for j in range(8)] for i in range(1, 7)]
     batch = generate(pair, prompts, [GenerationParams(max_new_tokens=32, confidence_threshold=0.8)] * 6)
     mask_id = pair.config.mask_token_id
@@ -68,7 +68,7 @@ def test_what_the_released_code_does_not_do_is_refused(pair: TwoTower, lengths: 
 
 
 def test_the_engine_generates_what_the_baseline_does_a_row_at_a_time(pair: TwoTower) -> None:
-    """Both sides of the benchmark do the same work: row by row the same tokens."""
+    """The engine gives the same tokens as the baseline with one row at a time, so both sides do the same work."""
     work = requests(6, prompt_tokens=20, max_new_tokens=32, vocabulary=pair.config.vocab_size)
     completions = Engine(pair, EngineLimits(max_rows=3, max_context_tokens=64)).generate(work)
     assert [list(completion.token_ids) for completion in completions] == serve(pair, work, 1)

@@ -1,4 +1,4 @@
-"""The simulated driver of `make bench-pipeline` in small, and what its file says."""
+"""Tests a small run of the simulated driver of `make bench-pipeline`, and the figures that it writes."""
 
 import gc
 
@@ -12,7 +12,8 @@ REPLICAS, UNITS = 64, 1_000
 
 
 def simulated(*, longest_first: bool) -> Dispatched:
-    """Without what the tests before left in memory: looking through that for garbage would be the driver's time."""
+    """Run a simulated job. Objects that earlier tests left in memory are frozen first: searching them for garbage would
+    count as the driver's time."""
     gc.collect()
     gc.freeze()
     try:
@@ -27,8 +28,8 @@ def runs() -> dict[str, dict[int, Dispatched]]:
 
 
 def test_the_driver_keeps_up_with_the_replicas(runs: dict[str, dict[int, Dispatched]]) -> None:
-    """100 units a second; processor time, so that neighbours do not count. The bounds are the aims, more than ten times
-    what is measured beside four busy processes on two cores."""
+    """The driver hands out 100 units a second with little processor time. Processor time is measured, so that other
+    processes do not count. The bounds are the aims of `make bench-pipeline`."""
     run = runs["longest_first"][UNITS]
     assert run.driver_share < 0.2
     assert run.driver_ms_a_unit < 2
@@ -36,12 +37,13 @@ def test_the_driver_keeps_up_with_the_replicas(runs: dict[str, dict[int, Dispatc
 
 
 def test_units_longest_first_end_the_job_evenly(runs: dict[str, dict[int, Dispatched]]) -> None:
-    """The same units with the same seconds, their expected work known or not: without it replicas idle at the end."""
+    """Units handed out longest first let the replicas end together; with unknown work, replicas idle at the end. Both
+    runs have the same units with the same seconds."""
     assert 1 <= runs["longest_first"][UNITS].tail_ratio < 1.05 < runs["arrival"][UNITS].tail_ratio
 
 
 def test_a_simulated_job_is_the_same_every_time(runs: dict[str, dict[int, Dispatched]]) -> None:
-    """But for the driver's own time, which shifts what follows."""
+    """Two simulated jobs agree, except for the driver's own time, which shifts what follows."""
     again = simulated(longest_first=True)
     assert again.tail_ratio == pytest.approx(runs["longest_first"][UNITS].tail_ratio, rel=0.05)
 

@@ -1,4 +1,4 @@
-"""The resume benchmark's own output is one that verify has nothing to say about."""
+"""Tests that all steps of the resume benchmark run on a small job, and that verify accepts its output."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The roofline counts what TWOTOWER.md publishes, and its times follow from the counts."""
+"""Tests that the roofline's counts are the published ones, and that its times follow from the counts."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_one_token_reads_the_active_parameters_once(model: Roofline) -> None:
 
 
 def test_many_tokens_take_the_time_of_their_operations(model: Roofline) -> None:
-    """With 100,000 tokens a forward is bound by operations: twice the active parameters a token."""
+    """With 100,000 tokens a forward is bound by its operations: two for each token and active parameter."""
     seconds = model.seconds(range(52), Work(rows=1, tokens=100_000))
     least = 2e5 * (model.active_parameters() - 2 * model.head) / (989e12 * 0.6)
     assert least <= seconds <= 1.2 * least

@@ -1,4 +1,4 @@
-"""The workloads are what the benchmarks say they are."""
+"""Tests the workloads of the benchmarks."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_lengths_are_cut_at_the_longest() -> None:
 
 
 def test_requests_share_their_template_and_nothing_else() -> None:
-    """Equal lengths, one template, own tokens behind it, and the same again for the same seed."""
+    """All requests have one length, one template and then their own tokens; the same seed gives the same requests."""
     made = requests(8, prompt_tokens=40, max_new_tokens=16, vocabulary=256, template=30, prefix_tokens=30)
     assert len({request.prompt_ids[:30] for request in made}) == 1
     assert len({request.prompt_ids[30:] for request in made}) == 8

@@ -1,4 +1,4 @@
-"""Holds a job's output against the run without faults, and adds up what the faults cost."""
+"""Compares a job's output with the run without faults, and adds up what the faults cost."""
 
 import statistics
 import subprocess
@@ -19,7 +19,7 @@ RaggedBatch = Mapping[str, tuple[object, ...]]
 
 @dataclass(slots=True)
 class Verdict:
-    """Of one seed, or of several added up."""
+    """The findings for one seed, or the sum over several seeds."""
 
     rows: int = 0
     faults: Counter[str] = field(default_factory=Counter)
@@ -27,16 +27,16 @@ class Verdict:
     duplicated: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     repeated: int = 0
-    """Times that an engine finished a row which one had finished before."""
+    """Number of times that an engine finished a row that had been finished before."""
     forwards: int = 0
-    """Denoiser forwards, counted a row, that were computed; those of rows under way when their process died, too."""
+    """Denoiser forwards that were computed, counted per row, including those of rows lost with their process."""
     needed: int = 0
-    """Of them, those that the run without faults computes."""
+    """Denoiser forwards that the run without faults computes, counted per row."""
     recover_s: dict[str, list[float]] = field(default_factory=lambda: {"actor": [], "node": [], "driver": []})
     runs: int = 0
     exits: list[str] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
-    """What `verify` said where it found something."""
+    """The output of `verify` if it found something wrong."""
     seconds: float = 0.0
 
     def __add__(self, other: "Verdict") -> "Verdict":
@@ -46,7 +46,7 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        """Whether every row is there once, as without faults."""
+        """Whether every row is in the output exactly once, as without faults."""
         return not (self.lost or self.duplicated or self.changed or self.findings)
 
     @property
@@ -54,12 +54,12 @@ class Verdict:
         return self.repeated / self.rows
 
     def medians(self) -> dict[str, float | None]:
-        """Of recover_s; None where nothing of the kind was measured."""
+        """Return the medians of recover_s, with None for a kind of which nothing was measured."""
         return {kind: round(statistics.median(x), 2) if x else None for kind, x in self.recover_s.items()}
 
 
 def judge(history: History, expected: RaggedBatch) -> Verdict:
-    """Reads everything that the job left."""
+    """Read everything that the job left, and return the verdict."""
     found = Counter[str]()
     changed = []
     for key, row in read_output(Storage(history.output)):
@@ -89,14 +89,14 @@ def judge(history: History, expected: RaggedBatch) -> Verdict:
             found_ends = [finished_since(lives, killed.run + 1, killed.time)]
         else:
             found_ends = [replaced(lives, life) for life in killed.lives]
-        ends = [end for end in found_ends if end is not None]  # None: no work was left for it, or the driver went, too
+        ends = [end for end in found_ends if end is not None]  # None: no work was left for it, or the driver died too
         if killed.kind in verdict.recover_s and ends:
             verdict.recover_s[killed.kind].append(max(ends) - killed.time)
     return verdict
 
 
 def read_output(storage: Storage) -> Iterable[tuple[str, tuple[object, ...]]]:
-    """Key and COLUMNS of every row in the parts."""
+    """Yield the key and COLUMNS of every row in the parts."""
     for part in storage.list_files("", "part-*.parquet"):
         table = pq.read_table(storage.open(part.name, part.size), columns=["source_file", "source_row", *COLUMNS])
         for file, number, *row in zip(*(column.to_pylist() for column in table.columns), strict=True):
@@ -104,7 +104,7 @@ def read_output(storage: Storage) -> Iterable[tuple[str, tuple[object, ...]]]:
 
 
 def verify(output: str) -> tuple[bool, str]:
-    """Whether `python -m pipeline verify` finds nothing, and what it says."""
+    """Return whether `python -m pipeline verify` finds nothing wrong, and its output."""
     command = [sys.executable, "-m", "pipeline", "verify", output]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     return done.returncode == 0, (done.stdout + done.stderr).strip()

@@ -1,6 +1,6 @@
-"""One run of the job in a process of its own: `python -m tests.chaos.driver JOB.json LOGS NUMBER TURN_S [local]`.
+"""Runs the job once in a process of its own: `python -m tests.chaos.driver JOB.json LOGS NUMBER TURN_S [local]`.
 
-What `python -m pipeline run` does, with the made-up engine in the replicas; `local` is its --local.
+It does what `python -m pipeline run` does, with the made-up engine in the replicas; `local` is like its --local.
 """
 
 import functools

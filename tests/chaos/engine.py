@@ -1,7 +1,8 @@
-"""An engine without weights for the chaos suite: the real loop and its scheduling over a backend that makes rows up.
+"""Provides an engine without weights: the real loop and scheduler over a backend that makes up completions.
 
-A completion is a function of the row's key, prompt and seed, as in the real engine, so that "unchanged" can be checked.
-Some prompts crash the process. What each process does is written to a log of its own that survives a kill -9.
+A completion depends only on the row's key, prompt and seed, as in the real engine, so that a test can check that rows
+are unchanged. Some prompts crash the process. Each process writes what it does to a log of its own, which survives a
+kill -9.
 """
 
 import ctypes
@@ -25,15 +26,15 @@ from workers.units.runner import UnitRunner
 
 BLOCK, EOS, MAX_TOKENS = 16, 0, 48
 TOO_LONG = 400
-"""Prompt tokens that the engine refuses."""
+"""The most prompt tokens that the engine accepts."""
 MAX_ROWS, PAGES, PREFILL_TOKENS = 64, 4096, 4096
 MARK = "kill the process by "
 KILLERS = ("exit", "kill", "fault")
-"""A prompt that begins with MARK and one of these ends the process that generates it."""
+"""A prompt that begins with MARK and one of these words ends the process that generates it."""
 
 
 class Tokenizer:
-    """A token a byte."""
+    """A tokenizer that makes one token of each byte."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """See TokenizerLike."""
@@ -42,17 +43,17 @@ class Tokenizer:
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """What the model says to one request."""
+    """The completion that the backend makes up for one request."""
 
     tokens: tuple[int, ...]
-    """Letters, an EOS where it stops; as many as the blocks hold."""
+    """Letters, and an EOS if the text stops; the tokens fill all blocks."""
     steps: tuple[int, ...]
-    """Forwards of each block."""
+    """Denoiser forwards of each block."""
     confidences: tuple[float, ...]
 
     @classmethod
     def of(cls, request: Request) -> "Story":
-        """Depends on seed, key and prompt alone."""
+        """Return the story of a request, which depends only on its seed, key and prompt."""
         rng = random.Random(repr((request.sampling_key, bytes(request.prompt_ids))))
         blocks = -(-request.params.max_new_tokens // BLOCK)
         tokens = [rng.randrange(97, 123) for _ in range(blocks * BLOCK)]
@@ -64,22 +65,22 @@ class Story:
 
 @dataclass(slots=True)
 class Forward:
-    """A forward under way: the blocks that it completes."""
+    """A forward under way, and the rows whose block it completes."""
 
     full: Sequence[ActiveRow] = ()
     seconds: float = 0.0
 
 
 class Backend:
-    """Backend of model.engine.loop.Loop; diffusion rows alone."""
+    """A backend of model.engine.loop.Loop, for diffusion rows only."""
 
     def __init__(self, slots: PageAllocator, crash: Callable[[str], None] | None) -> None:
-        """crash: called with the prompt of every block that is full; it may not return."""
+        """Set up the backend. `crash` gets the start of the prompt for each completed block; it may not return."""
         self.slots, self.crash = slots, crash
         self.forwards = 0
-        """Denoiser forwards, counted a row."""
+        """Denoiser forwards, counted per row."""
         self._stories: dict[str, Story] = {}
-        self._taken: dict[ActiveRow, int] = {}  # forwards that the row's block has had
+        self._taken: dict[ActiveRow, int] = {}  # forwards of the row's current block so far
 
     def add_slots(self, count: int) -> None:
         """See model.engine.backend.Backend."""
@@ -128,7 +129,7 @@ class Backend:
         return BlockReport(row, BLOCK, True, may_end, False, steps, tokens, confidences)
 
     def forget(self, key: str) -> None:
-        """The row has ended."""
+        """Drop the story of a row that has ended."""
         del self._stories[key]
 
     def out_of_memory(self, error: BaseException) -> bool:
@@ -138,7 +139,8 @@ class Backend:
 
 
 class Log:
-    """What one process did, a line a step: time, row-forwards, keys of rows that ended. Nothing stays in buffers."""
+    """A log of one process, with one line per step: time, forwards counted per row, keys of rows that ended. It is
+    written without buffers."""
 
     def __init__(self, path: Path, head: str) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -148,7 +150,7 @@ class Log:
         os.write(self._file, f"{time.time():.3f} {forwards} {' '.join(keys)}\n".encode())
 
     def crash_if_told(self, prompt: str) -> None:
-        """Notes that this process ends, and ends it, where the prompt says so."""
+        """Log that this process ends, and end it, if the prompt says so."""
         if not prompt.startswith(MARK):
             return
         os.write(self._file, b"crash\n")
@@ -161,7 +163,7 @@ class Log:
 
 
 class Engine(Loop[Forward]):
-    """See the module. `turn_s`: seconds a turn takes, as if a device computed. Without a log nothing crashes."""
+    """The made-up engine. `turn_s`: seconds of a turn, as if a device computed. Without a log nothing crashes."""
 
     def __init__(self, log: Log | None = None, turn_s: float = 0.0) -> None:
         slots = PageAllocator(MAX_ROWS + PREFIX_SLOTS, PAGES)
@@ -191,7 +193,7 @@ def _text(ids: Sequence[int]) -> str:
 
 
 class Maker:
-    """Makes runners with this engine; picklable. Each leaves a log `<run>_<replica>_<process>` in a folder."""
+    """A picklable maker of runners with this engine. Each leaves a log `<run>_<replica>_<process>` in a folder."""
 
     def __init__(self, spec: ReplicaSpec, logs: Path, run: int, turn_s: float) -> None:
         self.spec, self.logs, self.run, self.turn_s = spec, logs, run, turn_s
@@ -209,12 +211,12 @@ class Maker:
 
 
 def params_of(spec: ReplicaSpec) -> GenerationParams:
-    """The job's generation settings; EOS is the engine's."""
+    """Return the job's generation settings, with the engine's EOS."""
     return spec.job.generation.params((EOS,))
 
 
 def _node() -> str:
-    """The id of the Ray node that this process runs on."""
+    """Return the id of the Ray node that this process runs on, or "-" without Ray."""
     import ray
 
     return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else "-"

@@ -1,4 +1,4 @@
-"""Runs one job while replicas, nodes, the driver and requests to the store die, and resubmits it until it is done."""
+"""Runs one job while replicas, nodes, the driver and requests to the store fail, and resubmits it until it is done."""
 
 import os
 import random
@@ -24,39 +24,39 @@ REPLICAS, NODES, CPUS_A_NODE = 4, 3, 2
 NODE_CONFIG = {"include_dashboard": False, "dashboard_port": 0, "object_store_memory": 80 << 20}
 HEALTH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 2000}
 ROWS_BYTES = 1_000
-"""More than the heads of the logs: rows have ended."""
+"""If a run has added more bytes than this to the logs, rows have ended: the heads of the logs are smaller."""
 MOST_EXITS = 5
-"""Runs that may end by themselves, in vain, until the suite gives up."""
+"""Number of runs that may end by themselves, without finishing the job, before the suite gives up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What is done to a job. Periods are mean seconds between two faults of a kind; 0: never."""
+    """The faults of a job. Periods are mean seconds between two faults of a kind; 0 means never."""
 
     rows_per_file: int = 500
     turn_s: float = 0.04
     first_turn_s: float | None = None
-    """Of the first run, where that is to be another one: slow, so that its driver is killed before it is done."""
+    """Seconds of a turn in the first run, if it should differ: slow, so that the job is not done too early."""
     flush_s: float = 0.4
     attempts: int = 3
-    """Losses of a lone row until it is condemned: kills at random must not hit an innocent one so often."""
+    """Number of losses after which a lone row becomes an error row: more than random kills cause for a good row."""
     actor_s: float = 6.0
     node_s: float = 40.0
     node_away_s: float = 3.0
     driver_s: float = 40.0
     actors: int = 1_000
-    """Times at most that each of these is struck."""
+    """Maximum number of faults of this kind. `nodes` and `drivers` limit the other two kinds."""
     nodes: int = 1_000
     drivers: int = 3
-    """Each kill of a driver forgets which units are suspect."""
+    """Only a few, because a new driver does not know which units were suspect."""
     storage_rate: float = 0.03
-    """Share of all requests that fail."""
+    """Share of all requests to the store that fail."""
     limit_s: float = 2_400.0
 
 
 @dataclass(slots=True)
 class Killed:
-    """A fault that takes replicas down, and when."""
+    """A fault that ends replicas, and its time."""
 
     kind: str
     time: float
@@ -66,35 +66,35 @@ class Killed:
 
 @dataclass(slots=True)
 class History:
-    """What happened to one job."""
+    """The record of one job."""
 
     output: str
     logs: Path
     killed: list[Killed] = field(default_factory=list)
     injected: Counter[str] = field(default_factory=Counter)
-    """Requests that failed, by kind."""
+    """Number of failed requests by kind of fault."""
     exits: list[str] = field(default_factory=list)
-    """What runs said that ended by themselves and were not done."""
+    """The last output of each run that ended by itself without finishing the job."""
     runs: int = 0
     seconds: float = 0.0
 
 
 class World:
-    """An S3 server behind the fault proxy, and a Ray cluster whose nodes know it."""
+    """An S3 server behind the fault proxy, and a Ray cluster whose nodes use it."""
 
     def __init__(self, cluster: Any, proxy: FaultProxy, folder: Path) -> None:
         self.cluster, self.proxy, self.folder = cluster, proxy, folder
         self.nodes = [self._add_node() for _ in range(NODES)]
 
     def _add_node(self) -> Any:
-        # not `wait`: the node is in the cluster when its constructor returns, and Ray would wait for 30 s at most
+        # without `wait`: the node has joined when its constructor returns, and Ray's own wait gives up after 30 s
         return start_patiently(lambda: self.cluster.add_node(num_cpus=CPUS_A_NODE, wait=False, **NODE_CONFIG))
 
     def pick_node(self, rng: random.Random) -> Any:
         return rng.choice(self.nodes)
 
     def remove_node(self, node: Any) -> None:
-        """Kills a node, as if its machine were gone."""
+        """Kill a node, as if its machine were gone."""
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
 
@@ -104,7 +104,7 @@ class World:
 
 @contextmanager
 def world(folder: Path) -> Iterator[World]:
-    """All that a job needs, for as long as it is needed. Changes the environment: Ray's nodes inherit it."""
+    """Yield the store and the cluster that a job needs. Changes the environment, which Ray's nodes inherit."""
     from ray.cluster_utils import Cluster
 
     (folder / "s3").mkdir(parents=True)
@@ -132,7 +132,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def make_job(inputs: str, output: str, schedule: Schedule) -> Job:
-    """The job that is tormented."""
+    """Return the job that the faults hit."""
     return Job.model_validate(
         {
             "name": "chaos",
@@ -148,7 +148,7 @@ def make_job(inputs: str, output: str, schedule: Schedule) -> Job:
 
 
 class Torment:
-    """One job from its first submission to its end, by a seeded schedule."""
+    """One job from its first submission to its end, with faults by a seeded schedule."""
 
     def __init__(self, world: World, schedule: Schedule, inputs: str, seed: int) -> None:
         self._world, self._schedule, self._rng, self._seed = world, schedule, random.Random(seed), seed
@@ -161,11 +161,11 @@ class Torment:
         self._driver: subprocess.Popen[bytes] | None = None
         self._next: dict[str, float] = {}
         self._struck = Counter[str]()
-        self._bytes_before = 0  # of the logs, when the run began
+        self._bytes_before = 0  # size of the logs when the run began
         self._node_back: float | None = None
 
     def run(self) -> History:
-        """Submits the job until it is done. Raises AssertionError where it does not get there."""
+        """Submit the job until it is done. Raises AssertionError if it takes too long or too many runs fail."""
         history, schedule, began = self.history, self._schedule, time.monotonic()
         self._world.proxy.injected.clear()
         self._world.proxy.fail_at_random(self._seed, schedule.storage_rate)
@@ -221,7 +221,7 @@ class Torment:
         return self._said.read_text()[-500:].strip()
 
     def _strike(self) -> None:
-        """Does what is due. A run is left alone until it has finished a row, or none would ever get anywhere."""
+        """Inject the faults that are due. A run gets none before it has finished a row, so that it makes progress."""
         now = time.monotonic()
         if self._node_back is not None and now >= self._node_back:
             self._node_back = None
@@ -244,9 +244,10 @@ class Torment:
         return [life for life in heads(self.history.logs, self.history.runs) if life.alive()]
 
     def _kill_actor(self) -> None:
-        """SIGKILL, or one time in five the SIGTERM of a machine that is about to be taken away.
+        """Send a replica SIGKILL or, one time in five, the SIGTERM that comes before a machine is taken away.
 
-        Of one place in four, whether anybody is there or not: where few are left, they are not hit more often.
+        The replica is drawn from all places, whether or not one runs there, so that few remaining replicas are not hit
+        more often.
         """
         place, spot = f"r{self._rng.randrange(REPLICAS)}", self._rng.random() < 0.2
         for life in self._alive():
@@ -254,7 +255,7 @@ class Torment:
                 continue
             kind, number = ("spot", signal.SIGTERM) if spot else ("actor", signal.SIGKILL)
             self._note(kind, [life])
-            with suppress(ProcessLookupError):  # it has just died by itself
+            with suppress(ProcessLookupError):  # it has just ended by itself
                 os.kill(life.pid, number)
 
     def _remove_node(self) -> None:

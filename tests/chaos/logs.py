@@ -1,4 +1,4 @@
-"""What the replicas' own logs say: who lived when and where, which rows ended how often, how long a gap was."""
+"""Reads the replicas' logs: which replica lived when and where, how often each row ended, and how long gaps were."""
 
 import os
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CLOCKS_S = 30.0
-"""By so much the machine's clock may be set while a process runs."""
+"""Seconds by which the machine's clock may be changed while a process runs."""
 
 
 @dataclass(slots=True)
@@ -17,23 +17,23 @@ class Life:
 
     run: int
     slot: str
-    """r0 of r0.3: the place whose replicas follow each other."""
+    """The r0 of r0.3: the place of the replica. The replicas of one place follow each other."""
     number: int
     pid: int
     node: str = ""
     started: float = 0.0
     forwards: int = 0
-    """Denoiser forwards, counted a row."""
+    """Denoiser forwards, counted per row."""
     ends: list[float] = field(default_factory=list)
-    """When a step ended that finished rows."""
+    """Times at which a step ended that finished rows."""
     keys: list[str] = field(default_factory=list)
-    """Of the rows finished."""
+    """Keys of the finished rows."""
     crashed: bool = False
-    """A prompt told it to."""
+    """Whether a prompt made it crash."""
 
     @classmethod
     def read(cls, path: Path) -> "Life":
-        """The log of tests.chaos.engine.Log; a last line that was cut is left out."""
+        """Read a log of tests.chaos.engine.Log; an incomplete last line is left out."""
         run, name, pid = path.name.split("_")
         slot, _, number = name.partition(".")
         head, *lines = path.read_text().split("\n")[:-1] or [""]
@@ -51,8 +51,8 @@ class Life:
         return life
 
     def alive(self) -> bool:
-        """Whether the process is there, and is still the one of the log: numbers of processes are used again, and the
-        next one with this number may be another test's, on Ray as well."""
+        """Return whether the process runs and is still the one of the log. Process ids are used again: the next process
+        with this id may belong to another test, which may also use Ray."""
         try:
             command = Path(f"/proc/{self.pid}/cmdline").read_bytes()
             age = age_of(self.pid)
@@ -62,18 +62,18 @@ class Life:
 
 
 def age_of(pid: int) -> float:
-    """Seconds since the process began. Raises OSError where it is gone."""
+    """Return the seconds since the process began. Raises OSError if it is gone."""
     began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return float(Path("/proc/uptime").read_text().split()[0]) - began
 
 
 def read_lives(folder: Path) -> list[Life]:
-    """All lives, oldest first."""
+    """Return all lives, oldest first."""
     return sorted((Life.read(path) for path in folder.iterdir()), key=lambda life: life.started)
 
 
 def heads(folder: Path, run: int) -> Iterator[Life]:
-    """The lives of one run without their rows: cheap."""
+    """Yield the lives of one run without their rows, which is cheap."""
     for path in folder.glob(f"{run}_*"):
         with path.open() as file:
             started, _, node = file.readline().strip().partition(" ")
@@ -84,22 +84,22 @@ def heads(folder: Path, run: int) -> Iterator[Life]:
 
 
 def log_bytes(folder: Path) -> int:
-    """Of all logs together: grows with every step."""
+    """Return the size of all logs together, which grows with every step."""
     return sum(os.stat(path).st_size for path in folder.iterdir())
 
 
 def finished_since(lives: Sequence[Life], run: int, time: float) -> float | None:
-    """When a row ended in this run after that time, the earliest."""
+    """Return the first time after `time` at which a row ended in this run, or None."""
     ends = [end for life in lives if life.run == run for end in life.ends if end > time]
     return min(ends, default=None)
 
 
 def replaced(lives: Sequence[Life], lost: Life) -> float | None:
-    """When a later life in the lost one's place first finished a row."""
+    """Return when a later life in the place of the lost one first finished a row, or None."""
     later = [x for x in lives if (x.run, x.slot) == (lost.run, lost.slot) and x.number > lost.number and x.ends]
     return min((life.ends[0] for life in later), default=None)
 
 
 def times_finished(lives: Sequence[Life]) -> Counter[str]:
-    """How often an engine finished each row."""
+    """Return how often an engine finished each row."""
     return Counter(key for life in lives for key in life.keys)

@@ -1,4 +1,4 @@
-"""The input of the chaos suite, and what must come of every row of it."""
+"""Makes the input of the chaos suite, and the expected result of every row."""
 
 import io
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ ROW_GROUP = 2_000
 BAD_ONE_IN, KILLS_ONE_IN = 1_000, 10_000
 BAD: tuple[bytes | None, ...] = (None, b"", b"not \xff UTF-8", b"x" * (TOO_LONG + 1))
 COLUMNS = ["completion", "finish_reason", "completion_tokens", "denoiser_forwards", "steps_per_block"]
-"""What must not change; times, attempts and replicas may."""
+"""Columns that faults must not change; times, attempts and replicas may change."""
 ERROR: tuple[object, ...] = (None, "error", 0, 0, [])
 PARAMS = GenerationParams(max_new_tokens=MAX_TOKENS, eos_ids=(EOS,))
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """One input file."""
+    """The prompts of one input file."""
 
     name: str
     cells: Sequence[bytes | None]
 
     def parquet(self) -> bytes:
-        """The file; its strings are written unchecked, as a careless program does."""
+        """Return the file. Its strings are written unchecked, as a careless program does."""
         column = pa.array(self.cells, pa.binary()).view(pa.string())
         sink = io.BytesIO()
         pq.write_table(pa.table({"prompt": column}), sink, row_group_size=ROW_GROUP)
@@ -37,7 +37,7 @@ class Prompts:
 
 
 def make_prompts(rows: int, files: int, seed: int, killers: int | None = None) -> list[Prompts]:
-    """Prompts of 5 to 300 bytes; a share of the rows, at least one of a kind, is bad or kills its process."""
+    """Return prompts of 5 to 300 bytes. A share of the rows, at least one of a kind, is bad or kills its process."""
     killers = max(1, rows // KILLS_ONE_IN) if killers is None else killers
     rng = Random(seed)
     cells: list[bytes | None] = [
@@ -58,7 +58,7 @@ def upload(storage: Storage, prompts: Sequence[Prompts]) -> None:
 
 
 def expected(prompts: Sequence[Prompts]) -> dict[str, tuple[object, ...]]:
-    """COLUMNS of each row by its key, from the same engine without Ray and without faults."""
+    """Return COLUMNS of each row by its key, from the same engine without Ray and without faults."""
     rows: dict[str, tuple[object, ...]] = {}
     requests = []
     for file in prompts:

@@ -1,8 +1,8 @@
-"""The long chaos suite: `python -m tests.chaos.run --rows 100000 --seeds 3`, which is what `make chaos` does.
+"""Runs the long chaos suite: `python -m tests.chaos.run --rows 100000 --seeds 3`, which is what `make chaos` does.
 
-A seed is a schedule of faults over one job; the rows are the same in all. Writes tests/chaos/out/chaos.json, where
-`rows` are those of a seed and `recover_s` holds medians, and ends with exit code 1 where a row was lost, doubled or
-changed, or too much work was repeated.
+A seed is a schedule of faults over one job; the rows are the same for all seeds. Writes tests/chaos/out/chaos.json, in
+which `rows` are those of one seed and `recover_s` holds medians. The exit code is 1 if a row was lost, duplicated or
+changed, or if too much work was repeated.
 """
 
 import argparse
@@ -24,7 +24,7 @@ FILES = 10
 
 
 def run(rows: int, seeds: Iterable[int], schedule: Schedule, folder: Path, files: int = FILES) -> Verdict:
-    """Torments one job a seed -> what came of all of them. Prints a few lines a seed; logs stay in the folder."""
+    """Run one job with faults for each seed, and return the sum of the verdicts. Logs stay in the folder."""
     prompts = make_prompts(rows, files, seed=0)
     rows_expected = expected(prompts)
     total = Verdict()
@@ -39,7 +39,7 @@ def run(rows: int, seeds: Iterable[int], schedule: Schedule, folder: Path, files
 
 
 def show(name: str, verdict: Verdict) -> None:
-    """A few lines of what happened."""
+    """Print a few lines about what happened."""
     faults = ", ".join(f"{count} {kind}" for kind, count in sorted(verdict.faults.items()))
     print(f"{name}: {verdict.rows:,} rows, {verdict.runs} runs of the job, {verdict.seconds:.0f} s")
     print(f"  faults    {faults}")
@@ -54,7 +54,7 @@ def show(name: str, verdict: Verdict) -> None:
 
 
 def as_json(verdict: Verdict, seeds: int) -> dict[str, object]:
-    """The figures, as tests/chaos/out/chaos.json has them."""
+    """Return the figures in the form of tests/chaos/out/chaos.json."""
     return {
         "seeds": seeds,
         "rows": verdict.rows // seeds,

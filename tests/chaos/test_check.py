@@ -1,4 +1,4 @@
-"""The judge finds what the chaos suite is there to find, and counts what it says it counts."""
+"""Tests that the judge of the chaos suite finds lost, duplicated and changed rows, and counts correctly."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_lost_doubled_and_changed_rows_are_found(history: History) -> None:
     assert verdict.lost == ["a#2"]
     assert verdict.duplicated == ["a#0"]
     assert [text.partition(":")[0] for text in verdict.changed] == ["a#1"]
-    assert verdict.findings  # it is no whole output folder
+    assert verdict.findings  # `verify` fails, because this is not a complete output folder
     assert not verdict.right
 
 

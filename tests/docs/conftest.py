@@ -1,4 +1,4 @@
-"""A finished job's output, made once by the real planner, runner, parts and ledger around an engine without a model."""
+"""Provides the output of a finished job, made once by the real pipeline around an engine without a model."""
 
 import dataclasses
 import shutil
@@ -26,18 +26,18 @@ from workers.units.runner import UnitRunner
 ROOT = Path(__file__).parents[2]
 BAD_ROWS = 5
 LOOP, ANSWERS = 7, 40
-"""One completion in LOOP is a loop, the others are one of ANSWERS texts."""
+"""One completion in LOOP repeats one word; each of the others is one of ANSWERS texts."""
 
 
 class ShortTokenizer(FakeTokenizer):
-    """Tokens of eight letters: no prompt of the demo is too long for the fake engine."""
+    """A tokenizer with tokens of eight letters, so that no prompt of the demo is too long for the fake engine."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [ids[::8] for ids in super().encode_batch(texts)]
 
 
 class VariedEngine(FakeEngine):
-    """Completions of every kind that a real engine gives, by the row's key alone."""
+    """An engine with all kinds of completions that a real engine gives; they depend only on the row's key."""
 
     def step(self) -> list[Completion]:
         return [_varied(done) for done in super().step()]
@@ -63,7 +63,7 @@ def _varied(done: Completion) -> Completion:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `jobs` and `out/demo` as the repository has them after `make demo`, and a few bad rows."""
+    """Return a folder with `jobs` and `out/demo` as after `make demo` in the repository, plus a few bad rows."""
     folder = tmp_path_factory.mktemp("analyse")
     (folder / "jobs").mkdir()
     shutil.copy(ROOT / "jobs/demo.yaml", folder / "jobs")
@@ -88,7 +88,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
         with (folder / "log").open("w") as log:
             run_job(job, make_pool, threading.Event(), lambda meter: LogProgress(meter, log))
-    # What stands there while a job runs, and what readers of the folder must leave alone.
+    # A segment, such as exists while a job runs; readers of the folder must ignore it.
     segment = folder / "out/demo/_job/segments/unit/0.parquet"
     segment.parent.mkdir(parents=True)
     segment.write_bytes(b"not for readers")
@@ -97,7 +97,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bucket(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The same output in s3://your-bucket/completions of a real server -> the variables that name the server."""
+    """Copy the output to s3://your-bucket/completions on a real server; yield the variables that name the server."""
     from s3fs import S3FileSystem
 
     if weed_binary() is None:
@@ -110,5 +110,5 @@ def bucket(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
         store.mkdir("your-bucket")
         store.put(f"{demo}/out/demo/", "your-bucket/completions/", recursive=True)
         S3FileSystem.clear_instance_cache()
-        yield {**variables, "AWS_ALLOW_HTTP": "true"}  # what Polars asks for where the server has no TLS
+        yield {**variables, "AWS_ALLOW_HTTP": "true"}  # Polars needs it if the server has no TLS
         S3FileSystem.clear_instance_cache()

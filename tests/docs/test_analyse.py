@@ -1,4 +1,4 @@
-"""Every example of docs/analyse.md, run as it stands there, and its answers against plain Python over the rows."""
+"""Runs every example of docs/analyse.md unchanged, and compares its answers with plain Python over the rows."""
 
 import importlib.util
 import re
@@ -30,11 +30,11 @@ class Example:
     language: str
     code: str
     number: int
-    """Among those of its heading, from 1."""
+    """Position among the examples of its heading, from 1."""
 
 
 def examples() -> list[Example]:
-    """The fenced blocks, in order."""
+    """Return the fenced blocks of the page, in order."""
     found: list[Example] = []
     for section in re.split(r"^#+ ", TEXT, flags=re.MULTILINE)[1:]:
         heading = section.partition("\n")[0]
@@ -53,7 +53,7 @@ def named(example: Example) -> str:
 
 @dataclass(frozen=True)
 class Truth:
-    """The output as plain rows, in input order, and the input's."""
+    """The output as plain rows in input order, and the prompts of the input."""
 
     folder: Path
 
@@ -68,7 +68,7 @@ class Truth:
 
     @cached_property
     def prompts(self) -> dict[str, str]:
-        """By id."""
+        """Return the prompts by id."""
         rows = pq.read_table(self.folder / "jobs/demo_prompts.parquet").to_pylist()
         return {row["id"]: row["prompt"] for row in rows}
 
@@ -89,7 +89,7 @@ def truth(demo: Path) -> Truth:
 
 
 def test_every_block_is_run() -> None:
-    """No language that the tests cannot run, and no link inside the page that leads nowhere."""
+    """Every example is in a language that the tests can run, and every link inside the page leads somewhere."""
     assert {example.language for example in EXAMPLES} == LANGUAGES
     assert TEXT.count("```") == 2 * len(EXAMPLES) > 50
     headings = re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
@@ -97,7 +97,7 @@ def test_every_block_is_run() -> None:
     assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= anchors
 
 
-# What each query of a heading must answer.
+# The checks of the answers to the queries, by heading in ANSWERS.
 
 
 def tokens_a_forward(rows: list[dict[str, Any]], truth: Truth) -> None:
@@ -153,7 +153,7 @@ def throughput(rows: list[dict[str, Any]], truth: Truth) -> None:
 def a_sample(rows: list[dict[str, Any]], truth: Truth) -> None:
     assert len({row["id"] for row in rows}) == 10
     numbers = {row["id"]: row["source_row"] for row in truth.good}
-    assert len({numbers[row["id"]] // 50 for row in rows}) > 3  # of several parts
+    assert len({numbers[row["id"]] // 50 for row in rows}) > 3  # from several parts
 
 
 def without_repeats(_rows: object, truth: Truth) -> None:
@@ -194,11 +194,11 @@ def test_a_query(example: Example, truth: Truth, monkeypatch: pytest.MonkeyPatch
 
 
 def run(example: Example, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Runs a Python example in a folder -> its variables."""
+    """Run a Python example in a folder and return its variables."""
     monkeypatch.chdir(folder)
     for name in ("HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(folder / "cache"))
-    # `datasets` would import torch, which takes seconds, and draw progress bars.
+    # Otherwise `datasets` would import torch, which is slow, and draw progress bars.
     for name, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "USE_TORCH": "0"}.items():
         monkeypatch.setenv(name, value)
     variables: dict[str, Any] = {}
@@ -282,7 +282,7 @@ S3_SAYS = {
     4: r"^\w+-0000$",
     5: rf"error +┆ {BAD_ROWS} ",
 }
-"""What each prints, by its number."""
+"""A pattern of what each example prints, by its number."""
 
 
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if e.heading == ON_S3], ids=named)
@@ -293,7 +293,7 @@ def test_an_example_on_s3(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With the credentials in the environment alone."""
+    """The examples work if only the environment has the credentials."""
     for name, value in bucket.items():
         monkeypatch.setenv(name, value)
     run(example, truth.folder, monkeypatch)

@@ -1,4 +1,4 @@
-"""`ray job submit` against a real head with its job server and token authentication: the README's first command."""
+"""Tests `ray job submit` against a real head with its job server and token authentication."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from pipeline.config.loader import load_job
 from tests.ports import held_ports
 from tests.waiting import PATIENCE_S, wait_until
 
-# alone the longest takes a minute; each wait in it has a deadline of its own
+# each wait within a test has a deadline of its own
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
@@ -39,15 +39,15 @@ OWN_CHOICE = (
     "--min-worker-port",
     "--max-worker-port",
 )
-"""Options whose value 0 lets each process of the head bind a free port and tell the others its number: a number that
-was chosen before could be lost by then."""
+"""Options for which 0 lets each process of the head bind a free port and report its number to the others. A number
+chosen beforehand could be taken by then."""
 ANSWER_S = 60.0
-"""For one answer of the head."""
+"""Seconds allowed for one answer of the head."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """A head whose jobs run, and the environment of who submits to it."""
+    """A head that runs jobs, and the environment of a process that submits to it."""
 
     environment: dict[str, str]
     log: Path
@@ -71,8 +71,10 @@ class Head:
         )
 
     def ask(self, path: str, content: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What the job server answers to a GET, or to a POST of `content`: `ray job status`, `logs` and `stop` do the
-        same, and take seconds to start."""
+        """Return the job server's answer to a GET, or to a POST of `content`.
+
+        `ray job status`, `logs` and `stop` do the same, but are slow to start.
+        """
         data = None if content is None else json.dumps(content).encode()
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.environment['RAY_ADDRESS']}/api/jobs/{path}", data, headers)
@@ -81,13 +83,13 @@ class Head:
         return said
 
     def log_of(self, job_id: str) -> str:
-        """What a job has printed."""
+        """Return what a job has printed."""
         return str(self.ask(f"{job_id}/logs")["logs"])
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    # A short path: sockets below it may not be longer than 107 characters.
+    # A short path, because the paths of sockets below it may not be longer than 107 characters.
     with (
         tempfile.TemporaryDirectory(prefix="tt", ignore_cleanup_errors=True) as home,
         held_ports(1) as [client_port],  # the one port that Ray does not choose by itself
@@ -114,7 +116,7 @@ def head() -> Iterator[Head]:
             wait_until_jobs_run(found, process)
             yield found
         finally:
-            process.terminate()  # `ray start --block` takes its processes with it
+            process.terminate()  # `ray start --block` then ends its processes as well
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
@@ -123,7 +125,7 @@ def head() -> Iterator[Head]:
 
 
 def address_of(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Where the head that writes this log has its job server."""
+    """Return the address of the job server of the head that writes this log."""
 
     def look() -> re.Match[str] | None:
         ended = process.poll() is not None
@@ -137,7 +139,7 @@ def address_of(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 def wait_until_jobs_run(head: Head, process: subprocess.Popen[bytes]) -> None:
-    """The server answers before it has an agent that takes jobs: it is ready once a job has come to its end."""
+    """Wait until a first job has succeeded: the job server answers before it has an agent that takes jobs."""
     last: list[object] = []
 
     def submit() -> str:
@@ -160,7 +162,7 @@ def wait_until_jobs_run(head: Head, process: subprocess.Popen[bytes]) -> None:
 
 
 def job_ended(head: Head, job_id: str) -> str:
-    """How a job ended; "" while it runs."""
+    """Return how a job ended, or "" while it runs."""
     status = str(head.ask(job_id)["status"])
     return status if status in ("SUCCEEDED", "FAILED", "STOPPED") else ""
 
@@ -201,7 +203,7 @@ def test_a_failing_job_fails_with_one_line(head: Head, tmp_path: Path) -> None:
     bad.write_text((ROOT / "jobs" / "demo.yaml").read_text() + "\nworkerz: {}\n")
     failed = head.submit("python", "-m", "pipeline", "run", str(bad), variables={"TWOTOWER_OUT": str(tmp_path)})
     assert failed.returncode == 1
-    # Ray shows the end of a failed job's log once more, as the job's status.
+    # Ray shows the end of a failed job's log once more, as the status of the job.
     [line] = {line for line in failed.stdout.splitlines() if line.startswith("error: ")}
     assert "workerz" in line
     assert "Traceback" not in failed.stdout
@@ -226,7 +228,7 @@ def test_a_stopped_job_says_how_to_resume_and_does(head: Head, tmp_path: Path) -
         return bool(list(out.glob("part-*.parquet")))
 
     wait_until(first_part, lambda: head.log_of(job_id))
-    head.ask(f"{job_id}/stop", {})  # at once: `ray job stop` might start up for as long as the job takes
+    head.ask(f"{job_id}/stop", {})  # not by `ray job stop`, which might take as long to start as the job takes
     ended = wait_until(lambda: job_ended(head, job_id), lambda: head.log_of(job_id))
     assert ended == "STOPPED", head.log_of(job_id)
     assert "submit the same job again to resume" in head.log_of(job_id)

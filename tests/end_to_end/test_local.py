@@ -1,4 +1,4 @@
-"""Whole jobs from the command line, with the real model: what comes out depends on the job, not on how it was run."""
+"""Tests whole jobs from the command line with the real model: the output depends on the job, not on how it was run."""
 
 import os
 import signal
@@ -23,19 +23,19 @@ from workers.replica.local_pool import LocalPool
 from workers.units import loader
 from workers.units.runner import UnitRunner
 
-# jobs one after the other, some on Ray
+# runs jobs one after the other, some of them on Ray
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 ROWS = 60
 BAD = {3: "prompt is null", 17: "prompt is empty", 31: "not UTF-8", 44: "exceed the context"}
-# what a row is; times, batch sizes and names of replicas may differ from run to run
+# the columns that must be equal; times, batch sizes and names of replicas may differ from run to run
 SAME = "id, part, completion, finish_reason, error, prompt_tokens, completion_tokens, mode, denoiser_forwards, blocks"
 SAME += ", steps_per_block, forced_commits, mean_confidence, source_file, source_row"
 
 
 def write_input(path: Path) -> None:
-    """Prompts of 2 to 400 bytes, four of them bad, and a carried column with a null."""
+    """Write prompts of up to 400 bytes with four bad ones among them, and a carried column with a null."""
     prompts: list[bytes | None] = [f"prompt {i}: ".encode() + b"lorem ipsum " * (i * 7 % 33) for i in range(ROWS)]
     prompts[3], prompts[17], prompts[31], prompts[44] = None, b"", b"caf\xe9", b"x" * 9000
     column = pa.array(prompts, pa.binary()).view(pa.string())
@@ -70,7 +70,7 @@ def job_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(job_file: Path, out: Path, *options: str, cluster: str = "") -> "subprocess.Popen[str]":
-    """The job as a process; on the cluster of that address, unless an option says --local."""
+    """Start the job as a process, on the cluster of that address unless an option says --local."""
     command = [sys.executable, "-m", "pipeline", "run", str(job_file), "--log-every", "0.2", *options]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment |= {"OUT": str(out), **({"RAY_ADDRESS": cluster} if cluster else {})}
@@ -95,21 +95,21 @@ def rows(out: Path) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def expected(job_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
-    """One row at a time, in one process."""
+    """Return the rows of the job, run in one process and one row at a time."""
     out = tmp_path_factory.mktemp("alone") / "out"
     finish(start(job_file, out, "--local", "--set", "engine.max_rows=1"))
     return rows(out)
 
 
 def test_every_input_row_leaves_once(expected: list[tuple[Any, ...]]) -> None:
-    """Rows out = rows in, ids and carried values in place; bad rows are error rows that say what is wrong."""
+    """Every input row is in the output once, with its id and carried values; bad rows are error rows with a reason."""
     assert [row[0] for row in expected] == list(range(ROWS)) == [row[-1] for row in expected]
     assert [row[1] for row in expected] == [*(["a", "b"] * 29), None, "c"]
     errors = {row[0]: row[4] for row in expected if row[3] == "error"}
     assert errors.keys() == BAD.keys()
     for index, text in BAD.items():
         assert text in errors[index]
-    assert {row[3] for row in expected} == {"error", "stop", "length"}  # the sample reaches all ends
+    assert {row[3] for row in expected} == {"error", "stop", "length"}  # the rows end in every possible way
 
 
 @pytest.mark.parametrize(
@@ -129,14 +129,14 @@ def test_the_same_job_gives_the_same_rows(
     expected: list[tuple[Any, ...]],
     options: tuple[str, ...],
 ) -> None:
-    """Sampled, float32: bit-equal results, confidences included, for any row limit and any number of replicas."""
+    """Sampled results in float32, including confidences, are bit-equal for any row limit and any number of replicas."""
     cluster = "" if "--local" in options else request.getfixturevalue("ray_cluster").address
     finish(start(job_file, tmp_path / "out", *options, cluster=cluster))
     assert rows(tmp_path / "out") == expected
 
 
 def test_a_killed_job_resumes_to_the_same_rows(job_file: Path, tmp_path: Path, expected: list[tuple[Any, ...]]) -> None:
-    """kill -9 of the driver in the middle; the same command again does the rest, and no finished part changes."""
+    """After kill -9 of the driver in the middle, the same command does the rest, and no finished part changes."""
     out = tmp_path / "out"
     process = start(job_file, out, "--local", "--set", "engine.max_rows=1")
     wait_for(process, lambda: len(list(out.glob("part-*.parquet"))) >= 2)
@@ -155,7 +155,7 @@ def test_a_killed_job_resumes_to_the_same_rows(job_file: Path, tmp_path: Path, e
 
 
 def test_a_stopped_job_says_how_to_go_on(job_file: Path, tmp_path: Path) -> None:
-    """SIGTERM: exit code 143 and one line that tells what is done and what to do."""
+    """After SIGTERM the exit code is 143, and one line tells what is done and how to resume."""
     out = tmp_path / "out"
     process = start(job_file, out, "--local", "--set", "engine.max_rows=1")
     wait_for(process, lambda: list(out.glob("part-*.parquet")))
@@ -171,7 +171,7 @@ TEMPLATE = "You are asked a question about the text that follows; answer it in a
 
 @dataclass
 class TinyMaker:
-    """Makes runners with the real engine in this process and keeps the engine."""
+    """A maker of runners with the real engine in this process; it keeps the last engine."""
 
     small: SmallJob
     engine: Any = None
@@ -184,7 +184,7 @@ class TinyMaker:
 
 @pytest.mark.parametrize("mode", ["diffusion", "mock_ar", "ar"])
 def test_sharing_a_prefix_changes_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    """A template of nearly 300 tokens, two units, some odd rows: bit-equal confidences with it shared and not."""
+    """Sharing a template of nearly 300 tokens changes no confidence by a bit, in two units with some odd rows."""
     prompts = [f"{TEMPLATE}{'lorem ipsum ' * (i % 5)}{i}" for i in range(14)]
     prompts[2], prompts[8], prompts[12] = "no template", TEMPLATE[:100], TEMPLATE[1:]
     generation = {"max_new_tokens": 24, "temperature": 1.0, "top_p": 0.95, "seed": 5, "mode": mode}

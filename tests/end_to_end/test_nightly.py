@@ -1,4 +1,4 @@
-"""jobs/nightly.yaml as it is shipped: night after night, started again, beside the night before, without prompts."""
+"""Tests jobs/nightly.yaml as it is shipped: every night, run again, beside the night before, without prompts."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ SATURDAY, SUNDAY = "2026-01-31", "2026-02-01"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the variables of the job point to, with the prompts of Saturday; DATE is Saturday."""
+    """Return the folder that the variables of the job point to, with the prompts of Saturday; DATE is Saturday."""
     monkeypatch.setenv("TWOTOWER_INPUT", f"{tmp_path}/prompts/")
     monkeypatch.setenv("TWOTOWER_OUTPUT", f"{tmp_path}/completions/")
     monkeypatch.setenv("TWOTOWER_CHECKPOINT", "builtin:noise")
@@ -78,7 +78,7 @@ def test_files_that_came_late_are_run_alone(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_day_without_a_folder_as_cron_sees_it(folder: Path) -> None:
-    """The file started as a program."""
+    """The job file, started as a program as cron does, reports a missing input folder in one line."""
     environment = {**os.environ, "DATE": SUNDAY, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run([str(NIGHTLY)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stderr) == (
@@ -92,7 +92,7 @@ def test_a_day_without_a_folder_as_cron_sees_it(folder: Path) -> None:
 def test_a_day_without_prompts_is_an_error_that_names_the_folder(
     what: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For cron, systemd and Kubernetes alike: tried again, or shown as failed, until the prompts are there."""
+    """A day without prompts is an error, so that cron, systemd and Kubernetes retry it or show it as failed."""
     monkeypatch.setenv("DATE", SUNDAY)
     sunday = folder / "prompts" / SUNDAY
     sunday.mkdir()
@@ -114,7 +114,7 @@ def test_a_day_without_prompts_is_an_error_that_names_the_folder(
 def test_one_growing_folder_takes_what_was_added_since_the_last_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The two commented lines of the file, taken: days that were left out come with the next run."""
+    """With the two commented lines of the file in use, days that were left out are taken by the next run."""
     lines = NIGHTLY.read_text().splitlines(keepends=True)
     commented = [number for number, line in enumerate(lines) if line.startswith("  # path: ")]
     assert len(commented) == 2
@@ -139,9 +139,9 @@ def test_one_growing_folder_takes_what_was_added_since_the_last_run(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_tonights_run_leaves_last_nights_alone_and_both_complete(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Last night's is a process of its own, slow after ten rows; stopped, it goes on when started with its date."""
+    """Tonight's run does not disturb last night's, a slow process, which resumes when it is started with its date."""
     (folder / "job.yaml").write_text(NIGHTLY.read_text())
-    add(folder, SATURDAY, "b", 2000)  # far more than are done before it is stopped
+    add(folder, SATURDAY, "b", 2000)  # far more than finish before it is stopped
     add(folder, SUNDAY, "a", 5)
     completions = folder / "completions"
     command = [sys.executable, "-m", "tests.workers.replica.driver", str(folder), "0.5", "10"]

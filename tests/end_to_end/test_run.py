@@ -1,4 +1,4 @@
-"""`python -m pipeline run` as a process with a Ray cluster of its own: Ctrl-C on a terminal, and a dead address."""
+"""Tests `python -m pipeline run` as a process with a Ray cluster of its own: Ctrl-C, SIGTERM, and a dead address."""
 
 import os
 import re
@@ -15,7 +15,7 @@ import pytest
 from tests.ports import held_ports
 from tests.waiting import PATIENCE_S, last_words, wait_for
 
-# a Ray each; each wait in them has a deadline of its own
+# each test starts a Ray of its own, and each wait within it has its own deadline
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 JOB = """
@@ -51,7 +51,7 @@ def start(job: Path, **variables: str) -> subprocess.Popen[str]:
 
 
 def end_of(process: subprocess.Popen[str]) -> str:
-    """What a process printed that was told to end, and does."""
+    """Return what a process printed that has been told to end. Raises AssertionError if it does not end."""
     try:
         return process.communicate(timeout=PATIENCE_S)[0]
     except subprocess.TimeoutExpired:
@@ -61,15 +61,15 @@ def end_of(process: subprocess.Popen[str]) -> str:
 def test_ctrl_c_stops_the_job_and_its_cluster(job: Path) -> None:
     process = start(job)
     wait_for(process, lambda: list((job.parent / "out").glob("part-*.parquet")))
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the job
+    os.killpg(process.pid, signal.SIGINT)  # like a terminal, to every process of the job
     output = end_of(process)
     assert process.returncode == 130, output
     first, *progress, last = output.splitlines()
     assert first == f"job job: {job.parent}/in -> {job.parent}/out"
     assert last.endswith(" of 40 units are done; submit the same job again to resume")
     assert last.startswith("stopped; ")
-    saved = "finished rows of units under way that were written down: "  # where some were finished at that moment
-    # Ray's own logs stay out of the way
+    saved = "finished rows of units under way that were written down: "  # shown if some were finished
+    # Ray's own logs are not shown
     assert all("/200 rows" in line or line.startswith(saved) for line in progress), output
 
 
@@ -83,18 +83,18 @@ def test_a_dead_ray_address_is_one_line(job: Path) -> None:
 
 
 def catches(process: subprocess.Popen[str], number: signal.Signals) -> bool:
-    """Whether the process has a handler of its own for the signal."""
+    """Return whether the process has a handler of its own for the signal."""
     found = re.search(r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
     return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
 
 
 def descendants(pid: int) -> Iterator[str]:
-    """Names of the processes that a process has started, and of those which these have started."""
+    """Yield the names of the processes that a process has started, and of those that they have started."""
     children: dict[int, list[tuple[int, str]]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             number, _, rest = stat.read_text().partition(" (")
-        except OSError:  # it went while its file was read
+        except OSError:  # it ended while its file was read
             continue
         name, _, fields = rest.rpartition(") ")
         children.setdefault(int(fields.split()[1]), []).append((int(number), name))
@@ -108,7 +108,7 @@ def descendants(pid: int) -> Iterator[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 @pytest.mark.parametrize("moment", ["before Ray", "gcs_server", "raylet", "ray::"])
 def test_sigterm_while_ray_starts_is_a_stop(job: Path, moment: str) -> None:
-    """When the handler is in place, when the first and the second process of Ray are there, and a worker's."""
+    """SIGTERM is a clean stop once the handler is in place, and while Ray's processes and the workers start."""
     process = start(job)
     wait_for(process, lambda: catches(process, signal.SIGTERM))
     if moment != "before Ray":

@@ -1,6 +1,7 @@
-"""Coverage-guided fuzzing of everything that reads foreign bytes: python -m tests.fuzz.run [--seconds 30] TARGET… | all
+"""Fuzzes everything that reads untrusted bytes: python -m tests.fuzz.run [--seconds 30] TARGET… | all
 
-Each target runs in a process of its own, which libFuzzer ends. What breaks it stands in tests/fuzz/out/TARGET.
+The fuzzing is guided by coverage. Each target runs in a process of its own, which libFuzzer ends. Inputs that break a
+target are kept in tests/fuzz/out/TARGET.
 """
 
 import argparse
@@ -12,11 +13,11 @@ from pathlib import Path
 
 OUT = Path(__file__).parent / "out"
 SECONDS_AT_MOST, MIB_AT_MOST = 30, 4096
-"""For one input."""
+"""The limits for one input."""
 
 
 def main() -> int:
-    """The number of targets that broke."""
+    """Fuzz the chosen targets and return the number of those that broke."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=30, help="for each target")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
@@ -42,7 +43,7 @@ def _fuzz(name: str, seconds: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["pipeline", "yaml", "jinja2", "json"]):
-        import jinja2.compiler  # the pipeline imports it late
+        import jinja2.compiler  # the pipeline imports it only when needed
         import jinja2.sandbox  # noqa: F401
 
         from tests.fuzz.targets import TARGETS

@@ -1,7 +1,7 @@
-"""What reads bytes that others wrote, as functions of those bytes: they may raise the project's errors, nothing else.
+"""Defines the fuzz targets: functions of untrusted bytes, which may raise only the project's own errors.
 
-A target is run by the coverage-guided fuzzer (tests.fuzz.run) and by hypothesis
-(tests/pipeline/input/test_untrusted.py), both of which start from its seeds.
+The coverage-guided fuzzer (tests.fuzz.run) and hypothesis (tests/pipeline/input/test_untrusted.py) run the targets;
+both start from the seeds of a target.
 """
 
 import io
@@ -33,7 +33,7 @@ from tests.pipeline.cases import complete_row, make_job, part_of, plan_of, publi
 UNIT = WorkUnit("0123456789ab-0000000000", "/in/a.parquet", "a.parquet", 0, 4, 100, "mtime:1")
 DIGEST = "d" * 64
 ROWS_AT_MOST = 100_000
-"""What a seed's mutation may promise and be read all the same."""
+"""Number of rows after which reading an input stops: a mutated file may claim any number of rows and still be valid."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Target:
     """A reader under test."""
 
     run: Callable[[bytes], None]
-    """Raises where the reader does what it must not."""
+    """Raises an exception if the reader does what it must not."""
     seeds: Callable[[], list[bytes]]
-    """Good input, small."""
+    """Returns small inputs from which mutations start."""
 
 
 @cache
 def folder() -> Path:
-    """Where targets that read files put them; gone with the process."""
+    """Return the folder for the files that targets read; it is removed when the process ends."""
     made = tempfile.TemporaryDirectory(prefix="twotower-fuzz-")
     _KEPT.append(made)
     return Path(made.name)
@@ -58,7 +58,7 @@ _KEPT: list["tempfile.TemporaryDirectory[str]"] = []
 
 
 def check_line(error: Exception, longest: int = 2_000) -> None:
-    """A refusal is one line that can be printed."""
+    """Check that the error is one line that can be printed."""
     text = str(error)
     assert text
     assert "\n" not in text
@@ -67,7 +67,7 @@ def check_line(error: Exception, longest: int = 2_000) -> None:
 
 
 def run_job(data: bytes) -> None:
-    """A job file."""
+    """Load a job file."""
     file = folder() / "job.yaml"
     file.write_bytes(data)
     try:
@@ -77,7 +77,7 @@ def run_job(data: bytes) -> None:
 
 
 def run_template(data: bytes) -> None:
-    """A template, compiled as the driver does."""
+    """Compile a template, as the driver does."""
     try:
         columns = template_columns(data.decode("utf-8", "replace"))
     except ValueError as error:
@@ -87,7 +87,7 @@ def run_template(data: bytes) -> None:
 
 
 def run_prompt(data: bytes) -> None:
-    """A template and a cell, divided by a NUL: rendered as a replica does."""
+    """Render a template with a cell as a replica does; a NUL in `data` divides the two."""
     text, _, cell = data.decode("utf-8", "replace").partition("\0")
     try:
         columns = template_columns(text)
@@ -109,27 +109,27 @@ def run_prompt(data: bytes) -> None:
 
 
 def run_plan(data: bytes) -> None:
-    """A plan.json."""
+    """Read a plan.json."""
     _only_not_ours(lambda: read_plan(data))
 
 
 def run_record(data: bytes) -> None:
-    """A unit's commit record."""
+    """Read the commit record of a unit."""
     _only_not_ours(lambda: read_commit(data))
 
 
 def run_driver(data: bytes) -> None:
-    """A driver's claim."""
+    """Read the claim of a driver."""
     read_driver(data)
 
 
 def run_part(data: bytes) -> None:
-    """A part's footer."""
+    """Read the footer of a part."""
     _only_not_ours(lambda: read_part(pa.BufferReader(data)))
 
 
 def run_segment(data: bytes) -> None:
-    """A segment with a checksum that fits, as a foreign writer could make it."""
+    """Read a segment with a checksum that fits, as a foreign writer could make it."""
 
     def read() -> None:
         table = from_segment(segment_name("0" * 32, 1, data), data, UNIT, DIGEST)
@@ -140,14 +140,14 @@ def run_segment(data: bytes) -> None:
 
 
 def run_input(data: bytes) -> None:
-    """An input file: planned, and read to its last row."""
+    """Plan an input file, and read its units up to about ROWS_AT_MOST rows."""
     file = folder() / "input.parquet"
     file.write_bytes(data)
     job = make_job(
         file, folder() / "out", input={"id_column": "n", "carry": ["tags", "word"]}, output={"rows_per_file": 3}
     )
     reader = UnitReader(job.input)
-    closer_look = patch.object(limits, "SURELY_BYTES", 0)  # small as it is
+    closer_look = patch.object(limits, "SURELY_BYTES", 0)  # examines row groups even if they are small
     try:
         closer_look.start()
         plan = plan_of(job)
@@ -191,7 +191,7 @@ def _template_seeds() -> list[bytes]:
 
 
 def _part() -> tuple[bytes, bytes, bytes]:
-    """(part, commit record, plan) of a small job."""
+    """Return (part, commit record, plan) of a small job."""
     with tempfile.TemporaryDirectory() as place:
         source = Path(place, "in/a.parquet")
         source.parent.mkdir()

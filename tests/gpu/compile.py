@@ -1,8 +1,8 @@
-"""`make kernels` compiles every Triton kernel for an H100, on any machine: not all that the interpreter takes compiles.
+"""`make kernels`: compiles every Triton kernel for an H100 on any machine, because the interpreter accepts more code.
 
 The kernels are those that a model of the released shapes launches (one layer of each kind, narrow experts, a small
-vocabulary) in a prefill, an AR step, denoiser forwards and commits, in both dtypes. Triton is told of an H100 instead
-of asking a driver, and compiles at each launch without launching. Prints registers, stack (spills) and shared memory.
+vocabulary) in a prefill, an AR step, denoiser forwards and commits, in both dtypes. Triton gets an H100 as its target
+instead of asking a driver, and each launch only compiles. Prints registers, stack (spills) and shared memory.
 """
 
 import os
@@ -39,12 +39,12 @@ SHAPE = replace(
     moe_intermediate_size=64,
     moe_shared_expert_intermediate_size=64,
 )
-MAX_SHARED = 227 * 1024  # bytes that a block may have on compute capability 9.0
-MAX_STACK = 512  # bytes a thread; some of float32, which is for tests, have near to it
+MAX_SHARED = 227 * 1024  # bytes for each block of threads on compute capability 9.0
+MAX_STACK = 512  # bytes per thread; some float32 variants, which only tests use, come close
 
 
 class Compiled(NamedTuple):
-    """One variant of a kernel."""
+    """The resources of one compiled variant of a kernel."""
 
     name: str
     registers: int
@@ -53,7 +53,7 @@ class Compiled(NamedTuple):
 
 
 class _H100:
-    """What Triton asks of a driver before it compiles."""
+    """A stand-in for the driver that Triton asks before it compiles."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -67,7 +67,7 @@ class _H100:
 
 @contextmanager
 def compiling() -> Iterator[dict[str, Any]]:
-    """Launches compile and do nothing else -> the kernels by the hash of their variant."""
+    """Make launches compile and do nothing else; yield the kernels by the hash of their variant."""
     found: dict[str, Any] = {}
     run = JITFunction.run
 
@@ -83,15 +83,15 @@ def compiling() -> Iterator[dict[str, Any]]:
 
 
 def launch_all(dtype: torch.dtype) -> None:
-    """Every forward of the engine, over tensors of the released shapes."""
+    """Run every forward of the engine over tensors of the released shapes."""
     kernels = CudaKernels()
-    kernels._prefill_scan = None  # not ours, and it would compile its many variants
+    kernels._prefill_scan = None  # mamba-ssm's kernel, which would compile its many variants
     with (
         patch.object(model.network.tower, "kernels_for", lambda _: kernels),
         patch.object(model.network.two_tower, "kernels_for", lambda _: kernels),
     ):
         pair = TwoTower(SHAPE, dtype, [torch.device("cpu")])
-    # kernels do not run: what later operations take from them for an index must be one
+    # Kernels do not run, so zeros stand in for their results: later operations use some of them as indices.
     with patch.object(torch, "empty", torch.zeros):
         _forwards(pair)
         _choose(dtype)
@@ -109,7 +109,7 @@ def _forwards(pair: TwoTower) -> None:
 
 
 def _choose(dtype: torch.dtype) -> None:
-    """All greedy, and with rows that are sampled, freely and within limits."""
+    """Choose tokens once with all rows greedy, and once with sampled rows."""
     rows, vocab = 4, RELEASED_CONFIG.vocab_size
     head = Head(lambda rows, columns: torch.zeros(4, vocab, dtype=dtype)[rows, columns], dtype, CudaKernels())
     places = torch.arange(rows)
@@ -120,7 +120,7 @@ def _choose(dtype: torch.dtype) -> None:
 
 
 def resources(kernel: Any) -> Compiled:
-    """As cuobjdump, which comes with Triton, reads them off the binary."""
+    """Read the resources of a kernel from its binary with cuobjdump, which comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -132,7 +132,7 @@ def resources(kernel: Any) -> Compiled:
 
 
 def main() -> None:
-    """The command."""
+    """Compile all kernels, and exit with an error if one does not fit an H100."""
     torch.set_num_threads(1)
     with torch.inference_mode(), compiling() as found:
         for dtype in (torch.bfloat16, torch.float32):

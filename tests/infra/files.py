@@ -1,4 +1,4 @@
-"""The files of infra/ as the tests read them."""
+"""Reads the files of infra/ for the tests."""
 
 import re
 from pathlib import Path
@@ -13,12 +13,12 @@ RAY_JOB, RAY_CRON_JOB = INFRA / "kuberay/rayjob.yaml", INFRA / "kuberay/raycronj
 
 
 def constraints() -> dict[str, str]:
-    """Package -> version, of constraints.txt."""
+    """Return package -> version from constraints.txt."""
     return dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 
 
 def ray_job_spec(file: Path) -> dict[str, Any]:
-    """The RayJobSpec of a manifest of KubeRay."""
+    """Return the RayJobSpec of a KubeRay manifest."""
     *_, manifest = yaml.safe_load_all(file.read_text())
     spec: dict[str, Any] = manifest["spec"]
     job: dict[str, Any] = spec.get("jobTemplate", spec)
@@ -26,12 +26,12 @@ def ray_job_spec(file: Path) -> dict[str, Any]:
 
 
 def start_options() -> set[str]:
-    """What `ray start` understands, without the dashes."""
+    """Return the options that `ray start` knows, without the dashes."""
     from ray.scripts.scripts import start
 
     return {option.lstrip("-") for parameter in start.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def variables_of(job_file: Path) -> set[str]:
-    """The variables that a job file names for its paths."""
+    """Return the variables that a job file uses for its paths."""
     return set(re.findall(r"\$\{(TWOTOWER_\w+)", job_file.read_text()))

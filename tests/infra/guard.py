@@ -1,7 +1,7 @@
-"""An IAM policy in front of a real S3 server: what it does not allow is answered as AWS would.
+"""Puts an IAM policy in front of a real S3 server: a request that it does not allow is answered as by AWS.
 
-A request for an object that is not there needs s3:ListBucket with the key as the prefix besides: without it S3 answers
-403, not 404, and does not tell that there is nothing.
+A request for a missing object also needs s3:ListBucket with the key as the prefix: without it S3 answers 403 instead of
+404, so that it does not reveal that nothing is there.
 """
 
 import fnmatch
@@ -22,7 +22,7 @@ DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Err
 
 @dataclass(frozen=True)
 class Access:
-    """One action on one thing; `prefix` is what a listing asks for, and only a listing has one."""
+    """One action on one resource. `prefix` is what a listing asks for; only a listing has one."""
 
     action: str
     arn: str
@@ -31,21 +31,21 @@ class Access:
 
 @dataclass(frozen=True)
 class Grant:
-    """One action on one resource, and where it is a listing, one prefix."""
+    """One action that the policy allows on one resource and, for a listing, with one prefix."""
 
     action: str
     arn: str
     prefix: str | None = None
 
     def allows(self, access: Access) -> bool:
-        """As IAM decides: letters as they are, `*` for any."""
+        """Return whether the grant allows the access. As in IAM, letters must match and `*` stands for any letters."""
         if access.action != self.action or not fnmatch.fnmatchcase(access.arn, self.arn):
             return False
         return self.prefix is None or (access.prefix is not None and fnmatch.fnmatchcase(access.prefix, self.prefix))
 
 
 def grants_of(policy: Path) -> list[Grant]:
-    """A policy taken apart. Raises AssertionError where it says what is not understood here."""
+    """Return the grants of a policy. Raises AssertionError if the policy has parts that this module does not know."""
     document = json.loads(policy.read_text())
     assert document.keys() == {"Version", "Statement"}
     assert document["Version"] == "2012-10-17"
@@ -68,7 +68,7 @@ def _listed(value: str | list[str]) -> list[str]:
 
 
 def access_of(method: str, path: str) -> Access:
-    """What a request needs. Raises ValueError for one that nobody has thought of."""
+    """Return the access that a request needs. Raises ValueError for a request that this module does not know."""
     url = urlsplit(path)
     bucket, _, key = unquote(url.path).lstrip("/").partition("/")
     query = parse_qs(url.query, keep_blank_values=True)
@@ -80,7 +80,7 @@ def access_of(method: str, path: str) -> Access:
 
 
 class Guard(FaultProxy):
-    """`denied` are the requests that were answered 403, `used` the grants that allowed another."""
+    """A proxy with a policy. `denied`: the requests answered with 403; `used`: the grants that allowed a request."""
 
     def __init__(self, upstream: str, grants: Sequence[Grant]) -> None:
         super().__init__(upstream)
@@ -90,7 +90,7 @@ class Guard(FaultProxy):
         self.denied: list[str] = []
 
     def allows(self, access: Access) -> bool:
-        """Whether any grant does; all that do count as used."""
+        """Return whether any grant allows the access, and note those that do as used."""
         found = {grant for grant in self.grants if grant.allows(access)}
         self.used |= found
         return bool(found)
@@ -118,7 +118,7 @@ class _GuardHandler(_Handler):
 
 @contextmanager
 def guard(upstream: str, grants: Sequence[Grant]) -> Iterator[Guard]:
-    """A running guard in front of the server with this URL."""
+    """Yield a running guard in front of the server with this URL."""
     with Guard(upstream, grants) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()

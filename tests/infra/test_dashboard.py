@@ -1,4 +1,4 @@
-"""The Grafana dashboard against the metrics that a run sets: names, labels, and the command that installs it."""
+"""Tests the Grafana dashboard: it uses metrics and labels that a run sets, and the README's command installs it."""
 
 import json
 import re
@@ -21,7 +21,7 @@ TARGETS = [
     for target in panel["targets"]
 ]
 OF_RAY = {"SessionName"}
-"""Labels that Ray adds to every metric (tests/workers/cluster/test_pool.py scrapes them)."""
+"""Labels that Ray adds to every metric (tests/workers/cluster/test_pool.py reads them)."""
 
 
 def labels_of(name: str) -> set[str]:
@@ -31,7 +31,7 @@ def labels_of(name: str) -> set[str]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_expressions_use_metrics_and_labels_that_there_are(target: dict[str, Any]) -> None:
-    """A counter is used through rate or increase alone, a gauge never is."""
+    """Counters appear only within rate or increase, and gauges never do."""
     expression = target["expr"]
     names = re.findall(r"ray_(twotower_\w+)", expression)
     assert names

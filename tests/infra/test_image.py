@@ -1,4 +1,4 @@
-"""infra/Dockerfile and what it leaves out, as far as that can be seen without building it."""
+"""Tests infra/Dockerfile and its ignore file, as far as possible without building the image."""
 
 import re
 import tomllib
@@ -13,27 +13,27 @@ INSTRUCTIONS = {"ARG", "CMD", "COPY", "ENV", "FROM", "RUN", "USER", "WORKDIR"}
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(instruction, its argument), with lines joined and comments left out."""
+    """Return (instruction, argument) pairs, with lines joined and comments left out."""
     text = re.sub(r"^\s*#.*\n", "", (INFRA / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     lines = [line.split(None, 1) for line in text.splitlines() if line.strip()]
     return [(name, argument.strip()) for name, argument in lines]
 
 
 def runtime() -> list[tuple[str, str]]:
-    """The instructions of the last stage."""
+    """Return the instructions of the last stage."""
     all_of_it = instructions()
     last = max(i for i, (name, _) in enumerate(all_of_it) if name == "FROM")
     return all_of_it[last:]
 
 
 def workdir() -> str:
-    """Where the image's processes start."""
+    """Return the folder in which the image's processes start."""
     [folder] = [argument for name, argument in runtime() if name == "WORKDIR"]
     return folder
 
 
 def in_context(name: str) -> bool:
-    """Whether the build sees a file of the repository: the last line of the ignore file that fits decides."""
+    """Return whether the build sees a file of the repository: the last line of the ignore file that fits decides."""
     seen = True
     for line in (INFRA / "Dockerfile.dockerignore").read_text().splitlines():
         if not line or line.startswith("#"):
@@ -47,7 +47,7 @@ def in_context(name: str) -> bool:
 
 
 def test_two_stages_of_one_cuda() -> None:
-    """nvcc where mamba-ssm is compiled, and the same CUDA without it where it runs."""
+    """The first stage has nvcc to compile mamba-ssm; the second has the same CUDA without it."""
     stages = [argument for name, argument in instructions() if name == "FROM"]
     assert stages == ["nvidia/cuda:${CUDA}-devel-ubuntu24.04 AS build", "nvidia/cuda:${CUDA}-base-ubuntu24.04"]
     assert {name for name, _ in instructions()} <= INSTRUCTIONS
@@ -88,7 +88,8 @@ def test_only_what_runs_goes_in(name: str, seen: bool) -> None:
 
 
 def test_jobs_run_as_a_user_with_a_number_in_the_project() -> None:
-    """Kubernetes' runAsNonRoot cannot read names; the smoke check runs as that user, after all files are there."""
+    """The user is a number, because Kubernetes' runAsNonRoot cannot read names. The smoke check runs as that user,
+    after all files are in place."""
     names = [name for name, _ in runtime()]
     [user] = [argument for name, argument in runtime() if name == "USER"]
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
@@ -99,7 +100,7 @@ def test_jobs_run_as_a_user_with_a_number_in_the_project() -> None:
 
 
 def test_versions_are_those_of_the_project() -> None:
-    """Every installation but that of the project itself is constrained; all of the extra [cuda] is there."""
+    """Every installation except that of the project itself is constrained, and the whole extra [cuda] is installed."""
     installs = [
         command
         for name, argument in instructions()

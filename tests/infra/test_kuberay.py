@@ -1,4 +1,4 @@
-"""infra/kuberay: right for KubeRay and Kubernetes, and for the jobs that it runs."""
+"""Tests that infra/kuberay is valid for KubeRay and Kubernetes, and fits the jobs that it runs."""
 
 import json
 import re
@@ -31,7 +31,7 @@ KUBERNETES = "1.33"
 
 
 def pods_of(file: Path) -> dict[str, dict[str, Any]]:
-    """Head and workers -> pod template."""
+    """Return the pod templates of the head and of the workers."""
     cluster = ray_job_spec(file)["rayClusterSpec"]
     [workers] = cluster["workerGroupSpecs"]
     return {"head": cluster["headGroupSpec"]["template"], "workers": workers["template"]}
@@ -76,7 +76,8 @@ def test_both_files_describe_the_same_cluster_but_for_the_job() -> None:
 
 @BOTH
 def test_the_cluster_fits_the_job(file: Path) -> None:
-    """At least a replica a pod, no GPU left over; every variable of the job file is set; the driver has a place."""
+    """A pod holds at least one replica with no GPU left over, every variable of the job file is set, and the driver
+    needs no resources of its own."""
     spec = ray_job_spec(file)
     job_file = ROOT / spec["entrypoint"]
     assert variables_of(job_file) <= variables(file).keys()
@@ -109,7 +110,7 @@ def test_versions_images_and_start_options(file: Path) -> None:
 
 @BOTH
 def test_a_stop_has_time_to_flush(file: Path) -> None:
-    """Ray waits longer than a replica needs, the hook longer than Ray, Kubernetes longer than the hook."""
+    """Ray waits at least as long as a replica needs, the hook as long as Ray, and Kubernetes longer than the hook."""
     ray_waits = int(variables(file)["RAY_JOB_STOP_WAIT_TIME_S"])
     assert ray_waits >= FLUSH_S + LEAVE_S
     for pod in pods_of(file).values():
@@ -117,13 +118,14 @@ def test_a_stop_has_time_to_flush(file: Path) -> None:
         assert hook[:2] == ["bash", "-c"]
         seconds = re.search(r"\{1\.\.(\d+)\}", hook[2])
         assert seconds is not None
-        assert ray_waits <= int(seconds[1]) < pod["spec"]["terminationGracePeriodSeconds"] < 120  # a spot notice
+        assert ray_waits <= int(seconds[1]) < pod["spec"]["terminationGracePeriodSeconds"] < 120  # s of a spot notice
         patterns = dict(re.findall(r"(\w+)='(.*?)'", hook[2]))
-        # As Ray titles the process of an actor, and as the job file's shebang starts the driver.
+        # The title that Ray gives the process of an actor, and the command by which the job file's shebang starts the
+        # driver.
         shebang = (ROOT / "jobs/synth.yaml").read_text().splitlines()[0].removeprefix("#!/usr/bin/env -S ")
         assert re.search(patterns["replica"], f"ray::{ReplicaProcess.__name__}.work")
         assert re.search(patterns["driver"], f"{shebang} jobs/synth.yaml")
-        assert not any(re.search(pattern, f"bash -c {hook[2]}") for pattern in patterns.values())  # not itself
+        assert not any(re.search(pattern, f"bash -c {hook[2]}") for pattern in patterns.values())  # not the hook itself
 
 
 @BOTH

@@ -1,4 +1,4 @@
-"""infra/aws-cluster.yaml by the rules of Ray's own cluster launcher."""
+"""Tests infra/aws-cluster.yaml by the rules of Ray's own cluster launcher."""
 
 import re
 from typing import Any
@@ -33,7 +33,7 @@ def test_ray_would_find_a_mistake(cluster: dict[str, Any]) -> None:
 
 
 def test_the_commands_start_ray_in_the_project_with_a_token(cluster: dict[str, Any]) -> None:
-    """Each as the launcher runs it; each option is one of `ray start`."""
+    """The commands start Ray in the project's folder with a token, and use only options that `ray start` has."""
     for role, first in (("head", "--head"), ("worker", "--address=$RAY_HEAD_IP:6379")):
         stop, start = cluster[f"{role}_start_ray_commands"]
         assert stop == "ray stop"

@@ -1,4 +1,4 @@
-"""The commands of infra/README.md: each is run by a test, or stands here with the reason why not."""
+"""Checks the commands of infra/README.md: each is run by a test, or is listed here with the reason why not."""
 
 import os
 import re
@@ -33,7 +33,7 @@ NOT_HERE = {
     "systemctl": "as above",
     "journalctl": "as above",
 }
-HERE = ["ray get-auth-token", "sudo cp", "cp", "python -m pipeline"]  # cp: tests/infra/test_dashboard.py
+HERE = ["ray get-auth-token", "sudo cp", "cp", "python -m pipeline"]  # tests/infra/test_dashboard.py runs cp
 
 
 def kind_of(command: str) -> str | None:
@@ -69,7 +69,7 @@ def test_a_token_is_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if kind_of(c) == "python -m pipeline"])
 def test_the_commands_of_the_pipeline_are_ones(command: str) -> None:
-    """Their verbs and options parse; tests/infra/test_s3.py runs the four on S3."""
+    """The verbs and options of the commands parse; tests/infra/test_s3.py runs all four on S3."""
     verb, *words = shlex.split(command)[3:]
     group = typer.main.get_command(app)
     context = group.make_context("twotower", [verb, *words])

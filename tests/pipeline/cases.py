@@ -1,4 +1,4 @@
-"""What the pipeline's tests share: small inputs, a job over them, and a run of it with made-up completions."""
+"""Provides small inputs, jobs over them, and runs of them with made-up completions, for the tests of the pipeline."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ CHECKPOINT = "checkpoint-1"
 
 
 def write(path: Path, *, group: int | None = None, **columns: Any) -> Path:
-    """A Parquet file with these columns, `group` rows a row group."""
+    """Write a Parquet file with these columns and `group` rows per row group. Return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path, row_group_size=group)
     return path
@@ -31,12 +31,12 @@ def prompts(rows: int, first: int = 0) -> list[str]:
 
 
 def not_utf8(*values: bytes | None) -> "pa.Array[Any]":
-    """A string column as a careless writer leaves it: bytes that nobody checked."""
+    """Return a string column with any bytes, as a writer leaves it that does not check for valid UTF-8."""
     return pa.array(values, pa.binary()).view(pa.string())
 
 
 def make_job(input_path: Path | str, output_path: Path | str, **sections: dict[str, Any]) -> Job:
-    """A job; keyword arguments such as input={"carry": ["a"]} are put into its sections."""
+    """Return a job. Keyword arguments such as input={"carry": ["a"]} are put into its sections."""
     base: dict[str, dict[str, Any]] = {
         "input": {"path": str(input_path)},
         "output": {"path": str(output_path)},
@@ -52,7 +52,8 @@ def plan_of(job: Job) -> Plan:
 
 
 def complete_row(row: Row, attempt: int = 1) -> RowResult:
-    """A completion as an engine would give it: three tokens in one block, or the row's error."""
+    """Return the result that an engine would give: three tokens in one block, or an error row if the row has an
+    error."""
     if row.error is not None:
         done = Completion(key=row.key, finish_reason="error", error=row.error, latency_s=0.0)
     else:
@@ -87,7 +88,7 @@ def open_ledger(job: Job, plan: Plan) -> Ledger:
 
 
 def publish(job: Job, plan: Plan, units: tuple[WorkUnit, ...] | None = None) -> list[UnitResult]:
-    """Publishes the parts of these units, or of all."""
+    """Publish the parts of these units, or of all units of the plan if none are given."""
     reader = UnitReader(job.input)
     output = output_of(job, plan)
     results = [
@@ -98,7 +99,7 @@ def publish(job: Job, plan: Plan, units: tuple[WorkUnit, ...] | None = None) -> 
 
 
 def run(job: Job) -> tuple[Plan, Ledger, dict[str, Any]]:
-    """The whole job: plan, parts, manifest."""
+    """Run the whole job: make the plan, publish the parts and write the manifest."""
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
     totals = sum((result.totals for result in publish(job, plan)), Totals())
@@ -106,19 +107,20 @@ def run(job: Job) -> tuple[Plan, Ledger, dict[str, Any]]:
 
 
 def two_files(folder: Path) -> Job:
-    """A job over two files, 25 rows, three units; two ids stand twice, one is null, two prompts are bad."""
+    """Make a job over two files with 25 rows in three units. One id occurs three times, one id is null, and two prompts
+    are bad."""
     write(folder / "in/a.parquet", prompt=prompts(20), key=[*range(19), 3])
     write(folder / "in/b.parquet", prompt=["x", None, "", "y", "z"], key=[3, 30, None, 31, 32])
     return make_job(folder / "in", folder / "out", output={"rows_per_file": 10}, input={"id_column": "key"})
 
 
 def out(job: Job, name: str = "") -> Path:
-    """A file of a local output folder."""
+    """Return the path of a file in the job's local output folder."""
     return Path(job.output.path) / name
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A JSON object."""
+    """Read a JSON object from a file."""
     value = json.loads(path.read_text())
     assert isinstance(value, dict)
     return value

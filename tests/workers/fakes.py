@@ -1,4 +1,4 @@
-"""Hand-written stand-ins for the model: an engine without weights, a byte tokenizer, a runner made of them."""
+"""Provides hand-written stand-ins for the model: an engine without weights, a byte tokenizer, and a runner of both."""
 
 import functools
 import os
@@ -28,22 +28,23 @@ from workers.units.runner import UnitRunner
 from workers.units.saver import Outcome
 
 TOO_LONG = 200
-"""Prompt tokens that the fake engine refuses."""
+"""The largest number of prompt tokens that the fake engine accepts."""
 
 
 class FakeTokenizer:
-    """A token a byte; a prompt of spaces has none."""
+    """A tokenizer with one token per byte. A prompt of spaces has no tokens."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.strip(" ").encode()) for text in texts]
 
 
 class FakeEngine:
-    """Ends each row after 1 to 7 steps, depending on its key alone. The completion is the prompt reversed.
+    """An engine that ends each row after 1 to 7 steps, which depends only on its key. The completion is the prompt
+    reversed.
 
-    step_s: what a step takes, once the engine has finished `free_rows` rows: so one that is to be caught at work soon
-    has something to show, and is not done before whoever is to catch it has its turn on a busy machine.
-    fail_at: steps, from 1, whose rows are lost to an EngineError.
+    step_s: seconds that a step takes once the engine has finished `free_rows` rows. A test that interrupts an engine
+    needs both: some rows are finished soon, and the rest is not done before the interruption, even on a busy machine.
+    fail_at: the steps, counted from 1, whose rows are lost to an EngineError.
     """
 
     def __init__(
@@ -51,18 +52,18 @@ class FakeEngine:
     ) -> None:
         self.max_rows, self.step_s, self.fail_at, self.free_rows = max_rows, step_s, fail_at, free_rows
         self.before_step: Callable[[], object] | None = None
-        """Called before each step, for tests that put what happens in order."""
+        """A function that is called before each step, for tests that need events in a certain order."""
         self.ended = 0
-        """Rows."""
+        """The number of rows that have ended."""
         self.queue: deque[Request] = deque()
         self.slots: dict[str, tuple[Request, int]] = {}
         self.steps = 0
         self.most_waiting = 0
         self.short_steps = 0
-        """Steps with a free slot."""
+        """The number of steps with a free slot."""
         self.order: deque[str] = deque(maxlen=1000)
         self.prefixes: Counter[tuple[int, ...]] = Counter()
-        """Rows by the prefix they named."""
+        """The number of rows by the prefix that they named."""
 
     @property
     def waiting(self) -> int:
@@ -122,14 +123,14 @@ def _complete(request: Request) -> Completion:
 
 @dataclass(frozen=True)
 class Turns:
-    """Puts the first steps of engines in order that are in processes of their own; called before each step.
+    """Puts the first steps of engines in different processes in order. It is called before each step.
 
-    A replica that `after` names makes no step before that other replica has come to its first one; two that name each
-    other begin together.
+    A replica that is a key of `after` makes no step before the replica that is its value has come to its first step.
+    Two replicas that name each other begin together.
     """
 
     folder: Path
-    """Empty at first; a file for each replica that has come to its first step."""
+    """A folder that is empty at first, and gets a file for each replica that has come to its first step."""
     after: Mapping[str, str]
 
     def __call__(self, replica: str) -> None:
@@ -140,7 +141,7 @@ class Turns:
 
 @dataclass(frozen=True)
 class Gate:
-    """Holds engines up until a file is there; called before each step."""
+    """Holds engines up until a file exists. It is called before each step."""
 
     file: Path
 
@@ -149,11 +150,11 @@ class Gate:
 
 
 class FakeMaker:
-    """Makes runners with a fake engine; picklable, so that Ray actors can make theirs.
+    """Makes runners with a fake engine. It can be pickled, so that Ray actors can make their own runners.
 
-    `trace` is a folder in which each runner leaves a file named after its replica, holding its process id and GPUs.
-    step_s, free_rows: of the engines, see FakeEngine; those of replicas that take the place of a lost one are never
-    slow. before_step: called before each step of each engine, with the replica's name.
+    trace: a folder in which each runner leaves a file, named after its replica, with its process id and GPUs. step_s,
+    free_rows: see FakeEngine; engines of replicas that replace a lost one are never slow. before_step: a function that
+    is called before each step of each engine, with the replica's name.
     """
 
     def __init__(
@@ -188,23 +189,24 @@ class FakeMaker:
         )
 
     def make_engine(self, replica: str) -> FakeEngine:
-        """The engine of a replica; r0.2 is the one that takes the place of r0."""
+        """Make the engine of a replica. r0.2 is the replica that replaces r0."""
         return FakeEngine(self.max_rows, **self.pace(replica))
 
     def pace(self, replica: str) -> dict[str, Any]:
-        """Arguments of an engine: how fast it is."""
+        """Return the arguments that set the speed of a replica's engine."""
         return {"step_s": 0.0 if "." in replica else self.step_s, "free_rows": self.free_rows}
 
 
 def write_at_once(file: Path, text: str) -> None:
-    """For readers who wait until the file is there: it is never there without its content."""
+    """Write a file that is never there without its content, for readers that wait until it exists."""
     hidden = file.parent.with_name(f"{file.parent.name}-{file.name}")
     hidden.write_text(text)
     hidden.replace(file)
 
 
 def run_locally(small: SmallJob, pool: LocalPool, attempts: int = 3) -> dict[str, UnitResult]:
-    """Runs the job on this pool, in this process -> what was published, by unit id. Raises JobFailed."""
+    """Run the job on this pool in this process. Return what was published, by unit id. Raises JobFailed if the job
+    fails."""
     progress = LogProgress(Meter(small.plan.rows), sys.stderr)
     try:
         return dispatch(small.plan.units, {}, pool, RetryPolicy(attempts, 0.1), threading.Event(), progress)
@@ -213,14 +215,14 @@ def run_locally(small: SmallJob, pool: LocalPool, attempts: int = 3) -> dict[str
 
 
 def make_runner(small: SmallJob, engine: EngineLike, store: PartStore | None = None, replica: str = "r0") -> UnitRunner:
-    """A runner of this engine for the job's units."""
+    """Make a runner with this engine for the units of the job."""
     store = store or PartStore(small.spec, replica)
     params, flush = GenerationParams(), small.job.flush
     return UnitRunner(engine, FakeTokenizer(), store, params, replica=replica, flush=flush)
 
 
 def work_all(runner: UnitRunner) -> list[Outcome]:
-    """Works until the runner's units are finished, PATIENCE_S at most, and closes it."""
+    """Work until the runner's units are finished, for PATIENCE_S seconds at most, and close it. Return the outcomes."""
     outcomes: list[Outcome] = []
     deadline = time.monotonic() + PATIENCE_S
     while runner.busy:

@@ -1,4 +1,4 @@
-"""Small real jobs over Parquet in a temporary folder, for runners and pools with a fake engine."""
+"""Makes small real jobs over Parquet in a temporary folder, for runners and pools with a fake engine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class SmallJob:
         return ReplicaSpec(self.job, self.plan.fingerprint.digest, self.plan.schema)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All output rows, in input order; fails where a row is there twice."""
+        """Return all output rows in input order. Fails if a row is there twice."""
         parts = sorted(Path(self.job.output.path).glob("part-*.parquet"))
         rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
         assert len({row["id"] for row in rows}) == len(rows)
@@ -33,7 +33,7 @@ class SmallJob:
 
 
 def prompts_of(count: int) -> list[str]:
-    """Prompts of 1 to 60 letters."""
+    """Return prompts of 1 to 60 letters."""
     return [chr(97 + i % 26) * (1 + i * 7 % 60) for i in range(count)]
 
 
@@ -45,7 +45,7 @@ def write_prompts(path: Path, prompts: Sequence[str | None]) -> None:
 
 
 def open_job(folder: Path, prompts: Sequence[str | None] | None, rows_per_file: int = 10, **sections: Any) -> SmallJob:
-    """Writes the prompts, plans the job and opens its output. None: the input is there already."""
+    """Write the prompts, plan the job and open its output. If `prompts` is None, the input is there already."""
     if prompts is not None:
         write_prompts(folder / "in" / "a.parquet", prompts)
     job = Job.model_validate(

@@ -1,9 +1,9 @@
-"""`make bench-gpu`: forwards over their floors, tokens a second, loading and stages on one device.
+"""`make bench-gpu`: measures forwards against their floors, tokens per second, loading, and stages on one device.
 
-Random weights of the released shape (`--size released`), of about a billion (`mid`), of builtin:tiny's (`tiny`) or of
-builtin:noise's (`noise`, which a CPU can run). Writes gpu.json, gpu.md (tables for RESULTS.md) and gpu.svg beside each
-other; `--only` leaves the rest out, where time on a GPU is short. Figures that were taken on a GPU stand in
-tests/benchmarks/gpu/RESULTS.md.
+The weights are random, of the released shape (`--size released`), of about a billion parameters (`mid`), of the shape
+of builtin:tiny (`tiny`) or of builtin:noise (`noise`, which a CPU can run). Writes gpu.json, gpu.md (tables for
+RESULTS.md) and gpu.svg into one folder. `--only` leaves the other measurements out, if time on a GPU is short.
+tests/benchmarks/gpu/RESULTS.md holds figures that were measured on a GPU.
 """
 
 import argparse
@@ -32,19 +32,19 @@ from tests.benchmarks.gpu.throughput import Rate, lockstep_rate, rate, two_stage
 
 OUT = Path(__file__).parents[1] / "out" / "gpu.json"
 WHAT = ("forwards", "throughput", "load", "stages")
-# a layer of each kind in both towers, 7.0 GB
+# one layer of each kind in both towers, 7.0 GB
 LOADED = {**RELEASED, "hybrid_override_pattern": "M*E", "num_hidden_layers": 3, "vocab_size": 32768}
 SMALL_HEAD = 32768
-"""Of the model on two stages, whose weights are made three times over."""
+"""Vocabulary size of the model on two stages, whose weights are created three times."""
 
 
 def main() -> None:
-    """The command."""
+    """Run the benchmark."""
     options = _options()
     device = torch.device(options.device)
     if device.type == "cpu" and options.size != "noise":
         raise SystemExit("error: on a CPU run --size noise; the others need a GPU")
-    torch.set_num_threads(1)  # of no use to a GPU, and a CPU runs this only to see that it runs
+    torch.set_num_threads(1)  # a GPU needs no more, and a CPU only checks that the benchmark runs
     found: dict[str, Any] = {"command": f"python -m tests.benchmarks.gpu {' '.join(sys.argv[1:])}".strip()}
     found |= {"machine": _machine(device), "size": options.size, "left_out": []}
     if {"forwards", "throughput"} & set(options.only):
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _with_one_model(options: argparse.Namespace, device: torch.device, found: dict[str, Any]) -> None:
-    """Single forwards, and the engine over them."""
+    """Measure single forwards and the engine's throughput with the same model."""
     pair = random_pair(SIZES[options.size], torch.bfloat16, [device])
     if "forwards" in options.only:
         hardware = ceilings(device)
@@ -87,7 +87,7 @@ def _with_one_model(options: argparse.Namespace, device: torch.device, found: di
                 rates.append(rate(pair, rows, "ar", 0, **length))
                 rates += [rate(pair, rows, "diffusion", steps, **length) for steps in options.steps]
                 rates += [lockstep_rate(pair, rows, steps, **length) for steps in options.steps]
-            except RequestError as error:  # more rows than the memory holds
+            except RequestError as error:  # the memory does not hold so many rows
                 found["left_out"].append(f"throughput at {rows} rows: {error}")
             _free(device)
         found["throughput"] = [asdict(one) for one in rates]

@@ -1,4 +1,4 @@
-"""What the device can do at best, measured: copy bandwidth and bfloat16 products. Forwards are held against them."""
+"""Measures the most that the device can do, which forwards are compared with: copy bandwidth and bfloat16 products."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 256}
 
 
 def seconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Median time of one call, on the device's own clock where it has one; two unmeasured calls first."""
+    """Return the median seconds of one call after two unmeasured ones, by the device's own clock if it has one."""
     for _ in range(2):
         call()
     times: list[float] = []
@@ -33,19 +33,19 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int = 10)
 
 
 def ceilings(device: torch.device) -> Hardware:
-    """The device as a roofline without deductions: nothing is expected to beat its own copies and products."""
+    """Return the device as a roofline without deductions: no forward is expected to beat its copies and products."""
     return Hardware(_copy(device), _matmul(device), bandwidth_share=1.0, flops_share=1.0, layer_overhead_s=0.0)
 
 
 def _copy(device: torch.device) -> float:
-    """Bytes a second, read and written."""
+    """Return the bytes per second of a copy, read and written bytes together."""
     source = torch.ones(COPY_BYTES[device.type] // 2, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
 
 
 def _matmul(device: torch.device) -> float:
-    """Operations a second."""
+    """Return the operations per second of a bfloat16 matrix product."""
     size = MATMUL_SIZE[device.type]
     a = torch.randn(size, size, device=device).bfloat16()
     return 2 * size**3 / seconds(lambda: a @ a, device)

@@ -1,4 +1,4 @@
-"""Time of single forwards over their floor: the time that moving their bytes, or their products, takes at least."""
+"""Measures single forwards against their floor: the least time to move their bytes or to compute their products."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ KINDS = ("denoise", "commit", "ar")
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One forward."""
+    """The measured time of one forward, and its floor."""
 
     kind: str
     rows: int
@@ -35,7 +35,7 @@ class Timing:
 
 
 class Bench:
-    """`rows` rows with `context` tokens each, whose states, keys and values are random numbers."""
+    """Measures forwards of `rows` rows with `context` tokens each, whose states, keys and values are random numbers."""
 
     def __init__(self, pair: TwoTower, hardware: Hardware, rows: int, context: int) -> None:
         self.pair, self.rows, self.context = pair, rows, context
@@ -49,7 +49,10 @@ class Bench:
 
     @torch.inference_mode()
     def time(self, kind: str) -> Timing:
-        """One of KINDS, from tokens to committed tokens: the head on half of a block's positions, all in an AR step."""
+        """Time a forward of one of KINDS, from input tokens to chosen tokens.
+
+        The head computes half of the positions of a block in "denoise", all positions in "ar", and none in "commit".
+        """
         call = {"denoise": self._denoise, "commit": self._commit, "ar": self._ar}[kind]
         took = seconds(call, self.device)
         return Timing(kind, self.rows, self.context, took * 1e3, self._floor(kind) * 1e3)
@@ -66,7 +69,7 @@ class Bench:
 
     def _commit(self) -> None:
         rows, x = self._rows(BLOCK)
-        for part in self.pair.extend_parts(self.cache, rows):  # not noted in the cache: the next call does it again
+        for part in self.pair.extend_parts(self.cache, rows):  # lengths in the cache stay: each call does the same
             x = part(x)
 
     def _ar(self) -> None:

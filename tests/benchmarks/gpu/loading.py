@@ -1,4 +1,4 @@
-"""GB a second from a checkpoint on a local disk to the device, first off the disk and then out of the page cache."""
+"""Measures loading a checkpoint to the device in GB/s, first from a local disk and then from the page cache."""
 
 import json
 import math
@@ -20,9 +20,9 @@ PIECE = 16 * 2**20  # bytes written at once
 
 
 def load_rates(raw: Mapping[str, object], device: torch.device, folder: Path | None = None) -> dict[str, Any] | None:
-    """Writes a checkpoint of this config.json into a temporary folder and loads it -> {"disk": lines, "cache": lines}.
+    """Write a checkpoint of this config.json into a temporary folder, load it, and return the GB/s of each tower.
 
-    None where the disk has not twice the room.
+    The result has them for "disk" and for "cache"; it is None if the disk has less than twice the needed room.
     """
     config = TwoTowerConfig.from_dict(dict(raw))
     need = 2 * sum(math.prod(shape) for shape in expected_tensors(config).values())
@@ -41,7 +41,7 @@ def load_rates(raw: Mapping[str, object], device: torch.device, folder: Path | N
 
 
 def write_checkpoint(folder: Path, raw: Mapping[str, object], config: TwoTowerConfig) -> Path:
-    """Random bits as bfloat16 in the released layout, in one shard."""
+    """Write random bits as bfloat16 in the released layout, as one shard."""
     (folder / "config.json").write_text(json.dumps(dict(raw)))
     header: dict[str, Any] = {}
     end = 0
@@ -61,7 +61,7 @@ def write_checkpoint(folder: Path, raw: Mapping[str, object], config: TwoTowerCo
 
 
 def _forget(file: Path) -> None:
-    """Drops a file from the page cache."""
-    if hasattr(os, "posix_fadvise"):  # Linux
+    """Drop a file from the page cache."""
+    if hasattr(os, "posix_fadvise"):  # exists on Linux
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Sizes of models with random weights: no checkpoint of the released size is at hand."""
+"""Defines the sizes of models with random weights, because no checkpoint of the released size is available."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What was measured, as Markdown for RESULTS.md and as a picture."""
+"""Formats the measurements as Markdown for RESULTS.md and as a picture."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """Tables of what is in gpu.json, under the command, the GPU, the versions and the date."""
+    """Return tables of the content of gpu.json, below the command, the GPU, the versions and the date."""
     machine = found["machine"]
     lines = [f"`{found['command']}`, {', '.join(f'{name} {value}' for name, value in machine.items())}", ""]
     if ceilings := found.get("ceilings"):
@@ -58,7 +58,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def crossings(rates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Of each way of diffusion: between which rows it becomes slower or faster than AR."""
+    """Return, for each setting of diffusion, between which numbers of rows it becomes slower or faster than AR."""
     curves = _curves(rates)
     base = curves.pop("ar", {})
     found = {}
@@ -73,7 +73,7 @@ def crossings(rates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def draw(rates: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Tokens a second over rows, a line a mode; where diffusion crosses AR is marked."""
+    """Draw tokens per second over rows, one line per mode, and mark the points at which diffusion crosses AR."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -102,7 +102,7 @@ def draw(rates: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def _meetings(a: Mapping[int, float], b: Mapping[int, float]) -> list[tuple[float, float]]:
-    """Where two curves meet, straight lines between their common points."""
+    """Return the points at which two curves meet, with straight lines between their common points."""
     rows, met = sorted(a.keys() & b.keys()), []
     for low, high in pairwise(rows):
         before, behind = b[low] - a[low], b[high] - a[high]
@@ -113,7 +113,7 @@ def _meetings(a: Mapping[int, float], b: Mapping[int, float]) -> list[tuple[floa
 
 
 def _curves(rates: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """Mode -> rows -> tokens a second; lockstep left out."""
+    """Return mode -> rows -> tokens per second, without lockstep."""
     curves: dict[str, dict[int, float]] = {}
     for r in rates:
         if not r["what"].startswith("lockstep"):

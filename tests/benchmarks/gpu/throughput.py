@@ -1,4 +1,4 @@
-"""Tokens a second of the whole engine: AR, diffusion at a fixed number of steps a block, lockstep, two stages."""
+"""Measures tokens per second of the whole engine: AR, diffusion at fixed steps per block, lockstep, two stages."""
 
 import gc
 import time
@@ -23,7 +23,7 @@ from tests.benchmarks.workload import requests
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """One run."""
+    """The figures of one run."""
 
     what: str
     rows: int
@@ -31,15 +31,15 @@ class Rate:
     host_share: float | None = None
     """Share of the time in which the device had nothing to do; None on a CPU and in lockstep."""
     host_ms: float | None = None
-    """A turn of the loop, waiting for the device left out: on a CPU the forwards are in it."""
+    """Milliseconds of a turn of the loop without waiting for the device; on a CPU the forwards are included."""
     planned: int | None = None
-    """Bytes that the memory plan reckons with: weights, states, keys and values, forwards."""
+    """Bytes in the memory plan: weights, states, keys and values, forwards."""
     peak: int | None = None
-    """Bytes that torch had allocated at most; None on a CPU."""
+    """The most bytes that torch had allocated; None on a CPU."""
 
 
 def rate(pair: TwoTower, rows: int, mode: Mode, steps: int, *, prompt: int, new: int, batches: int = 2) -> Rate:
-    """The engine over `batches * rows` requests; steps: of every block, whatever the logits (diffusion)."""
+    """Run the engine over `batches * rows` requests. In diffusion every block takes `steps` steps."""
     name = mode if mode != "diffusion" else f"diffusion, {steps} steps"
     return run(pair, name, work_for(pair, rows * batches, mode, steps, prompt, new), rows, prompt + new, lanes=1)[0]
 
@@ -47,12 +47,12 @@ def rate(pair: TwoTower, rows: int, mode: Mode, steps: int, *, prompt: int, new:
 def run(
     pair: TwoTower, name: str, work: Sequence[Request], rows: int, context: int, lanes: int
 ) -> tuple[Rate, list[Completion]]:
-    """The requests through an engine of so many rows, a first batch of them unmeasured."""
+    """Run the requests through an engine of `rows` rows, after a first batch of them that is not measured."""
     cuda = {device for device in pair.devices if device.type == "cuda"}
     for device in cuda:
         torch.cuda.reset_peak_memory_stats(device)
     engine = Engine(pair, EngineLimits(max_rows=rows, max_context_tokens=context, lanes=lanes))
-    engine.generate(work[:rows])  # compiles what is compiled at first use
+    engine.generate(work[:rows])  # compiles kernels at their first use
     with _Watch(engine) as watch:
         began = time.perf_counter()
         completions = engine.generate(work)
@@ -74,7 +74,7 @@ def run(
 
 
 def lockstep_rate(pair: TwoTower, rows: int, steps: int, *, prompt: int, new: int, batches: int = 2) -> Rate:
-    """Static batches on the same forwards."""
+    """Run static batches in lockstep on the same forwards."""
     work = work_for(pair, rows * batches, "diffusion", steps, prompt, new)
     lockstep.serve(pair, work[:rows], rows)
     began = time.perf_counter()
@@ -84,10 +84,10 @@ def lockstep_rate(pair: TwoTower, rows: int, steps: int, *, prompt: int, new: in
 
 
 def two_stages(config: TwoTowerConfig, device: torch.device, rows: int, **length: int) -> dict[str, Any]:
-    """The same weights as one stage and as two on one device, on the same requests -> rates, and how many rows differ.
+    """Compare the same weights as one stage and as two on one device, on the same requests.
 
-    With one lane both compute the same forwards, so no row may differ; with two lanes, which is how stages overlap,
-    rows have other company, and what is rounded otherwise may fall the other way.
+    Returns the rates and how many rows differ. With one lane both compute the same forwards, so no row may differ. With
+    two lanes, by which stages overlap, a row is computed together with other rows, so rounding can change its tokens.
     """
     found: dict[str, Any] = {"rows": rows}
     right: list[Completion] = []
@@ -100,7 +100,7 @@ def two_stages(config: TwoTowerConfig, device: torch.device, rows: int, **length
         differ = sum(a.token_ids != b.token_ids for a, b in zip(completions, right, strict=True))
         found[what] = {"tokens_per_s": measured.tokens_per_s, "rows_that_differ": differ, "of": len(work)}
         del pair
-        gc.collect()  # before the next one is made
+        gc.collect()  # before the next model is created
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return found
@@ -110,7 +110,7 @@ def work_for(pair: TwoTower, count: int, mode: Mode, steps: int, prompt: int, ne
     made = requests(count, prompt_tokens=prompt, max_new_tokens=new, vocabulary=pair.config.vocab_size, mode=mode)
     if mode != "diffusion":
         return made
-    # no confidence exceeds 1: positions are committed on schedule alone
+    # no confidence exceeds 1: positions are committed only by the schedule
     return [
         replace(request, params=replace(request.params, confidence_threshold=1.0, steps_per_block=steps))
         for request in made
@@ -118,7 +118,7 @@ def work_for(pair: TwoTower, count: int, mode: Mode, steps: int, prompt: int, ne
 
 
 class _Watch:
-    """What the device and the host do while an engine runs: seconds of forwards, of turns, and of waiting in them."""
+    """Measures an engine while it runs: seconds of forwards, of turns, and of waiting for the device in turns."""
 
     def __init__(self, engine: Engine) -> None:
         self.flights: list[Flight] = []
@@ -162,10 +162,10 @@ class _Watch:
         self._stack.close()
 
     def idle_share(self, seconds: float) -> float:
-        """Of the device, in so many seconds."""
+        """Return the share of `seconds` in which the device was idle."""
         return 1 - sum(flight.seconds for flight in self.flights) / seconds
 
     @property
     def host_ms(self) -> float:
-        """Of a turn, the waiting left out."""
+        """The milliseconds of a turn, without waiting for the device."""
         return (self.turning - self.waiting) / self.turns * 1e3

@@ -1,4 +1,4 @@
-"""What a checkpoint writes to held-out prompts, against the one right answer of each, and against its own AR mode."""
+"""Scores a checkpoint's completions of held-out prompts against the right answers and against its own AR mode."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,30 +11,30 @@ from model.requests import Completion
 from pipeline.core.repetition import DEGENERATE, repetition
 
 MAX_NEW_TOKENS = 208
-"""Above the longest answer."""
+"""Maximum tokens of a completion, above the longest answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Completions of one mode and setting."""
+    """The score of the completions of one mode and setting."""
 
     rows: int
     exact_match: float
-    """Share of rows whose text is the right answer, letter by letter, and that ended by themselves."""
+    """Share of rows that ended by themselves and whose text is exactly the right answer."""
     agreement_with_ar: float
-    """Share of rows with the text that AR writes."""
+    """Share of rows with the same text as in AR mode."""
     tokens_per_forward: float | None
-    """Tokens of all completions over denoiser forwards of all of them; None in AR mode."""
+    """Tokens of all completions divided by all their denoiser forwards; None in AR mode."""
     degenerate: float
-    """Share of rows whose `repetition` is DEGENERATE or more."""
+    """Share of rows whose `repetition` is at least DEGENERATE."""
     tasks: dict[str, tuple[float, float | None]]
-    """Task -> exact match and tokens a forward."""
+    """Task -> exact match, and tokens per forward (None in AR mode)."""
     blocks_by_steps: dict[int, int]
-    """Denoiser forwards of a block -> blocks."""
+    """Denoiser forwards of a block -> number of blocks."""
 
 
 def generate(pair: TwoTower, examples: Sequence[Example], params: GenerationParams) -> list[Completion]:
-    """A completion for each example, in their order. Raises ValueError where one failed."""
+    """Return a completion for each example, in their order. Raises ValueError if one failed."""
     assert pair.tokenizer is not None
     prompts = pair.tokenizer.encode_batch([example.prompt for example in examples])
     requests = [Request(str(i), ids, params) for i, ids in enumerate(prompts)]
@@ -47,7 +47,7 @@ def generate(pair: TwoTower, examples: Sequence[Example], params: GenerationPara
 
 
 def score(examples: Sequence[Example], completions: Sequence[Completion], ar: Sequence[Completion]) -> Score:
-    """`ar`: what AR wrote for the same examples."""
+    """Score the completions of the examples. `ar`: the completions of the same examples in AR mode."""
     rows = list(zip(examples, completions, strict=True))
     right = [done.text == example.answer and done.finish_reason == "stop" for example, done in rows]
     tasks = {}

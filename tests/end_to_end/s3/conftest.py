@@ -1,4 +1,4 @@
-"""A folder on the S3 server for each test."""
+"""Gives each test a folder of its own on the S3 server."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from tests.end_to_end.s3.server import BUCKET, aws_variables
 
 @pytest.fixture
 def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of an S3 folder of the test's own, with credentials and endpoint in the usual AWS variables."""
+    """Yield the URL of an S3 folder for this test, with credentials and endpoint in the usual AWS variables."""
     from s3fs import S3FileSystem
 
     for name, value in aws_variables(s3_endpoint).items():
@@ -17,5 +17,5 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     S3FileSystem.clear_instance_cache()  # instances remember the endpoint and credentials that they were made with
     name = "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in request.node.name)
-    yield f"s3://{BUCKET}/{name}"  # no brackets: they would be a glob
+    yield f"s3://{BUCKET}/{name}"  # without brackets, which would make it a glob
     S3FileSystem.clear_instance_cache()

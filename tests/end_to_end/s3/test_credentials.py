@@ -1,4 +1,4 @@
-"""Credentials, endpoint and region come from where AWS tools look for them, and are shown nowhere."""
+"""Tests that credentials, endpoint and region are found where AWS tools look for them, and are shown nowhere."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DE
 
 
 def use_profile(folder: Path, endpoint: str, secret: str = SECRET) -> dict[str, str]:
-    """Files of a profile "towers" -> the environment that names them, and nothing else of AWS."""
+    """Write the files of a profile "towers", and return an environment in which only they give access to AWS."""
     credentials, config = folder / "credentials", folder / "config"
     credentials.write_text(f"[towers]\naws_access_key_id = {KEY}\naws_secret_access_key = {secret}\n")
     config.write_text(f"[profile towers]\nregion = us-east-1\nendpoint_url = {endpoint}\n")
@@ -31,7 +31,7 @@ def use_profile(folder: Path, endpoint: str, secret: str = SECRET) -> dict[str, 
 
 
 def test_a_whole_job_with_a_profile_shows_no_secret(s3: str, s3_endpoint: str, tmp_path: Path) -> None:
-    """The command line, its output folder and all that it prints; the secret is a word that is easy to find."""
+    """Neither the output of the command nor its output folder shows the key or the secret of the profile."""
     file = write(tmp_path / "a.parquet", prompt=[*prompts(20), None])
     inputs, output = Storage(f"{s3}/in"), Storage(f"{s3}/out")
     inputs.write("a.parquet", file.read_bytes())
@@ -64,7 +64,7 @@ def test_a_whole_job_with_a_profile_shows_no_secret(s3: str, s3_endpoint: str, t
 def test_no_error_shows_a_secret(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, setting: str, value: str
 ) -> None:
-    """Whatever of it is wrong: what is raised is one line of ours, which names neither this one nor the others."""
+    """Whichever setting is wrong, the error is one line that shows neither its value nor the secret."""
     from s3fs import S3FileSystem
 
     monkeypatch.setattr(retrying, "PATIENCE_S", 0.2)

@@ -1,4 +1,4 @@
-"""`doctor` on a real S3 server."""
+"""Tests `doctor` on a real S3 server."""
 
 import pytest
 

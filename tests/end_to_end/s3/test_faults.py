@@ -1,4 +1,4 @@
-"""Faults at the wire: a busy store, connections that break or hang, answers that are cut or never arrive."""
+"""Tests faults of the connection: a busy store, broken or hanging connections, answers that are cut or get lost."""
 
 import random
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def proxy(
     s3_endpoint: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[FaultProxy]:
-    """A proxy that the S3 client of this test goes through."""
+    """Yield a proxy that the S3 client of this test goes through."""
     from s3fs import S3FileSystem
 
     monkeypatch.setattr(retrying, "FIRST_WAIT_S", 0.01)
@@ -52,7 +52,7 @@ def test_writing_survives(s3: str, proxy: FaultProxy, fault: str) -> None:
 
 @pytest.mark.parametrize("fault", LOSSES)
 def test_reading_survives(s3: str, proxy: FaultProxy, fault: str) -> None:
-    """Whole reads, ranges and checksums give the true bytes or nothing, also where the length of the answer lies."""
+    """Whole reads and ranges give the right bytes after retries, even if the length of an answer is wrong."""
     store, data = Storage(s3), random.Random(fault).randbytes(100_000)
     store.write("x", data)
     proxy.fail("GET", "/x", [fault] * 8)
@@ -69,7 +69,7 @@ def test_reading_survives(s3: str, proxy: FaultProxy, fault: str) -> None:
 
 @pytest.mark.parametrize("fault", LOSSES)
 def test_looking_and_listing_survive(s3: str, proxy: FaultProxy, fault: str) -> None:
-    """Nothing that exists is taken for missing, and no listing is short."""
+    """No fault makes an existing file look missing or a listing incomplete."""
     store = Storage(s3)
     for number in range(5):
         store.write(f"a/{number}", b"x")
@@ -93,7 +93,7 @@ def test_removing_survives_a_lost_acknowledgement(s3: str, proxy: FaultProxy) ->
 
 
 def test_a_lost_acknowledgement_is_settled(s3: str, proxy: FaultProxy, tmp_path: Path) -> None:
-    """The server took the part, its answer was lost: the retry is refused by the server, and yet the part is ours."""
+    """If the server stored the part but its answer was lost, it refuses the retry, and yet the part counts as ours."""
     file = write(tmp_path / "a.parquet", prompt=prompts(5))
     job = make_job(file, f"{s3}/out")
     plan = plan_of(job)
@@ -110,13 +110,13 @@ def test_a_lost_acknowledgement_is_settled(s3: str, proxy: FaultProxy, tmp_path:
 
 
 def test_hanging_and_dripping_answers_are_cut_off(s3: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A try is bounded by size and time, not only by silence: a byte now and then keeps no replica waiting."""
+    """A try is limited by size and time, not only by silence, so a byte now and then keeps no replica waiting."""
     store, limit = Storage(s3), Storage._limit
     store.write("x", b"data" * 100)
     store.write("y", b"data")
 
     def short_where_it_fails(self: Storage, size: int) -> dict[str, float]:
-        """A second for a try that meets a fault; for the others all the time that a busy machine may take."""
+        """Give a try that meets a fault one second, and all others as long as a busy machine may take."""
         with monkeypatch.context() as patch:
             patch.setattr(storage_module, "ANSWER_S", 1.0 if proxy.faults else 60.0)
             return limit(self, size)
@@ -148,11 +148,12 @@ def test_a_store_that_stays_down_is_one_line(s3: str, proxy: FaultProxy, monkeyp
 def test_a_large_file_leaves_no_pending_upload(
     s3: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """It goes up in one request, refused or not: uploads in several leave parts behind that nobody sees and all pay."""
-    # the server may take its time for so large a file: a try that was cut off would find its own file at the next one
+    """A large file is uploaded in one request, refused or not. An upload in several requests can leave parts behind,
+    which nobody sees but which cost money."""
+    # the server may be slow with so large a file: a retry after a timeout would find the file of the first try
     patient = {**storage_module._S3_OPTIONS["config_kwargs"], "read_timeout": PATIENCE_S}  # type: ignore[dict-item]
     monkeypatch.setitem(storage_module._S3_OPTIONS, "config_kwargs", patient)
-    store, data = Storage(s3), bytes(110 << 20)  # s3fs by itself would cut it up
+    store, data = Storage(s3), bytes(110 << 20)  # s3fs by itself would upload it in pieces
     proxy.fail("PUT", "/big", [fault])
     assert store.create("big", data) == (fault != "lost")
     assert not store.create("big", b"other" + data)
@@ -168,7 +169,7 @@ def test_a_file_too_large_for_one_request_is_refused(s3: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_whole_job_among_random_faults(s3: str, proxy: FaultProxy, tmp_path: Path, seed: int) -> None:
-    """A third of all requests fails in one way or another; the parts are those of a quiet run, byte counts and all."""
+    """A job publishes every part once with the right content, although a third of all requests fail."""
     file = write(tmp_path / "a.parquet", prompt=prompts(60), group=10)
     Storage(f"{s3}/in").write("a.parquet", file.read_bytes())
     job = make_job(f"{s3}/in", f"{s3}/out", output={"rows_per_file": 10})

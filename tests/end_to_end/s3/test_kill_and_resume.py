@@ -1,4 +1,4 @@
-"""Plan, run, kill -9, resume, verify on a real S3 server: a real driver process, an engine that makes rows up."""
+"""Tests plan, run, kill -9, resume and verify on a real S3 server, with a real driver process and a made-up engine."""
 
 import os
 import subprocess
@@ -22,10 +22,10 @@ pytestmark = [pytest.mark.server]
 ROOT = Path(__file__).parents[3]
 ROWS = 2_000
 SAVED = (200, 500)
-"""Rows that stand in segments and parts when the job is killed, the first time and the second."""
+"""Numbers of rows in segments and parts at which the job is killed, the first and the second time."""
 FLUSH_S = 0.3
 SLOW_TURN_S, TURN_S = 0.1, 0.01
-"""Of the engine: at the first all rows take more than 20 s, so a run is always killed before its end."""
+"""Seconds of a turn of the engine. The slow one makes a run last above 20 s, so it is always killed before its end."""
 
 
 def submit(job: Path, logs: Path, number: int, endpoint: str, turn_s: float) -> "subprocess.Popen[bytes]":
@@ -36,7 +36,7 @@ def submit(job: Path, logs: Path, number: int, endpoint: str, turn_s: float) -> 
 
 
 def saved(output: Storage) -> set[str]:
-    """Keys of the rows that stand in segments and parts."""
+    """Return the keys of the rows in segments and parts."""
     keys = {key for key, _ in read_output(output)}
     for info in output.find():
         if "/segments/" in info.name and (data := output.read_if_exists(info.name)) is not None:
@@ -46,13 +46,13 @@ def saved(output: Storage) -> set[str]:
 
 
 def finished(logs: Path, run: int) -> set[str]:
-    """Keys of the rows that this run and later ones have finished."""
+    """Return the keys of the rows that this run and later ones have finished."""
     return set(times_finished([life for life in read_lives(logs) if life.run >= run]))
 
 
 @pytest.mark.timeout(900)
 def test_a_killed_job_goes_on_where_its_segments_end(s3: str, s3_endpoint: str, tmp_path: Path) -> None:
-    """Killed twice, among storage faults: every row once, as without faults, and none made twice that was saved."""
+    """A job that is killed twice, with storage faults, ends with every row once and generates no saved row again."""
     prompts = make_prompts(ROWS, files=2, seed=1, killers=0)
     upload(Storage(f"{s3}/in"), prompts)
     job, logs, output = tmp_path / "job.json", tmp_path / "logs", Storage(f"{s3}/out")
@@ -68,7 +68,7 @@ def test_a_killed_job_goes_on_where_its_segments_end(s3: str, s3_endpoint: str, 
         "flush": {"seconds": FLUSH_S},
     }
     job.write_text(Job.model_validate(settings).model_dump_json())
-    before: list[set[str]] = []  # saved when a run was killed
+    before: list[set[str]] = []  # the rows saved at each kill
     with fault_proxy(s3_endpoint) as proxy:
         proxy.fail_at_random(1, 0.1)
         for number, enough in enumerate(SAVED, 1):

@@ -1,4 +1,4 @@
-"""verify, retry-errors and clean on S3."""
+"""Tests verify, retry-errors and clean on S3."""
 
 from pathlib import Path
 

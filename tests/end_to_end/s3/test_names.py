@@ -1,4 +1,4 @@
-"""Keys of odd names on a real S3 server: they work from the plan to the parts, or are refused in one clear line."""
+"""Tests keys with odd names on a real S3 server: they work from the plan to the parts, or are refused in one line."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""jobs/synth.yaml as it is shipped: prompts, checkpoint and completions on a real S3 server, replicas on a real Ray."""
+"""Tests jobs/synth.yaml as it is shipped: prompts, checkpoint and completions on a real S3 server, replicas on Ray."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ SOURCE = ["source_file", "source_row"]
 
 @pytest.mark.timeout(900)
 def test_the_production_job_runs_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
-    """Only what this machine lacks is overridden: the GPUs, and the length of the completions."""
+    """The job runs from S3 to S3. Only GPUs, CPUs, the length of completions and the size of parts are overridden."""
     prompts = pq.read_table(ROOT / "jobs/demo_prompts.parquet").slice(0, ROWS)
     pq.write_table(prompts, tmp_path / "prompts.parquet")
     inputs, checkpoint = Storage(f"{s3}/prompts"), Storage(f"{s3}/checkpoint")

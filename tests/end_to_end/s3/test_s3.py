@@ -1,4 +1,4 @@
-"""Against a real S3 server: listing, exclusive create, a whole job, and what goes wrong."""
+"""Tests listing, exclusive create, a whole job and errors on a real S3 server."""
 
 import threading
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_wrong_credentials_are_one_line_without_secrets(s3: str, monkeypatch: py
 
 
 def test_an_endpoint_that_does_not_answer_is_one_line(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And soon: a store that never answered is given less time than one that is away for a while."""
+    """The error comes soon: a store that never answered is given less time than one that is away for a while."""
     from s3fs import S3FileSystem
 
     monkeypatch.setattr(retrying, "FIRST_WAIT_S", 0.01)
@@ -129,7 +129,7 @@ def test_resume_writes_missing_records_and_reports_others_parts(s3: str, tmp_pat
 
 
 def test_an_object_replaced_since_planning_is_noticed(s3: str, tmp_path: Path) -> None:
-    """Same size, other content: the etag tells."""
+    """An object of the same size with other content is noticed by its etag."""
     from pipeline.input.unit_reader import UnitReader
 
     upload(f"{s3}/in", tmp_path, "a.parquet", 5)
@@ -143,7 +143,7 @@ def test_an_object_replaced_since_planning_is_noticed(s3: str, tmp_path: Path) -
 
 
 def test_remote_files_are_read_by_ranges(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planning fetches the footer, not the file; reading one unit fetches its row group, not its neighbours."""
+    """Planning fetches only the footer of a file, and reading a unit fetches its row group without the neighbours."""
     rows = [f"{i} " + "x" * 90 + str(i * 7919) for i in range(40_000)]
     file = write(tmp_path / "big.parquet", prompt=rows, group=5000)
     size = file.stat().st_size

@@ -1,4 +1,4 @@
-"""The built-in checkpoint: that its files are those of its command, and that it behaves as its docstring says."""
+"""Tests the built-in checkpoint: its command makes the committed files, and it behaves as its docstring says."""
 
 import subprocess
 import sys

@@ -1,5 +1,5 @@
-"""builtin:tiny: its tasks and corpus, that what is trained is what the engine computes, that training goes on after a
-stop as if there had been none, and that the committed checkpoint writes right answers."""
+"""Tests builtin:tiny: its tasks and corpus, that training and engine compute the same, that training which was stopped
+goes on as if it had not been, and that the committed checkpoint writes right answers."""
 
 import datetime
 import itertools
@@ -77,7 +77,7 @@ def test_no_question_is_both_trained_on_and_held_out() -> None:
 
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_answers_follow_from_their_questions(name: str) -> None:
-    """Of each task, worked out here by other means."""
+    """The answers of each task are right; the test computes them by other means."""
     some = (e for e in tasks.examples(4, held_out=True) if e.task == name)
     for example in itertools.islice(some, 20):
         question, answer = example.prompt.rsplit("\n\n", 1)[-1].removesuffix(tasks.PROMPT_END), example.answer
@@ -117,7 +117,7 @@ def test_a_row_holds_whole_documents_whose_completions_begin_with_a_chunk(tokeni
             tokens = torch.arange(chunks[0] * CHUNK, (chunks[-1] + 1) * CHUNK)
             live = rows["live"][row, tokens]
             if not live.any():
-                continue  # what is left of the row
+                continue  # the unused rest of the row
             text = tokenizer.decode(rows["ids"][row, tokens][live].tolist())
             assert tasks.PROMPT_END in text
             first = int(rows["is_block"][row, chunks].nonzero()[0]) * CHUNK
@@ -138,7 +138,8 @@ def test_blocks_are_masked_as_the_schedule_says(rows: Batch) -> None:
 
 
 def test_some_blocks_are_masked_from_a_position_on(rows: Batch) -> None:
-    """And the others are those of a recipe without it."""
+    """The share of blocks that are masked from a position on is as the recipe says; all other blocks are those of a
+    recipe without it."""
     plain = Recipe(steps=1, decay_from=0.5, blocks=200)
     usual, some = (mask_blocks(rows, recipe, seed=5) for recipe in (plain, replace(plain, tail_masked=0.4)))
     changed = (usual["masked"] != some["masked"]).any(-1)
@@ -148,7 +149,8 @@ def test_some_blocks_are_masked_from_a_position_on(rows: Batch) -> None:
 
 
 def test_training_and_engine_compute_the_same(tmp_path: Path, tokenizer: Tokenizer, rows: Batch) -> None:
-    """Random weights with every part at work: logits of both towers, packed rows against one document at a time."""
+    """With random weights in every part, training over packed rows gives the logits that the engine gives for one
+    document at a time, for both towers."""
     generator = torch.Generator().manual_seed(1)
 
     def shaken(weights: Weights) -> Weights:
@@ -184,7 +186,7 @@ def test_training_and_engine_compute_the_same(tmp_path: Path, tokenizer: Tokeniz
 
 
 class _FewRows(Corpus):
-    """Two rows in turns."""
+    """A corpus of two rows that are used in turns."""
 
     def __init__(self, rows: Batch) -> None:
         self._both = rows
@@ -232,7 +234,8 @@ def test_a_stopped_phase_goes_on_as_if_it_had_not_stopped(
 
 
 def test_it_writes_right_answers(tokenizer: Tokenizer) -> None:
-    """64 held-out prompts; the exact shares, over 1,024, are in the README (`make quality`)."""
+    """The model answers most of 64 held-out prompts correctly; the exact shares, over 1,024 prompts, are in the README
+    (`make quality`)."""
     torch.set_num_threads(1)
     pair = load_model("builtin:tiny")
     examples = held_out_examples(tokenizer, seed=2, count=64)
@@ -247,4 +250,4 @@ def test_it_writes_right_answers(tokenizer: Tokenizer) -> None:
     assert found.tokens_per_forward >= 2.42
     assert min(found.blocks_by_steps) == 1
     assert max(found.blocks_by_steps) >= 12
-    assert len(found.blocks_by_steps) >= 6  # some rows are known at once, others link by link
+    assert len(found.blocks_by_steps) >= 6  # some blocks are known at once, others take a step for each link of a chain

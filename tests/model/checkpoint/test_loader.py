@@ -1,4 +1,4 @@
-"""Weights arrive whole and rounded once, in memory that is already there, or not at all."""
+"""Tests that weights are loaded whole and rounded once, into memory that already exists, or not at all."""
 
 import json
 import math
@@ -82,7 +82,7 @@ def test_a_shard_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
 
 
 class Shard:
-    """Stands in for a Checkpoint: BF16 tensors t0, t1, … of these sizes, some bytes apart in one shard."""
+    """A stand-in for a Checkpoint: BF16 tensors t0, t1, … of these sizes, with gaps between them, in one shard."""
 
     uri = "shard"
 
@@ -96,7 +96,7 @@ class Shard:
         buffer[:] = self.stored[info.start // 1000][offset : offset + len(buffer)]
 
     def load(self) -> list[bytes]:
-        """Through load_tensors, asked for from last to first."""
+        """Return the bytes of the tensors, loaded by load_tensors in the order from last to first."""
         targets = {n: torch.ones(info.shape, dtype=torch.bfloat16) for n, info in reversed(self.tensors.items())}
         assert load_tensors(self, targets) == sum(map(len, self.stored))  # type: ignore[arg-type]
         return [bytes(targets[name].view(torch.uint8).tolist()) for name in self.tensors]
@@ -112,7 +112,7 @@ class Shard:
 def test_tensors_of_any_size_pass_through_buffers_of_any_size(
     sizes: list[int], piece: int, size: int, count: int
 ) -> None:
-    """Whole, also where a tensor lies across buffers, with copies that begin as late as they may."""
+    """Tensors arrive whole, even if one lies across several buffers and copies happen as late as they may."""
     copies = LateCopies()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "PIECE", piece)
@@ -125,7 +125,8 @@ def test_tensors_of_any_size_pass_through_buffers_of_any_size(
 
 
 class LateCopies(HostCopies):
-    """Stands in for a stream: copies happen only once they are waited for, when a buffer may have been filled anew."""
+    """A stand-in for a stream: a copy happens only when it is waited for. By then its buffer may have been filled
+    again."""
 
     def __init__(self) -> None:
         self.taken = self._done = 0
@@ -151,7 +152,8 @@ class LateCopies(HostCopies):
 
 @pytest.mark.slow
 def test_the_towers_are_loaded_in_turn_and_each_is_timed() -> None:
-    """Of a model with stages on any devices: every weight once, the context tower's before the denoiser's."""
+    """Every weight of a model with two stages is read once, those of the context tower before those of the denoiser
+    tower."""
     pair = load_model("builtin:noise", devices=["cpu", "cpu"])
     checkpoint = open_checkpoint("builtin:noise")
     read: list[str] = []
@@ -178,7 +180,7 @@ def test_the_towers_are_loaded_in_turn_and_each_is_timed() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_reach_a_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """Through small pinned buffers, used again and again while copies out of them are under way."""
+    """Weights pass through small pinned buffers, which are used again while copies from them are in progress."""
     monkeypatch.setattr(loader, "BUFFER", 4096)
     checkpoint = open_checkpoint("builtin:noise")
     on = {
@@ -194,7 +196,7 @@ def test_weights_reach_a_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 
 
 def released() -> Checkpoint:
-    """A checkpoint of the released size, of which only the config exists."""
+    """Return a checkpoint of the released size, of which only the config exists."""
     checkpoint = object.__new__(Checkpoint)
     checkpoint.uri = "s3://models/two-tower"
     checkpoint.config = TwoTowerConfig.from_dict(
@@ -303,7 +305,8 @@ print(resident("VmHWM") - before, sum(t.nbytes for targets in both for t in targ
 
 
 def write_large_checkpoint(folder: Path) -> None:
-    """240 MiB of ones, written without holding them: as in the released one the heads are largest, the experts many."""
+    """Write a checkpoint of 240 MiB of ones without holding it in memory. As in the released one, the heads are the
+    largest tensors, and there are many experts."""
     raw = dict(CONFIG) | {
         "hidden_size": 1024,
         "vocab_size": 12288,
@@ -328,10 +331,11 @@ def write_large_checkpoint(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_the_weights_and_its_buffers_alone(tmp_path: Path) -> None:
-    """16 MiB of buffers, less than the largest tensor of 24; as stored, and converted.
+    """Loading needs only the weights and 16 MiB of buffers, less than the largest tensor of 24 MiB, whether the weights
+    are loaded as stored or converted.
 
-    Beside them the readers' stacks and what the allocator keeps, about 3 MiB; a second copy of the largest tensor
-    would be more than is allowed.
+    The limit leaves room for the readers' stacks and for what the allocator keeps, but not for a second copy of the
+    largest tensor.
     """
     write_large_checkpoint(tmp_path)
     command = [sys.executable, "-c", MEASURE, str(tmp_path)]

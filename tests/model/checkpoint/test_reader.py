@@ -1,4 +1,5 @@
-"""Complete checkpoints open from anywhere; every kind of broken one is refused in one line that names the thing."""
+"""Tests that complete checkpoints open from anywhere, and that each kind of broken one is refused in one line that
+names the fault."""
 
 import json
 import shutil
@@ -22,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the built-in checkpoint to damage."""
+    """Return a copy of the built-in checkpoint that the test may damage."""
     return Path(shutil.copytree(BUILTIN["noise"], tmp_path / "copy"))
 
 
@@ -42,12 +43,12 @@ def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def edit_shard(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # the file below is still mapped
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # cloned, as the file stays mapped
     change(tensors)
     save_file(tensors, file)
 
 
-# What opens
+# Checkpoints that open
 
 
 @pytest.mark.parametrize("towers", ["both", "context"])
@@ -162,7 +163,7 @@ def test_the_identity_of_a_large_shard_reads_samples_only(folder: Path, monkeypa
     assert open_checkpoint(str(folder)).identity() != before
 
 
-# What is refused
+# Checkpoints that are refused
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Canaries: a model that is well agrees with its own, in either dtype; one that is not does not."""
+"""Tests canaries: a sound model agrees with its own canary in either dtype, and a damaged one does not."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -43,7 +43,8 @@ def test_cases_are_in_both_modes_and_mostly_stable(cases: list[Case]) -> None:
 
 
 def test_scores_are_those_of_the_reference(cases: list[Case]) -> None:
-    """In AR mode of each token; in diffusion of those that the first step of a block committed."""
+    """The scores agree with the reference: in AR mode for each token, in diffusion mode for the tokens that the first
+    step of a block committed."""
     reference, mask = Reference("builtin:noise"), model().config.mask_token_id
 
     def score(logits: Tensor, token: int) -> float:
@@ -61,7 +62,7 @@ def test_scores_are_those_of_the_reference(cases: list[Case]) -> None:
 
 
 def test_a_model_that_is_well_passes(cases: list[Case]) -> None:
-    """In three stages, in another dtype, and what is loaded of it with the context tower alone."""
+    """A sound model passes in three stages, in another dtype, and with only its context tower loaded."""
     check_cases(model(devices=["cpu"] * 3), cases, "float32")
     for arguments in ({}, {"towers": "context"}):
         check_cases(model("bfloat16", **arguments), cases, "float32")
@@ -92,7 +93,8 @@ def exchange_towers(pair: TwoTower) -> None:
 
 
 def exchange_layers(pair: TwoTower) -> None:
-    """As two shards with the same names inside, of layers of one kind, put under each other's name."""
+    """Exchange two layers of one kind, as if two shards with the same tensor names had been stored under each other's
+    name."""
     first, second = pair.context.layers[0], pair.context.layers[2]
     state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
     first.load_state_dict(second.state_dict())
@@ -118,7 +120,7 @@ def test_wrong_weights_fail_in_either_dtype(cases: list[Case], name: str, harm: 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_small_harm_fails_in_float32(cases: list[Case], name: str) -> None:
-    """Below what rounding to bfloat16 changes; in float32 it shows."""
+    """Damage that is smaller than the rounding to bfloat16 still shows in float32."""
     pair = model()
     shuffled(name)(pair)
     with pytest.raises(CheckpointError):
@@ -126,7 +128,8 @@ def test_small_harm_fails_in_float32(cases: list[Case], name: str) -> None:
 
 
 def test_what_rounding_changes_is_noted_and_tightens_the_check(cases: list[Case]) -> None:
-    """A model that bfloat16 changes little shows harm in bfloat16 that would pass for rounding in another."""
+    """If bfloat16 changes a model only a little, the check in bfloat16 finds damage that would pass as rounding in
+    another model."""
     pair = model("bfloat16")
     rounding = measure_rounding(pair, cases)
     assert all(0 < off < 2 for off in rounding.values())
@@ -143,7 +146,8 @@ def test_harm_to_the_denoiser_is_none_of_an_ar_jobs_business(cases: list[Case]) 
 
 
 def test_tokens_are_compared_one_by_one_as_far_as_they_are_stable(cases: list[Case]) -> None:
-    """Where the scores agree, but not what the engine makes of the logits."""
+    """If the scores agree but the engine makes other tokens from the logits, the check finds the first token that
+    differs among the stable ones."""
     pair, case = model(), cases[2]
     other = (*case.token_ids[:5], (case.token_ids[5] + 1) % 256, *case.token_ids[6:])
     few = replace(case, token_ids=other)
@@ -155,7 +159,7 @@ def test_tokens_are_compared_one_by_one_as_far_as_they_are_stable(cases: list[Ca
 
 
 def test_logits_that_are_not_finite_are_found_in_either_mode(cases: list[Case]) -> None:
-    """With a canary and without one; in the denoiser alone, too."""
+    """Logits that are not finite are found with a canary and without one, even if only the denoiser gives them."""
     for tower in ("context", "denoiser"):
         pair = model()
         getattr(pair, tower).layers[3].mixer.o_proj.weight.data[0, 0] = torch.nan

@@ -1,4 +1,4 @@
-"""The check of the kernels: it passes right ones, and names each of the faults that are known of wrong ones."""
+"""Tests the check of the kernels: it passes correct kernels and names each of the known faults of wrong ones."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from tests.model.reference import Reference
 
 pytestmark = pytest.mark.slow
 
-CHUNK = 128  # of builtin:noise
+CHUNK = 128  # chunk_size of builtin:noise
 
 
 def model(dtype: str = "float32", **arguments: Any) -> TwoTower:
@@ -44,7 +44,7 @@ def test_right_kernels_pass(dtype: str) -> None:
 
 
 def test_only_what_is_loaded_is_checked_once_a_device() -> None:
-    """Three stages on one device are checked once; without the denoiser, the context tower alone."""
+    """Three stages on one device are checked once. Without the denoiser, only the context tower is checked."""
     counted: list[str] = []
 
     class Counting(PlainKernels):
@@ -62,13 +62,14 @@ def test_only_what_is_loaded_is_checked_once_a_device() -> None:
 
 
 def with_rows(arguments: tuple[Any, ...], **changes: tuple[int, ...]) -> tuple[Any, ...]:
-    """mamba_scan's arguments, the rows changed."""
+    """Return the arguments of mamba_scan with these fields of the rows changed."""
     *others, rows = arguments
     return (*others, replace(rows, **changes, _made={}))
 
 
 class IgnoresSeedsOfShortRows(PlainKernels):
-    """As an open chunk scan does with initial_states."""
+    """Kernels that ignore the seeds of rows shorter than a chunk, as an open-source chunk scan does with
+    initial_states."""
 
     def mamba_scan(self, *arguments: Any, **options: Any) -> Tensor:
         rows: RaggedBatch = arguments[-1]
@@ -77,7 +78,7 @@ class IgnoresSeedsOfShortRows(PlainKernels):
 
 
 class StoresIntoTheSeeds(PlainKernels):
-    """A denoiser's forward, which stores nothing, leaves its states in the context's slots."""
+    """Kernels whose denoiser forward, which should store nothing, leaves its states in the slots of the context."""
 
     def mamba_scan(self, *arguments: Any, **options: Any) -> Tensor:
         if not options["store"]:
@@ -86,7 +87,7 @@ class StoresIntoTheSeeds(PlainKernels):
 
 
 class ReadsLeftovers(PlainKernels):
-    """A row that begins is seeded from what stands in its slot."""
+    """Kernels that seed a row that begins from whatever its slot holds."""
 
     def mamba_scan(self, *arguments: Any, **options: Any) -> Tensor:
         rows: RaggedBatch = arguments[-1]
@@ -95,7 +96,7 @@ class ReadsLeftovers(PlainKernels):
 
 
 class ForgetsToStore(PlainKernels):
-    """The states behind a prompt stay what they were before it."""
+    """Kernels that do not store the states after a prompt."""
 
     def mamba_scan(self, *arguments: Any, store: bool) -> Tensor:
         del store
@@ -115,7 +116,7 @@ class SeesNoLaterTokens(PlainKernels):
 
 
 class StoresBlocks(PlainKernels):
-    """The keys of a block that is being denoised reach the pages."""
+    """Kernels that write the keys of a block that is being denoised to the pages."""
 
     def attend(self, *arguments: Any, causal: bool, store: bool) -> Tensor:
         del store
@@ -123,7 +124,7 @@ class StoresBlocks(PlainKernels):
 
 
 class TakesTheWrongExpert(PlainKernels):
-    """For one choice of one token."""
+    """Kernels that take a wrong expert for one choice of one token."""
 
     def experts(self, x: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
         choice = choice.clone()
@@ -132,7 +133,7 @@ class TakesTheWrongExpert(PlainKernels):
 
 
 class MultipliesInHalf(PlainKernels):
-    """float32 products of numbers with bfloat16's digits."""
+    """Kernels that round the input of a float32 product to bfloat16."""
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return super().linear(x.bfloat16().to(x.dtype), weight)
@@ -178,7 +179,7 @@ def in_bfloat16(x: Tensor) -> Tensor:
 
 
 def in_tensor_float(x: Tensor) -> Tensor:
-    """Rounded to 10 bits of mantissa, as TensorFloat-32 does."""
+    """Return the numbers rounded to 10 bits of mantissa, as TensorFloat-32 does."""
     return ((x.float().contiguous().view(torch.int32) + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
 
 
@@ -196,7 +197,8 @@ def in_tensor_float(x: Tensor) -> Tensor:
 def test_a_scan_that_computes_with_fewer_digits_is_named(
     x: Any, states: Any, case: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the model is in bfloat16: its scan is to run in float32 all the same."""
+    """A scan that rounds its inputs or its seed is found even if the model is in bfloat16, because the scan must run in
+    float32."""
     right = plain._scan_chunks
 
     def rounded(*parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +211,7 @@ def test_a_scan_that_computes_with_fewer_digits_is_named(
 
 
 def test_a_scan_that_overflows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large seeded states become infinite in half precision, and NaN one product later."""
+    """The check finds a scan in half precision: large seeded states become infinite, and NaN after one more product."""
     right = plain._scan_chunks
 
     def half(*parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,14 +225,15 @@ def test_a_scan_that_overflows_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_rows_are_measured_one_by_one() -> None:
-    """A row of small numbers is not hidden by one of large ones."""
+    """Each row is compared by itself, so that a row of large numbers does not hide an error in a row of small ones."""
     right = torch.tensor([[1e6], [1.0]])
     assert relative_error(right + torch.tensor([[0.0], [0.5]]), right, [1, 1]) == 0.5
     assert relative_error(torch.tensor([[torch.nan], [1.0]]), right, [1, 1]) == float("inf")
 
 
 def test_definitions_agree_with_the_reference_that_golden_vectors_prove() -> None:
-    """A mixer of tests.model.reference, taken apart: the same scan, written twice."""
+    """The definition of the scan agrees with the scan of tests.model.reference, which the golden vectors prove
+    right."""
     reference = Reference("builtin:noise", torch.float64)
     mixer = model().context.layers[0].mixer
     c = reference.config

@@ -1,4 +1,4 @@
-"""The slow reference against every golden case: it is what the engine is compared with elsewhere."""
+"""Tests the slow reference against every golden case; other tests compare the engine with this reference."""
 
 from typing import Any
 

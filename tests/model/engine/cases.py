@@ -1,8 +1,8 @@
-"""A backend of the engine's loop that fills blocks by script, and holds the loop to the rules of the forwards.
+"""Provides a backend of the engine's loop that fills blocks by script and checks that the loop keeps the rules of
+forwards.
 
-It keeps what a real one keeps, tokens instead of states: every slot's state and every page hold the tokens that were
-put there: a forward that reads a wrong slot, page or prefix, or that comes before what it builds on, is an
-AssertionError.
+It stores tokens in place of states: every slot and every page holds the tokens that were put there. A forward that
+reads a wrong slot, page or prefix, or that runs before the forwards it depends on, raises AssertionError.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from tests.model.engine.scripts import MASK, Script, confidence, size_of
 @dataclass(slots=True)
 class _Block:
     number: int
-    """Of the row's blocks; in AR mode, of its tokens."""
+    """Index of the block in its row; in AR mode, index of its first token."""
     size: int
     needed: int
     room: int
@@ -29,7 +29,7 @@ class _Block:
 
 
 class ScriptedBackend:
-    """See the module. Launches are numbered from 0."""
+    """The backend that the module describes. Launches are numbered from 0."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class ScriptedBackend:
         faults: dict[int, Fault] | None = None,
         failing_calls: dict[str, set[int]] | None = None,
     ) -> None:
-        """failing_calls: of "begin", "enter" and "add_slots", which calls fail, counted from 0."""
+        """Start without rows. failing_calls: which calls of "begin", "enter" and "add_slots" fail, counted from 0."""
         self.scheduler, self.slots, self.scripts, self.faults = scheduler, scheduler.allocator, scripts, faults or {}
         self.failing_calls, self._calls = failing_calls or {}, {"begin": 0, "enter": 0, "add_slots": 0}
         self.tickets: list[Ticket] = []
@@ -115,18 +115,18 @@ class ScriptedBackend:
             assert end % PAGE_SIZE == 0 or count == len(item.pending), f"cut at token {end}"
             if isinstance(item, ActiveRow) and not self._is_read(item) and (item.mode != "ar" or not end % 16):
                 self._check_pages(item)
-        for row in fill:  # all but the last of the tokens that it makes now
+        for row in fill:  # store the tokens that the row makes now, except the last one
             if more := self.scripts[row.request.key].block(len(row.tokens), self._blocks[row].size)[:-1]:
                 self._store(ticket, row, more)
         return ticket
 
     def _check_alive(self, rows: Sequence[ActiveRow | Prefix]) -> None:
-        # noted, too: the loop keeps to itself what goes wrong with rows that have ended
+        # counted as well, because the loop does not report errors of rows that have ended
         self.ended_rows += sum(isinstance(row, ActiveRow) and row.ended for row in rows)
         assert not self.ended_rows, "a row that has ended"
 
     def _is_read(self, item: ActiveRow | Prefix) -> bool:
-        """Whether the item's prompt is being read."""
+        """Return whether the item is in prefill."""
         return isinstance(item, Prefix) or item in self.scheduler.prefilling
 
     def _check_pieces(self, pieces: Batch) -> None:
@@ -136,7 +136,7 @@ class ScriptedBackend:
         for item, count in pieces:
             assert item in self.scheduler.prefilling
             assert count <= len(item.pending)
-            if item.prefix:  # before this forward: states of one are read before it writes any
+            if item.prefix:  # complete before this forward, which reads all states before it writes any
                 whole = len(item.prefix.tokens)
                 assert self.slots.length(item.prefix.slot) == whole, "behind a prefix that is not there yet"
 
@@ -186,11 +186,11 @@ class ScriptedBackend:
         return ticket
 
     def _store(self, ticket: Ticket, item: ActiveRow | Prefix, tokens: list[int]) -> int:
-        """Puts tokens behind the item's context -> how long that is then."""
+        """Append tokens to the item's context and return the new length of the context."""
         slot, seed, length = item.slot, self.slots.seed(item.slot), self.slots.length(item.slot)
         table, end = self.slots.table(slot), length + len(tokens)
         assert not item.prefix or len(item.prefix.tokens) <= length, "inside its prefix"
-        if ticket.fault or seed in self._poison:  # a launch's fault has raised already
+        if ticket.fault or seed in self._poison:  # a fault at the launch has been raised already
             self._poison.add(slot)
             if isinstance(item, ActiveRow):
                 ticket.poisoned.append(item)
@@ -218,14 +218,15 @@ class ScriptedBackend:
         assert held[:length] == self._sequence(row)[:length], f"{row.request.key!r}: its pages hold other tokens"
 
     def _sequence(self, item: ActiveRow | Prefix, end: int = 0) -> list[int]:
-        """Its tokens, up to `end` at least where a row in AR mode is ahead of what it has been told."""
+        """Return the item's tokens; in AR mode up to `end` at least, if the row is ahead of the tokens reported to
+        it."""
         if isinstance(item, Prefix):
             return list(item.tokens)
         prompt = item.request.prompt_ids
         count = max(len(item.tokens), end - len(prompt)) if item.mode == "ar" else len(item.tokens)
         return [*prompt, *self.scripts[item.request.key].block(0, count)]
 
-    # -- what comes back ---------------------------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------------------------
 
     def collect(self, handle: Ticket) -> Sequence[BlockReport]:
         """See Backend."""
@@ -261,7 +262,7 @@ class ScriptedBackend:
 
 
 class Clock:
-    """A second goes by whenever it is read."""
+    """A clock that advances by one second each time it is read."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -284,7 +285,7 @@ def make_loop(
     faults: dict[int, Fault] | None = None,
     failing_calls: dict[str, set[int]] | None = None,
 ) -> tuple[Loop[Ticket], ScriptedBackend]:
-    """A loop over a scripted backend; text is its tokens' letters."""
+    """Return a loop over a scripted backend, and the backend. Each token id is a character of the text."""
     scheduler = Scheduler(PageAllocator(rows + PREFIX_SLOTS, pages), rows, budget, lanes)
     backend = ScriptedBackend(scheduler, scripts, faults=faults, failing_calls=failing_calls)
     loop = Loop(

@@ -1,4 +1,5 @@
-"""The scripted forwards of the loop's tests: what each was given, and how it may fail. Free of torch."""
+"""Defines the scripted forwards of the loop's tests: what each was given, and how it may fail. Does not import
+torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -10,15 +11,16 @@ Fault = Literal["launch", "collect", "launch oom", "collect oom", "launch interr
 
 
 class ScriptedError(RuntimeError):
-    """A forward that failed by script."""
+    """An error that is raised by script."""
 
 
 class NoMemoryError(RuntimeError):
-    """A forward that found no memory, by script."""
+    """An error that is raised by script and stands for a lack of memory."""
 
 
 class Launch(NamedTuple):
-    """What a forward was given: in one of the context, pieces of prompts and then finished blocks; else only blocks."""
+    """The work of a forward. A context forward takes pieces of prompts and then finished blocks, a denoiser forward
+    only blocks."""
 
     kind: Kind
     pieces: list[tuple[ActiveRow | Prefix, int]]
@@ -26,32 +28,32 @@ class Launch(NamedTuple):
 
     @property
     def work(self) -> list[tuple[ActiveRow | Prefix, int]]:
-        """Rows and prefixes, and the tokens of each."""
+        """Return all rows and prefixes, each with its number of tokens."""
         return self.pieces + self.blocks
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A scripted forward. It takes a second."""
+    """A scripted forward that has been launched. It takes one second."""
 
     kind: Kind
     number: int
     fills: list[ActiveRow] = field(default_factory=list)
     poisoned: list[ActiveRow] = field(default_factory=list)
-    """Rows that it computed behind a forward that failed."""
+    """Rows whose results are invalid, because this forward or one that it builds on has failed."""
     fault: Fault | None = None
     seconds: float = 1.0
     collected: bool = False
 
 
 def row_of(item: ActiveRow | Prefix) -> ActiveRow:
-    """The item, which is no prefix."""
+    """Return the item, which must be a row."""
     assert isinstance(item, ActiveRow)
     return item
 
 
 def error_of(ticket: Ticket) -> BaseException:
-    """What its fault raises."""
+    """Return the error that the ticket's fault raises."""
     assert ticket.fault
     what = f"{ticket.kind} {ticket.number}"
     if ticket.fault.endswith("interrupt"):

@@ -1,4 +1,4 @@
-"""Runs of the engine's loop, drawn by hypothesis: what comes when, what goes wrong, and what must hold at each step."""
+"""Draws random runs of the engine's loop with hypothesis, and checks at each step what must hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from tests.model.engine.launches import Fault, NoMemoryError, ScriptedError
 from tests.model.engine.scripts import Script, expected, request, size_of
 
 TEMPLATES = [[], *([kind * 100_000 + i for i in range(700)] for kind in (1, 2, 3))]
-"""What prompts begin with: more templates than an engine keeps prefixes."""
+"""The beginnings of prompts. There are more of them than prefixes that an engine keeps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One request of a run, and when it comes."""
+    """One request of a run, and the turn in which it is submitted."""
 
     mode: str
     prompt: int
@@ -32,7 +32,7 @@ class Drawn:
     turn: int
 
     def request(self, key: str) -> Request:
-        """The request under this key."""
+        """Return the request under this key."""
         return request(
             key,
             self.prompt,
@@ -48,7 +48,8 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A run. Changes come before the step of their turn: ("rows", n) or ("cancel", number of the request)."""
+    """The settings of a run. A change is made before the step of its turn: ("rows", n) or ("cancel", number of the
+    request)."""
 
     requests: Sequence[Drawn]
     rows: int = 3
@@ -74,7 +75,8 @@ prompts = st.integers(1, 200) | st.integers(1, 900) | st.integers(1, 5000)
 
 
 def drawn_requests(*, growing: bool) -> st.SearchStrategy[Drawn]:
-    """growing: short prompts with long completions, so that rows take most of their pages on their way."""
+    """Return a strategy for requests. growing: prompts are short and completions long, so that rows take most of their
+    pages while they generate."""
     return st.builds(
         Drawn,
         mode=st.sampled_from(["diffusion", "diffusion", "ar", "mock_ar"]),
@@ -98,7 +100,8 @@ fault_kinds: st.SearchStrategy[Fault] = st.sampled_from(
 
 
 def cases(*, calm: bool, growing: bool = False) -> st.SearchStrategy[Case]:
-    """calm: nobody cancels, no limit changes, nothing fails. growing: pages run out."""
+    """Return a strategy for runs. calm: nothing is cancelled, no limit changes and nothing fails. growing: pages run
+    out."""
     wild = {
         "changes": st.lists(changes, max_size=8),
         "faults": st.dictionaries(st.integers(0, 30) | st.integers(0, 120), fault_kinds, max_size=5),
@@ -126,7 +129,7 @@ def cases(*, calm: bool, growing: bool = False) -> st.SearchStrategy[Case]:
 
 
 class Run:
-    """Takes a case to its end, with all checks on the way."""
+    """A run that takes a case to its end and makes all checks on the way."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -151,19 +154,18 @@ class Run:
         self.done: dict[str, Completion] = {}
         self.cancelled: set[str] = set()
         self.named: list[str] = []
-        """Keys that errors named; they came again."""
+        """Keys of rows that errors named; these rows were submitted again."""
         self.turns_unread = 0
-        """Turns since a prompt that waits, or another one, was read on."""
+        """Number of turns since a prompt was last read, while the same prompts are waiting."""
 
     def bound(self) -> int:
-        """More steps than any run may take.
+        """Return a number of steps that no run may exceed.
 
-        The oldest request in the engine ends within its own work (a step each for its forwards and, where it waits for
-        the turn of the context forwards, extend_every of them for each piece and each block, and one more where a lane
-        overlaps), once the younger ones
-        that hold what it needs have ended theirs, or been put back; in such a turn only one prompt may get on. So the
-        oldest ends within all the pieces and twice the most work of one; then the next is the oldest. A fault can throw
-        all of them back once, and gives them smaller pieces.
+        The oldest request in the engine needs one step for each of its forwards. Each of its pieces and blocks may have
+        to wait up to extend_every steps for the next context forward, and one more step if a lane overlaps. Younger
+        requests that hold memory it needs must end or be preempted first, and in such a turn only one prompt may
+        advance. So the oldest request ends within the number of all pieces plus twice the largest work of one request;
+        then the next request is the oldest. A fault can make all of them start again once, with smaller pieces.
         """
         pieces, work = 0, 0
         for key, each in self.requests.items():
@@ -174,12 +176,12 @@ class Run:
                 blocks * (1 + self.case.extend_every + bool(self.case.overlap_rows))
                 + max(told.forwards, len(told.token_ids)),
             )
-            pieces += 2 * (pages_for(len(each.prompt_ids)) + 1)  # once as a prefix, once as a row
+            pieces += 2 * (pages_for(len(each.prompt_ids)) + 1)  # read once as a prefix, once as a row
         faults = len(self.case.faults) + sum(map(len, self.case.failing_calls.values()))
         return 90 + 2 * (len(self.requests) + faults + 1) * (self.case.extend_every * pieces + work)
 
     def go(self) -> "Run":
-        """All requests, to their ends."""
+        """Run all requests to their ends and return the run."""
         turn, bound = 0, self.bound()
         while self.coming or self.loop.waiting or self.loop.active:
             self._arrive(turn)
@@ -226,12 +228,13 @@ class Run:
         for key in error.keys:
             assert key not in self.done
             assert key not in self.cancelled
-            self.loop.submit(self.requests[key])  # refused if it were still in
+            self.loop.submit(self.requests[key])  # raises if the request is still in the engine
             self.named.append(key)
         return error.completions
 
     def _interrupted(self) -> Sequence[Completion]:
-        """Nobody is told who was lost: those who are in no place come again."""
+        """Submit lost requests again. An interrupt does not name them: they have not ended and are no longer in the
+        engine."""
         inside = set(self.loop.scheduler.running) | {row.request.key for row in self.loop.scheduler.waiting}
         inside |= {completion.key for completion in self.loop._finished}
         inside |= self.done.keys() | self.cancelled | set(self.coming)
@@ -241,7 +244,7 @@ class Run:
         return ()
 
     def _unread(self) -> list[tuple[ActiveRow | Prefix, int]]:
-        """The prompts that are being read, and what is left of each."""
+        """Return the prompts in prefill, each with the number of tokens that are left."""
         return [(item, len(item.pending)) for item in self.loop.scheduler.prefilling]
 
     def _end(self, completion: Completion) -> None:
@@ -269,7 +272,7 @@ class Run:
         calm = not (self.case.faults or self.case.failing_calls or self.case.overlap_rows)
         if self.case.lanes == 1 and calm:
             (lane,) = self.loop.scheduler.lanes
-            waiting = [row for row in lane.extending if row.mode != "ar" or row.tokens]  # an AR row may have come now
+            waiting = [row for row in lane.extending if row.mode != "ar" or row.tokens]  # an AR row may have joined now
             assert lane.filling or not waiting, "rows wait for an extension in an idle lane"
 
     def _check_end(self) -> None:

@@ -1,4 +1,5 @@
-"""What the scripted model of the loop's tests says to each request, and what must come of that. Free of torch."""
+"""Defines what the scripted model of the loop's tests generates for a request, and which result must follow. Does not
+import torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,28 +12,28 @@ FIRST = 100  # scripted tokens start here
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What the model would say to one request."""
+    """The output of the scripted model for one request."""
 
     steps: tuple[int, ...] = (1,)
-    """Forwards that its blocks take, block after block, and from the start again."""
+    """Number of forwards that each block takes, block after block; after the last number the list starts again."""
     eos_at: int | None = None
-    """The completion token that is an EOS."""
+    """Index of the completion token that is an EOS."""
     broken_block: int | None = None
-    """The block whose logits are not finite."""
+    """Index of the block whose logits are not finite."""
 
     def block(self, start: int, size: int) -> list[int]:
-        """The completion's tokens from `start` on."""
+        """Return `size` tokens of the completion from index `start` on."""
         return [EOS if i == self.eos_at else FIRST + i for i in range(start, start + size)]
 
     def needed(self, params: GenerationParams, number: int) -> int:
-        """Forwards that block `number` takes to be full."""
+        """Return the number of forwards after which block `number` is full."""
         most = params.steps_per_block if params.mode == "diffusion" else 1
         return min(most, self.steps[number % len(self.steps)])
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What must be told of a request, whatever happened around it."""
+    """The result that a request must have, whatever happens around it."""
 
     token_ids: tuple[int, ...]
     reason: FinishReason
@@ -41,17 +42,17 @@ class Expected:
 
 
 def size_of(params: GenerationParams) -> int:
-    """Positions of a block."""
+    """Return the number of positions in a block."""
     return params.block_size if params.mode == "diffusion" else 1
 
 
 def confidence(token: int) -> float:
-    """With what probability a scripted token is chosen."""
+    """Return the probability with which a scripted token is chosen."""
     return token % 7 / 8
 
 
 def expected(params: GenerationParams, script: Script) -> Expected:
-    """Follows the script by itself, a block and a step at a time."""
+    """Return the expected result, computed from the script alone, block by block and step by step."""
     tokens: list[int] = []
     steps: list[int] = []
     size, number = size_of(params), 0
@@ -75,13 +76,13 @@ def expected(params: GenerationParams, script: Script) -> Expected:
 
 
 def prompt(key: str, length: int, shared: Iterable[int] = ()) -> list[int]:
-    """A prompt of its own, behind `shared` tokens, `length` tokens in all."""
+    """Return a prompt of `length` tokens: the `shared` tokens first, then tokens that depend on the key."""
     start = list(shared)[:length]
     own = sum(map(ord, key)) * 7919
     return start + [5000 + (own + i) % 9973 for i in range(length - len(start))]
 
 
 def request(key: str, length: int, *, shared: Iterable[int] = (), prefix_tokens: int = 0, **params: object) -> Request:
-    """A request with a prompt of its own and EOS as the end."""
+    """Return a request with a prompt that depends on its key; its completion ends at EOS."""
     settings = {"eos_ids": (EOS,), "block_size": 8, "steps_per_block": 8, **params}
     return Request(key, prompt(key, length, shared), GenerationParams(**settings), prefix_tokens)  # type: ignore[arg-type]

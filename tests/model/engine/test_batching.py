@@ -1,6 +1,7 @@
-"""What the engine does with many rows changes their speed, never their tokens: any mix, any limits, any devices.
+"""Tests that batching changes the speed of rows and never their tokens, in any mix of rows, with any limits and on any
+devices.
 
-float32 on a CPU: bit-equal, confidences included.
+In float32 on a CPU the results are equal bit by bit, confidences included.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ def model(uri: str, stages: int = 1) -> TwoTower:
 
 @cache
 def pool(uri: str) -> list[Request]:
-    """Requests of all modes and settings, greedy and sampled, some with one beginning of 140 tokens."""
+    """Return requests of all modes and settings, greedy and sampled, some of them with the same first 140 tokens."""
     vocabulary = model(uri).config.vocab_size
     shared = [4 + token % (vocabulary - 4) for token in prompt(140, 9)]
     rng, requests = random.Random(6), list[Request]()
@@ -39,7 +40,7 @@ def pool(uri: str) -> list[Request]:
         params = dataclasses.replace(request.params, max_new_tokens=rng.choice([3, 16, 20]))
         if params.mode != "diffusion":
             params = dataclasses.replace(params, max_new_tokens=5)
-        elif i % 4 and i % 3 == 1:  # grows into its second page and its third
+        elif i % 4 and i % 3 == 1:  # the row grows into its second and third page
             params = dataclasses.replace(params, max_new_tokens=90, steps_per_block=1)
         requests.append(Request(request.key, ids, params, prefix_tokens=prefix))
     return requests
@@ -47,14 +48,15 @@ def pool(uri: str) -> list[Request]:
 
 @cache
 def alone(uri: str) -> dict[str, tuple[object, ...]]:
-    """Each request by itself, its prompt in one piece, nothing shared."""
+    """Return the outcome of each request by itself, with its prompt in one piece and without shared prefixes."""
     engine = Engine(model(uri), EngineLimits(max_rows=1))
     return {r.key: outcome(engine.generate([dataclasses.replace(r, prefix_tokens=0)])[0]) for r in pool(uri)}
 
 
 @pytest.mark.parametrize("uri", [NOISE, str(CHECKPOINT)], ids=["noise", "golden"])
 def test_a_row_gives_the_same_in_any_mix(uri: str) -> None:
-    """Random company, arrival, limits, lanes and stages; rows come while others run; pages run out now and then."""
+    """A row gives the same tokens with random other rows, arrivals, limits, lanes and stages. Rows are submitted while
+    others run, and pages sometimes run out."""
     rng = random.Random(12)
     preemptions = shared = 0
     sampled = {request.params.temperature > 0 for request in pool(uri)}
@@ -70,7 +72,7 @@ def test_a_row_gives_the_same_in_any_mix(uri: str) -> None:
             lanes=rng.randint(1, min(rows, 3)),
             extend_every=rng.choice([1, 1, 2, 4]),
         )
-        # as on a GPU: several tokens a turn in AR mode, extensions launched before denoiser forwards are collected
+        # GPU settings: several tokens a turn in AR mode, extends launched before denoiser forwards are collected
         ar_tokens, overlap = rng.choice([1, 4]) if stages == 1 else 1, rng.choice([None, 1, 2])
         engine = Engine(model(uri, stages), limits, ar_tokens=ar_tokens, overlap_rows=overlap)
         done: dict[str, Completion] = {}
@@ -85,14 +87,14 @@ def test_a_row_gives_the_same_in_any_mix(uri: str) -> None:
         )
         preemptions += engine.stats.preemptions
         shared += engine.stats.shared_tokens
-    assert preemptions > 0  # the paths were taken
+    assert preemptions > 0  # both paths were taken
     assert shared > 50 * MIXES[uri]
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_stages_and_lanes_change_nothing(stages: int, lanes: int) -> None:
-    """1, 2 and 3 stages on CPU devices, 1 and 2 lanes: the tokens of every request of the pool."""
+    """One to three stages on CPU devices and one or two lanes give the same tokens for every request of the pool."""
     engine = Engine(model(NOISE, stages), EngineLimits(max_rows=8, lanes=lanes))
     got = engine.generate(pool(NOISE))
     engine.check()
@@ -100,7 +102,8 @@ def test_stages_and_lanes_change_nothing(stages: int, lanes: int) -> None:
 
 
 def test_a_long_prompt_does_not_stop_the_others() -> None:
-    """3,000 tokens in pieces of 256: rows beside it end while it is still being read, and it ends as in one piece."""
+    """While a prompt of 3,000 tokens is read in pieces of 256, rows beside it end. Its own result is that of a prompt
+    read in one piece."""
     long = Request("long", prompt(3000, 5), GenerationParams(max_new_tokens=20))
     short = [Request(f"r{i}", prompt(20, i), GenerationParams(mode="ar", max_new_tokens=3)) for i in range(6)]
     whole = outcome(Engine(model(NOISE), EngineLimits(max_prefill_tokens=4096)).generate([long])[0])
@@ -117,7 +120,8 @@ def test_a_long_prompt_does_not_stop_the_others() -> None:
 
 
 def test_a_prefix_is_computed_once_and_kept() -> None:
-    """Two rounds of rows that begin with the same 200 tokens: 192 of them, whole pages, are computed once in all."""
+    """In two rounds of rows that begin with the same 200 tokens, the 192 tokens that fill whole pages are computed only
+    once."""
     shared = prompt(200, 3)
     requests = [
         Request(f"r{i}", shared + prompt(i, i), GenerationParams(max_new_tokens=5), prefix_tokens=200)
@@ -133,7 +137,8 @@ def test_a_prefix_is_computed_once_and_kept() -> None:
 
 
 def test_when_pages_run_out_the_youngest_row_starts_again() -> None:
-    """Rows that grow beyond the pages there are: some are put back, all end as they would have, and say how often."""
+    """If rows grow beyond the free pages, some are preempted. All end with the same tokens and report how often they
+    were preempted."""
     requests = [Request(f"r{i}", prompt(100, i), GenerationParams(max_new_tokens=150)) for i in range(6)]
     wide = [outcome(c) for c in Engine(model(NOISE), EngineLimits(max_rows=6)).generate(requests)]
     engine = Engine(model(NOISE), EngineLimits(max_rows=6, kv_tokens=14 * 64, max_context_tokens=300))
@@ -142,12 +147,13 @@ def test_when_pages_run_out_the_youngest_row_starts_again() -> None:
     done = drain(engine)
     assert [outcome(done[request.key]) for request in requests] == wide
     assert sum(c.preemptions for c in done.values()) == engine.stats.preemptions > 0
-    assert done["r0"].preemptions == 0  # the oldest always goes on
+    assert done["r0"].preemptions == 0  # the oldest row is never preempted
 
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_cancelled_rows_leave_nothing_behind(stages: int) -> None:
-    """Waiting, reading its prompt or generating: a cancelled row is gone at once, its slot serves others."""
+    """A row that is cancelled while it waits, reads its prompt or generates is gone at once, and other rows use its
+    slot."""
     requests = [Request(f"r{i}", prompt(300, i), GenerationParams(max_new_tokens=40)) for i in range(8)]
     engine = Engine(model(NOISE, stages), EngineLimits(max_rows=3, max_prefill_tokens=128))
     for request in requests:
@@ -168,7 +174,8 @@ def test_cancelled_rows_leave_nothing_behind(stages: int) -> None:
 
 
 def test_more_and_fewer_rows_while_running() -> None:
-    """max_rows 2 -> 5 -> 1: as many run at once as may, rows in slots end first, nothing is lost or changed."""
+    """If max_rows changes from 2 to 5 and to 1, as many rows run as are allowed, rows in slots end first, and no row is
+    lost or changed."""
     requests = [Request(f"r{i}", prompt(20, i), GenerationParams(max_new_tokens=60)) for i in range(12)]
     engine = Engine(model(NOISE), EngineLimits(max_rows=2))
     for request in requests:
@@ -192,7 +199,8 @@ def test_more_and_fewer_rows_while_running() -> None:
 
 
 def test_pieces_bound_the_memory_of_a_long_prompt() -> None:
-    """5,000 tokens: what a prefill in pieces of 256 holds at once beside the cache is a small part of one piece's."""
+    """A prompt of 5,000 tokens that is read in pieces of 256 needs less than a quarter of the memory, beside the cache,
+    that it needs in one piece."""
     peaks = {}
     for budget in (256, 8192):
         engine = Engine(model(NOISE), EngineLimits(max_rows=1, max_prefill_tokens=budget))
@@ -203,7 +211,7 @@ def test_pieces_bound_the_memory_of_a_long_prompt() -> None:
 
 
 def test_only_hidden_states_pass_from_stage_to_stage() -> None:
-    """What one stage hands to the next, of either tower: one tensor of (tokens, hidden size) in the model's dtype."""
+    """In either tower, a stage hands the next one a single tensor of (tokens, hidden size) in the model's dtype."""
     pair = model(NOISE, 3)
     context = pair.new_cache(slots=2, kv_tokens=256)
     slots = [slot for _ in range(2) if (slot := context.allocator.acquire(64)) is not None]

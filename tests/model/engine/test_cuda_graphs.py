@@ -1,8 +1,9 @@
-"""Forwards put into buckets and replayed, against those of the model itself; on a GPU with real CUDA graphs.
+"""Tests forwards that are put into buckets and replayed against forwards of the model itself, on a GPU with real CUDA
+graphs.
 
-Without one the replayed kernels are interpreted, those of the model are plain, and what records is a stand-in that runs
-again what it was given. All that it must find in tensors it then finds there alone: the rows that it runs with know
-nothing of the forward.
+Without a GPU, the replayed kernels are interpreted, the model's own kernels are plain, and a stand-in for the recorder
+runs the work again. Everything that a replayed forward must know is then in tensors, because the rows that it is run
+with know nothing of the forward.
 """
 
 import contextlib
@@ -35,8 +36,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 NAN = float("nan")
 CLOSE = 2e-5
-"""Of float32 kernels, as max|difference| / max|right|; see model.checks.kernels."""
-SLIM = replace(  # builtin:noise's kinds of layers, two stages of them, narrow: programs are what the interpreter costs
+"""Largest max|difference| / max|right| that float32 kernels may have; see model.checks.kernels."""
+SLIM = replace(  # layer kinds of builtin:noise for two stages; narrow, as many programs are slow in the interpreter
     TwoTowerConfig.from_dict({**CONFIG, "hybrid_override_pattern": "ME*E", "num_hidden_layers": 4}),
     hidden_size=32,
     mamba_num_heads=2,
@@ -51,7 +52,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:invalid value
 
 
 class RowKernels(CudaKernels):
-    """Without a GPU: those that follow the rows are Triton's; what treats each token by itself is plain, for speed."""
+    """Kernels for tests without a GPU: those that follow the rows are Triton's; those that treat each token by itself
+    are plain, which is faster."""
 
     linear = PlainKernels.linear
     rms_norm = PlainKernels.rms_norm
@@ -65,13 +67,13 @@ class RowKernels(CudaKernels):
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the attention, without work: the interpreter takes its time for those, too."""
+    """Plan few attention programs, because the interpreter needs time even for programs without work."""
     if DEVICE == "cpu":
         monkeypatch.setattr(attention_plan, "PROGRAMS", 4)
 
 
 def slim(stages: int = 1, kernels: type[PlainKernels] = RowKernels) -> TwoTower:
-    """Always the same weights. kernels: on a CPU."""
+    """Return a small model that always has the same weights. kernels: the kernels to use on a CPU."""
     pair = TwoTower(SLIM, torch.float32, [torch.device(DEVICE)] * stages)
     generator = torch.Generator().manual_seed(1)
     for name, target in pair.checkpoint_targets().items():
@@ -81,7 +83,7 @@ def slim(stages: int = 1, kernels: type[PlainKernels] = RowKernels) -> TwoTower:
     pair.share_time()
     if DEVICE == "cpu":
         chosen: Any = kernels()
-        chosen._prefill_scan = None  # mamba-ssm's, where it is installed, needs a GPU
+        chosen._prefill_scan = None  # mamba-ssm's kernel, if it is installed, needs a GPU
         for module in pair.modules():
             if hasattr(module, "kernels"):
                 module.kernels = chosen
@@ -89,7 +91,7 @@ def slim(stages: int = 1, kernels: type[PlainKernels] = RowKernels) -> TwoTower:
 
 
 class Refusing(TorchDispatchMode):
-    """Raises at what would make the host wait for a device, or have a size that only the device knows."""
+    """A mode that raises if an operation makes the host wait for a device or has a size that only the device knows."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero", "repeat_interleave")
 
@@ -107,7 +109,7 @@ class Refusing(TorchDispatchMode):
 
 
 class Recorder:
-    """Stands in for capture."""
+    """A stand-in for the recorder of CUDA graphs; its replay runs the work again."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
@@ -144,11 +146,12 @@ class Twins:
         for cache in self.caches:
             self.slots = [slot for _ in range(rows) if (slot := cache.allocator.acquire(2 * PAGE_SIZE)) is not None]
             for tensor in states(cache):
-                tensor.fill_(torch.nan)  # what nobody has written, nobody may read
+                tensor.fill_(torch.nan)  # nothing may be read that has not been written
         self.graphs = Graphs(pair, self.caches[1], self.recorder if DEVICE == "cpu" else None)
 
     def extend(self, slots: Sequence[int], lengths: Sequence[int], tokens: Tensor) -> None:
-        """Hidden states and contexts are the same by both ways; nothing but the rows' own is written."""
+        """Check that both ways give the same hidden states and contexts, and that only the contexts of these rows are
+        written."""
         plain, ours = (cache.rows(slots, lengths) for cache in self.caches)
         before = [tensor.clone() for tensor in states(self.caches[1])]
         right = run(self.pair.extend_parts(self.caches[0], plain), tokens)
@@ -163,7 +166,7 @@ class Twins:
             close(got[written], expected[written])
 
     def denoise(self, slots: Sequence[int], lengths: Sequence[int], tokens: Tensor, t: Tensor) -> None:
-        """The same hidden states; the contexts are as they were."""
+        """Check that both ways give the same hidden states and leave the contexts as they were."""
         before = [tensor.clone() for tensor in states(self.caches[1])]
         right = run(self.pair.denoise_parts(self.caches[0], self.caches[0].rows(slots, lengths), t), tokens)
         close(run(self.graphs.denoise_parts(self.caches[1].rows(slots, lengths), t), tokens), right)
@@ -182,7 +185,7 @@ def states(cache: ContextCache) -> Iterator[Tensor]:
 def run(parts: Sequence[Part], x: Tensor) -> Tensor:
     with torch.inference_mode():
         for part in parts:
-            x = part(x).clone()  # as model.runtime.stages does from stage to stage
+            x = part(x).clone()  # model.runtime.stages copies between stages, too
     return x
 
 
@@ -198,7 +201,8 @@ def some_tokens(count: int) -> Tensor:
 
 
 def test_buckets_are_few_and_waste_little() -> None:
-    """At most a ninth of a bucket is padding from 16 rows on, half below; no size outgrows its bucket."""
+    """There are few buckets, and every size fits its own. Above 16 rows at most a ninth of a bucket is padding, below
+    that less than half."""
     for rows in range(1, 1000):
         bucket = Bucket.of(rows, 16)
         assert rows <= bucket.rows <= (rows + (bucket.rows + 8) // 9 if rows > 16 else 2 * rows - 1)
@@ -210,7 +214,8 @@ def test_buckets_are_few_and_waste_little() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 2])
 def test_replayed_forwards_are_those_launched_kernel_by_kernel(stages: int) -> None:
-    """Commits, steps of AR and denoiser forwards of ragged rows in turns, of other rows, contexts and times each."""
+    """Replayed extends, AR steps and denoiser forwards of ragged rows give what launches kernel by kernel give, with
+    other rows, contexts and times in each turn."""
     twins, draw = Twins(slim(stages), 3), random.Random(stages)
     for _ in range(3):
         slots = draw.sample(twins.slots, 3 if stages == 1 else draw.choice([2, 3]))
@@ -228,7 +233,8 @@ def test_replayed_forwards_are_those_launched_kernel_by_kernel(stages: int) -> N
 
 @pytest.mark.slow
 def test_mock_ar_alone_needs_no_times() -> None:
-    """All t are NaN: another graph, which a forward with times does not share. With all kernels of a GPU."""
+    """If all t are NaN, another graph is used, which forwards with times do not share. All kernels are those for a
+    GPU."""
     twins = Twins(slim(kernels=CudaKernels), 3)
     twins.extend(twins.slots, [1, 1, 1], some_tokens(3))
     for t in ([NAN, NAN, NAN], [NAN, 1.0, 0.5], [NAN, NAN, NAN]):
@@ -237,7 +243,8 @@ def test_mock_ar_alone_needs_no_times() -> None:
 
 @pytest.mark.slow
 def test_rows_of_a_long_context_are_split_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt launched kernel by kernel; the block behind it replayed, its attention in several items."""
+    """A prompt is launched kernel by kernel. The block after it is replayed, with its attention split into several
+    items, and gives the same."""
     monkeypatch.setattr(attention_plan, "MIN_PAGES", 1)
     twins = Twins(slim(), 1)
     twins.extend(twins.slots, [100], some_tokens(100))
@@ -248,7 +255,7 @@ def test_rows_of_a_long_context_are_split_the_same(monkeypatch: pytest.MonkeyPat
 
 
 class Failing(Recorder):
-    """Cannot record."""
+    """A recorder that always fails."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -261,7 +268,8 @@ class Failing(Recorder):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the stand-in fails")
 def test_what_cannot_be_recorded_is_launched_kernel_by_kernel() -> None:
-    """One warning, of one line; every forward is right, the first one too. A lost device is an error."""
+    """If recording fails, every forward is still right, the first one too, and there is one warning of one line. A lost
+    device is an error."""
     no_memory = torch.OutOfMemoryError("CUDA out of memory\nadvice")
     twins = Twins(slim(), 1, record=Failing(no_memory))
     with pytest.warns(RuntimeWarning, match=r"^no CUDA graph for extend of 1 rows x 2 .*: CUDA out of memory$"):
@@ -277,7 +285,7 @@ def test_what_cannot_be_recorded_is_launched_kernel_by_kernel() -> None:
 
 
 class Captures:
-    """Stands in for torch.cuda.CUDAGraph: what happened, in order."""
+    """A stand-in for torch.cuda.CUDAGraph that notes what happened, in order."""
 
     def __init__(self) -> None:
         self.events = list[str]()
@@ -295,7 +303,8 @@ class Captures:
 
 
 def test_a_capture_that_fails_ends_and_tells_the_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stream captures no more; a pool without a graph is not used again, one with a graph is."""
+    """After a failed capture the stream no longer captures, and the first error is raised. A pool without a graph is
+    not used again; one with a graph is."""
     pools, graph = iter(range(9)), Captures()
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
@@ -319,7 +328,7 @@ def test_a_capture_that_fails_ends_and_tells_the_first_error(monkeypatch: pytest
 
 @pytest.mark.slow
 def test_more_slots_need_other_graphs() -> None:
-    """The cache's tensors have moved; after clear() the new ones are used."""
+    """Adding slots moves the cache's tensors; after clear() the new tensors are used."""
     twins = Twins(slim(), 1)
     twins.extend(twins.slots, [1], some_tokens(1))
     for cache in twins.caches:
@@ -333,7 +342,8 @@ def test_more_slots_need_other_graphs() -> None:
 
 
 def test_forwards_that_fit_no_bucket_are_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts; contexts longer than the model knows; one block among so many single tokens that most is padding."""
+    """Forwards that fit no bucket are the model's own: prompts, contexts longer than the model allows, and one block
+    among so many single tokens that most of the bucket is padding."""
     pair = slim()
     cache = pair.new_cache(slots=400, kv_tokens=200 * PAGE_SIZE)
     graphs = Graphs(pair, cache, Recorder())
@@ -361,7 +371,8 @@ def test_forwards_that_fit_no_bucket_are_the_models_own(monkeypatch: pytest.Monk
 
 @on_a_gpu
 def test_real_graphs_at_the_sizes_of_noise() -> None:
-    """Captured and replayed in float32, on a stream as the engine has one, other memory being given out in between."""
+    """Forwards captured and replayed in float32 are right, on a stream like the engine's, with other memory allocated
+    in between."""
     pair, draw = load_model("builtin:noise", devices=[DEVICE]), random.Random(0)
     twins = Twins(pair, 20, right=pair, kv_tokens=80 * PAGE_SIZE)
     torch.cuda.synchronize()
@@ -380,7 +391,8 @@ def test_real_graphs_at_the_sizes_of_noise() -> None:
 @on_a_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_replay_gives_the_bits_of_the_same_kernels_launched(dtype: str) -> None:
-    """Real graphs beside the stand-in, each over a cache of its own; at sizes where experts are near to each other."""
+    """Real graphs and the stand-in, each over its own cache, give the same bits at sizes at which experts have almost
+    equal scores."""
     pair = load_model("builtin:noise", dtype, devices=[DEVICE])
     caches = [pair.new_cache(slots=20, kv_tokens=40 * PAGE_SIZE) for _ in range(2)]
     slots = [[cache.allocator.acquire(PAGE_SIZE) or 0 for _ in range(20)] for cache in caches]
@@ -403,7 +415,7 @@ def test_a_replay_gives_the_bits_of_the_same_kernels_launched(dtype: str) -> Non
 @on_a_gpu
 @pytest.mark.parametrize("case", golden.cases("denoise_logits"), ids=lambda case: case["id"])
 def test_golden_logits_through_graphs(case: dict[str, Any]) -> None:
-    """As the reference has them; the first time launched kernel by kernel, the second time replayed."""
+    """A forward gives the golden logits, the first time launched kernel by kernel, the second time replayed."""
     pair = load_model(str(golden.CHECKPOINT), devices=[DEVICE])
     assert pair.denoiser is not None
     cache = pair.new_cache(slots=3, kv_tokens=2048)

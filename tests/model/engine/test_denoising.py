@@ -1,4 +1,5 @@
-"""The table of blocks, by itself: what the engine's tests do not reach, because it takes two lanes and a cancel."""
+"""Tests the table of blocks by itself, in a case that the engine's tests do not reach because it needs two lanes and a
+cancel."""
 
 import torch
 
@@ -10,7 +11,7 @@ MASK = 3
 
 
 def row_in(table: DenoisingState, slot: int, key: str) -> ActiveRow:
-    """A row of its own that has begun a block in the slot."""
+    """Return a new row that has begun a block in the slot."""
     row = ActiveRow(Request(key, [7, 8], GenerationParams(block_size=4, steps_per_block=1)), 0, 0.0, slot=slot)
     table.enter(row)
     table.begin([row])
@@ -18,7 +19,8 @@ def row_in(table: DenoisingState, slot: int, key: str) -> ActiveRow:
 
 
 def test_what_comes_back_for_a_row_that_has_ended_changes_nothing_in_its_slot() -> None:
-    """Two rows under way, one is cancelled, and its slot has another row's block by then: that stays all masked."""
+    """One of two rows in a forward is cancelled, and a new row takes its slot. The results of the forward leave the
+    block of the new row all masked."""
     table = DenoisingState(2, MASK)
     gone, stays = row_in(table, 0, "gone"), row_in(table, 1, "stays")
     under_way = table.take([gone, stays])

@@ -1,4 +1,4 @@
-"""The engine against the slow reference and against itself: a row's tokens depend on the row alone."""
+"""Tests the engine against the slow reference and against itself: a row's tokens depend on the row alone."""
 
 import dataclasses
 import gc
@@ -22,7 +22,7 @@ from tests.model.reference import Reference
 
 pytestmark = pytest.mark.slow
 
-NOISE = "builtin:noise"  # attention heads x head_dim is twice the hidden size here, as nothing may assume it is not
+NOISE = "builtin:noise"  # attention heads x head_dim is twice the hidden size here; no code may assume they are equal
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 
 def reference_ids(request: Request) -> list[int]:
-    """The reference's tokens, cut after the first EOS, sampled with the project's own generator."""
+    """Return the reference's tokens, cut after the first EOS and sampled with the project's own generator."""
     params = request.params
     blocks = params.mode == "diffusion"
 
@@ -76,7 +76,8 @@ CASES = [
 
 @pytest.mark.parametrize("request_", CASES, ids=[case.key for case in CASES])
 def test_the_engine_agrees_with_the_reference(pair: TwoTower, request_: Request) -> None:
-    """All modes, greedy and sampled, one-token prompts, odd block sizes, limits inside a block, several EOS ids."""
+    """The engine gives the reference's tokens in all modes: greedy and sampled, with one-token prompts, odd block
+    sizes, limits inside a block and several EOS ids."""
     got = Engine(pair).generate([request_])[0]
     assert list(got.token_ids) == reference_ids(request_)
     assert got.prompt_tokens == len(request_.prompt_ids)
@@ -87,7 +88,7 @@ def test_the_engine_agrees_with_the_reference(pair: TwoTower, request_: Request)
 
 
 def drain(engine: Engine) -> dict[str, Completion]:
-    """Steps until nothing is left, with an integrity check behind each step -> completions by key."""
+    """Step until nothing is left, with an integrity check after each step; return the completions by key."""
     done: dict[str, Completion] = {}
     while engine.waiting or engine.active:
         done |= {completion.key: completion for completion in engine.step()}
@@ -96,7 +97,7 @@ def drain(engine: Engine) -> dict[str, Completion]:
 
 
 def random_requests(count: int, seed: int) -> list[Request]:
-    """Mixed modes, lengths, block sizes, steps, thresholds and sampling."""
+    """Return requests with mixed modes, lengths, block sizes, steps, thresholds and sampling."""
     rng = random.Random(seed)
     modes: Sequence[Mode] = ("diffusion", "diffusion", "diffusion", "ar", "mock_ar")
     return [
@@ -121,7 +122,7 @@ def random_requests(count: int, seed: int) -> list[Request]:
 
 
 def outcome(completion: Completion) -> tuple[object, ...]:
-    """What must not depend on company: everything but times and batch sizes."""
+    """Return the fields that must not depend on other rows: everything but times and batch sizes."""
     return (
         completion.token_ids,
         completion.text,
@@ -134,7 +135,8 @@ def outcome(completion: Completion) -> tuple[object, ...]:
 
 
 def test_a_row_generates_the_same_in_any_company(pair: TwoTower) -> None:
-    """float32: alone, 3 or 16 rows together, in another order, on 1 or 2 stages: bit-equal, confidences included."""
+    """In float32 a row gives the same bits, confidences included, alone, in batches of 3 to 16 rows, in another order,
+    and on 1 or 2 stages."""
     requests = random_requests(24, seed=1)
     engine = Engine(pair, EngineLimits(max_rows=1))
     alone = {c.key: outcome(c) for c in engine.generate(requests)}
@@ -149,7 +151,8 @@ def test_a_row_generates_the_same_in_any_company(pair: TwoTower) -> None:
 
 
 def test_a_lower_limit_gives_a_prefix(pair: TwoTower) -> None:
-    """max_new_tokens cuts; it does not change what comes before, and saves the forwards that it does not need."""
+    """A lower max_new_tokens cuts the completion without changing the tokens before the cut, and saves the forwards
+    that are not needed."""
     whole = Engine(pair).generate([Request("r", prompt(12, 3), GenerationParams(max_new_tokens=48))])[0]
     for limit in (1, 15, 16, 17, 40):
         params = GenerationParams(max_new_tokens=limit)
@@ -161,7 +164,8 @@ def test_a_lower_limit_gives_a_prefix(pair: TwoTower) -> None:
 
 
 def test_rows_leave_and_others_take_their_slots(pair: TwoTower) -> None:
-    """Two slots, one long row, many short ones: the short ones pass through beside the long one, none waits for it."""
+    """With two slots, one long row and many short ones, the short rows pass through beside the long one, and none waits
+    for it."""
     long = Request("long", prompt(8, 1), GenerationParams(max_new_tokens=160))
     short = [Request(f"short{i}", prompt(8, i), GenerationParams(max_new_tokens=4)) for i in range(6)]
     engine = Engine(pair, EngineLimits(max_rows=2))
@@ -175,7 +179,7 @@ def test_rows_leave_and_others_take_their_slots(pair: TwoTower) -> None:
 
 
 def test_a_small_kv_budget_queues_rows_and_loses_none(pair: TwoTower) -> None:
-    """With pages for barely one row at a time the rows run one after another, to the same tokens."""
+    """With pages for barely one row at a time, the rows run one after another and give the same tokens."""
     requests = [Request(f"r{i}", prompt(60, i), GenerationParams(max_new_tokens=30)) for i in range(5)]
     wide = Engine(pair, EngineLimits(max_rows=5)).generate(requests)
     narrow_engine = Engine(pair, EngineLimits(max_rows=5, kv_tokens=128, max_context_tokens=128))
@@ -186,7 +190,8 @@ def test_a_small_kv_budget_queues_rows_and_loses_none(pair: TwoTower) -> None:
 
 
 def test_stop_strings_end_a_row_and_its_text(pair: TwoTower) -> None:
-    """The text ends before the stop string, the tokens with the one that completed it; others are as without."""
+    """The text ends before the stop string, and the tokens end with the one that completes it. All tokens are those of
+    a run without stop strings."""
     free = GenerationParams(mode="ar", max_new_tokens=60, temperature=1.0)
     request = Request("r", prompt(10, 4), free)
     whole = Engine(pair).generate([request])[0]
@@ -205,7 +210,8 @@ def test_stop_strings_end_a_row_and_its_text(pair: TwoTower) -> None:
 
 
 def test_stop_strings_across_block_borders_and_inside_letters(pair: TwoTower) -> None:
-    """Blocks of 7 bytes of text: every pair of characters of the free text as a stop string, against brute force."""
+    """With blocks of 7 bytes of text, every pair of characters of the free text, used as a stop string, ends the row
+    where a brute-force search says."""
     params = GenerationParams(max_new_tokens=42, block_size=7, temperature=1.5, seed=3)
     ids = prompt(12, 8)
     whole = Engine(pair).generate([Request("r", ids, params)])[0]
@@ -225,7 +231,7 @@ def test_stop_strings_across_block_borders_and_inside_letters(pair: TwoTower) ->
 
 
 def test_bfloat16_generates_on_the_same_path() -> None:
-    """bfloat16 weights and activations: every row ends, and is the same alone and in a batch of equal rows."""
+    """With weights and activations in bfloat16, every row reaches its length without an error."""
     engine = Engine(load_model(NOISE, dtype="bfloat16"), EngineLimits(max_rows=4))
     requests = [Request(f"r{i}", prompt(9, i), GenerationParams(max_new_tokens=20)) for i in range(8)]
     got = engine.generate(requests)
@@ -234,7 +240,7 @@ def test_bfloat16_generates_on_the_same_path() -> None:
 
 
 def test_ar_needs_only_the_context_tower(pair: TwoTower) -> None:
-    """Loaded without the denoiser, AR gives the same tokens, and the other modes are refused."""
+    """Loaded without the denoiser, the model gives the same tokens in AR mode and refuses the other modes."""
     context_only = load_model(NOISE, towers="context")
     assert sum(p.nbytes for p in context_only.parameters()) < 0.6 * sum(p.nbytes for p in pair.parameters())
     request = Request("r", prompt(9, 1), GenerationParams(mode="ar", max_new_tokens=10))
@@ -248,7 +254,7 @@ def broken(*_: object) -> None:
 
 
 def failing_parts(*_: object) -> list[Callable[..., None]]:
-    """Parts of a forward that fail where they run."""
+    """Return the parts of a forward that fails when it runs."""
     return [broken]
 
 
@@ -266,7 +272,8 @@ def test_after_a_failure_generate_leaves_the_engine_empty(monkeypatch: pytest.Mo
 
 
 def test_a_request_is_what_it_was_when_it_was_made(pair: TwoTower) -> None:
-    """A list changed afterwards changes nothing; what are no token ids is refused."""
+    """Changing the list of prompt ids afterwards does not change the request. Values that are not token ids are
+    refused."""
     ids = [5, 6]
     request = Request("r", ids, GenerationParams(mode="ar", max_new_tokens=5))
     ids += [7, 8, 9]
@@ -277,7 +284,7 @@ def test_a_request_is_what_it_was_when_it_was_made(pair: TwoTower) -> None:
 
 
 def test_statistics_are_those_of_the_kept_tokens(pair: TwoTower) -> None:
-    """Positions of the last block behind the limit are committed too, and do not count."""
+    """Positions of the last block beyond the limit are committed too, but the statistics do not count them."""
     for limit in (1, 5, 18):
         params = GenerationParams(max_new_tokens=limit, confidence_threshold=1.0)
         got = Engine(pair).generate([Request("r", prompt(9, 2), params)])[0]
@@ -293,7 +300,8 @@ def test_a_tiny_temperature_is_greedy_not_nonsense(pair: TwoTower) -> None:
 
 
 def test_logits_that_are_not_finite_end_that_row_alone(pair: TwoTower) -> None:
-    """A token whose embedding is NaN: its row becomes an error, rows beside it generate as without it."""
+    """If the embedding of a token is NaN, rows with this token end as error rows, and the rows beside them generate as
+    without them."""
     good = Request("good", [5, 6, 7], GenerationParams(max_new_tokens=20))
     healthy = Engine(pair).generate([good])[0]
     poison = next(token for token in range(8, 260) if token not in healthy.token_ids)
@@ -319,7 +327,8 @@ def test_logits_that_are_not_finite_end_that_row_alone(pair: TwoTower) -> None:
 def test_a_failing_forward_names_its_rows_and_leaves_the_engine_whole(
     monkeypatch: pytest.MonkeyPatch, failing: str, launching: bool, stages: int
 ) -> None:
-    """The rows of the failed forward are out and named; the engine is intact and runs them when they come again."""
+    """The rows of a failed forward leave the engine and are named. The engine stays intact and runs them if they are
+    submitted again."""
     model = load_model(NOISE, devices=["cpu"] * stages)
     engine = Engine(model, EngineLimits(max_rows=2, lanes=1))
     requests = [Request(f"r{i}", prompt(6, i), GenerationParams(max_new_tokens=20)) for i in range(5)]
@@ -340,7 +349,8 @@ def test_a_failing_forward_names_its_rows_and_leaves_the_engine_whole(
 
 
 def test_a_tokenizer_that_fails_loses_its_row_alone() -> None:
-    """It fails on the second of three rows that end together: the others are completions, and not named."""
+    """If the tokenizer fails on the second of three rows that end together, only this row is named. The others have
+    completions."""
     engine = Engine(load_model(NOISE), EngineLimits(max_rows=3))
     for i in range(3):
         engine.submit(Request(f"r{i}", prompt(6, i), GenerationParams(mode="ar", max_new_tokens=1)))
@@ -364,7 +374,8 @@ def test_a_tokenizer_that_fails_loses_its_row_alone() -> None:
 
 
 def test_out_of_memory_halves_the_rows_and_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Denoiser forwards of more than 3 rows run out of memory: fewer rows run, all end with the tokens they had."""
+    """If denoiser forwards of more than 3 rows run out of memory, fewer rows run together, and all end with the same
+    tokens as before."""
     model = load_model(NOISE)
     requests = [Request(f"r{i}", prompt(6, i), GenerationParams(max_new_tokens=20)) for i in range(12)]
     healthy = [outcome(c) for c in Engine(model, EngineLimits(max_rows=8)).generate(requests)]
@@ -386,7 +397,8 @@ def test_out_of_memory_halves_the_rows_and_loses_none(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_out_of_memory_gives_back_what_the_forward_held(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error's frames, which hold the forward's tensors, are empty before the rows are tried again."""
+    """The error's stack frames, which hold the tensors of the failed forward, are cleared before the rows are tried
+    again."""
     model = load_model(NOISE, devices=["cpu"] * stages)
     denoise_parts, held = model.denoise_parts, list[weakref.ref[torch.Tensor]]()
 
@@ -429,7 +441,8 @@ def test_where_one_row_is_too_many_out_of_memory_is_an_error(monkeypatch: pytest
 
 
 def test_the_reference_and_both_dtypes_see_the_same_model(pair: TwoTower) -> None:
-    """Context and denoiser logits of the tiny model agree with the reference in float32, and roughly in bfloat16."""
+    """Context and denoiser logits of the small model agree with the reference closely in float32 and roughly in
+    bfloat16."""
     ids, block = prompt(21, 9), [3] * 16
     rough = load_model(NOISE, dtype="bfloat16")
     for got, bf16, wanted in (
@@ -440,11 +453,11 @@ def test_the_reference_and_both_dtypes_see_the_same_model(pair: TwoTower) -> Non
             reference().denoiser_logits(ids, block, 1.0),
         ),
     ):
-        assert relative_error(got, wanted) < 1e-4  # the golden cases' own limit
-        # median: a router that picks another expert in bfloat16 moves single tokens far
+        assert relative_error(got, wanted) < 1e-4  # the same limit as for the golden cases
+        # the median, because in bfloat16 the router may pick another expert, which changes single tokens a lot
         assert float((bf16 - wanted).abs().median()) < 0.1 * float(wanted.abs().median())
 
 
 def test_mock_ar_logits_of_a_one_token_prompt(pair: TwoTower) -> None:
-    """The denoiser over an empty context."""
+    """Mock AR logits of a one-token prompt agree with the reference; the denoiser then runs over an empty context."""
     assert relative_error(pair.mock_ar_logits([9]), reference().mock_ar_logits([9])) < 1e-4

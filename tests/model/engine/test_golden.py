@@ -1,4 +1,4 @@
-"""The towers and the engine against the vectors of the reference implementation (golden/README.md)."""
+"""Tests the towers and the engine against the vectors of the reference implementation (golden/README.md)."""
 
 import random
 from typing import Any
@@ -19,7 +19,7 @@ DEVICES = [["cpu"], ["cpu"] * 3] + ([["cuda:0"], ["cuda:0"] * 2] if torch.cuda.i
 
 
 def loaded(devices: list[list[str]]) -> Any:
-    """A fixture: the checkpoint on each of these, in float32."""
+    """Return a fixture that loads the checkpoint in float32 on each of these lists of devices."""
 
     @pytest.fixture(scope="module", params=devices, ids=lambda each: f"{len(each)} on {each[0]}")
     def load(request: pytest.FixtureRequest) -> TwoTower:
@@ -28,7 +28,7 @@ def loaded(devices: list[list[str]]) -> Any:
     return load
 
 
-pair = loaded(DEVICES)  # as one stage and as several
+pair = loaded(DEVICES)  # with one stage and with several
 one_stage = loaded([devices for devices in DEVICES if len(devices) == 1])
 
 
@@ -59,7 +59,8 @@ def test_mock_ar_logits(pair: TwoTower, case: dict[str, Any]) -> None:
 
 @named(golden.cases("context_state") + golden.cases("extend_state"))
 def test_context_cache(pair: TwoTower, case: dict[str, Any]) -> None:
-    """The cache after a prefill, and after committed blocks were added one by one, with another row beside it."""
+    """The cache is right after a prefill, and after finished blocks are added one by one, with another row beside
+    it."""
     pieces = [case["prompt_ids"], *case.get("blocks", [])]
     cache = pair.new_cache(slots=3, kv_tokens=1024)
     other, slot = cache.allocator.acquire(500), cache.allocator.acquire(sum(len(piece) for piece in pieces))
@@ -92,7 +93,8 @@ def request(case: dict[str, Any], key: str | None = None) -> Request:
 
 
 def check_completion(case: dict[str, Any], got: Completion) -> None:
-    """Same ids, forwards and traces. At an EOS this engine stops at once: the tokens up to it, and no forward more."""
+    """Check ids, forwards and traces. At an EOS the engine stops at once: it returns the tokens up to the EOS and runs
+    no further forward."""
     expected, eos = case["expected"], case["eos_token_id"]
     ids = expected["new_ids"]
     stopped = eos in ids
@@ -125,7 +127,7 @@ def test_generate_alone(one_stage: TwoTower, case: dict[str, Any]) -> None:
 
 
 def batches() -> list[list[dict[str, Any]]]:
-    """All cases in eights, of any modes."""
+    """Return all cases in batches of eight, with mixed modes."""
     cases = random.Random(1).sample(GENERATE, len(GENERATE))
     cases += cases[: -len(cases) % 8]
     return [cases[at : at + 8] for at in range(0, len(cases), 8)]
@@ -133,12 +135,12 @@ def batches() -> list[list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("cases", batches(), ids=lambda cases: cases[0]["id"])
 def test_generate_in_a_batch(pair: TwoTower, cases: list[dict[str, Any]]) -> None:
-    """Each case in a batch of eight, all of them checked; as one stage and as several."""
+    """Each case is right in a batch of eight, on one stage and on several."""
     check_batch(pair, cases, max_rows=8)
 
 
 def test_generate_with_refilled_slots(one_stage: TwoTower) -> None:
-    """All cases through an engine of five rows: every slot is used again and again, by rows of all modes."""
+    """All cases are right in an engine of five rows, whose slots are used again and again by rows of all modes."""
     check_batch(one_stage, random.Random(0).sample(GENERATE, len(GENERATE)), max_rows=5)
 
 

@@ -1,4 +1,5 @@
-"""The engine's loop over a scripted backend: whatever comes, in any order, every request ends once, and as told."""
+"""Tests the engine's loop over a scripted backend: whatever comes, in any order, every request ends once and as
+scripted."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ from tests.model.engine.scripts import Script, request
 @settings(max_examples=150)
 @given(cases(calm=True))
 def test_every_request_ends_once_and_as_scripted(case: Case) -> None:
-    """Any mix of modes, lengths, prefixes and arrivals, through few slots and pages: see Run; and the tokens add up."""
+    """Requests of any modes, lengths, prefixes and arrivals pass through few slots and pages. The checks of Run hold,
+    and the counts of tokens add up."""
     run = Run(case).go()
     assert not run.cancelled
     assert not run.named
@@ -40,7 +42,8 @@ def test_every_request_ends_once_and_as_scripted(case: Case) -> None:
 @settings(max_examples=150)
 @given(cases(calm=True, growing=True))
 def test_rows_that_go_back_for_want_of_pages_end_as_scripted(case: Case) -> None:
-    """Pages for little more than one row: see Run; the oldest row never goes back, and a row that did starts again."""
+    """With pages for little more than one row, preempted rows start again and end as scripted. The oldest row is never
+    preempted."""
     run = Run(case).go()
     assert run.done[run.first].preemptions == 0
 
@@ -49,12 +52,14 @@ def test_rows_that_go_back_for_want_of_pages_end_as_scripted(case: Case) -> None
 @settings(max_examples=250)
 @given(cases(calm=False) | cases(calm=False, growing=True))
 def test_nothing_is_lost_in_cancels_limits_and_failures(case: Case) -> None:
-    """Cancels and row limits at any time, forwards that fail or find no memory: named rows come again, and end."""
+    """Requests are cancelled, row limits change, and forwards fail or run out of memory at any time. Rows that errors
+    name are submitted again and end as scripted."""
     Run(case).go()
 
 
 def test_rows_that_are_being_extended_are_kept_if_an_older_forward_fails() -> None:
-    """Where a lane overlaps, the blocks of r2 are on their way to the context when the forward before them fails."""
+    """In an overlapping lane, the finished block of r2 is already being extended when the forward before it fails. r2
+    is kept and ends."""
     drawn = Drawn("diffusion", 1, 1, 1, 1, Script((1,)), template=0, prefix_tokens=0, turn=0)
     slow = dataclasses.replace(drawn, block=10, steps_limit=8, script=Script((8,)))
     two = dataclasses.replace(drawn, limit=2, steps_limit=2, script=Script((2,)))
@@ -66,7 +71,7 @@ def test_rows_that_are_being_extended_are_kept_if_an_older_forward_fails() -> No
 
 
 def drive(loop: Loop[Ticket], requests: list[Request]) -> dict[str, Completion]:
-    """Submits, steps and checks until nothing is left."""
+    """Submit the requests, then step and check until nothing is left; return the completions by key."""
     for each in requests:
         loop.submit(each)
     done: dict[str, Completion] = {}
@@ -77,7 +82,8 @@ def drive(loop: Loop[Ticket], requests: list[Request]) -> dict[str, Completion]:
 
 
 def test_a_long_prompt_lets_the_others_go_on() -> None:
-    """100,000 tokens in pieces: every turn denoises the other rows, and a short prompt waits for two turns at most."""
+    """While a prompt of 100,000 tokens is read in pieces, every turn denoises the other rows, and a short prompt waits
+    for two turns at most."""
     keys = [f"s{i}" for i in range(40)]
     loop, backend = make_loop(dict.fromkeys([*keys, "long"], Script((2,))), rows=8, pages=4000, budget=1024)
     for each in [request("long", 100_000, max_new_tokens=8), request("s0", 50, max_new_tokens=10_000)]:
@@ -103,7 +109,8 @@ def test_a_long_prompt_lets_the_others_go_on() -> None:
 
 
 def test_a_prefix_is_computed_once_and_kept() -> None:
-    """Many rows, then more of them later: its tokens go through one forward each, and none of the rows repeats them."""
+    """The tokens of a prefix that many rows share, some of them much later, are computed once, and no row computes them
+    again."""
     shared = list(range(900_000, 900_200))
     keys = [f"r{i}" for i in range(12)]
     loop, backend = make_loop(dict.fromkeys(keys, Script()), rows=3, budget=64)
@@ -118,7 +125,8 @@ def test_a_prefix_is_computed_once_and_kept() -> None:
 
 
 def test_unused_prefixes_give_way() -> None:
-    """A third prefix takes the slot of the one longest not used; a row that needs the pages takes those of all."""
+    """A third prefix takes the slot of the one whose last use is longest ago. A row that needs pages takes those of all
+    unused prefixes."""
     shared = [[start + i for i in range(128)] for start in (10_000, 20_000, 30_000)]
     loop, _ = make_loop(dict.fromkeys("abcde", Script()), rows=2, pages=12)
     for key, tokens in zip("abcd", (shared[0], shared[1], shared[0], shared[2]), strict=True):
@@ -129,7 +137,8 @@ def test_unused_prefixes_give_way() -> None:
 
 
 def test_a_row_that_is_all_prefix_needs_no_prefill_of_its_own() -> None:
-    """prefix_tokens up to the whole prompt, in every mode, beside a row that goes on behind the same prefix."""
+    """A row whose whole prompt is a prefix needs no prefill of its own, in any mode, and beside a row whose prompt goes
+    on after the same prefix."""
     shared = list(range(700_000, 700_129))
     modes = {"d": ("diffusion", 128), "a": ("ar", 129), "m": ("mock_ar", 129), "more": ("diffusion", 129)}
     loop, backend = make_loop(dict.fromkeys(modes, Script((2, 1))))
@@ -145,7 +154,8 @@ def test_a_row_that_is_all_prefix_needs_no_prefill_of_its_own() -> None:
 
 
 def test_finished_blocks_wait_for_each_other_no_longer_than_told() -> None:
-    """extend_every=3: context forwards come every third turn, with the blocks of three turns; tokens are the same."""
+    """With extend_every=3, context forwards run every third turn and take the blocks of three turns. The number of
+    tokens is the same."""
     keys = {f"r{i}": Script((1 + i % 4, 3)) for i in range(12)}
     rows = [request(key, 20, max_new_tokens=64) for key in keys]
     seen = {}
@@ -154,7 +164,7 @@ def test_finished_blocks_wait_for_each_other_no_longer_than_told() -> None:
         done = drive(loop, rows)
         seen[every] = len([launch for launch in backend.launches if launch.kind == "context" and launch.blocks])
         assert {len(done[key].token_ids) for key in keys} == {64}
-    # with one row nothing is won by waiting: the lane would have no work
+    # with one row, waiting gains nothing: the lane would have no work
     assert seen[3] < 0.6 * seen[1]
     single, backend = make_loop({"r1": keys["r1"]}, extend_every=3)
     drive(single, [rows[1]])
@@ -162,7 +172,8 @@ def test_finished_blocks_wait_for_each_other_no_longer_than_told() -> None:
 
 
 def test_statistics_of_a_scripted_run() -> None:
-    """Two rows, told step by step: forwards, their rows, and seconds (a scripted forward takes one)."""
+    """The statistics of two rows are those worked out by hand: forwards, rows in these forwards, and seconds (a
+    scripted forward takes one)."""
     loop, _ = make_loop({"a": Script((2,)), "b": Script((4, 1))})
     rows = [request("a", 10, max_new_tokens=16), request("b", 10, max_new_tokens=16)]
     done = drive(loop, rows)
@@ -177,7 +188,8 @@ def test_statistics_of_a_scripted_run() -> None:
 
 
 def test_a_shared_context_forward_counts_whole_for_prompts_and_blocks() -> None:
-    """A prompt is read in the forward that takes a finished block in: a second of prefill_s here, of commit_s there."""
+    """If one forward reads a prompt and takes in a finished block, its second counts in full as prefill_s of one row
+    and as commit_s of the other."""
     loop, backend = make_loop({"a": Script((1,)), "b": Script((1,))}, rows=2)
     loop.submit(request("a", 10, max_new_tokens=24))
     loop.step()
@@ -190,7 +202,8 @@ def test_a_shared_context_forward_counts_whole_for_prompts_and_blocks() -> None:
 
 
 def test_prompts_wait_for_finished_blocks_no_longer_than_told() -> None:
-    """extend_every far above the blocks' steps: a prompt is read when the lane has filled its blocks, or when due."""
+    """A prompt is read when the lane has filled its blocks, or earlier if extend_every says so; extend_every may be far
+    above the steps of a block."""
     scripts = {**{f"r{i}": Script((7,)) for i in range(8)}, "late": Script((1,))}
     for every, most in ((1, 0), (3, 2), (1000, 7)):
         loop, backend = make_loop(scripts, rows=9, extend_every=every)
@@ -207,7 +220,8 @@ def test_prompts_wait_for_finished_blocks_no_longer_than_told() -> None:
 
 
 def test_statistics_count_no_forward_before_a_row_or_between_its_blocks() -> None:
-    """A row that comes later, or whose full block waits for an extension, has no part in the forwards of that time."""
+    """Forwards that run before a row comes, or while its full block waits to be extended, do not count in its
+    statistics."""
     loop, _ = make_loop({"a": Script((8,)), "b": Script((2,))}, extend_every=4)
     loop.submit(request("a", 10, max_new_tokens=80))
     for _ in range(9):
@@ -219,7 +233,7 @@ def test_statistics_count_no_forward_before_a_row_or_between_its_blocks() -> Non
 
 
 def test_lanes_share_the_rows() -> None:
-    """Three lanes, nine rows: each lane's forwards have three rows, and in every turn each lane has one under way."""
+    """With nine rows in three lanes, most denoiser forwards have three rows, and none has more than four."""
     keys = [f"r{i}" for i in range(9)]
     loop, backend = make_loop(dict.fromkeys(keys, Script((3,))), rows=9, lanes=3)
     drive(loop, [request(key, 20, max_new_tokens=80) for key in keys])
@@ -229,7 +243,8 @@ def test_lanes_share_the_rows() -> None:
 
 
 def test_fewer_rows_from_now_on_and_more_again() -> None:
-    """set_max_rows: running rows above a lower limit go on, none gets in; a higher limit makes slots."""
+    """After set_max_rows lowers the limit, running rows go on and no row is admitted until enough have ended. A higher
+    limit adds slots."""
     keys = [f"r{i}" for i in range(12)]
     loop, _ = make_loop(dict.fromkeys(keys, Script((2,))), rows=4)
     for key in keys:
@@ -250,7 +265,8 @@ def test_fewer_rows_from_now_on_and_more_again() -> None:
 
 
 def test_a_cancelled_key_is_free_at_once() -> None:
-    """Cancelled in the queue, in prefill and while running, and submitted again: the second life is a whole one."""
+    """A request that is cancelled in the queue, in prefill or while running can be submitted again, and then runs from
+    the start."""
     loop, _ = make_loop({"x": Script((2,)), "y": Script()}, rows=1, budget=64)
     row = request("x", 400, max_new_tokens=32)
     for turns in (0, 1, 4, 9, 13):
@@ -266,7 +282,8 @@ def test_a_cancelled_key_is_free_at_once() -> None:
 
 
 def test_generate_gives_completions_in_the_order_of_the_requests() -> None:
-    """The longest prompts run first; what comes back is in the caller's order; a busy engine refuses."""
+    """The longest prompts run first, and completions come back in the order of the requests. A busy engine refuses
+    generate()."""
     keys = [f"r{i}" for i in range(7)]
     loop, backend = make_loop(dict.fromkeys(keys, Script((2,))), rows=2)
     rows = [request(key, 10 + 30 * (i * 4 % 7), max_new_tokens=8) for i, key in enumerate(keys)]
@@ -279,7 +296,8 @@ def test_generate_gives_completions_in_the_order_of_the_requests() -> None:
 
 
 def test_rows_in_ar_mode_make_several_tokens_a_turn_where_nobody_waits() -> None:
-    """Eight a turn, and no more than a row may take; one beside a row that fills blocks; the same tokens."""
+    """AR rows make eight tokens a turn, or fewer if they may take no more, and one token a turn beside a row that fills
+    blocks. The tokens are the same."""
     scripts = {"a": Script(), "b": Script(eos_at=10), "d": Script((2,))}
     rows = [request(key, 20, mode="ar", max_new_tokens=20) for key in "ab"]
     loop, backend = make_loop(scripts, ar_tokens=8)
@@ -293,7 +311,8 @@ def test_rows_in_ar_mode_make_several_tokens_a_turn_where_nobody_waits() -> None
 
 
 def denoising_at_extensions(backend: ScriptedBackend) -> list[bool]:
-    """Grows by one with each extension: whether a denoiser forward is under way."""
+    """Return a list that grows by one entry with each extend: whether a denoiser forward is in progress at that
+    moment."""
     found: list[bool] = []
     extend = backend.extend
 
@@ -306,7 +325,8 @@ def denoising_at_extensions(backend: ScriptedBackend) -> list[bool]:
 
 
 def test_an_overlapping_lane_launches_the_extension_before_it_collects() -> None:
-    """From so many rows on, each extension finds the lane's last denoiser forward under way; with fewer, none does."""
+    """From overlap_rows rows on, most extends are launched while a denoiser forward of the lane is in progress. With
+    fewer rows none is."""
     keys = {f"r{i}": Script((1 + i % 4, 3)) for i in range(6)}
     for rows, under_way in ((6, True), (2, False)):
         loop, backend = make_loop(keys, rows=rows, overlap_rows=3)

@@ -1,4 +1,5 @@
-"""What the engine's loop does when something fails: who is named, who goes on, and that nothing is left behind."""
+"""Tests what the engine's loop does if something fails: which rows are named, which go on, and that nothing is left
+behind."""
 
 import itertools
 
@@ -17,12 +18,13 @@ MODES = {"a": "diffusion", "b": "mock_ar", "c": "ar"}
 
 
 def some() -> list[Request]:
-    """A row of each mode."""
+    """Return one request of each mode."""
     return [request(key, 20, max_new_tokens=24, mode=mode) for key, mode in MODES.items()]
 
 
 def resume(loop: Loop[Ticket], again: dict[str, Request]) -> dict[str, Completion]:
-    """Steps to the end, with a check each time; what errors name comes again from `again`."""
+    """Step to the end, with a check after each step; submit rows that errors name again, from `again`. Return the
+    completions by key."""
     done: dict[str, Completion] = {}
     while loop.waiting or loop.active:
         try:
@@ -41,19 +43,19 @@ def resume(loop: Loop[Ticket], again: dict[str, Request]) -> dict[str, Completio
 
 
 def step_on(loop: Loop[Ticket], done: dict[str, Completion]) -> None:
-    """Steps until something is raised."""
+    """Step until something is raised."""
     for _ in range(1000):
         done |= {completion.key: completion for completion in loop.step()}
 
 
 def generate_on(loop: Loop[Ticket], requests: list[Request]) -> None:
-    """Generates until something is raised."""
+    """Call generate() until something is raised."""
     for _ in range(100):
         loop.generate(requests)
 
 
 def assert_as_told(done: dict[str, Completion], requests: list[Request], scripts: dict[str, Script]) -> None:
-    """Each request ended, with the tokens of its script."""
+    """Check that each request has ended with the tokens of its script."""
     told = {each.key: expected(each.params, scripts[each.key]).token_ids for each in requests}
     assert {key: completion.token_ids for key, completion in done.items()} == told
 
@@ -62,7 +64,8 @@ def assert_as_told(done: dict[str, Completion], requests: list[Request], scripts
 @pytest.mark.parametrize("kind", ["launch", "collect", "launch oom", "collect oom"])
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_every_single_forward_may_fail(kind: Fault, lanes: int) -> None:
-    """Each forward of a run in turn, then it and the two after it: all rows end as told, by Run's checks."""
+    """Each forward of a run fails in turn, first alone and then with the two after it. By the checks of Run, all rows
+    still end as scripted."""
     drawn = [
         Drawn(mode, 150, 30, 8, 4, Script((2, 4)), 1, 128, turn)
         for mode, turn in (("diffusion", 0), ("ar", 0), ("mock_ar", 2), ("diffusion", 3))
@@ -77,7 +80,8 @@ def test_every_single_forward_may_fail(kind: Fault, lanes: int) -> None:
 @pytest.mark.parametrize("error", [ScriptedError, NoMemoryError])
 @pytest.mark.parametrize("name", ["begin", "enter"])
 def test_a_backend_that_cannot_set_up_a_row(name: str, error: type[Exception]) -> None:
-    """begin or enter fails, whenever: its rows are named, or come again by themselves; none is computed without it."""
+    """Whichever call of begin or enter fails, its rows are named or start again by themselves. No row is computed
+    without the call."""
     for number in range(12):
         rows = some()
         loop, backend = make_loop(ABC, rows=2, failing_calls={name: {number}})
@@ -88,7 +92,7 @@ def test_a_backend_that_cannot_set_up_a_row(name: str, error: type[Exception]) -
 
 
 def test_an_interrupted_generate_leaves_an_empty_engine() -> None:
-    """Ctrl-C in any launch: it comes through, slots and pages are free, and the next generate() is a whole one."""
+    """Ctrl-C in any launch is raised, all slots are free afterwards, and the next generate() returns everything."""
     for number in range(40):
         rows = some()
         loop, backend = make_loop(ABC, rows=2, lanes=2, faults={number: "launch interrupt"})
@@ -102,7 +106,8 @@ def test_an_interrupted_generate_leaves_an_empty_engine() -> None:
 
 
 def test_an_interrupt_takes_the_rows_of_its_forward_alone() -> None:
-    """Ctrl-C in a step: rows of other forwards go on; those of the interrupted one are out, their keys free."""
+    """Ctrl-C in a step removes only the rows of the interrupted forward, and their keys are free. Rows of other
+    forwards go on."""
     for number in range(12):
         rows = some()
         loop, _ = make_loop(ABC, lanes=2, faults={number: "launch interrupt"})
@@ -121,7 +126,8 @@ def test_an_interrupt_takes_the_rows_of_its_forward_alone() -> None:
 
 
 def test_a_failure_does_not_reach_the_next_generate() -> None:
-    """A block's extension and its denoising fail together: one error, and nothing of it in the next call."""
+    """If the extend of a block and its denoiser forward fail together, one error is raised, and the next call is not
+    affected."""
     row = request("a", 20, max_new_tokens=24)
     probe, backend = make_loop(ABC)
     probe.generate([row])
@@ -135,7 +141,7 @@ def test_a_failure_does_not_reach_the_next_generate() -> None:
 
 
 def test_a_forward_of_cancelled_rows_may_fail_in_silence() -> None:
-    """Nobody is lost, so nobody is told; the next row comes and ends."""
+    """If a forward of cancelled rows fails, no row is lost and no error is raised. The next row runs and ends."""
     loop, _ = make_loop(ABC, faults={1: "collect"})
     loop.submit(request("a", 20, max_new_tokens=24))
     loop.step()
@@ -146,7 +152,8 @@ def test_a_forward_of_cancelled_rows_may_fail_in_silence() -> None:
 
 
 def test_limits_are_halved_once_for_what_was_under_way_together() -> None:
-    """Four forwards of one turn of two lanes find no memory: half the limits, not a sixteenth; all rows end."""
+    """If four forwards that two lanes launched in one turn run out of memory, the limits are halved once, not four
+    times, and all rows end."""
     scripts = {f"r{i}": Script((1 + i % 3,)) for i in range(32)}
     rows = [request(key, 20, max_new_tokens=40) for key in scripts]
     probe, backend = make_loop(scripts, rows=16, budget=128, lanes=2)
@@ -169,7 +176,8 @@ def test_limits_are_halved_once_for_what_was_under_way_together() -> None:
 
 
 def test_limits_grow_again_when_memory_has_been_enough_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 rows, out of memory twice: 4 rows; then 8 and 16, a doubling every CALM_STEPS steps, and not beyond."""
+    """If 16 rows run out of memory twice, 4 rows run. The limit is then doubled every CALM_STEPS steps, to 8 and to 16,
+    and not beyond."""
     monkeypatch.setattr("model.engine.loop.CALM_STEPS", 10)
     scripts = {f"r{i}": Script((3,)) for i in range(80)}
     rows = [request(key, 20, max_new_tokens=40) for key in scripts]
@@ -188,7 +196,8 @@ def test_limits_grow_again_when_memory_has_been_enough_for_long(monkeypatch: pyt
 
 
 def test_memory_that_is_never_enough_is_an_error() -> None:
-    """One row and a page of prompt still find no memory: the row is named, and nothing loops."""
+    """If memory does not even suffice for one row and a page of its prompt, an error names the row, and the loop does
+    not try forever."""
     loop, _ = make_loop(ABC, rows=8, budget=512, faults=dict.fromkeys(range(40), "launch oom"))
     loop.submit(request("a", 500, max_new_tokens=8))
     with pytest.raises(EngineError, match="NoMemoryError") as raised:
@@ -198,7 +207,8 @@ def test_memory_that_is_never_enough_is_an_error() -> None:
 
 
 def test_a_failed_prefix_takes_all_that_began_with_it() -> None:
-    """Its last piece fails when rows are behind it already: all of them are named, and come again behind a new one."""
+    """If the last piece of a prefix fails, all rows that began after it are named. Submitted again, they run with a new
+    prefix."""
     shared = list(range(50_000, 50_128))
     scripts = dict.fromkeys("abcd", Script((2,)))
     rows = [request(key, 140, shared=shared, prefix_tokens=128 * (key != "d"), max_new_tokens=16) for key in scripts]
@@ -223,7 +233,8 @@ def test_a_failed_prefix_takes_all_that_began_with_it() -> None:
 
 @pytest.mark.parametrize("kind", ["launch", "collect", "launch oom", "collect oom"])
 def test_a_shared_context_forward_fails_for_prompts_and_blocks(kind: Fault) -> None:
-    """It holds two prompts, finished blocks and an AR row: all are named, or all come again; the rest goes on."""
+    """If a forward with two prompts, finished blocks and an AR row fails, all its rows are named or, if memory ran out,
+    all start again. Other rows go on."""
     scripts = {"a": Script((1,)), "b": Script((8,)), "c": Script((1,)), "d": Script((1,)), "e": Script((2,))}
     rows = [request(key, 20, max_new_tokens=24, mode="ar" if key == "c" else "diffusion") for key in scripts]
     loop, backend = make_loop(scripts, rows=5)
@@ -251,7 +262,8 @@ def test_a_shared_context_forward_fails_for_prompts_and_blocks(kind: Fault) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("lanes", [2, 3])
 def test_a_prompt_that_failed_in_another_lane_is_never_looked_at(lanes: int) -> None:
-    """It was read in one lane and is filled in another, and a third forward fails between: the backend would notice."""
+    """If the forward that reads a prompt fails in one lane, the lane that fills the row's blocks never uses the row,
+    even if another forward fails in between. The scripted backend would notice."""
     drawn = [Drawn("diffusion", 30 + 20 * i, 4, 4, 1, Script((1,)), 0, 0, i % 5) for i in range(9)]
     for first in range(30):
         for other in range(first + 1, first + 8):
@@ -259,7 +271,7 @@ def test_a_prompt_that_failed_in_another_lane_is_never_looked_at(lanes: int) -> 
 
 
 def test_rows_that_end_while_slots_are_added_are_given_out() -> None:
-    """set_max_rows takes in what is under way: a last row that ends there still comes out of a step."""
+    """A row that ends while set_max_rows collects the forwards in progress is still returned by a later step."""
     loop, _ = make_loop({"a": Script((1,))}, rows=1)
     loop.submit(request("a", 20, max_new_tokens=8))
     loop.step()
@@ -269,7 +281,8 @@ def test_rows_that_end_while_slots_are_added_are_given_out() -> None:
 
 
 def test_more_rows_may_fail_and_change_nothing() -> None:
-    """What is under way fails, or there is no room for slots: the limit is as it was, and rows go on."""
+    """If a forward in progress fails, or there is no memory for more slots, set_max_rows leaves the limit as it was,
+    and the rows go on."""
     rows = some()
     loop, backend = make_loop(ABC, rows=3, faults={1: "collect"}, failing_calls={"add_slots": {0}})
     for each in rows:
@@ -291,7 +304,8 @@ def test_more_rows_may_fail_and_change_nothing() -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_tokenizer_that_fails_on_one_row(error: type[BaseException]) -> None:
-    """Its row is named and out; rows that ended in the same forward come out, whether before or after it."""
+    """If the tokenizer fails on one row, this row is named, and all other rows of the forward are returned. After
+    Ctrl-C, the rows handled before it are returned."""
     scripts = dict.fromkeys("abc", Script((1,)))
     backend: ScriptedBackend
     loop, backend = make_loop(scripts)

@@ -1,4 +1,5 @@
-"""What the engine refuses, and what it says: requests that could never run, limits and settings that cannot be."""
+"""Tests what the engine refuses, and with which message: requests that could never run, and impossible limits and
+settings."""
 
 import pytest
 
@@ -30,7 +31,8 @@ def test_a_request_that_can_never_run_is_refused(pair: TwoTower, request_: Reque
 
 @pytest.mark.slow
 def test_what_a_request_exceeds_is_named(pair: TwoTower) -> None:
-    """The context, whatever the number of rows; kv_tokens only where it was given and is less."""
+    """A refusal names the context as the limit, whatever the number of rows. It names kv_tokens only if that was given
+    and is smaller."""
     request = Request("r", [4] * 100, GenerationParams(max_new_tokens=100))
     for rows in (1, 7):
         with pytest.raises(RequestError, match="exceed the context of 150 tokens"):
@@ -52,7 +54,7 @@ def test_a_key_in_use_is_refused(pair: TwoTower) -> None:
 
 @pytest.mark.slow
 def test_generate_runs_all_or_none(pair: TwoTower) -> None:
-    """One request that can never run, or a key given twice: nothing is queued."""
+    """If one request could never run, or a key is given twice, generate() queues nothing."""
     engine = Engine(pair)
     good, wrong = Request("a", [5], GenerationParams(max_new_tokens=1)), Request("b", [], GenerationParams())
     for requests, text in (([good, wrong], "no tokens"), ([good, good], "'a' is given 2 times")):
@@ -62,7 +64,7 @@ def test_generate_runs_all_or_none(pair: TwoTower) -> None:
     engine.submit(good)
     with pytest.raises(RequestError, match="needs an idle engine, this one holds 1 rows"):
         engine.generate([Request("c", [5], GenerationParams())])
-    assert [c.key for c in engine.step()] == ["a"] or engine.active == 1  # what was there is untouched
+    assert [c.key for c in engine.step()] == ["a"] or engine.active == 1  # the row that was there is untouched
 
 
 @pytest.mark.slow

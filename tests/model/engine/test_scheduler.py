@@ -1,4 +1,4 @@
-"""Who gets a slot, what is prefilled together, and who goes back when pages run out."""
+"""Tests which rows get slots, which prompts are prefilled together, and which rows are preempted when pages run out."""
 
 import random
 
@@ -14,12 +14,12 @@ from tests.model.engine.scripts import request
 
 
 def make(rows: int = 4, pages: int = 100, budget: int = 4096, lanes: int = 1) -> Scheduler:
-    """A scheduler with slots of its own."""
+    """Return a scheduler with slots of its own."""
     return Scheduler(PageAllocator(rows + PREFIX_SLOTS, pages), rows, budget, lanes)
 
 
 def prefill(scheduler: Scheduler) -> list[tuple[str, int]]:
-    """A batch, sent on its way -> (key, tokens) of each; a prefix has no key."""
+    """Launch a prefill batch and return (key, tokens) of each item; the key of a prefix is empty."""
     batch = scheduler.prefill_batch()
     for item, count in batch:
         scheduler.allocator.grow([item.slot], [count])
@@ -34,7 +34,8 @@ lengths = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 200)), min_size
 @settings(max_examples=100)
 @given(lengths, st.integers(1, 4), st.integers(0, 1 << 30))
 def test_every_row_gets_in_and_out_once(shapes: list[tuple[int, int]], rows: int, seed: int) -> None:
-    """Rows of any length through few slots and pages, leaving in any order: first come, first served."""
+    """Rows of any length pass through few slots and pages and leave in any order. They are admitted in the order of
+    arrival."""
     rng, scheduler = random.Random(seed), make(rows, 8)
     requests = [request(f"r{i}", prompt, max_new_tokens=new) for i, (prompt, new) in enumerate(shapes)]
     for each in requests:
@@ -54,7 +55,8 @@ def test_every_row_gets_in_and_out_once(shapes: list[tuple[int, int]], rows: int
 @settings(max_examples=100)
 @given(st.lists(st.integers(1, 1500), min_size=1, max_size=14), st.integers(64, 1000))
 def test_prefill_batches_keep_to_the_budget(prompts: list[int], budget: int) -> None:
-    """Rows x longest within max_prefill_tokens; a longer prompt in pieces of whole pages; the oldest comes first."""
+    """The number of items times the longest stays within max_prefill_tokens, longer prompts are cut at whole pages, and
+    the oldest prompt comes first."""
     scheduler = make(14, 14 * 30, budget)
     for i, length in enumerate(prompts):
         scheduler.submit(request(f"r{i}", length, max_new_tokens=1), 0.0)
@@ -79,7 +81,8 @@ def test_prefill_batches_keep_to_the_budget(prompts: list[int], budget: int) -> 
 
 
 def test_prompts_of_like_lengths_go_together() -> None:
-    """The oldest with its nearest in length, whatever came between: padding stays small."""
+    """The oldest prompt is batched with those nearest to it in length, whatever came in between, so that padding stays
+    small."""
     scheduler = make(6, 200, 1024)
     for key, length in {"a": 100, "x": 900, "b": 110, "y": 10, "c": 95, "z": 500}.items():
         scheduler.submit(request(key, length), 0.0)
@@ -91,7 +94,8 @@ def test_prompts_of_like_lengths_go_together() -> None:
 
 
 def test_long_and_short_prompts_take_turns() -> None:
-    """While a long prompt goes in pieces, every second batch is of short ones; a lone long one does not wait."""
+    """While a long prompt is read in pieces, every second batch has short prompts. A long prompt alone does not
+    wait."""
     scheduler = make(6, 400, 128)
     for key, length in {"long": 1000, "a": 100, "b": 100, "c": 60, "d": 60}.items():
         scheduler.submit(request(key, length), 0.0)
@@ -102,7 +106,7 @@ def test_long_and_short_prompts_take_turns() -> None:
 
 
 def test_a_new_row_does_not_push_out_those_that_run() -> None:
-    """A page a running row stays free when a row is let in, so that their next blocks have room."""
+    """When a row is admitted, one page for each running row stays free, so that their next blocks have room."""
     scheduler = make(4, 16)
     scheduler.submit(request("a", 8 * PAGE_SIZE - 8, max_new_tokens=100), 0.0)
     scheduler.submit(request("b", 8 * PAGE_SIZE - 8, max_new_tokens=100), 0.0)
@@ -112,7 +116,8 @@ def test_a_new_row_does_not_push_out_those_that_run() -> None:
 
 
 def test_the_youngest_goes_back_to_its_place_in_the_queue() -> None:
-    """For pages of an older row; it keeps its place before later rows, and next time takes all it can come to need."""
+    """The youngest row is preempted if an older row needs pages. It keeps its place before later rows, and next time
+    takes all pages that it can ever need."""
     scheduler = make(3, 10)
     for key in "abcd":
         scheduler.submit(request(key, PAGE_SIZE - 8, max_new_tokens=2 * PAGE_SIZE), 0.0)
@@ -134,7 +139,7 @@ def test_the_youngest_goes_back_to_its_place_in_the_queue() -> None:
 
 
 def test_an_unused_prefix_goes_before_any_row() -> None:
-    """Pages for a running row come from a prefix that nobody uses, not from a younger row."""
+    """Pages for a running row come from a prefix that no row uses, not from a younger row."""
     scheduler = make(3, 8)
     scheduler.submit(request("p", 140, shared=range(1000, 1128), prefix_tokens=128), 0.0)
     scheduler.admit(0.0)
@@ -156,7 +161,7 @@ def test_an_unused_prefix_goes_before_any_row() -> None:
 
 
 def test_a_row_may_be_the_one_that_goes_back() -> None:
-    """The youngest itself wants a page: it goes back, the older one keeps all it has."""
+    """If the youngest row itself needs a page, it is preempted, and the older row keeps all its pages."""
     scheduler = make(2, 4)
     for key in "ab":
         scheduler.submit(request(key, PAGE_SIZE - 8, max_new_tokens=2 * PAGE_SIZE), 0.0)
@@ -172,7 +177,7 @@ def test_a_row_may_be_the_one_that_goes_back() -> None:
 
 
 def test_a_key_is_in_the_engine_once() -> None:
-    """Waiting or running, it is refused; cancelled, it is free."""
+    """A key is refused while a request with it waits or runs, and is free once the request is cancelled."""
     scheduler = make(1)
     row = request("a", 10)
     for _ in range(2):
@@ -188,7 +193,7 @@ def test_a_key_is_in_the_engine_once() -> None:
 
 
 def test_clear_keeps_whole_prefixes_alone() -> None:
-    """What is half-computed goes with the rows."""
+    """clear() removes the rows and the prefixes that are only partly computed, and keeps complete prefixes."""
     scheduler = make(2, 40, 64)
     tokens = range(1000, 1128)
     scheduler.submit(request("a", 140, shared=tokens, prefix_tokens=128), 0.0)
@@ -208,7 +213,7 @@ def test_clear_keeps_whole_prefixes_alone() -> None:
 
 
 def test_halving_ends() -> None:
-    """Rows and prefill tokens halve to one row and one page, then there is nothing left to halve."""
+    """Rows and prefill tokens are halved down to one row and one page; then nothing is left to halve."""
     scheduler = make(8, 100, 1000)
     seen = []
     while scheduler.halve():
@@ -218,14 +223,14 @@ def test_halving_ends() -> None:
 
 
 def lane_turn(lane: Lane, extend_every: int) -> tuple[list[ActiveRow], list[ActiveRow]]:
-    """A turn -> the rows that are extended, and those that begin a block for the denoiser."""
+    """Take one turn of the lane; return the rows that are extended, and those that begin a block for the denoiser."""
     extended = lane.take_extending() if lane.due(extend_every) else []
     lane.extended(extended)
     return extended, lane.take_fresh()
 
 
 def test_a_lane_does_not_wait_when_it_has_nothing_else() -> None:
-    """extend_every=3: finished blocks wait for the third turn only while others are being filled."""
+    """With extend_every=3, finished blocks wait for the third turn only while other blocks are being filled."""
     lane = Lane()
     assert lane.due(3), "a lane without rows has no reason to wait"
     lane = Lane()
@@ -243,7 +248,8 @@ def test_a_lane_does_not_wait_when_it_has_nothing_else() -> None:
 
 
 def test_rows_in_ar_mode_wait_for_no_turn_and_come_last() -> None:
-    """Their context forward is the one that fills: finished blocks of other rows go with it, before them."""
+    """AR rows do not wait, because a context forward fills their blocks. Finished blocks of other rows go into the same
+    forward, before them."""
     lane = Lane()
     ar, *others = (ActiveRow(request(key, 10, mode=mode), 0, 0.0) for key, mode in (("r", "ar"), ("a", "diffusion")))
     other = ActiveRow(request("b", 10), 0, 0.0)
@@ -259,10 +265,11 @@ def test_rows_in_ar_mode_wait_for_no_turn_and_come_last() -> None:
 
 
 def test_many_prompts_are_those_of_a_share_of_the_rows() -> None:
-    """One prompt among many rows waits for its turn; one in MANY rows does not; rows that are read count not."""
+    """One prompt among many rows waits for its turn; one prompt for every MANY rows does not. Prompts that have been
+    read do not count."""
     scheduler = make(2 * MANY, 400)
 
-    def many_wait() -> bool:  # read anew each time: mypy takes an attribute to stay what it was asserted to be
+    def many_wait() -> bool:  # mypy would assume that the attribute keeps the value it was asserted to have
         return scheduler.many_prompts_wait
 
     assert not many_wait()
@@ -278,7 +285,7 @@ def test_many_prompts_are_those_of_a_share_of_the_rows() -> None:
 
 @pytest.mark.parametrize("break_it", ["lost", "doubled", "key", "slot"])
 def test_the_check_finds_what_is_wrong(break_it: str) -> None:
-    """A row in no place or in two, a key without a row, a slot without an owner."""
+    """The check finds a row in no place or in two, a row whose key is missing, and a slot without an owner."""
     scheduler = make()
     scheduler.submit(request("a", 10), 0.0)
     scheduler.submit(request("b", 10), 0.0)

@@ -1,4 +1,4 @@
-"""Where a row ends, by a decoder that maps id 65 to "A" and so on."""
+"""Tests where a row ends, with a decoder that maps id 65 to "A" and so on."""
 
 import pytest
 from hypothesis import given
@@ -41,7 +41,8 @@ def params(limit: int = 100, stop: tuple[str, ...] = (), eos: str = "") -> Gener
     ],
 )
 def test_ends(text: str, settings: GenerationParams, end: End | None) -> None:
-    """EOS, stop string or limit, whichever comes first; the tokens keep what ended them, the text does not."""
+    """A row ends at an EOS, a stop string or its limit, whichever comes first. The tokens include the EOS or the stop
+    string, the text does not."""
     assert find_end(ids(text), settings, decode) == end
 
 
@@ -51,7 +52,7 @@ def test_without_a_tokenizer_there_is_no_text() -> None:
 
 @given(st.text(alphabet="ab.é", max_size=30), st.lists(st.integers(1, 5), max_size=20))
 def test_the_end_does_not_depend_on_how_the_tokens_arrived(text: str, pieces: list[int]) -> None:
-    """Whether tokens come one by one or in blocks, and the old ones are not looked at again, the end is the same."""
+    """The end is the same whether tokens come one by one or in blocks, although old tokens are not looked at again."""
     settings = params(limit=18, stop=("ab", "éb"), eos=".")
     tokens, seen, end = ids(text), 0, None
     for piece in [*pieces, len(tokens)]:
@@ -63,7 +64,8 @@ def test_the_end_does_not_depend_on_how_the_tokens_arrived(text: str, pieces: li
 
 
 def test_old_text_is_not_decoded_again_for_stop_strings() -> None:
-    """A token more costs the same after 100 and after 10,000 tokens; tokens without text do not hide a stop string."""
+    """Checking one more token costs the same after 100 and after 10,000 tokens. Tokens without text do not hide a stop
+    string."""
     settings = params(limit=20_000, stop=("ab", "xyz"))
     decoded = 0
 

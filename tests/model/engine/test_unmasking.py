@@ -1,4 +1,4 @@
-"""The commit rule, against its plain definition in Python."""
+"""Tests the commit rule against its plain definition in Python."""
 
 import math
 
@@ -10,7 +10,7 @@ from model.engine.unmasking import commit, commit_counts, commit_in_order, posit
 
 
 def expected(masked: list[bool], confidence: list[float], threshold: float, steps_left: int) -> set[int]:
-    """The rule as golden/README.md words it, one row."""
+    """Return the positions that one row commits, by the rule as golden/README.md states it."""
     candidates = [i for i, m in enumerate(masked) if m]
     if not candidates:
         return set()
@@ -37,7 +37,8 @@ rows = st.lists(
 
 @given(rows)
 def test_whole_batches_follow_the_rule(batch: list[tuple[list[tuple[bool, float]], float, int]]) -> None:
-    """Blocks of unequal size, thresholds and steps left in one call: each row as if it were alone."""
+    """With blocks of different sizes, thresholds and steps left in one call, each row commits what it would commit
+    alone."""
     longest = max(len(block) for block, _, _ in batch)
     padded = [block + [(False, 0.0)] * (longest - len(block)) for block, _, _ in batch]
     masked = torch.tensor([[m for m, _ in block] for block in padded])
@@ -48,7 +49,7 @@ def test_whole_batches_follow_the_rule(batch: list[tuple[list[tuple[bool, float]
     for row, (block, gamma, steps) in zip(got, batch, strict=True):
         wanted = expected([m for m, _ in block], [c for _, c in block], gamma, steps)
         assert set(row.nonzero()[:, 0].tolist()) == wanted
-    # the same from what is predicted at the masked positions alone: token 10 + place at each place
+    # the same with predictions for the masked positions only; each place predicts token 10 + place
     place = masked.flatten().nonzero()[:, 0]
     ids, bits = commit(place, 10 + place, confidence.flatten()[place], threshold, left, longest)
     places = torch.arange(masked.numel()).view(masked.shape)
@@ -57,7 +58,8 @@ def test_whole_batches_follow_the_rule(batch: list[tuple[list[tuple[bool, float]
 
 
 def test_a_row_whose_logits_are_not_finite_commits_nothing() -> None:
-    """Of three rows the second has a NaN: the others go on; one behind the other, what stands before it counts."""
+    """The second of three rows has a NaN and commits nothing; the others go on. If tokens are committed in order, those
+    before the NaN count."""
     place = torch.tensor([0, 2, 4, 5, 6, 9])  # of 3 rows of 4; row 0: 0, 2; row 1: 0, 1, 2; row 2: 1
     sure = torch.tensor([0.9, 0.2, 0.9, math.nan, 0.9, 0.1])
     ids, bits = commit(place, place + 10, sure, torch.full((3,), 0.5), torch.tensor([2, 1, 2]), 4)
@@ -70,7 +72,7 @@ def test_a_row_whose_logits_are_not_finite_commits_nothing() -> None:
 
 @given(st.integers(1, 64), st.integers(1, 64))
 def test_the_schedule_alone_finishes_in_time(size: int, steps: int) -> None:
-    """With no confidence above the threshold a block is done after exactly min(size, steps) or fewer steps."""
+    """If no confidence is above the threshold, a block is full after at most `steps` steps."""
     left, masked = steps, size
     while masked:
         assert left > 0

@@ -1,4 +1,4 @@
-"""The plain kernels against float64, and against themselves in other company."""
+"""Tests the plain kernels against float64, and that the results of a row do not depend on other rows."""
 
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize("strongest", [1.0, 50.0, 1e3, 1e4])
 @pytest.mark.parametrize("length", [1, 16, 50])
 def test_the_scan_keeps_its_digits_where_decays_are_strong(strongest: float, length: int) -> None:
-    """Every fourth token forgets almost everything, |dt A| up to 10,000: the rest is as exact as elsewhere."""
+    """If every fourth token forgets almost everything, with |dt A| up to 10,000, the scan is as exact as otherwise."""
     generator = torch.Generator().manual_seed(length)
     rows, heads, head_dim, groups, state = 2, 4, 8, 2, 8
     x = torch.randn(rows, length, heads, head_dim, generator=generator)
@@ -46,7 +46,8 @@ def test_the_scan_keeps_its_digits_where_decays_are_strong(strongest: float, len
 @pytest.mark.parametrize("size_in", [8, 33, 36, 64])
 @pytest.mark.parametrize("size_out", [1, 3, 8, 40])
 def test_a_row_of_a_product_is_the_same_at_any_place_among_any_number(size_in: int, size_out: int) -> None:
-    """Bit for bit, also for odd shapes, whose rows MKL would compute by their position."""
+    """A row of a product has the same bits at any place among any number of rows, even for odd shapes, for which MKL
+    would compute a row by its position."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size_out, size_in, generator=generator)
     row = torch.randn(size_in, generator=generator)
@@ -59,7 +60,8 @@ def test_a_row_of_a_product_is_the_same_at_any_place_among_any_number(size_in: i
 
 @pytest.mark.parametrize("sizes", [(48, 97), (512, 128)])
 def test_a_row_of_a_float64_product_is_the_same_among_any_number(sizes: tuple[int, int]) -> None:
-    """The router's: MKL computes rows behind the last multiple of 4 in another order."""
+    """The router's float64 product gives a row the same bits among any number of rows, although MKL computes rows after
+    the last multiple of 4 in another order."""
     generator = torch.Generator().manual_seed(0)
     size_in, size_out = sizes
     weight = torch.randn(size_out, size_in, generator=generator, dtype=torch.float64)
@@ -70,7 +72,7 @@ def test_a_row_of_a_float64_product_is_the_same_among_any_number(sizes: tuple[in
 
 
 class Context:
-    """Rows with pages of their own, scattered and full of NaN, that attend and extend."""
+    """Rows that attend and extend. Their pages are their own, scattered, and full of NaN at first."""
 
     def __init__(self, tokens: Sequence[int], heads: tuple[int, int, int]) -> None:
         self.heads, self.kv_heads, self.head_dim = heads
@@ -82,7 +84,7 @@ class Context:
         self.mine = sorted(self.slots._held, key=list(self.slots._held).index)
 
     def attend(self, qkv: Sequence[Sequence[Tensor]], *, causal: bool) -> list[Tensor]:
-        """qkv: q, k and v of each row, the rows in the order of `tokens` -> each row's result."""
+        """Return the result of each row. qkv: q, k and v of each row, in the order of `tokens`."""
         slots = self.mine[: len(qkv)]
         lengths = [len(q) for q, _, _ in qkv]
         own = self.slots
@@ -100,14 +102,14 @@ class Context:
         return list(out.split(lengths))
 
     def random(self, length: int, seed: int) -> list[Tensor]:
-        """q, k, v of `length` tokens."""
+        """Return random q, k and v of `length` tokens."""
         generator = torch.Generator().manual_seed(seed)
         counts = (self.heads, self.kv_heads, self.kv_heads)
         return [torch.randn(length, count, self.head_dim, generator=generator) for count in counts]
 
 
 def in_float64(qkv: Sequence[Tensor], *, causal: bool, queries: int) -> Tensor:
-    """The last `queries` of attention over all tokens, by its definition."""
+    """Return the outputs of the last `queries` tokens of attention over all tokens, by its definition."""
     q, k, v = (x.double() for x in qkv)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
@@ -124,7 +126,8 @@ HEADS = [(4, 2, 16), (4, 2, 32), (16, 2, 128), (3, 1, 8)]  # query heads, kv hea
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("length", [1, 64, 150, 700])
 def test_a_prompt_has_the_same_attention_however_it_is_cut_at_pages(heads: tuple[int, int, int], length: int) -> None:
-    """Bit for bit: in one forward or in pieces, alone or between others, on one thread or two, over NaN leftovers."""
+    """A prompt has the same attention bit for bit in one forward or in pieces, alone or between other rows, on one
+    thread or two, and with pages full of NaN."""
     alone = Context([length], heads)
     qkv = alone.random(length, seed=length)
     whole = alone.attend([qkv], causal=True)[0]
@@ -150,7 +153,8 @@ def test_a_prompt_has_the_same_attention_however_it_is_cut_at_pages(heads: tuple
 def test_a_block_attends_alike_in_any_company(
     heads: tuple[int, int, int], length: int, context: int, *, causal: bool
 ) -> None:
-    """Exact, and bit for bit the same alone and beside other rows, one of them NaN, on one or two threads."""
+    """The attention of a block is right, and the same bit for bit alone and beside other rows, one of them NaN, on one
+    or two threads."""
     got = []
     for threads, rows in ((1, 1), (2, 1), (1, 4)):
         torch.set_num_threads(threads)
@@ -170,7 +174,8 @@ def test_a_block_attends_alike_in_any_company(
 
 
 def scan(parts: Sequence[Tensor], lengths: Sequence[int], seeds: Sequence[int], states: Sequence[Tensor]) -> Tensor:
-    """mamba_scan over rows in slots 0, 1, …; 6 heads of 16 in 2 groups of 16 states, 160 channels."""
+    """Run mamba_scan over rows in slots 0, 1, …; the sizes are 6 heads of 16, 2 groups of 16 states and 160
+    channels."""
     generator = torch.Generator().manual_seed(3)
     weights = SimpleNamespace(
         conv_weight=torch.randn(160, 4, generator=generator),
@@ -191,7 +196,8 @@ def scan(parts: Sequence[Tensor], lengths: Sequence[int], seeds: Sequence[int], 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("length", [1, 64, 150, 700])
 def test_a_prompt_has_the_same_scan_however_it_is_cut_at_pages(length: int) -> None:
-    """Bit for bit, convolution included: in one forward or in pieces, beside longer rows, over NaN leftovers."""
+    """A prompt has the same scan bit for bit, convolution included, in one forward or in pieces, beside other rows, and
+    with slots full of NaN."""
     generator = torch.Generator().manual_seed(length)
     x, dt = (torch.randn(length, size, generator=generator) for size in (160, 6))
     alone = torch.full((1, 160, 4), torch.nan), torch.full((1, 6, 16, 16), torch.nan)
@@ -212,7 +218,7 @@ def test_a_prompt_has_the_same_scan_however_it_is_cut_at_pages(length: int) -> N
 
 @pytest.mark.parametrize("width", [8, 1])
 def test_experts_are_the_weighted_sum_of_the_chosen_in_any_company(width: int) -> None:
-    """Against each expert computed for all tokens; a token alone has the same bits as among many."""
+    """The experts give the weighted sum of the chosen ones, and a token alone has the same bits as among many."""
     generator = torch.Generator().manual_seed(width)
     x = torch.randn(90, 64, generator=generator)
     up, down = torch.randn(5, width, 64, generator=generator), torch.randn(5, 64, width, generator=generator)

@@ -1,6 +1,7 @@
-"""mamba-ssm's forward scan, in Triton's interpreter, is the scan; and a forward's blocks do not go through it.
+"""Tests that the forward scan of mamba-ssm, in Triton's interpreter, gives the plain scan, and that blocks do not use
+it.
 
-A call takes seconds in the interpreter, so the sizes are small; on a GPU, model.checks.kernels runs it at full size.
+A call is slow in the interpreter, so the sizes are small; on a GPU, model.checks.kernels runs it at full size.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ def scan(monkeypatch: pytest.MonkeyPatch) -> prefill_scan.Scan:
 
 
 def test_seeded_rows_of_unlike_lengths_give_the_plain_scan(scan: prefill_scan.Scan) -> None:
-    """A chunk and a bit, and a row that is padded; large seeds, as in model.checks.kernels."""
+    """Seeded rows of a little more than a chunk, one of them padded, give the plain scan. The seeds are large, as in
+    model.checks.kernels."""
     device = "cuda" if HAS_GPU else "cpu"
     generator = torch.Generator().manual_seed(0)
 
@@ -52,7 +54,8 @@ def test_seeded_rows_of_unlike_lengths_give_the_plain_scan(scan: prefill_scan.Sc
 
 
 def test_a_block_goes_through_the_kernel_for_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward that reads a prompt of 40 tokens beside blocks of 16."""
+    """In a forward that reads a prompt of 40 tokens beside blocks of 16, the blocks go through the kernel for
+    blocks."""
     from model.kernels.triton import kernels as cuda
     from model.kernels.triton import scan as triton_scan
     from model.runtime.ragged_batch import RaggedBatch

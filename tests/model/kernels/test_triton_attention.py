@@ -1,4 +1,4 @@
-"""The Triton attention against float64, against the plain kernels, and its plans: in the interpreter, or on a GPU."""
+"""Tests the Triton attention and its plans against float64 and the plain kernels, in the interpreter or on a GPU."""
 
 import random
 from array import array
@@ -29,7 +29,7 @@ NOISE, TINY, ODD, RELEASED = (4, 2, 32), (6, 2, 32), (5, 1, 24), (32, 2, 128)  #
 
 
 class Case:
-    """Random rows over pages in no order; behind their contexts, and in pages of nobody, stands NaN."""
+    """Random rows over pages in random order. All that lies after a row's context, and every page of no row, is NaN."""
 
     def __init__(
         self, lengths: Sequence[int], context: Sequence[int], heads: tuple[int, int, int], dtype: torch.dtype
@@ -54,7 +54,7 @@ class Case:
             self.pages[:, list(table)] = held.unflatten(1, (-1, PAGE_SIZE))
 
     def defined(self, *, causal: bool) -> Tensor:
-        """In float64, row by row."""
+        """Return the outputs by the definition, in float64 and row by row."""
         out, lengths = [], list(self.rows.lengths)
         for row, (q, k, v) in enumerate(zip(*(x.split(lengths) for x in (self.q, self.k, self.v)), strict=True)):
             context = self.pages[:, list(self.rows.pages[row])].flatten(1, 2)[:, : self.rows.context[row]]
@@ -63,7 +63,8 @@ class Case:
         return torch.cat(out)
 
     def check(self, *, causal: bool, plan: Paged | None = None) -> Tensor:
-        """Outputs as defined, pages as the plain kernels leave them; what was stored is taken back -> the outputs."""
+        """Check the outputs against the definition and the pages against the plain kernels; restore the pages and
+        return the outputs."""
         before, expected, wanted = self.pages.clone(), self.pages.clone(), self.defined(causal=causal)
         arguments = self.q, self.k, self.v
         PlainKernels().attend(*arguments, expected, self.rows, causal=causal, store=causal)
@@ -83,25 +84,28 @@ class Case:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [NOISE, ODD])
 def test_ragged_rows_attend_as_defined(heads: tuple[int, int, int], dtype: torch.dtype, *, causal: bool) -> None:
-    """Blocks of unlike lengths, contexts that end before, at and behind a page's end, denoised and committed."""
+    """Blocks of different lengths, denoised or committed, attend as defined, with contexts that end before, at and
+    after the end of a page."""
     Case((16, 1, 5, 11), (PAGE_SIZE, 0, PAGE_SIZE - 1, 5 * PAGE_SIZE + 1), heads, dtype).check(causal=causal)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_token_a_row_attends_as_defined(dtype: torch.dtype) -> None:
-    """A step of AR, one row with an empty context among them."""
+    """A step of AR mode attends as defined, also for a row with an empty context."""
     Case((1,) * 3, (0, 200, 2 * PAGE_SIZE), RELEASED, dtype).check(causal=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prompts_attend_as_defined(dtype: torch.dtype) -> None:
-    """Several tiles of queries a row, several pages of own tokens a tile; one prompt goes on behind a context."""
+    """Prompts attend as defined with several tiles of queries in a row and several pages of own tokens in a tile. One
+    prompt goes on after a context."""
     Case((150, 40, 70), (0, 0, 2 * PAGE_SIZE), NOISE, dtype).check(causal=True)
 
 
 @pytest.mark.parametrize("length", [1, 16])
 def test_a_long_context_is_split_and_joined(length: int) -> None:
-    """More partial results than a join takes at a time, the last of a page that is not full."""
+    """A long context gives more partial results than a join takes at a time, the last one from a page that is not
+    full."""
     case = Case((length,), (33 * PAGE_SIZE + 7,), TINY, torch.float32)
     heads = heads_of(case.q, case.k, case.pages)
     plan = plan_attention(case.rows, heads)
@@ -114,9 +118,9 @@ def test_no_rows_are_no_work() -> None:
     assert attend(case.q, case.k, case.v, case.pages, case.rows, causal=True, store=True).shape == (0, 4 * 32)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy warns in the interpreter
 def test_nothing_of_a_row_reaches_another() -> None:
-    """A row of NaN beside sound ones in the same tile sizes: theirs are the same bit for bit."""
+    """A row of NaN does not change a bit of the rows beside it."""
     case = Case((16, 3, 16), (70, 0, 3 * PAGE_SIZE), NOISE, torch.float32)
     sound = case.check(causal=True)
     for x in (case.q, case.k, case.v):
@@ -128,7 +132,7 @@ def test_nothing_of_a_row_reaches_another() -> None:
 
 
 def test_tensors_of_a_wider_projection_need_no_copy() -> None:
-    """q, k and v as views into one product, as a fused projection gives them."""
+    """q, k and v may be views into one product, as a fused projection gives them."""
     case = Case((16, 7), (70, 0), NOISE, torch.float32)
     sound = case.check(causal=False)
     whole = torch.cat([case.q, case.k, case.v], dim=1)
@@ -137,7 +141,7 @@ def test_tensors_of_a_wider_projection_need_no_copy() -> None:
 
 
 def test_the_start_up_check_passes() -> None:
-    """With a model's sizes and the cases of model.checks.kernels."""
+    """The kernel passes model.checks.kernels with the sizes of a model."""
 
     class WithTriton(PlainKernels):
         attend = staticmethod(attend)
@@ -149,8 +153,9 @@ def test_the_start_up_check_passes() -> None:
 
 
 def test_a_plan_in_tensors_of_a_fixed_room_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a CUDA graph needs it: forwards of fewer rows than there is room for, one after another in its tensors."""
-    monkeypatch.setattr(attention_plan, "PROGRAMS", 16)  # so that the void ones do not take long in the interpreter
+    """A plan in tensors of fixed size, as a CUDA graph needs it, gives the same bits for forwards of fewer rows, one
+    after another."""
+    monkeypatch.setattr(attention_plan, "PROGRAMS", 16)  # programs without work take time in the interpreter
     heads = Heads(2, 2, PAGE_SIZE)
     room = Room.of(heads, rows=5, longest=16, pages=8)
     static = plan_attention(Case((16,) * 5, (0,) * 5, NOISE, torch.float32).rows, heads, room).to(torch.device(DEVICE))
@@ -162,7 +167,8 @@ def test_a_plan_in_tensors_of_a_fixed_room_gives_the_same_bits(monkeypatch: pyte
 
 
 def test_plans_cover_every_page_once_and_fit_their_room() -> None:
-    """Random forwards: each tile's items cover its context without a gap, joins name their slots, nothing outgrows."""
+    """In plans of random forwards, the items of each tile cover its context without a gap, joins name their slots, and
+    everything fits its room."""
     draw = random.Random(0)
     for _ in range(60):
         heads, rows, most = _drawn(draw)
@@ -190,7 +196,7 @@ def test_plans_cover_every_page_once_and_fit_their_room() -> None:
 
 
 def _tiles_of(plan: Paged) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
-    """(start of the row, first token) -> its items' pages from and to, and slots, in order."""
+    """Return the items of each tile in order, as (first page, end page, slot), by (start of the row, first token)."""
     tiles: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for start, length, _, _, first, begin, end, slot in plan.items.tolist():
         if length:
@@ -199,7 +205,8 @@ def _tiles_of(plan: Paged) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
 
 
 def test_plans_are_those_of_plain_loops() -> None:
-    """Random forwards, in exact and in fixed room, and filled in over what stood there: number by number."""
+    """Plans of random forwards equal those of plain loops number by number, in exact room, in fixed room, and written
+    over an old plan."""
     draw = random.Random(1)
     for _ in range(100):
         heads, rows, most = _drawn(draw)
@@ -214,7 +221,7 @@ def test_plans_are_those_of_plain_loops() -> None:
 
 
 def _looped(rows: RaggedBatch, heads: Heads, tile: int) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """What `plan_attention` makes, one by one: items, joins, table."""
+    """Return the items, joins and table that `plan_attention` should make, computed one by one."""
     tiles, start = [], 0
     table: list[int] = []
     for row, (length, context) in enumerate(zip(rows.lengths, rows.context, strict=True)):
@@ -239,14 +246,15 @@ def _looped(rows: RaggedBatch, heads: Heads, tile: int) -> tuple[list[list[int]]
 
 
 def _drawn(draw: random.Random) -> tuple[Heads, RaggedBatch, int]:
-    """Random sizes, rows of random lengths over contexts of all sizes, and the most pages that one of them has."""
+    """Return random head sizes, rows of random lengths over contexts of all sizes, and the largest number of pages of a
+    row."""
     heads = Heads(draw.choice([1, 2, 8]), draw.choice([1, 3, 16]), PAGE_SIZE, draw.choice([64, 256]))
     count, longest = draw.randint(1, 40), draw.choice([1, 3, 16, 32, 100])
     lengths = [draw.randint(1, longest) for _ in range(count)]
     context = [int(draw.choice([0, 1, 64, 130, 3_000, 130_000]) * draw.random()) for _ in range(count)]
     needed = [pages_for(one + before) for one, before in zip(lengths, context, strict=True)]
     held = [draw.choice([pages_for(before), pages + 2]) for before, pages in zip(context, needed, strict=True)]
-    tables = [range(row, row + pages) for row, pages in enumerate(held)]  # some without any for their own tokens
+    tables = [range(row, row + pages) for row, pages in enumerate(held)]  # some rows have no page for their own tokens
     shown = tuple(tuple(table) if row % 2 else array("i", table) for row, table in enumerate(tables))
     return heads, RaggedBatch(tuple(range(count)), (-1,) * count, tuple(lengths), tuple(context), shown), max(needed)
 
@@ -258,7 +266,8 @@ def _room(draw: random.Random, heads: Heads, rows: RaggedBatch, most: int) -> Ro
 
 @pytest.mark.parametrize("contexts", [[4_096], [131_072 - 64]])
 def test_a_lone_row_fills_the_gpu(contexts: list[int]) -> None:
-    """At released sizes; and 384 rows of like length are not split at all, so nothing is joined."""
+    """At the released sizes a lone row is split over at least half of the programs if it has enough pages. 384 rows of
+    the same length are not split, so nothing is joined."""
     heads = Heads(2, 16, PAGE_SIZE)
     lone = RaggedBatch((0,), (-1,), (16,), tuple(contexts), (tuple(range(3_000)),))
     assert plan_attention(lone, heads).room.items * heads.kv >= min(PROGRAMS // 2, contexts[0] // PAGE_SIZE)
@@ -284,7 +293,8 @@ def test_released_sizes(lengths: tuple[int, ...], context: tuple[int, ...], *, c
 
 @on_a_gpu
 def test_a_captured_forward_replays_with_other_rows() -> None:
-    """One graph for forwards of other rows, lengths, contexts and pages: the same bits as without a graph."""
+    """One CUDA graph, replayed with other rows, lengths, contexts and pages, gives the same bits as launches without a
+    graph."""
     heads = Heads(2, 16, PAGE_SIZE)
     room = Room.of(heads, rows=8, longest=16, pages=128)
     first = Case((16,) * 8, (1_000,) * 8, RELEASED, torch.bfloat16)

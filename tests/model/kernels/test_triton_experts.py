@@ -1,4 +1,4 @@
-"""The experts and the router's choice in Triton, against the plain kernels and float64; the same file runs on a GPU."""
+"""Tests the Triton kernels of the experts and of the router against the plain kernels and float64, also on a GPU."""
 
 from collections.abc import Iterator
 
@@ -23,13 +23,14 @@ CASES = [  # tokens, experts, choices, hidden, width
     (9, 8, 2, 64, 8),
     (5, 8, 2, 128, 64),  # builtin:tiny
     (3, 5, 1, 24, 40),  # many experts without rows
-    (20, 3, 3, 36, 20),  # everybody chooses all; sizes that grouped_mm refuses in bfloat16
+    (20, 3, 3, 36, 20),  # every token chooses all experts; sizes that grouped_mm refuses in bfloat16
     (70, 1, 1, 16, 8),  # one expert, more than one tile of rows
 ]
 
 
 class Experts:
-    """Random experts, and tokens that choose among them: not all of them, and some far more often than others."""
+    """Random experts, and tokens that choose among them: some experts are chosen far more often than others, and some
+    never."""
 
     def __init__(self, tokens: int, experts: int, per_token: int, hidden: int, width: int, dtype: torch.dtype) -> None:
         generator = torch.Generator(DEVICE).manual_seed(tokens * 1000 + experts)
@@ -69,7 +70,8 @@ def test_no_tokens_give_no_outputs(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_both_products_agree_in_bfloat16(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's grouped product and this project's, whichever the device would take."""
+    """Torch's grouped product and the project's own agree with the definition, whichever of them the device would
+    use."""
     monkeypatch.setattr(triton_experts, "grouped_mm_is_fast", lambda *_: fast)
     given = Experts(30, 6, 2, 48, 24, torch.bfloat16)
     error = relative_error(triton_experts.grouped_experts(*given), definition.experts(*given), (1,) * 30)
@@ -78,7 +80,8 @@ def test_both_products_agree_in_bfloat16(fast: bool, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("tokens", "per_token"), [(1, 1), (7, 3), (600, 2)])
 def test_pairs_are_sorted_by_expert_and_keep_their_order(tokens: int, per_token: int) -> None:
-    """Against torch's stable sort; the last case takes two passes over blocks of pairs."""
+    """Pairs of token and expert are in the order of torch's stable sort. The last case takes two passes over blocks of
+    pairs."""
     experts = 6
     choice = torch.randint(experts - 1, (tokens, per_token), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     ends, place, token = triton_experts.by_expert(choice, experts)
@@ -101,7 +104,8 @@ def test_a_token_that_is_not_finite_leaves_the_others_alone() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 33])
 def test_the_square_behind_the_seam_is_the_plain_one(tokens: int, dtype: torch.dtype) -> None:
-    """Also of more than one program; a NaN stays one. In bfloat16 to the last bit, which the interpreter cuts off."""
+    """The squared ReLU equals the plain one, also with more than one program, and NaN stays NaN. In bfloat16 the last
+    bit may differ, because the interpreter cuts it off."""
     x = torch.randn(tokens, 40, generator=torch.Generator().manual_seed(tokens)).to(DEVICE, dtype)
     x[:, 3] = torch.nan
     right = PlainKernels().squared_relu(x)
@@ -113,7 +117,8 @@ def test_the_square_behind_the_seam_is_the_plain_one(tokens: int, dtype: torch.d
 @pytest.mark.parametrize(("tokens", "experts", "per_token"), [(12, 8, 2), (4, 128, 6), (3, 5, 5), (0, 8, 2)])
 @pytest.mark.parametrize("normalise", [True, False])
 def test_the_choice_is_the_plain_one(tokens: int, experts: int, per_token: int, normalise: bool) -> None:
-    """Also where two experts' scores differ by less than float32 tells apart; weights to the last bit or one off."""
+    """The router's choice equals the plain one, even if the scores of two experts differ by less than float32 can show.
+    The last bit of a weight may differ."""
     generator = torch.Generator().manual_seed(experts)
     logits = torch.randn(tokens, experts, generator=generator, dtype=torch.float64).to(DEVICE)
     logits[1::3, 1] = logits[1::3, 0] + 1e-12
@@ -127,7 +132,8 @@ def test_the_choice_is_the_plain_one(tokens: int, experts: int, per_token: int, 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_logits_that_are_not_finite_choose_experts_that_there_are(bad: float) -> None:
-    """And no expert twice; a NaN shows in the row's weights, another row's are its own."""
+    """A row of logits that are not finite chooses existing experts, none of them twice. NaN shows in the row's weights,
+    and other rows do not change."""
     logits = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(DEVICE)
     bias = torch.zeros(8, device=DEVICE)
     clean = triton_experts.choose_experts(logits, bias, 3, 2.5, normalise=True)
@@ -142,7 +148,8 @@ def test_logits_that_are_not_finite_choose_experts_that_there_are(bad: float) ->
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the released sizes are too much for the interpreter")
 @pytest.mark.parametrize("tokens", [1, 16, 384 * 16])
 def test_released_sizes(tokens: int) -> None:
-    """128 experts of width 1856, six of them a token, bfloat16; the first and the last 16 tokens against float64."""
+    """With 128 experts of width 1856 in bfloat16, six for each token, the first and the last 16 tokens agree with
+    float64."""
     given = Experts(tokens, 128, 6, 2688, 1856, torch.bfloat16)
     got = triton_experts.grouped_experts(*given)
     some = torch.cat([torch.arange(tokens)[:16], torch.arange(tokens)[-16:]]).unique().to(DEVICE)
@@ -154,7 +161,8 @@ def test_released_sizes(tokens: int) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: CUDA graphs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_run_in_a_cuda_graph(dtype: torch.dtype) -> None:
-    """Captured for one choice of experts, replayed for another: nothing of it is kept on the host."""
+    """A graph captured for one choice of experts is right for another one, because the host keeps nothing of the
+    choice."""
     given, other = Experts(40, 8, 2, 64, 8, dtype), Experts(40, 8, 2, 64, 8, dtype)
     triton_experts.grouped_experts(*given)  # compiled before the capture
     graph = torch.cuda.CUDAGraph()

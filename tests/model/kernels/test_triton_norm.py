@@ -1,4 +1,4 @@
-"""Triton's norms against the plain ones. The same file runs on a GPU; without one, interpreted."""
+"""Tests Triton's norms against the plain ones, on a GPU or in the interpreter."""
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ pytestmark = pytest.mark.slow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7}
-"""Of the larger of a number and 1: one rounding where the plain path may round several times."""
+"""Allowed error, relative to the larger of a number and 1. The kernels round once, the plain path may round several
+times."""
 RELEASED = [2688, 4096] if DEVICE == "cuda" else []
 
 
@@ -22,7 +23,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def assert_close(got: Tensor, wanted: Tensor) -> None:
-    """Beside float64, rounded once; in the wanted dtype and shape."""
+    """Check that the result is the float64 one, up to one rounding to its dtype."""
     rounding = ROUNDING[got.dtype]
     assert torch.allclose(got.double(), wanted, rtol=rounding, atol=rounding)
 
@@ -31,7 +32,7 @@ def assert_close(got: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize(("groups", "size"), [(1, 96), (2, 48), (8, 512)])
 @pytest.mark.parametrize("tokens", [0, 1, 3])
 def test_gated_norm(tokens: int, groups: int, size: int, dtype: torch.dtype) -> None:
-    """Also where tokens lie apart, and where there are none."""
+    """The gated norm is right also if tokens are not adjacent in memory, and if there are none."""
     inner = groups * size
     y, gate, weight = normal(tokens, inner + 4)[:, 4:], normal(tokens, inner + 9, dtype=dtype)[:, :inner], normal(inner)
     got = triton_norm.gated_norm(y, gate, weight, groups, EPS)
@@ -43,7 +44,7 @@ def test_gated_norm(tokens: int, groups: int, size: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [64, 100, *RELEASED])
 def test_rms_norm(size: int, dtype: torch.dtype) -> None:
-    """Of any number of dimensions, one of them empty too."""
+    """The RMS norm is right for any number of dimensions, and also if one of them is empty."""
     weight = normal(size)
     for shape in ((3, size), (2, 3, size), (0, size)):
         x = normal(*shape, dtype=dtype)
@@ -56,7 +57,8 @@ def test_rms_norm(size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [64, 100, *RELEASED])
 def test_a_layer_of_the_denoiser(size: int, dtype: torch.dtype, *, norm_first: bool) -> None:
-    """Each token by its own row's shift, scale and gate; no tokens; both orders of norm and modulation."""
+    """Each token gets the shift, scale and gate of its own row, in both orders of norm and modulation, and also if
+    there are no tokens."""
     rows = torch.tensor([0, 0, 2, 1, 1], device=DEVICE)
     conditioning, weight = normal(3, 3, size, dtype=dtype), normal(size)
     shift, scale, gate = conditioning.float()[rows].unbind(1)

@@ -1,4 +1,4 @@
-"""The Triton kernels that choose tokens, against the plain ones and float64; the same file runs on a GPU."""
+"""Tests the Triton kernels that choose tokens against the plain ones and float64, also on a GPU."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,17 +19,17 @@ pytest.importorskip("triton")
 from model.kernels.triton import sampling as triton_head
 from model.kernels.triton.kernels import CudaKernels
 
-# NumPy, with which the interpreter computes, warns of infinities and wrapping that are meant
+# the interpreter computes with NumPy, which warns of infinities and overflows that are intended
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MASK = 3
 V = 50
-SLICE = 32  # a whole one and a part
+SLICE = 32  # V is one whole slice and a part
 TINY = 1e-44
 
 
 def random(rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
-    """Logits with repeated ones among them: a quarter of a unit apart."""
+    """Return random logits in steps of a quarter, so that some are equal."""
     x = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(vocab)) * 12
     return (x.round() / 4).to(DEVICE, dtype)
 
@@ -55,7 +55,10 @@ SETTINGS = [  # temperature, top_k, top_p
 
 
 def mixed(count: int, kind: str = "mixed") -> Draws:
-    """Greedy, free and limited rows, with each limit and both; or free ones, or limited ones alone."""
+    """Return draws for greedy, free and limited rows, with each limit alone and with both.
+
+    If kind is "free", no row has a limit; if it is "limited", every row has one.
+    """
     settings = [s for s in SETTINGS if kind == "mixed" or (s[1] > 0 or s[2] < 1) == (kind == "limited")]
     temperature, top_k, top_p = zip(*(settings[i % len(settings)] for i in range(count)), strict=True)
     at = torch.arange(count)
@@ -88,7 +91,8 @@ def chosen(
 
 
 def cdf_of(row: Tensor, draws: Draws, i: int) -> Tensor:
-    """Row i's shares as they add up in vocabulary order, within its limits: plainly, in float64."""
+    """Return the cumulative probabilities of row i in vocabulary order, within its limits, computed plainly in
+    float64."""
     p = (row.double() / draws.temperature[i].double()).softmax(-1)
     order = p.argsort(descending=True, stable=True)
     kept = order[: int(draws.top_k[i])] if draws.top_k[i] else order
@@ -99,7 +103,8 @@ def cdf_of(row: Tensor, draws: Draws, i: int) -> Tensor:
 
 
 def assert_drawn(x: Tensor, suppress: Tensor, draws: Draws, tokens: Tensor) -> None:
-    """Each token is the one whose part of [0, 1) holds the row's uniform number, to 1e-6 at its ends."""
+    """Check that each row's uniform number lies in its token's part of [0, 1), to 1e-6 at the ends of the part. A
+    greedy row must have its best token."""
     x = x.cpu().float().clone()
     x[suppress.cpu(), MASK] = -torch.inf
     draws = Draws(*(getattr(draws, name).cpu() for name in Draws.__slots__))
@@ -117,7 +122,8 @@ def assert_drawn(x: Tensor, suppress: Tensor, draws: Draws, tokens: Tensor) -> N
 @pytest.mark.parametrize("heated", [True, False])
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 4), (5, 68), (2, 64), (3, 20)])
 def test_slices_are_surveyed_as_by_the_plain_code(rows: int, vocab: int, heated: bool, dtype: torch.dtype) -> None:
-    """One slice, whole ones, a part of one; largest and first exactly, sums to 1e-6. Rows before them are not read."""
+    """One slice, whole slices and a part of a slice give what the plain code gives: the largest logit and its place
+    exactly, sums to 1e-6. The settings of earlier rows are not read."""
     x, begin = random(rows, vocab, dtype), 2
     suppress = torch.arange(begin + rows, device=DEVICE) % 2 == 0
     heat = torch.tensor([9.0, 9.0, 0.7, 2.0, TINY, 0.0, 1.0], device=DEVICE)[: begin + rows] if heated else None
@@ -141,7 +147,8 @@ def compare(x: Tensor, begin: int, suppress: Tensor, heat: Tensor | None) -> Non
 
 
 def test_slices_that_are_not_finite_are_surveyed_as_by_the_plain_code() -> None:
-    """NaN, inf, both, nothing but -inf; in the first slice and the last; a NaN that is the suppressed mask id's."""
+    """Slices with NaN, infinity, both, or nothing but -inf give what the plain code gives, also the first and the last
+    one, and if a NaN is that of the suppressed mask id."""
     x = random(8, V, torch.float32)
     x[0, V - 1], x[1, 20], x[2, 5] = torch.nan, torch.inf, -torch.inf
     x[3, 2], x[3, 4], x[3, 1] = torch.nan, torch.nan, torch.inf
@@ -154,7 +161,8 @@ def test_slices_that_are_not_finite_are_surveyed_as_by_the_plain_code() -> None:
 
 
 def test_uniform_numbers_are_the_same_bits() -> None:
-    """Of 300 positions: more than one program's, with all 32 bits of the words in use."""
+    """The uniform numbers of 300 positions, which take more than one program, have the bits of the plain code, with all
+    32 bits of the words in use."""
     words = torch.randint(0, 2**32, (300, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     counter, key = words[:, :3], words[:, 3:]
     assert torch.equal(triton_head.uniforms(counter, key), uniforms(counter, key))
@@ -166,10 +174,11 @@ def test_uniform_numbers_are_the_same_bits() -> None:
     ("count", "vocab", "dtype"), [(8, V, torch.bfloat16), (4, SLICE - 1, torch.float32), (1, 2 * SLICE, torch.bfloat16)]
 )
 def test_tokens_are_those_of_the_plain_kernels(count: int, vocab: int, dtype: torch.dtype) -> None:
-    """Greedy, free and limited rows together, many equal logits at every limit; all at once, and not all at once.
+    """Greedy, free and limited rows together get the plain tokens, with many equal logits at every limit, all at once
+    or in pieces.
 
-    Tokens are the plain ones, except where the uniform number is so near the border of two (1e-6 of all) that adding up
-    in another order decides; at these seeds nowhere.
+    A token may differ only if its uniform number is so near the border of two tokens (1e-6 of all) that the order of
+    addition decides. With these seeds none does.
     """
     x, draws = random(count, vocab, dtype), mixed(count)
     suppress = torch.arange(count, device=DEVICE) % 2 == 0
@@ -184,7 +193,7 @@ def test_tokens_are_those_of_the_plain_kernels(count: int, vocab: int, dtype: to
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["greedy", "free", "limited"])
 def test_each_kind_by_itself(kind: str) -> None:
-    """None limited, none free, and no draws at all; in one piece."""
+    """Rows without limits, rows with limits, and greedy rows without draws get the plain tokens in one piece."""
     x, suppress = random(4, V, torch.bfloat16), torch.ones(4, dtype=torch.bool, device=DEVICE)
     draws = None if kind == "greedy" else mixed(4, kind)
     assert draws is None or len(draws.free if kind == "free" else draws.limited) == (3 if kind == "free" else 4)
@@ -198,7 +207,8 @@ def test_each_kind_by_itself(kind: str) -> None:
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (4, 1.0), (0, 0.999)])
 def test_an_id_without_probability_is_never_drawn(uniform: float, top_k: int, top_p: float) -> None:
-    """The least and the greatest uniform number, with slices that begin, end and consist of ids that cannot be."""
+    """The smallest and the largest uniform number draw a possible id, although slices begin with, end with or consist
+    of impossible ones."""
     x = torch.full((1, V), -torch.inf, device=DEVICE)
     possible = [SLICE - 2, SLICE + 2, V - 2]
     x[0, possible] = torch.tensor([1.0, 2.0, 3.0], device=DEVICE)
@@ -213,7 +223,8 @@ def test_an_id_without_probability_is_never_drawn(uniform: float, top_k: int, to
 
 @pytest.mark.slow
 def test_rows_that_are_not_finite_get_an_id_and_no_probability() -> None:
-    """Greedy, free and limited rows with a NaN or an inf, or none that is possible; their neighbours see nothing."""
+    """Greedy, free and limited rows with NaN or infinity, or without a possible id, get some id and the confidence NaN.
+    The rows beside them do not change."""
     x, draws = random(12, V, torch.bfloat16), mixed(12)
     fine = x.clone()
     x[torch.arange(1, 12, 3), torch.tensor([2, 20, 40, V - 1])] = torch.tensor(
@@ -230,7 +241,8 @@ def test_rows_that_are_not_finite_get_an_id_and_no_probability() -> None:
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails at each operation that, on a GPU, waits for the device: what asks it for a number or a size."""
+    """A mode that fails at each operation that makes the host wait for a GPU, because it asks the GPU for a number or a
+    size."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "item", "unique", "masked_select", "repeat_interleave", "bincount")
 
@@ -239,7 +251,7 @@ class NoWaiting(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and importing it takes seconds
+        return False  # nothing is compiled here, and importing dynamo is slow
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert not any(name in func.name() for name in self.WAITS), f"{func.name()} waits for the device"
@@ -253,7 +265,8 @@ def _indices(func: Any, args: Any) -> Iterator[Any]:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    """Under a mode that refuses what would; the plain kernels, which do wait, show that it sees them."""
+    """The Triton kernels run under a mode that refuses operations that wait. The plain kernels do wait, which shows
+    that the mode notices it."""
     x, suppress, draws = random(3, 20, torch.bfloat16), torch.ones(3, dtype=torch.bool, device=DEVICE), mixed(3)
     assert len(draws.free) == len(draws.limited) == 1
     with NoWaiting():
@@ -267,7 +280,8 @@ def test_nothing_waits_for_the_device() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 512])
 def test_released_vocabulary(rows: int, dtype: torch.dtype) -> None:
-    """Rows of every kind, without waiting as CUDA itself sees it; drawn as float64 says; twice the same bits."""
+    """Rows of every kind are drawn as float64 says, without a wait that CUDA itself would report, and twice with the
+    same bits."""
     vocab = 131_072
     x = (torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0)) * 3).to(DEVICE, dtype)
     suppress, draws = torch.ones(rows, dtype=torch.bool, device=DEVICE), mixed(rows)

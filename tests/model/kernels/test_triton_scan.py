@@ -1,4 +1,4 @@
-"""The Triton scan against float64 and the plain kernels. The same file runs on a GPU; without one, interpreted."""
+"""Tests the Triton scan against float64 and the plain kernels, on a GPU or in the interpreter."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.slow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGE = 1000.0
-"""Size of states against inputs of size 1, as in model.checks.kernels."""
+"""Size of the states, while inputs have size 1, as in model.checks.kernels."""
 APART = 5
-"""Channels between the tokens' inputs, which are part of a larger product."""
+"""Number of channels between the inputs of two tokens, which are part of a larger product."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Heads, their channels, groups, states, and taps of the convolution."""
+    """The numbers of heads, channels of a head, groups, states, and taps of the convolution."""
 
     heads: int
     head_dim: int
@@ -43,13 +43,13 @@ class Sizes:
 
 
 SMALL = Sizes(heads=2, head_dim=16, groups=1, state=16)
-ODD = Sizes(heads=2, head_dim=24, groups=2, state=40, taps=3)  # two tiles of states, one of them in part
+ODD = Sizes(heads=2, head_dim=24, groups=2, state=40, taps=3)  # two tiles of states, one of them used in part
 RELEASED = Sizes(heads=64, head_dim=64, groups=8, state=128)
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="the released sizes take minutes where Triton is interpreted")
 
 
 class Weights:
-    """Random `ScanWeights`; decays from almost none to 16 a step, as in the released model."""
+    """Random `ScanWeights`, with decays from almost none to 16 a step, as in the released model."""
 
     dt_limit = (0.0, float("inf"))
 
@@ -65,7 +65,7 @@ class Weights:
 
 
 class Case:
-    """A forward: row r in slot r; a seed is a slot, or -1. Behind the rows' slots is a prefix's."""
+    """A forward with row r in slot r. A seed is a slot, or -1. The slot after those of the rows is a prefix's."""
 
     def __init__(self, sizes: Sizes, lengths: Sequence[int], seeds: Sequence[int], dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(sum(lengths))
@@ -79,13 +79,13 @@ class Case:
         self.conv = torch.randn(count + 1, sizes.conv_dim, sizes.taps, generator=generator).to(DEVICE, dtype)
         shape = count + 1, sizes.heads, sizes.head_dim, sizes.state
         self.ssm = torch.randn(*shape, generator=generator).mul_(LARGE).to(DEVICE)
-        for slot in set(range(count + 1)) - set(seeds):  # what rows before these have left
+        for slot in set(range(count + 1)) - set(seeds):  # earlier rows may leave anything there
             self.conv[slot], self.ssm[slot] = torch.nan, torch.nan
         self.rows = RaggedBatch(tuple(range(count)), tuple(seeds), tuple(lengths), (0,) * count, ((),) * count)
         self.before = self.conv.clone(), self.ssm.clone()
 
     def right(self) -> tuple[Tensor, Tensor]:
-        """Outputs (N, M D) and last states (R, M, D, S), in float64, a token at a time."""
+        """Return the outputs (N, M D) and the last states (R, M, D, S), computed in float64 token by token."""
         nothing = torch.zeros_like(self.conv[0]), torch.zeros_like(self.ssm[0])
         before = [(self.before[0][seed], self.before[1][seed]) if seed >= 0 else nothing for seed in self.seeds]
         inputs = zip(self.xbc.split(self.lengths), self.dt.split(self.lengths), before, strict=True)
@@ -96,13 +96,13 @@ class Case:
         return scan.mamba_scan(self.xbc, self.dt, self.weights, self.conv, self.ssm, self.rows, store=store)
 
     def plain(self) -> tuple[Tensor, Tensor]:
-        """Outputs and windows (slots, …), stored, of the plain kernels."""
+        """Return the outputs of the plain kernels, and the windows (slots, …) after they have stored theirs."""
         conv, ssm = (state.clone() for state in self.before)
         y = PlainKernels().mamba_scan(self.xbc, self.dt, self.weights, conv, ssm, self.rows, store=True)
         return y, conv
 
     def check(self, *, store: bool) -> None:
-        """Outputs, and all slots: those stored right, all others as they were bit for bit."""
+        """Check the outputs and all slots: stored slots must be right, and all others unchanged bit for bit."""
         got, (y, states) = self.run(store=store), self.right()
         assert relative_error(got, y, self.lengths) < SCAN_TOLERANCE
         plain, windows = self.plain()
@@ -129,14 +129,16 @@ CASES: dict[str, tuple[Sequence[int], Sequence[int]]] = {
 @pytest.mark.parametrize("store", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_the_scan_is_right_over_slots_full_of_nan(case: str, *, store: bool) -> None:
-    """Denoise (nothing written) and commit, seeded by the row's own slot, a prefix's and nothing."""
+    """The scan is right in forwards that store nothing (denoise) and that store (commit), seeded by the row's own slot,
+    by a prefix's and by nothing."""
     Case(SMALL, *CASES[case], torch.float32).check(store=store)
 
 
 @pytest.mark.parametrize("store", [False, True])
 @pytest.mark.parametrize("lengths", [(1, 1), (5, 16), (20, 3)])
 def test_sizes_that_are_no_powers_of_two_and_bfloat16_inputs(lengths: tuple[int, int], *, store: bool) -> None:
-    """Channels, states, taps; several groups. Inputs are the same in both, so float32 tolerances hold."""
+    """The scan is right if channels, states and taps are no powers of two, and with several groups. Its bfloat16 inputs
+    are those of the definition, so float32 tolerances hold."""
     Case(ODD, lengths, (0, -1), torch.bfloat16).check(store=store)
 
 
@@ -145,7 +147,7 @@ def test_sizes_that_are_no_powers_of_two_and_bfloat16_inputs(lengths: tuple[int,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [*CASES, "many blocks", "many single tokens"])
 def test_the_released_sizes(case: str, dtype: torch.dtype, *, store: bool) -> None:
-    """Also with rows enough for programs of whole heads."""
+    """The scan is right at the released sizes, also with enough rows for programs of whole heads."""
     many: dict[str, tuple[Sequence[int], Sequence[int]]] = {
         "many blocks": ((16,) * 9, range(9)),
         "many single tokens": ((1,) * 9, range(9)),
@@ -155,7 +157,7 @@ def test_the_released_sizes(case: str, dtype: torch.dtype, *, store: bool) -> No
 
 
 def test_programs_of_a_whole_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What many rows take: the same as parts of heads do."""
+    """Programs of whole heads, which are used for many rows, give the right scan, too."""
     monkeypatch.setattr(scan, "FEW_PROGRAMS", 0)
     for lengths in ((1, 1), (16, 2)):
         Case(Sizes(2, 32, 1, 16), lengths, (0, -1), torch.float32).check(store=True)
@@ -163,7 +165,8 @@ def test_programs_of_a_whole_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("length", [1, 40])
 def test_strong_decays_keep_their_digits(length: int) -> None:
-    """Every fourth token forgets almost everything, |dt A| about 10,000: the rest is as exact, nothing overflows."""
+    """If every fourth token forgets almost everything, with |dt A| about 10,000, the scan is as exact as otherwise, and
+    nothing overflows."""
     case = Case(SMALL, (length,), (0,), torch.float32)
     case.weights.decay = torch.full((SMALL.heads,), -16.0, device=DEVICE)
     case.dt[::4] = 600
@@ -172,7 +175,7 @@ def test_strong_decays_keep_their_digits(length: int) -> None:
 
 @pytest.mark.parametrize("length", [1, 16])
 def test_small_steps_keep_their_digits(length: int) -> None:
-    """Steps of softplus(-15) = 3e-7 alone, of which 1 + exp(x) would keep one digit."""
+    """Steps of softplus(-15) = 3e-7 keep their digits; computed with 1 + exp(x), they would keep only one."""
     case = Case(SMALL, (length,), (-1,), torch.float32)
     case.weights.D = torch.zeros_like(case.weights.D)
     case.dt[:] = -12  # with a bias of about -3
@@ -187,7 +190,8 @@ def test_a_limit_on_steps_holds() -> None:
 
 @pytest.mark.parametrize("length", [1, 16])
 def test_a_padding_row_reads_and_writes_nothing(length: int) -> None:
-    """A row of length 0 between others, as in a forward captured for more rows: its slot and its seed stay NaN."""
+    """A row of length 0 between others, as in a forward captured for more rows, uses neither its slot nor its seed:
+    both stay NaN."""
     case = Case(SMALL, (length, 0, length), (0, -1, 2), torch.float32)
     got, (y, states) = case.run(store=True), case.right()
     assert relative_error(got, y, (length, length)) < SCAN_TOLERANCE

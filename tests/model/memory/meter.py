@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class MemoryMeter(TorchDispatchMode):
-    """`with MemoryMeter() as meter: ...` -> meter.peak, the largest sum of bytes of storages alive at one time.
+    """A context manager that counts memory: `peak` is the largest number of bytes of storages alive at one time.
 
-    Only storages that an operation inside makes count, each once however many views share it, and until it is freed.
-    What an operation allocates and frees within itself is not seen. `meter.live`: the sum now; `meter.reset()` starts
-    a new peak from it.
+    Only storages that are made by an operation inside the block count, each once, however many views share it, and
+    until it is freed. Memory that an operation allocates and frees within itself is not seen. `live` is the number of
+    bytes now.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class MemoryMeter(TorchDispatchMode):
         self._known: dict[int, int] = {}  # id of a storage -> the bytes counted for it
 
     def reset(self) -> None:
-        """Forgets the peak so far; what is alive stays counted."""
+        """Forget the peak so far and start a new one; storages that are alive stay counted."""
         self.peak = self.live
 
     def __torch_dispatch__(
@@ -36,7 +36,7 @@ class MemoryMeter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):
-            self._see(tensor, ours=False)  # not known yet: it is older than the meter
+            self._see(tensor, ours=False)  # a storage that is not known yet is older than the meter
         out = func(*args, **kwargs)
         for tensor in _tensors(out):
             self._see(tensor, ours=True)

@@ -1,4 +1,5 @@
-"""The memory plan holds: the plan bounds what is used, what is refused would not fit, auto takes what there is."""
+"""Tests the memory plan: forwards stay within it, what it refuses would not fit, and auto uses the memory that there
+is."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ WEIGHTS = (
 
 
 def released(total: int, gpus: int, limits: EngineLimits) -> MemoryPlan:
-    """The plan for the released model on GPUs of `total` bytes each, the layers in equal parts."""
+    """Return the plan for the released model on GPUs of `total` bytes each, with the layers in equal parts."""
     stages = [Stage(torch.device(f"cuda:{i}"), *ranges) for i, ranges in enumerate(partition(RELEASED_CONFIG, gpus))]
     names = [str(stage.device) for stage in stages]
     weights = dict.fromkeys(names, WEIGHTS // gpus)
@@ -50,7 +51,7 @@ def released(total: int, gpus: int, limits: EngineLimits) -> MemoryPlan:
 
 
 def needed(plan: MemoryPlan, rows: int, kv_tokens: int) -> list[int]:
-    """Bytes that each device needs with the plan's workspace, reckoned anew."""
+    """Return the bytes that each device needs with the plan's workspace, computed independently of the plan."""
     return [
         device.states_per_row * (rows + PREFIX_SLOTS)
         + device.kv_per_token * pages_for(kv_tokens) * PAGE_SIZE
@@ -67,7 +68,8 @@ def fits(plan: MemoryPlan) -> bool:
 
 
 def test_the_released_model_on_one_large_gpu_and_on_two() -> None:
-    """Figures that follow from the config alone, and how many rows come of them."""
+    """The figures that follow from the config alone are right, and the planned rows fit on one large GPU and on two
+    GPUs."""
     limits = EngineLimits(max_rows="auto", max_context_tokens=32768)
     one, two = (plan_for(RELEASED_CONFIG, torch.bfloat16, gpus, limits) for gpus in (H200, TWO_H100))
     assert one.devices[0].states_per_row == 23 * (6144 * 4 * 2 + 64 * 64 * 128 * 4)
@@ -103,14 +105,15 @@ def test_rows_of_the_released_model_by_context(gpus: list[int], rows: Any, conte
 
 @pytest.mark.parametrize(("rows", "held"), [(16, 16 * 32 * 131_072 * 2), (256, GIB)])
 def test_a_gpu_holds_all_logits_of_a_lane_up_to_a_gibibyte(rows: int, held: int) -> None:
-    """In bfloat16, a block of 32 tokens a row."""
+    """The plan counts the bfloat16 logits of all rows of a lane, a block of 32 tokens each, but one GiB at most."""
     limits = EngineLimits(max_rows=rows, max_context_tokens=1024)
     assert plan_for(RELEASED_CONFIG, torch.bfloat16, H200, limits).devices[0].logits == held
 
 
 @pytest.mark.parametrize("towers", ["both", "context"])
 def test_weights_that_are_not_there_are_weighed_as_if_they_were(towers: Towers) -> None:
-    """Byte for byte, also the router's in float64; what every stage holds counts on each."""
+    """The planned bytes of weights are exact, including the router's weights in float64. Weights that every stage holds
+    count on each device."""
     pair = load_model("builtin:noise", "bfloat16", devices=["cpu"] * 3, towers=towers)
     names = ["cuda:0", "cuda:1", "cuda:2"]
     weights, stages = stage_weights(pair.config, torch.bfloat16, names, towers)
@@ -140,7 +143,8 @@ def test_the_command_prints_the_plan_or_one_line(capsys: pytest.CaptureFixture[s
 def test_auto_fits_and_one_row_more_would_not(
     free: int, gpus: int, context: int, prefill: int, lanes: int | None
 ) -> None:
-    """On any amount of memory: the plan fits, holds a whole context, and is at its cap or full."""
+    """With any amount of memory, an auto plan fits and holds a whole context. One row more would not fit unless the
+    rows are at their cap."""
 
     def plan(rows: int | str) -> MemoryPlan:
         limits = EngineLimits(
@@ -171,7 +175,7 @@ def test_auto_fits_and_one_row_more_would_not(
 @settings(max_examples=100, deadline=None)
 @given(free=st.integers(4 * GIB, 40 * GIB), rows=st.integers(1, 2000))
 def test_rows_that_are_given_fit_or_the_refusal_names_the_most_that_do(free: int, rows: int) -> None:
-    """The figure in the message is exact: so many rows fit, one more does not."""
+    """The number of rows that the message names is exact: that many fit, and one more does not."""
 
     def plan(rows: int) -> MemoryPlan:
         return released(free + WEIGHTS, 1, EngineLimits(max_rows=rows, max_context_tokens=8192))
@@ -192,7 +196,7 @@ def test_rows_that_are_given_fit_or_the_refusal_names_the_most_that_do(free: int
 
 
 def test_the_tightest_device_decides() -> None:
-    """Two GPUs of which one is nearly full give as little as two nearly full ones."""
+    """Two GPUs hold fewer rows if one of them is nearly full, whichever it is, and a refusal names that GPU."""
     limits = EngineLimits(max_rows="auto", max_context_tokens=8192)
     stages = [Stage(torch.device(f"cuda:{i}"), *ranges) for i, ranges in enumerate(partition(RELEASED_CONFIG, 2))]
 
@@ -207,7 +211,8 @@ def test_the_tightest_device_decides() -> None:
 
 
 def test_given_context_tokens_are_kept_or_refused() -> None:
-    """kv_tokens is taken as it is; rows follow from it; too much is refused by name, with what would fit."""
+    """A given kv_tokens is kept, and the number of rows follows from it. If it does not fit, the refusal names the
+    settings and the device."""
     given_plan = released(139 * GIB, 1, EngineLimits(max_rows="auto", kv_tokens=10 * AUTO_CONTEXT_TOKENS))
     assert (given_plan.max_rows, given_plan.kv_tokens) == (10, 10 * AUTO_CONTEXT_TOKENS)
     with pytest.raises(RequestError, match=r"engine.max_rows 7 and engine.kv_tokens 1000000000; lower them: cuda:0"):
@@ -217,7 +222,7 @@ def test_given_context_tokens_are_kept_or_refused() -> None:
 
 
 def test_too_few_rows_for_the_lanes_are_refused() -> None:
-    """With auto, the number of rows is known only here."""
+    """Fewer rows than lanes are refused. With auto, the number of rows is known only when the plan is made."""
     with pytest.raises(RequestError, match=r"engine\.lanes is 300, but engine\.max_rows auto comes to 256"):
         released(400 * GIB, 1, EngineLimits(max_rows="auto", lanes=300, max_context_tokens=64))
 
@@ -228,7 +233,8 @@ def pair(request: pytest.FixtureRequest) -> TwoTower:
 
 
 def test_a_loaded_model_is_planned_on_its_own_device(pair: TwoTower) -> None:
-    """Weights, states and pages are those that there are, byte for byte; the CPU's cap and margin hold."""
+    """The planned bytes of weights, states and pages are exactly those of a loaded model, with the row cap and the
+    margin of a CPU."""
     plan = plan_memory(pair, EngineLimits(max_rows="auto", max_context_tokens=500), free={"cpu": GIB})
     assert plan.max_rows == AUTO_MAX_ROWS["cpu"]
     assert plan.kv_tokens == plan.max_rows * 512
@@ -244,7 +250,8 @@ def test_a_loaded_model_is_planned_on_its_own_device(pair: TwoTower) -> None:
 
 
 def test_stages_on_one_device_are_summed() -> None:
-    """Two stages on the CPU: one line in the plan, the same states, and both workspaces, as both may run at once."""
+    """Two stages on the CPU are one line of the plan, with the same states as one stage and with both workspaces,
+    because both may run at the same time."""
     limits = EngineLimits(max_rows=4, lanes=1)
     one = plan_memory(load_model(GOLDEN), limits, free={"cpu": GIB}).devices
     two = plan_memory(load_model(GOLDEN, devices=["cpu", "cpu"]), limits, free={"cpu": GIB}).devices
@@ -254,7 +261,7 @@ def test_stages_on_one_device_are_summed() -> None:
 
 
 def test_the_table_can_be_read() -> None:
-    """A line a device, with units, and the result last."""
+    """The table has one line for each device, with units, and the result in its last line."""
     lines = released(80 * GIB, 2, EngineLimits(max_rows=64, max_context_tokens=8192)).lines()
     assert len(lines) == 4
     assert lines[0].split()[:2] == ["device", "weights"]
@@ -269,7 +276,8 @@ def test_the_table_can_be_read() -> None:
 def test_forwards_stay_within_the_planned_workspace(
     pair: TwoTower, rows: int, prefill: int, context: int, lanes: int
 ) -> None:
-    """Measured peaks of live bytes lie below the plan's workspace, and the largest not far below: it is no fantasy."""
+    """Measured peaks of live bytes stay below the planned workspace. The largest is more than a quarter of it, so the
+    plan is not far too high."""
     limits = EngineLimits(max_rows=rows, max_prefill_tokens=prefill, max_context_tokens=context, lanes=lanes)
     plan = plan_memory(pair, limits, free={"cpu": GIB})
     cache = pair.new_cache(slots=rows, kv_tokens=plan.kv_tokens)
@@ -290,15 +298,17 @@ def test_forwards_stay_within_the_planned_workspace(
         peaks.append(_extend(pair, cache, lane, list(batch.lengths)))
         cache = pair.new_cache(slots=len(lane) + at_once, kv_tokens=PAGE_SIZE * (len(lane) + at_once * (context + 64)))
         slots = [cache.allocator.acquire(tokens) or 0 for tokens in [room] * at_once + [BLOCK_TOKENS] * len(lane)]
-        pieces = [min(room, prefill // at_once)] * at_once  # of prompts, with the blocks of a lane
+        pieces = [min(room, prefill // at_once)] * at_once  # pieces of prompts beside the blocks of a lane
         peaks.append(_extend(pair, cache, slots, pieces + [BLOCK_TOKENS] * len(lane)))
     assert plan.devices[0].workspace / 4 < max(peaks) < plan.devices[0].workspace, peaks
 
 
 def test_forwards_with_the_kernels_of_a_gpu_stay_within_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated around them: prompts beside blocks, and blocks denoised, which graphs would keep.
+    """With the kernels of a GPU, extends of prompts beside blocks stay within the planned workspace, and denoiser
+    forwards within the planned memory of CUDA graphs.
 
-    The kernels themselves, which allocate nothing, are not run: their outputs are what memory held, or zeros.
+    The kernels themselves are not run, because they allocate nothing. Their outputs are zeros or whatever the memory
+    held.
     """
     if not pytest.importorskip("triton").knobs.runtime.interpret:
         pytest.skip("measures on a CPU, where kernels are interpreted")
@@ -319,7 +329,7 @@ def test_forwards_with_the_kernels_of_a_gpu_stay_within_its_workspace(monkeypatc
     pair = TwoTower(config, torch.bfloat16, [torch.device("cpu")])
     for weight in pair.parameters():
         weight.zero_()
-    monkeypatch.setattr(torch, "empty", torch.zeros)  # indices that a later operation takes must be some
+    monkeypatch.setattr(torch, "empty", torch.zeros)  # later operations need valid indices
     rows, limits = 4, EngineLimits(max_rows=4, max_prefill_tokens=64, max_context_tokens=256)
     stage = Stage(torch.device("cuda:0"), range(3), range(3))
     device = make_plan(config, torch.bfloat16, [stage], {}, {"cuda:0": GIB}, limits).devices[0]
@@ -336,7 +346,7 @@ def test_forwards_with_the_kernels_of_a_gpu_stay_within_its_workspace(monkeypatc
 
 
 def _extend(pair: TwoTower, cache: ContextCache, slots: list[int], lengths: list[int]) -> int:
-    """The peak of an extend forward."""
+    """Return the peak of live bytes of an extend forward."""
     batch = cache.rows(slots, lengths)
     meter = MemoryMeter()
     with meter:
@@ -345,7 +355,8 @@ def _extend(pair: TwoTower, cache: ContextCache, slots: list[int], lengths: list
 
 
 def test_choosing_tokens_stays_within_the_planned_logits(pair: TwoTower) -> None:
-    """The same for what the head and the choice need, sampled within limits: the most that there is."""
+    """The head and the choice of tokens stay within the planned logits, even if all rows are sampled with limits, which
+    needs the most memory."""
     plan = plan_memory(pair, EngineLimits(max_rows=4), free={"cpu": GIB})
     count = 4 * BLOCK_TOKENS
     draws = make_draws(

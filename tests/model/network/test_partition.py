@@ -1,4 +1,4 @@
-"""How layers are shared among stages: contiguous, states together, weights even."""
+"""Tests how layers are shared among stages: in contiguous ranges, with states together and weights spread evenly."""
 
 import pytest
 
@@ -25,7 +25,8 @@ def test_every_layer_has_one_stage_and_states_lie_together(stages: int, towers: 
 
 @pytest.mark.parametrize(("stages", "most"), [(2, 0), (3, 1), (4, 1)])
 def test_the_released_model_is_shared_evenly(stages: int, most: int) -> None:
-    """46 MoE layers of both towers, nearly all of the weights: two stages hold 23 each, others differ by one."""
+    """The 46 MoE layers of both towers hold nearly all of the weights. Two stages get 23 each; with more stages the
+    numbers differ by one at most."""
     counts = [sum(i in EXPERTS for tower in part for i in tower) for part in partition(CONFIG, stages)]
     assert max(counts) - min(counts) <= most
     assert sum(counts) == 46

@@ -1,4 +1,4 @@
-"""Sampling: the generator, the limits, and that a token depends on nothing but its own row."""
+"""Tests sampling: the random generator, the limits, and that a token depends on nothing but its own row."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from tests.model.memory.meter import MemoryMeter
 
 V = 50
 MASK = 3
-SLICE = 16  # the width where a test wants several slices of a small vocabulary
+SLICE = 16  # slice width for tests that need several slices of a small vocabulary
 
 
 def draws(
     count: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, key: tuple[int, int] = (1, 2)
 ) -> Draws:
-    """`count` positions of one block, all with the same settings."""
+    """Return draws for `count` positions of one block, all with the same settings."""
     return make_draws(
         temperature=torch.full((count,), temperature),
         top_k=torch.full((count,), top_k),
@@ -36,7 +36,7 @@ def draws(
 
 
 def mixed_draws(count: int) -> Draws:
-    """Greedy positions, others with top_k, with top_p, with both or with neither, at three temperatures."""
+    """Return draws for greedy positions and for others with top_k, top_p, both or neither, at three temperatures."""
     mixed = draws(count)
     at = torch.arange(count)
     mixed.temperature[:] = torch.tensor([1.0, 0.4, 2.0])[at % 3]
@@ -63,12 +63,12 @@ def sliced(
 
 
 def free(count: int) -> Tensor:
-    """No position suppresses the mask id."""
+    """Return a mask by which no position suppresses the mask id."""
     return torch.zeros(count, dtype=torch.bool)
 
 
 def whole(logits: Tensor, suppress: Tensor, given: Draws) -> tuple[Tensor, Tensor]:
-    """The same choice written plainly, row by row over the whole vocabulary in float64."""
+    """Return the same choice, computed plainly row by row over the whole vocabulary in float64."""
     tokens, confidence = [], []
     for i, u in enumerate(uniforms(given.counter, given.key).tolist()):
         row = logits[i].double()
@@ -100,12 +100,13 @@ def whole(logits: Tensor, suppress: Tensor, given: Draws) -> tuple[Tensor, Tenso
     ],
 )
 def test_philox_known_answers(counter: list[int], key: list[int], words: list[int]) -> None:
-    """The known-answer vectors of Philox4x32-10 that its authors publish."""
+    """The generator gives the known-answer vectors of Philox4x32-10 that its authors publish."""
     assert philox(torch.tensor([counter]), torch.tensor([key]))[0].tolist() == words
 
 
 def test_uniforms_are_uniform_and_distinct() -> None:
-    """Over 60,000 neighbouring counters: in [0, 1), flat in 20 bins (chi-square 19 df, p < 1e-6 at 68), no repeats."""
+    """For 60,000 neighbouring counters the numbers lie in [0, 1), do not repeat, and are flat in 20 bins (chi-square
+    with 19 degrees of freedom, p < 1e-6 at 68)."""
     grid = torch.cartesian_prod(torch.arange(60), torch.arange(20), torch.arange(50))
     u = uniforms(grid, torch.tensor([[7, 9]]).expand(len(grid), 2))
     assert u.min() >= 0
@@ -122,9 +123,9 @@ def test_row_keys_differ_by_seed_and_by_row() -> None:
 
 @pytest.mark.parametrize("width", [SLICE, VOCAB_SLICE])
 def test_sampled_shares_match_the_softmax(width: int) -> None:
-    """40,000 draws at temperature 0.7 fall on each token as often as its probability says (5 sigma).
+    """40,000 draws at temperature 0.7 fall on each token as often as its probability says, within 5 sigma.
 
-    So they do where the vocabulary is one slice, and where it is three and a part.
+    This holds if the vocabulary is one slice, and if it is three slices and a part of one.
     """
     logits = torch.randn(V, generator=torch.Generator().manual_seed(0))
     n = 40_000
@@ -135,7 +136,8 @@ def test_sampled_shares_match_the_softmax(width: int) -> None:
 
 
 def test_top_k_and_top_p_keep_what_they_say() -> None:
-    """Every draw lies among the k likeliest, or in the smallest set that reaches p; and each of those is drawn."""
+    """Every draw is among the k most probable tokens, or in the smallest set that reaches p, and each of these tokens
+    is drawn."""
     logits = torch.randn(V, generator=torch.Generator().manual_seed(1))
     order = logits.argsort(descending=True).tolist()
     n = 20_000
@@ -149,7 +151,7 @@ def test_top_k_and_top_p_keep_what_they_say() -> None:
 
 
 def test_greedy_confidence_and_the_mask_id() -> None:
-    """Greedy takes the best token; where suppressed the mask id is neither chosen nor given any probability."""
+    """Greedy takes the best token. If the mask id is suppressed, it is not chosen and has no probability."""
     logits = torch.zeros(2, V)
     logits[:, MASK] = 9.0
     logits[:, 7] = 2.0
@@ -170,7 +172,8 @@ def test_confidence_ignores_temperature_and_limits() -> None:
 
 @pytest.mark.parametrize("size", [SLICE - 1, SLICE, SLICE + 1, 2 * SLICE, 3 * SLICE + 5])
 def test_slices_choose_what_the_whole_vocabulary_chooses(size: int) -> None:
-    """300 positions of every kind, whatever part of a slice the vocabulary ends with; also in several pieces."""
+    """300 positions of every kind get the tokens that the whole vocabulary gives, wherever in a slice it ends, and also
+    in several pieces."""
     n = 300
     logits = torch.randn(n, size, generator=torch.Generator().manual_seed(size)) * 2
     suppress = torch.arange(n) % 2 == 0
@@ -187,7 +190,7 @@ def test_slices_choose_what_the_whole_vocabulary_chooses(size: int) -> None:
 
 @pytest.mark.parametrize("first", [0, SLICE - 1, SLICE, 2 * SLICE + 7])
 def test_the_first_of_equal_logits_wins_across_slices(first: int) -> None:
-    """As argmax over the whole vocabulary."""
+    """The first of equal logits wins, as with argmax over the whole vocabulary."""
     logits = torch.zeros(1, V)
     logits[0, [first, 2 * SLICE + 9, V - 1]] = 4.0
     assert sliced(logits, free(1), None)[0].item() == first
@@ -196,7 +199,8 @@ def test_the_first_of_equal_logits_wins_across_slices(first: int) -> None:
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53])
 @pytest.mark.parametrize("top_k", [0, 4])
 def test_an_id_without_probability_is_never_drawn(uniform: float, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The least and the greatest uniform number, with slices that begin, end and consist of ids that cannot be."""
+    """The smallest and the largest uniform number draw a possible id, although slices begin with, end with or consist
+    of impossible ones."""
     logits = torch.full((1, V), -torch.inf)
     possible = [SLICE + 2, SLICE + 5, 2 * SLICE + 1]
     logits[0, possible] = torch.tensor([1.0, 2.0, 3.0])
@@ -209,7 +213,7 @@ def test_an_id_without_probability_is_never_drawn(uniform: float, top_k: int, mo
 
 @pytest.mark.parametrize(("share", "place"), [(-1e-17, 1), (0.0, 1), (0.3, 1), (0.5, 2), (1.0, 2), (1.0 + 1e-15, 2)])
 def test_rounding_never_leads_to_a_place_without_mass(share: float, place: int) -> None:
-    """The first and the last of four places add nothing; a share of the sum just outside [0, 1) takes none of them."""
+    """The first and the last of four places have no mass. A share just outside [0, 1) chooses neither of them."""
     cdf = torch.tensor([[0.0, 0.7, 1.4, 1.4]], dtype=torch.float64)
     got, target = invert(cdf, torch.tensor([share], dtype=torch.float64))
     assert got.item() == place
@@ -218,7 +222,7 @@ def test_rounding_never_leads_to_a_place_without_mass(share: float, place: int) 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-44])
 def test_a_tiny_temperature_is_greedy_in_any_slice(temperature: float) -> None:
-    """Although the differences to the best logit then overflow to -inf."""
+    """A tiny temperature chooses the greedy token, although the differences to the best logit overflow to -inf."""
     logits = torch.randn(200, V, generator=torch.Generator().manual_seed(7))
     greedy, sure = sliced(logits, free(200), None)
     tokens, confidence = sliced(logits, free(200), draws(200, temperature=temperature))
@@ -228,7 +232,7 @@ def test_a_tiny_temperature_is_greedy_in_any_slice(temperature: float) -> None:
 
 @pytest.fixture
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """As many as the test's parameter says."""
+    """Set the number of torch's threads to the test's parameter."""
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(1)
@@ -239,7 +243,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize(("n", "size", "width"), [(24, V, SLICE), (8, 5 * VOCAB_SLICE + 3, VOCAB_SLICE)])
 def test_a_position_draws_the_same_in_any_company(n: int, size: int, width: int) -> None:
-    """Rows with other temperatures, limits and greedy ones beside it change no bit of token and confidence."""
+    """Rows beside a position, greedy or with other temperatures and limits, change no bit of its token and
+    confidence."""
     logits = torch.randn(n, size, generator=torch.Generator().manual_seed(3))
     mixed = mixed_draws(n)
     suppress = torch.arange(n) % 2 == 0
@@ -249,7 +254,7 @@ def test_a_position_draws_the_same_in_any_company(n: int, size: int, width: int)
         token, confidence = sliced(logits[one], suppress[one], row_of(mixed, i), width)
         assert token[0] == together[i]
         assert confidence[0] == sure[i]
-        if mixed.temperature[i] == 0:  # and a call that is all greedy says the same
+        if mixed.temperature[i] == 0:  # a call with greedy positions only gives the same
             token, confidence = sliced(logits[one], suppress[one], None, width)
             assert (token[0], confidence[0]) == (together[i], sure[i])
 
@@ -260,7 +265,8 @@ def test_a_position_draws_the_same_in_any_company(n: int, size: int, width: int)
 def test_logits_that_are_not_finite_show_in_the_confidence(
     bad: float, where: int, temperature: float, top_k: int
 ) -> None:
-    """One bad logit makes that row's confidence NaN, its token still an id, and leaves the row beside it alone."""
+    """One bad logit makes the confidence of its row NaN. The token is still a valid id, and the row beside it does not
+    change."""
     logits = torch.randn(2, V, generator=torch.Generator().manual_seed(4))
     logits[0, where] = bad
     given = draws(2, temperature=temperature, top_k=top_k)
@@ -291,10 +297,11 @@ def test_no_positions_and_logits_left_as_they_were() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "workspace"), [("greedy", 1), ("free", 1), ("limited", 24)])
 def test_memory_stays_within_the_workspace(kind: str, workspace: int) -> None:
-    """At the released vocabulary, where the logits would be 32 times the workspace (1.3 where rows must be sorted).
+    """At the released vocabulary, memory stays within the workspace, although all logits would take 32 times as much
+    (1.3 times if rows must be sorted).
 
-    Also where all positions draw from one slice. The head's weight and hidden are there before; what is kept of a
-    position and a slice is allowed 100 bytes.
+    All positions draw from one slice. The head's weight and the hidden states exist before; 100 bytes for each position
+    and slice are allowed in addition.
     """
     vocab, rows, workspace = 131_072, 64, workspace * 2**20
     generator = torch.Generator().manual_seed(6)
@@ -310,7 +317,7 @@ def test_memory_stays_within_the_workspace(kind: str, workspace: int) -> None:
 
 @pytest.mark.slow
 def test_the_meter_counts_storages_once_until_they_are_freed() -> None:
-    """Views add nothing, a tensor from before the meter does not count, and a freed one stays in the peak only."""
+    """Views add nothing, a tensor from before the meter does not count, and a freed tensor stays only in the peak."""
     older = torch.zeros(1000)
     with MemoryMeter() as meter:
         view = older[1:]
@@ -327,7 +334,8 @@ def test_the_meter_counts_storages_once_until_they_are_freed() -> None:
 
 
 def test_the_head_of_a_tower_gives_its_logits_slice_by_slice() -> None:
-    """Any columns and positions, hidden normalised once; a row's slice has the same bits in any company."""
+    """The head gives the tower's logits for any columns and positions, and a row's slice has the same bits beside any
+    other rows."""
     config = dataclasses.replace(open_checkpoint("builtin:noise").config, vocab_size=3 * SLICE + 1)
     tower = Tower(config, [torch.device("cpu")] * config.num_layers, torch.float32, causal=True)
     generator = torch.Generator().manual_seed(8)

@@ -1,8 +1,9 @@
-"""Streams, events and the caching allocator of CUDA, simulated: work waits in queues and runs, one operation at a time,
-in an order drawn at random from those that the waits between streams allow.
+"""Simulates the streams, events and caching allocator of CUDA.
 
-Memory is cells that hold a number each. A tensor that nobody holds gives its cell back to the stream that it was made
-on, at once, as torch does: only the streams it was recorded for are waited for.
+Work waits in queues and runs one operation at a time. Its order is random among the orders that the waits between
+streams allow. Memory consists of cells that hold one number each. When nothing refers to a tensor any more, its cell
+goes back at once to the stream on which it was made, as in torch; only the streams that the tensor was recorded for are
+waited for.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ CUDA0 = torch.device("cuda:0")
 
 
 class Tensor:
-    """A number on a device. Operations keep the cell alone: memory is held by Python's references, as in torch."""
+    """A number on a device. Queued operations refer only to its memory cell: as in torch, the cell is held only while
+    Python refers to the tensor."""
 
     def __init__(self, cuda: "SimulatedCuda", device: torch.device, stream: "Stream", cell: int) -> None:
         self.cuda, self.device, self.cell = cuda, device, cell
@@ -30,7 +32,7 @@ class Tensor:
 
 
 class Event:
-    """To wait for one that was never recorded is to wait for nothing, as in CUDA."""
+    """A CUDA event. Waiting for an event that was never recorded returns at once, as in CUDA."""
 
     def __init__(self, cuda: "SimulatedCuda") -> None:
         self.cuda, self.recorded, self.done, self.device, self.at = cuda, False, False, CUDA0, 0.0
@@ -58,7 +60,7 @@ class Event:
 class Stream:
     def __init__(self, cuda: "SimulatedCuda", device: torch.device) -> None:
         self.cuda, self.device = cuda, device
-        self.queue = deque[Callable[[], None] | Event]()  # an event: the stream waits for it
+        self.queue = deque[Callable[[], None] | Event]()  # an entry that is an event makes the stream wait for it
         cuda.streams.append(self)
 
     def wait_event(self, event: Event) -> None:
@@ -79,7 +81,7 @@ class Stream:
 
 
 class SimulatedCuda:
-    """In place of model.runtime.stages.Cuda. `broken` names what does nothing."""
+    """A stand-in for model.runtime.stages.Cuda. `broken` names the operations that are left out."""
 
     def __init__(self, seed: int, broken: tuple[str, ...] = ()) -> None:
         self.broken, self.host_waits = broken, 0
@@ -91,7 +93,7 @@ class SimulatedCuda:
         self._free: dict[Stream, list[tuple[int, list[Event]]]] = defaultdict(list)
         self._current: dict[torch.device, Stream] = {}
 
-    # -- what the stages use ------------------------------------------------------------------------------------------
+    # -- used by the stages -------------------------------------------------------------------------------------------
 
     def stream(self, device: torch.device) -> Stream:
         return Stream(self, device)
@@ -125,19 +127,19 @@ class SimulatedCuda:
             return x
         there, here = self.current(device), self.current(x.device)
         copy = self._empty(device)
-        if there is not here and device != x.device:  # as torch does: see copy_device_to_device in its Copy.cu
+        if there is not here and device != x.device:  # torch does the same: copy_device_to_device in Copy.cu
             here.queue.append(there.mark())
         self._operation(here, lambda value: value, copy.cell, (x.cell,))
         if there is not here and device != x.device:
             there.queue.append(here.mark())
         return copy
 
-    # -- what parts use -----------------------------------------------------------------------------------------------
+    # -- used by the parts of forwards --------------------------------------------------------------------------------
 
     def compute(
         self, f: Callable[..., int], *args: Tensor, out: Tensor | None = None, device: torch.device | None = None
     ) -> Tensor:
-        """f(args) -> a new tensor or `out`, once the current stream gets there."""
+        """Queue f(args) on the current stream and return the tensor that gets the result: `out`, or a new one."""
         device = device or self.device
         assert all(arg.device == device for arg in args)
         out = out or self._empty(device)
@@ -145,7 +147,7 @@ class SimulatedCuda:
         return out
 
     def sleep(self, ms: float) -> None:
-        """Time passes on the current device, once its current stream gets there."""
+        """Queue work on the current stream that takes `ms` milliseconds on the clock of the current device."""
         device = self.device
 
         def work() -> None:
@@ -154,13 +156,16 @@ class SimulatedCuda:
         self.current(device).queue.append(work)
 
     def value(self, x: Tensor) -> int:
-        """A tensor's value as it is now."""
+        """Return a tensor's value as it is now."""
         return self._memory[x.cell]
 
     # -- running ------------------------------------------------------------------------------------------------------
 
     def run(self, until: Callable[[], bool] = lambda: False, frozen: tuple[Stream, ...] = ()) -> None:
-        """Runs what can run, in any order, until a condition holds or nothing is left but what `frozen` holds up."""
+        """Run queued operations in random order until the condition holds or none can run. `frozen` streams do not run.
+
+        Raises AssertionError if operations wait for each other and no stream is frozen.
+        """
         while not until():
             ready = [s for s in self.streams if s.queue and s not in frozen and self._may_run(s)]
             if not ready:

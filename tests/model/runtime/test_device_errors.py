@@ -1,4 +1,5 @@
-"""What errors of a device mean: of CUDA as torch raises them, of cuBLAS, of Triton, and as the cause of another."""
+"""Tests how errors of a device are recognised: those of CUDA as torch raises them, of cuBLAS and of Triton, and those
+that are the cause of another error."""
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ ADVICE = (
 
 
 def cuda_error(code: int, text: str) -> Exception:
-    """As torch makes one of an error of CUDA's runtime."""
+    """Return an error as torch makes it from an error of the CUDA runtime."""
     error = torch.AcceleratorError(f"CUDA error: {text}{ADVICE}")
     error.error_code = code  # type: ignore[attr-defined]
     return error
@@ -29,7 +30,7 @@ LOST = [
     cuda_error(214, "uncorrectable ECC error encountered"),
     cuda_error(702, "the launch timed out and was terminated"),
     cuda_error(718, "a text of a later CUDA"),
-    torch.AcceleratorError("CUDA error: misaligned address"),  # no code: the text is enough
+    torch.AcceleratorError("CUDA error: misaligned address"),  # without a code, the text is enough
     RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa, opb, m, n)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
@@ -78,7 +79,8 @@ def test_the_cause_counts_however_it_is_wrapped() -> None:
 def test_the_engine_halves_its_rows_for_memory_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """Through the real engine. An error of a lost GPU comes out at once, its nature still to be told."""
+    """The real engine halves its rows if memory runs out. An error of a lost GPU is raised at once and can still be
+    recognised as one."""
     pair = load_model("builtin:noise")
     whole, failures = Tower.run, [error]
 

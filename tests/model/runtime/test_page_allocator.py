@@ -1,4 +1,4 @@
-"""Slots and pages: each free or owned once, prefixes shared and never written to, whatever comes in whatever order."""
+"""Tests that each slot and page is either free or owned once, and that shared prefixes are never written to."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ steps = st.lists(
 
 
 def own_pages(slots: PageAllocator, rows: dict[int, int]) -> list[int]:
-    """The pages that rows hold without their prefixes, of {slot: shared pages}."""
+    """Return the pages that rows hold in addition to those of their prefixes. rows: number of shared pages by slot."""
     return [page for slot, shared in rows.items() for page in slots.table(slot)[shared:]]
 
 
@@ -28,9 +28,10 @@ def own_pages(slots: PageAllocator, rows: dict[int, int]) -> list[int]:
 @settings(max_examples=200)
 @given(steps, st.integers(1, 6), st.integers(1, 40))
 def test_each_slot_and_page_is_free_or_owned_once(steps: Sequence[Step], count: int, pages: int) -> None:
-    """Rows and prefixes come, grow and go: a refusal takes nothing, what is held is never given out again."""
+    """Rows and prefixes come, grow and go in any order: a refusal takes nothing, and a page in use is never given out
+    again."""
     slots = PageAllocator(count, pages)
-    rows: dict[int, int] = {}  # slot -> pages that are its prefix's
+    rows: dict[int, int] = {}  # slot -> number of pages that it shares with its prefix
     prefixes: list[int] = []
     for what, which, tokens in steps:
         free = slots.free_slots, slots.free_pages
@@ -63,7 +64,7 @@ def test_each_slot_and_page_is_free_or_owned_once(steps: Sequence[Step], count: 
 
 
 def move(slots: PageAllocator, rows: dict[int, int], prefixes: list[int], slot: int, tokens: int) -> None:
-    """Puts `tokens` more into the slot, or gives it back for none; prefixes are full, and stay while used."""
+    """Add `tokens` to the slot, or release it if `tokens` is 0. Prefixes are full, and are kept while rows use them."""
     if slot in prefixes:
         if not tokens and not slots.users(slot):
             slots.release(slot)
@@ -85,7 +86,8 @@ def move(slots: PageAllocator, rows: dict[int, int], prefixes: list[int], slot: 
 
 
 def test_a_row_begins_behind_a_prefix_that_is_still_to_be_filled() -> None:
-    """Its context is as long as the whole prefix from the start, in the prefix's pages; it writes to its own alone."""
+    """A row may begin before its prefix is computed. Its context is as long as the whole prefix from the start, and it
+    shares the pages of the prefix but adds tokens only to its own."""
     slots = PageAllocator(3, 8)
     prefix = slots.acquire(2 * PAGE_SIZE)
     assert prefix is not None
@@ -106,7 +108,7 @@ def test_a_row_begins_behind_a_prefix_that_is_still_to_be_filled() -> None:
 
 
 def test_a_slot_is_clean_for_its_next_row() -> None:
-    """Whatever a row left in a slot, the next one starts from no states and an empty context."""
+    """The next row in a slot starts without states and with an empty context, whatever the last row left there."""
     slots = PageAllocator(1, 4)
     slot = slots.acquire(100)
     assert slot is not None
@@ -117,7 +119,7 @@ def test_a_slot_is_clean_for_its_next_row() -> None:
 
 
 def test_tokens_beyond_the_pages_are_noticed() -> None:
-    """A forward that would write behind a row's pages is a bug that does not go on."""
+    """Growing a row beyond its pages raises AssertionError, so a forward that would write there cannot go on."""
     slots = PageAllocator(1, 4)
     slot = slots.acquire(10)
     assert slot is not None
@@ -127,7 +129,7 @@ def test_tokens_beyond_the_pages_are_noticed() -> None:
 
 @pytest.mark.parametrize("break_it", ["slot", "page", "users"])
 def test_the_check_finds_what_is_wrong(break_it: str) -> None:
-    """A slot or page that is free and held at once, and a miscounted prefix."""
+    """The check finds a slot or page that is free and held at the same time, and a wrong count of a prefix's users."""
     slots = PageAllocator(3, 8)
     prefix = slots.acquire(PAGE_SIZE)
     assert prefix is not None

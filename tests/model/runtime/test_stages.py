@@ -1,4 +1,4 @@
-"""Stages: threads on a CPU; on CUDA streams, whose work may run in any order that nothing forbids.
+"""Tests the stages of a model: threads on a CPU; on CUDA streams, whose work may run in any order that the waits allow.
 
 Without a GPU the order is simulated (tests.model.runtime.simulated_cuda).
 """
@@ -24,14 +24,15 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 def mixed(a: int, b: int) -> int:
-    """Another number for every pair of numbers, and for their exchange."""
+    """Return a number that differs for every pair of numbers, and for the same pair in the other order."""
     return (a * 1_000_003 + b * 8191 + 17) % (2**61 - 1)
 
 
 class Towers:
-    """Parts that read and write a state of their stage, as a tower does its cache, in buffers of their own or new ones.
+    """Parts of forwards that read and write a state of their stage, as a tower does with its cache.
 
-    `expected` is what the forwards give one after the other.
+    Their results go into new memory or into buffers that are used again. The expected results are those of forwards
+    that run one after the other.
     """
 
     def __init__(self, cuda: SimulatedCuda, devices: Sequence[torch.device]) -> None:
@@ -39,7 +40,7 @@ class Towers:
         self.values = [7 + stage for stage in range(len(devices))]
         self.states, self.buffers = [], []
         for value, device in zip(self.values, devices, strict=True):
-            with cuda.use(cuda.stream(device)):  # as weights that are loaded on a stream of their own
+            with cuda.use(cuda.stream(device)):  # weights, too, are loaded on a stream of their own
                 self.states.append(cuda.compute(lambda v=value: v))
                 self.buffers.append(cuda.compute(lambda: 0))
         self.stages = Stages(devices, cuda)  # type: ignore[arg-type]
@@ -68,12 +69,12 @@ class Towers:
         self.launched.append((self.stages.launch(parts, start), expected))
 
     def move_states(self) -> None:
-        """As when slots are added: outside the stages, while nothing is under way."""
+        """Copy the states outside the stages, while no forward is in progress, as adding slots does."""
         for stage, device in enumerate(self.devices):
             self.states[stage] = self.cuda.compute(lambda v: v, self.states[stage], device=device)
 
     def collect(self) -> bool:
-        """Whether the oldest forward gave what was expected."""
+        """Return whether the oldest forward gave what was expected."""
         flight, expected = self.launched.pop(0)
         return self.cuda.value(flight.result()) == expected
 
@@ -85,7 +86,8 @@ class Towers:
     st.integers(),
 )
 def test_any_order_that_the_waits_allow_gives_the_same(layout: list[torch.device], acts: list[str], seed: int) -> None:
-    """Forwards in new memory or in buffers used again, some collected early, states moved: as one after the other."""
+    """In any order that the waits allow, forwards give what they give one after the other: with new memory or reused
+    buffers, some collected early, and with states moved in between."""
     towers = Towers(SimulatedCuda(seed), layout)
     for i, act in enumerate(acts):
         if act in ("new", "buffer"):
@@ -103,7 +105,7 @@ def test_any_order_that_the_waits_allow_gives_the_same(layout: list[torch.device
 @pytest.mark.parametrize("layout", [(CUDA0, CUDA0), (CUDA0, CUDA1)], ids=["one device", "two devices"])
 @pytest.mark.parametrize("broken", ["wait_event", "wait_stream", "record_stream", "copy"])
 def test_the_simulation_finds_what_is_missing(broken: str, layout: Sequence[torch.device]) -> None:
-    """Each wait, the copy, and that the allocator is told: without it some order gives something else."""
+    """The simulation notices if a wait, the copy or record_stream is left out: some order then gives another result."""
     if broken == "copy" and layout[0] != layout[1]:
         pytest.skip("a copy between devices cannot be left out")
 
@@ -116,7 +118,7 @@ def test_the_simulation_finds_what_is_missing(broken: str, layout: Sequence[torc
             towers.move_states()
             towers.launch(9)
             return all([*good, towers.collect()])
-        except RuntimeError:  # an event that should have been there has not come
+        except RuntimeError:  # an event that should be done is not done
             return False
 
     assert not all(right(seed) for seed in range(100))
@@ -126,7 +128,8 @@ def test_the_simulation_finds_what_is_missing(broken: str, layout: Sequence[torc
     "layout", [(CUDA0, CUDA0), (CUDA0, CUDA1), (CUDA0, CUDA1, CUDA0)], ids=["one device", "two", "there and back"]
 )
 def test_no_stage_waits_for_a_later_one(layout: Sequence[torch.device]) -> None:
-    """The host launches six forwards without a wait; with the second stage at a standstill the first does them all."""
+    """The host launches six forwards without waiting. While the second stage stands still, the first one computes all
+    six."""
     cuda = SimulatedCuda(1)
     towers = Towers(cuda, layout)
     waits = cuda.host_waits
@@ -141,7 +144,8 @@ def test_no_stage_waits_for_a_later_one(layout: Sequence[torch.device]) -> None:
 
 
 def test_a_failed_part_is_told_by_its_result_alone() -> None:
-    """Its forward raises, once all that it had launched is done; those before and behind it give what they would."""
+    """A failed part raises only in the result of its own forward, once everything that was launched is done. The
+    forwards before and after it give correct results."""
     cuda = SimulatedCuda(2)
     towers = Towers(cuda, (CUDA0, CUDA1))
     before = cuda.device, cuda.current(CUDA0), cuda.current(CUDA1)
@@ -165,11 +169,12 @@ def test_an_error_of_the_device_is_raised_by_the_result() -> None:
     cuda.fault = RuntimeError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal memory access"):
         towers.collect()
-    del towers  # ends in silence
+    del towers  # raises nothing
 
 
 def test_seconds_are_those_of_the_parts() -> None:
-    """5 ms and 7 ms, not the 100 ms for which the second device was busy with something else."""
+    """The seconds of a forward are those of its parts: 5 ms and 7 ms, without the 100 ms for which other work kept the
+    second device busy."""
 
     def part(cuda: SimulatedCuda, ms: float) -> Part:
         def run(x):  # type: ignore[no-untyped-def]
@@ -189,7 +194,7 @@ def test_seconds_are_those_of_the_parts() -> None:
 
 
 def test_what_is_under_way_is_done_when_the_stages_are_gone() -> None:
-    """Nothing writes into states whose memory is another's."""
+    """Forwards in progress finish before the stages are gone, so that nothing writes to memory that has a new owner."""
     cuda = SimulatedCuda(5)
     towers = Towers(cuda, (CUDA0, CUDA1))
     towers.launch(1)
@@ -204,7 +209,7 @@ def test_devices_of_two_kinds_are_refused() -> None:
 
 
 def test_threads_overlap_and_keep_the_order() -> None:
-    """On a CPU: the second forward passes the first stage while the first waits on the second stage."""
+    """On a CPU, the second forward passes the first stage while the first forward is still in the second stage."""
     passed, order = threading.Event(), list[str]()
 
     def first(x: str) -> str:
@@ -230,7 +235,8 @@ def test_threads_overlap_and_keep_the_order() -> None:
 @needs_gpu
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_real_streams(count: int) -> None:
-    """A product, a state and a buffer a stage; slow enough that the host is far ahead: as on one stream."""
+    """Real streams give the same results as one stream, although the device is slow and the host is far ahead. Each
+    stage has a product, a state and a buffer."""
     devices = [torch.device("cuda", i % torch.cuda.device_count()) for i in range(count)]
     start = torch.randn(256, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -253,7 +259,7 @@ def test_real_streams(count: int) -> None:
     together, alone = towers(), towers()
     stages = Stages(devices)
     flights = [stages.launch(together, start + i) for i in range(8)]
-    assert not flights[-1]._marks[-1][1].query()  # launched, and not waited for
+    assert not flights[-1]._marks[-1][1].query()  # the host launched it and did not wait for it
     for i, flight in enumerate(flights):
         x = (start + i).to(devices[0])
         for part, device in zip(alone, devices, strict=True):
@@ -267,7 +273,7 @@ def test_real_streams(count: int) -> None:
 @needs_gpu
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_two_stages_on_a_gpu_give_what_one_does(lanes: int) -> None:
-    """On one device with a stream each, and on two where there are two."""
+    """Two stages give the same as one: on one device with a stream each, and on two devices if there are two."""
     requests: list[Request] = random_requests(24, seed=5)
     limits = EngineLimits(max_rows=8, lanes=lanes)
 

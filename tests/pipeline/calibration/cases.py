@@ -1,4 +1,4 @@
-"""A calibration without a model: a bench whose speeds and texts follow a formula, over a small real input."""
+"""Simulates a calibration without a model: a bench whose speeds and texts follow a formula, over a small real input."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ MAX_ROWS = 32
 
 
 def job_file(folder: Path, rows: int = 60, text: str = JOB, prompts: Sequence[str | None] | None = None) -> Path:
-    """A job over prompts of 8 to 200 letters."""
+    """Write a job file, and its input of prompts of about 8 to 200 letters. Return the path of the job file."""
     rng = random.Random(1)
     made = prompts or [f"{i} " + "word " * rng.randrange(1, 40) for i in range(rows)]
     write(folder / "in/a.parquet", prompt=made, key=[f"k{i}" for i in range(len(made))])
@@ -58,10 +58,11 @@ class FakeClock:
 
 
 class FakeBench:
-    """AR repeats the prompt; diffusion does so but for a word that is wrong in the more rows, the less care it takes.
+    """A bench without a model: AR repeats the prompt, and diffusion repeats it with a wrong word in some of the rows.
 
-    speedup: of diffusion at threshold 0.8 against AR. dies_at: points that the replica does not survive, by name;
-    full: points for which memory does not suffice.
+    The less careful the setting of diffusion, the more rows have a wrong word. speedup: how much faster diffusion at
+    threshold 0.8 with 16 steps is than AR. dies_at: the name of the point at which the replica dies. full: the names of
+    the points for which memory is too small.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Which point is chosen, what it costs, and what is said about it."""
+"""Tests of the choice of a point, of its cost, and of the texts about it."""
 
 import math
 import random
@@ -28,7 +28,8 @@ def result(
     cut: float = 0.0,
     sample: Sequence[float] | None = None,
 ) -> Result:
-    """AR where no threshold is given. `agreement` of 64 rows, all alike; or `sample`."""
+    """Return a result; it is one of AR if no threshold is given. The agreement of each row is in `sample`; without a
+    sample, it is `agreement` for all of 64 rows."""
     values = tuple(sample or [agreement] * 64)
     share = KNOWN if threshold is None else share_of(values, [1.0] * len(values))
     setting = AR if threshold is None else Setting("diffusion", threshold, steps)
@@ -92,7 +93,7 @@ def test_noise_of_the_speeds_makes_a_tie_but_not_of_any_size() -> None:
 
 
 def test_speed_is_that_of_the_whole_job() -> None:
-    """More tokens a second are no gain where the rows only grow longer."""
+    """More tokens per second are no gain if the rows only become longer."""
     choice = chosen(result(100, tokens=100), result(150, 1.0, 0.8, tokens=200))
     assert choice.best.point.setting == AR
 
@@ -108,7 +109,7 @@ def test_ar_alone_is_a_choice() -> None:
 
 
 def test_the_cost_of_the_whole_job() -> None:
-    """10^6 rows of 100 tokens at 1,000 tokens/s are 10^5 s on one replica of two GPUs."""
+    """A million rows of 100 tokens at 1,000 tokens/s take 10^5 s on one replica, and a replica has two GPUs."""
     cost = cost_of(result(1000), GPU_JOB)
     assert cost.replica_hours == pytest.approx(1e5 / 3600)
     assert cost.hours == pytest.approx(1e5 / 3600 / 4)
@@ -126,7 +127,7 @@ def test_on_cpus_the_price_is_that_of_a_replica() -> None:
 
 
 def test_rows_that_were_cut_make_the_cost_a_lower_bound() -> None:
-    """Half of the rows used up 100 tokens, and the job allows 300 more."""
+    """Half of the rows were cut at 100 tokens, and the job allows 300 more."""
     workload = Workload(1000, 1, 0, None, "USD", extra_tokens=300)
     assert cost_of(result(1000, cut=0.5), workload).most == pytest.approx(2.5)
 

@@ -1,4 +1,4 @@
-"""`plan` with a calibration: hours and cost of what is left, or the reason why there are none."""
+"""Tests of `plan` with a calibration: it shows the hours and the cost of the remaining rows, or why there are none."""
 
 import threading
 from pathlib import Path
@@ -23,14 +23,14 @@ from tests.pipeline.calibration.cases import FakeBench, FakeClock, job_file, set
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job file with a calibration beside its output: prices, and rows cut at 48 tokens instead of 64."""
+    """Return a job file with a calibration beside its output. The calibration knows a price."""
     file = job_file(tmp_path_factory.mktemp("calibrated"))
     calibrate(file, price=3.0, currency="EUR")
     return file
 
 
 def calibrate(file: Path, **options: Any) -> None:
-    """Measures, and writes down what `calibrate` does, but for its report."""
+    """Measure, and write the record that `calibrate` writes, without the report."""
     clock, setup = FakeClock(), setup_of(file, **options)
     with (file.parent / "log").open("w") as log:
         outcome = measure(setup, FakeBench(clock), LogShow(log), threading.Event(), clock)
@@ -44,7 +44,7 @@ def previewed(file: Path, *overrides: str, calibration: str | None = None) -> Pr
 
 
 def test_hours_and_cost_are_those_of_the_jobs_own_point(calibrated: Path) -> None:
-    """60 rows at the measured seconds a row, by hand, on the two replicas of the job."""
+    """The expected hours are 60 rows times the measured seconds per row. The job has two replicas."""
     found = previewed(calibrated).estimate
     assert isinstance(found, Estimate)
     assert found.point.name == "diffusion-g0.9-t16-r16"
@@ -59,7 +59,8 @@ def test_hours_and_cost_are_those_of_the_jobs_own_point(calibrated: Path) -> Non
 
 
 def test_the_number_of_replicas_and_the_row_limit_are_the_jobs(calibrated: Path) -> None:
-    """One replica takes twice as long for the same money; auto is what the calibration's replica had room for."""
+    """The estimate uses the job's number of replicas. A row limit of auto means the limit that the calibration's
+    replica had memory for."""
     one, auto = previewed(calibrated, "workers.replicas=auto"), previewed(calibrated, "engine.max_rows=auto")
     assert "on one replica" in "\n".join(one.lines())
     assert isinstance(auto.estimate, Estimate)
@@ -84,7 +85,8 @@ def test_the_number_of_replicas_and_the_row_limit_are_the_jobs(calibrated: Path)
     ],
 )
 def test_nothing_is_extrapolated(calibrated: Path, override: str, reason: str) -> None:
-    """Another model, other settings or a point that was not measured: the difference instead of a figure."""
+    """If the model, a setting or the point differs from what was measured, `plan` shows the difference instead of
+    hours."""
     shown = previewed(calibrated, override)
     assert isinstance(shown.estimate, str)
     assert reason in shown.estimate
@@ -92,7 +94,8 @@ def test_nothing_is_extrapolated(calibrated: Path, override: str, reason: str) -
 
 
 def test_rows_that_were_cut_earlier_make_it_a_lower_bound(tmp_path: Path) -> None:
-    """Measured at 16 new tokens, run with 64: by how much it can be more at most, where half of the rows were cut."""
+    """The calibration allowed 16 new tokens and the job allows 64, and half of the rows were cut. The estimate says how
+    much more the job can cost at most."""
     file = job_file(tmp_path)
     calibrate(file, max_new_tokens=16)
     table = tmp_path / "out-calibration" / "measurements.parquet"
@@ -107,7 +110,8 @@ def test_rows_that_were_cut_earlier_make_it_a_lower_bound(tmp_path: Path) -> Non
 
 
 def test_a_named_folder_is_used_and_must_hold_a_calibration(calibrated: Path, tmp_path: Path) -> None:
-    """For a job over other rows, which is said; an empty folder or another file is an error, no folder is none."""
+    """The named calibration may have measured other rows; `plan` says so. If the folder holds no calibration, or
+    damaged files, that is an error. A job without any calibration is no error."""
     other = job_file(tmp_path, rows=30)
     assert previewed(other).estimate is None
     there = f"{calibrated.parent}/out-calibration"
@@ -132,7 +136,7 @@ def test_a_damaged_calibration_beside_the_output_is_no_obstacle_to_a_plan(tmp_pa
 
 
 def test_rows_that_are_done_or_bad_cost_nothing(tmp_path: Path) -> None:
-    """Half of the sampled prompts are null: half of the rows are reckoned with."""
+    """Half of the sampled prompts are null, so the estimate counts half of the rows."""
     file = job_file(tmp_path, prompts=["a prompt", None] * 30)
     calibrate(file)
     found = previewed(file).estimate

@@ -1,4 +1,4 @@
-"""report.html: one file that is whole, fetches nothing, runs nothing, and survives any prompt."""
+"""Tests of report.html: it is one complete file, it fetches and runs nothing, and any prompt is safe in it."""
 
 import io
 import re
@@ -27,7 +27,7 @@ VOID = {"meta", "br", "img", "use", "path", "stop"}
 
 
 class Page(HTMLParser):
-    """Tags that are open, and all that there were."""
+    """A parsed page: the tags that are still open, all tags with their attributes, and all texts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def test_the_charts_are_text_and_follow_the_pages_colours(usual: str) -> None:
 
 
 def test_the_same_measurements_make_the_same_page(usual: str, tmp_path: Path) -> None:
-    """But for when and where: the ids in the charts are no random ones."""
+    """Only the time and the input differ; the ids in the charts are not random."""
     without = re.compile(r"<td>(written|input)</td>.*?</tr>", re.DOTALL)
     assert without.sub("", usual) == without.sub("", report(tmp_path))
 

@@ -1,4 +1,4 @@
-"""Which points are measured, and in which order."""
+"""Tests of the points of a grid and of their order."""
 
 from pipeline.calibration.points import AR, Point, Setting, order_points
 
@@ -8,7 +8,7 @@ THRESHOLDS, STEPS, ROWS = (0.7, 0.8, 0.9, 0.95, 0.99), (4, 8, 16), (1, 16, 256)
 
 def test_every_point_of_the_grid_and_the_own_one_is_there_once() -> None:
     points = order_points(THRESHOLDS, STEPS, ROWS, OWN)
-    assert len(points) == len(set(points)) == (1 + 1 + 5 * 3) * 4  # AR, the job's own, the grid; at each row limit
+    assert len(points) == len(set(points)) == (1 + 1 + 5 * 3) * 4  # AR, own setting, grid; at each limit and its own
     assert len({point.name for point in points}) == len(points)
 
 

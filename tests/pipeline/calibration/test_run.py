@@ -1,4 +1,4 @@
-"""A calibration from job file to report, with a bench that computes nothing: order, time, resume, files, refusals."""
+"""Tests of a calibration from job file to report, with a fake bench: order, time limit, resume, files and refusals."""
 
 import io
 import json
@@ -27,7 +27,7 @@ from tests.pipeline.cases import load
 
 OWN = Point(Setting("diffusion", 0.9, 16), 16)
 POINTS = 3 * (1 + 2 * 2)
-"""AR and the grid, at 1, 16 (the job's) and 32 rows (max)."""
+"""The number of points: AR and a grid of 2 x 2 settings, each at 1, 16 (the job's limit) and 32 rows (the maximum)."""
 
 
 def run(setup: Setup, bench: FakeBench, stop: threading.Event | None = None, out: io.StringIO | None = None) -> Outcome:
@@ -40,7 +40,7 @@ def names(bench: FakeBench) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report takes half a second to draw, and has tests of its own."""
+    """Leave out the drawing of the report: it is slow, and has tests of its own."""
     monkeypatch.setattr("pipeline.calibration.finish.make_report", lambda _: b"<html></html>")
 
 
@@ -85,7 +85,7 @@ def test_the_measurements_are_a_table_of_all_points(file: Path) -> None:
     ar = [row for row in rows if row["mode"] == "ar"]
     assert [row["agreement"] for row in ar] == [1.0] * 3
     assert {row["agreement"] for row in rows if row["confidence_threshold"] == 0.8 and row["steps_per_block"] == 4} == {
-        min(row["agreement"] for row in rows)  # of a setting, whatever the row limit
+        min(row["agreement"] for row in rows)  # agreement belongs to a setting: it is the same at every row limit
     }
     assert {(row["device"], row["version"], row["rows"]) for row in rows} == {("fake device", "1", 24)}
 
@@ -109,7 +109,7 @@ def test_the_job_file_is_the_users_with_the_chosen_point(file: Path, monkeypatch
     made = file.parent / "out-calibration/job.yaml"
     text, best = made.read_text(), outcome.choice.best.point
     assert text.startswith("# Made by `twotower calibrate ")
-    assert 'path: "${CASE_OUT:-' in text  # a variable stays one: no secret is written that the file does not hold
+    assert 'path: "${CASE_OUT:-' in text  # variables stay variables, so that no secret is written into the new file
     new, old = load_job(made), load_job(file, ["engine.extend_every=3"])
     assert new.generation.confidence_threshold == best.setting.threshold
     assert new.generation.steps_per_block == best.setting.steps
@@ -122,7 +122,8 @@ def test_the_job_file_is_the_users_with_the_chosen_point(file: Path, monkeypatch
 
 
 def test_a_job_file_with_an_old_key_becomes_one_with_todays(tmp_path: Path) -> None:
-    """And the same calibration serves both: it does not depend on that setting."""
+    """The section `checkpoint` of the old file is named `flush` in the new one. The same calibration serves both files,
+    because it does not depend on that section."""
     file = job_file(tmp_path, text=JOB + "checkpoint: {{rows: 7}}\n")
     finish(run(setup_of(file), FakeBench()), str(file), ["flush.seconds=5"])
     made = tmp_path / "out-calibration/job.yaml"
@@ -227,14 +228,14 @@ def test_a_damaged_file_is_named(file: Path) -> None:
     (folder / "completions/ar.parquet").unlink()
     bench = FakeBench()
     run(setup_of(file), bench)
-    assert len(bench.measured) == POINTS  # without AR nothing can be compared
+    assert len(bench.measured) == POINTS  # without AR nothing can be compared, so all points are measured again
     (folder / "calibration.json").write_text("{")
     with pytest.raises(OutputError, match=r"calibration\.json cannot be read"):
         setup_of(file)
 
 
 def test_a_point_that_does_not_fit_into_the_time_is_not_begun(file: Path) -> None:
-    """Each takes 10 s: of 65 s, six fit."""
+    """Each point takes 10 s, so six points fit into 65 s."""
     bench = FakeBench()
     outcome = run(setup_of(file, minutes=65 / 60), bench)
     assert len(bench.measured) == 6

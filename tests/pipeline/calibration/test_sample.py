@@ -1,4 +1,5 @@
-"""The sample of a calibration: it stands for all rows, is the same every time, and reads little."""
+"""Tests of the sample of a calibration: it represents all rows, is the same every time, and reads little of the
+input."""
 
 import random
 from pathlib import Path
@@ -28,7 +29,7 @@ def job_over(folder: Path, prompts: Any, group: int | None = None, **sections: A
 
 
 def lengths(count: int) -> list[int]:
-    """Of prompts: most are short, one in fifty is long."""
+    """Return the lengths of prompts: most are short, and one in fifty is long."""
     rng = random.Random(4)
     return [rng.randrange(900, 1000) if i % 50 == 0 else rng.randrange(5, 40) for i in range(count)]
 
@@ -101,7 +102,7 @@ def test_an_input_without_a_usable_row_is_refused(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_row_are_its_own(tmp_path: Path) -> None:
-    """A row has its threshold whatever the point says, and never more tokens than the calibration allows."""
+    """A row keeps its own threshold at every point, and never gets more tokens than the calibration allows."""
     columns: dict[str, Any] = {"prompt": ["a", "b", "c"], "n": [10, None, 900], "g": [None, 0.5, None]}
     write(tmp_path / "in/a.parquet", **columns)
     settings = {"row_settings": {"max_new_tokens": "n", "confidence_threshold": "g"}}

@@ -1,4 +1,4 @@
-"""What `doctor` looks at without torch and Ray, and that it always ends with a line for each check."""
+"""Tests of the checks of `doctor` that need neither torch nor Ray: each check ends with a line, whatever happens."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from tests.waiting import PATIENCE_S
 
 
 def lines_of(*checks: Check) -> dict[str, Line]:
-    """By check; each must have one line."""
+    """Run the checks and return their lines by the name of the check. Each check must have exactly one line."""
     lines = list(examine(checks))
     assert [line.check for line in lines] == [check.name for check in checks]
     return {line.check: line for line in lines}
@@ -123,13 +123,13 @@ def test_packages_are_held_against_what_the_project_asks_for(monkeypatch: pytest
 
 @pytest.mark.server
 def test_a_clock_that_is_an_hour_off_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock stands still: an answer may take its time on a busy machine."""
+    """The clock is frozen, so that a slow answer on a busy machine does not change the offset."""
     offsets, now = iter((3600, 0)), time.time()
     monkeypatch.setattr(machine, "time", SimpleNamespace(time=lambda: now, strftime=time.strftime, gmtime=time.gmtime))
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response_only(403)  # an answer has a date, whatever it says
+            self.send_response_only(403)  # every answer has a date, whatever its status is
             self.send_header("Date", formatdate(now + next(offsets), usegmt=True))
             self.end_headers()
 
@@ -197,7 +197,7 @@ def test_a_job_that_cannot_run(tmp_path: Path, sections: dict[str, Any], check: 
 
 
 def test_a_store_where_the_last_writer_wins_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with servers that ignore If-None-Match: two replicas could publish the same part."""
+    """Some servers ignore If-None-Match. With them, two replicas could publish the same part."""
 
     def create(self: Storage, name: str, data: bytes) -> bool:
         self.write(name, data)

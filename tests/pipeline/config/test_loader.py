@@ -1,4 +1,4 @@
-"""A job file is taken as it stands or refused in one line that names the key; nothing is guessed or dropped."""
+"""Tests of the loading of a job file: it is taken as it is written, or refused in one line that names the key."""
 
 import os
 import re
@@ -49,7 +49,7 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
 
 
 def test_all_engine_settings_reach_the_engine(tmp_path: Path) -> None:
-    """max_rows may be left to the engine, which then also judges the lanes; from a file as from --set."""
+    """max_rows may be left to the engine, in a file and with --set. The engine then also checks the number of lanes."""
     job = load_job(write(tmp_path, GOOD + "engine: {max_rows: auto, lanes: 40}\n"), ["engine.extend_every=3"])
     assert job.engine.limits() == EngineLimits(max_rows="auto", lanes=40, extend_every=3)
     assert load_job(write(tmp_path, GOOD), ["engine.max_rows=auto"]).engine.max_rows == "auto"
@@ -182,7 +182,7 @@ def test_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     job = load_job(write(tmp_path, text))
     assert job.name == "from the environment"
-    assert job.engine.max_rows == 7  # unquoted, so it becomes a number as if it stood there
+    assert job.engine.max_rows == 7  # it is not quoted, so it becomes a number
     assert (job.generation.seed, job.generation.top_k) == (12, None)
     assert job.generation.stop == ("${x}", "y")
 
@@ -252,7 +252,8 @@ def test_overrides_that_cannot_be(tmp_path: Path, override: str, said: str) -> N
 def test_checkpoint_is_the_old_name_of_flush(
     tmp_path: Path, extra: str, overrides: list[str], seconds: float, rows: int | None
 ) -> None:
-    """In a file as on the command line, in any mixture; the model's checkpoint is another key."""
+    """The old name works in a file and on the command line, also together with the new name. The model's checkpoint is
+    another key."""
     file = write(tmp_path, f"{GOOD}{extra}\n")
     job = load_job(file, overrides)
     assert job.flush == FlushSection(seconds=seconds, rows=rows)
@@ -355,7 +356,7 @@ def test_messages_hide_credentials(tmp_path: Path) -> None:
 def test_what_is_written_is_what_is_read(
     tmp_path: Path, name: str, carry: list[str], seed: int, temperature: float, top_k: int | None
 ) -> None:
-    """Any job that YAML can hold comes back unchanged, through a file as through overrides."""
+    """Any values that YAML can hold come back unchanged, from a file and from overrides."""
     fields = {"seed": seed, "temperature": temperature, "top_k": top_k}
     body = yaml.safe_dump({"name": name, "generation": fields}, allow_unicode=True)
     job = load_job(write(tmp_path, GOOD + body), [f"input.carry={carry}"])
@@ -368,7 +369,7 @@ def test_what_is_written_is_what_is_read(
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=60) | st.binary(max_size=60))
 def test_no_file_escapes_the_exception_tree(tmp_path: Path, text: str | bytes) -> None:
-    """Whatever the bytes, a file without the required keys is a JobError of one line."""
+    """A file without the required keys raises a JobError of one line, whatever bytes it holds."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     with pytest.raises(JobError) as caught:
         load_job(write(tmp_path, data))
@@ -384,7 +385,7 @@ def test_jobs_are_shipped() -> None:
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
 def test_shipped_jobs_parse_and_can_be_run_as_programs(file: Path) -> None:
-    """`ray job submit -- jobs/x.yaml` runs the file itself: it needs the shebang and the run bit."""
+    """`ray job submit -- jobs/x.yaml` runs the file itself, so it needs the shebang and the run bit."""
     assert re.fullmatch(rf"{file.stem}(-\d{{4}}-\d\d-\d\d)?", load_job(file).name or "")
     assert file.read_text().splitlines()[0] == "#!/usr/bin/env -S python -m pipeline run"
     assert os.access(file, os.X_OK)
@@ -401,7 +402,7 @@ def test_git_keeps_the_run_bit(file: Path) -> None:
 
 
 def test_every_field_is_explained() -> None:
-    """The schema is the documentation: no key without a text."""
+    """The schema is the documentation, so every key must have a description."""
     for name, definition in [("Job", Job.model_json_schema()), *Job.model_json_schema()["$defs"].items()]:
         for field, schema in definition["properties"].items():
             is_section = "$ref" in schema
@@ -409,7 +410,7 @@ def test_every_field_is_explained() -> None:
 
 
 def test_the_production_job_shows_every_setting() -> None:
-    """`template` stands in a comment, as it excludes prompt_column."""
+    """`template` is in a comment of that file, because it excludes prompt_column."""
     text = (JOBS / "synth.yaml").read_text()
     shown = yaml.safe_load(text.replace("# template:", "template:"))
 
@@ -421,7 +422,7 @@ def test_the_production_job_shows_every_setting() -> None:
 
 
 def test_job_sections_have_the_engines_own_defaults() -> None:
-    """A setting left out of the job file means what it means to the engine: no second set of defaults."""
+    """A setting that is not in the job file has the engine's own default: there is no second set of defaults."""
     job = Job.model_validate({"input": {"path": "i"}, "output": {"path": "o"}, "model": {"checkpoint": "c"}})
     assert job.generation.params(default_eos=()) == GenerationParams()
     assert job.engine.limits() == EngineLimits()

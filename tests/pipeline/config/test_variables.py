@@ -1,4 +1,4 @@
-"""Variables of a job file: the day that DATE means, one for the whole file, and slashes where values are joined."""
+"""Tests of the variables in a job file: DATE is one day in the whole file, and joined paths have no double slashes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def fill(text: str, **values: str) -> str:
         ("yesterday", "2026-02-28"),
         ("today", "2026-03-01"),
         ("2024-02-29", "2024-02-29"),
-        ("", "2026-02-28"),  # as with any variable: the default
+        ("", "2026-02-28"),  # an empty DATE means the default, as for any variable
     ],
 )
 def test_a_word_or_a_date_becomes_a_day(value: str, day: str) -> None:
@@ -46,7 +46,7 @@ def test_a_word_or_a_date_becomes_a_day(value: str, day: str) -> None:
     ["tomorrow", "Yesterday", " today", "20260228", "2026-W09-6", "2026-02-30", "2026-2-3", "\uff12026-02-03", "/"],
 )
 def test_anything_else_is_refused_by_name(value: str) -> None:
-    """Two ways of writing a day would be two folders."""
+    """If a day could be written in two ways, its data would be in two folders."""
     for text, values in (("${DATE}", {"DATE": value}), (f"${{DATE:-{value}}}", {})):
         with pytest.raises(JobError) as caught:
             fill(text, **values)
@@ -61,10 +61,10 @@ def test_only_date_is_a_day() -> None:
 
 
 def test_two_defaults_for_one_day_are_refused() -> None:
-    """Else the two would be different days without DATE, and the same day with it."""
+    """Without DATE, the two defaults would be different days; with DATE, they would be the same day."""
     variables = Variables({}, TODAY)
     variables.fill("${DATE:-yesterday}", "job.yaml: input.path")
-    variables.fill("${DATE:-2026-02-28}", "job.yaml: name")  # another word for the same
+    variables.fill("${DATE:-2026-02-28}", "job.yaml: name")  # the same day, written in another way
     said = r"output\.path: DATE is 2026-03-01, and 2026-02-28 in .*input\.path: write the same default in both"
     with pytest.raises(JobError, match=said):
         variables.fill("${DATE:-today}", "job.yaml: output.path")
@@ -102,7 +102,7 @@ def set_zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]
 
 def test_the_day_is_that_of_utc_wherever_the_machine_stands(set_zone: Callable[[str], None]) -> None:
     before = datetime.now(UTC).date()
-    for zone in ("Etc/GMT+12", "Etc/GMT-14"):  # in one of them at least it is another day
+    for zone in ("Etc/GMT+12", "Etc/GMT-14"):  # in at least one of them it is another day than in UTC
         set_zone(zone)
         assert before <= utc_today() <= datetime.now(UTC).date()
 
@@ -119,7 +119,7 @@ def test_a_date_in_an_override_is_the_same_day(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("value", ["s3://bucket/in", "s3://bucket/in/"])
 def test_a_path_has_one_slash_where_a_value_ends(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`in//x` is another folder than `in/x` to an object store. Other text is left as it is."""
+    """For an object store, `in//x` is another folder than `in/x`. Text that is no path is left as it is."""
     monkeypatch.setenv("TT_IN", value)
     text = JOB.replace("/in/${DATE:-yesterday}/*.parquet", "${TT_IN}/x//y/").replace("/out/", "${TT_IN}")
     (tmp_path / "job.yaml").write_text(text.replace("As of", "${TT_IN}/"))

@@ -1,4 +1,5 @@
-"""The share of a completion that is a loop: the fast measure against its definition, and what is and is no loop."""
+"""Tests of the share of a completion that is a loop: the fast measure agrees with its definition, and ordinary text has
+no loops."""
 
 import json
 import random
@@ -18,11 +19,11 @@ CYCLES = st.lists(st.integers(0, 2), min_size=1, max_size=MAX_CYCLE + 4)
 PIECES = st.tuples(CYCLES, st.integers(1, 12), st.integers(0, MAX_CYCLE)).map(
     lambda piece: (piece[0] * piece[1])[: len(piece[0]) * piece[1] - piece[2]]
 )
-"""A cycle several times in a row, the last one cut off anywhere."""
+"""A cycle that is repeated several times, with up to MAX_CYCLE tokens cut off its end."""
 
 
 def by_definition(tokens: Sequence[int]) -> float:
-    """The docstring of `repetition` word by word, in quadratic time."""
+    """Compute the share by the definition in the docstring of `repetition`, in quadratic time."""
     looped: set[int] = set()
     for n in range(1, MAX_CYCLE + 1):
         for start in range(len(tokens)):
@@ -78,7 +79,8 @@ def test_the_end_of_text_does_not_count() -> None:
 
 
 def words(text: str) -> list[int]:
-    """About what a byte-pair vocabulary makes of a text: words, runs of one sign or of spaces, single signs."""
+    """Split a text about as a byte-pair vocabulary does, into words, runs of one sign or of spaces, and single signs.
+    Return their ids."""
     ids: dict[str, int] = {}
     return [ids.setdefault(token[0], len(ids)) for token in re.finditer(r" ?\w+| +|(\W)\1*", text)]
 

@@ -1,4 +1,4 @@
-"""A pool without replicas: rows are finished, written down, lost with the replica that held them, all by chance."""
+"""Simulates a pool without replicas: rows are finished, flushed, or lost together with their replica, all by chance."""
 
 import random
 from collections.abc import Sequence, Set
@@ -20,20 +20,21 @@ def result_of(unit: WorkUnit, replica: str, attempt: int, errors: int = 0) -> Un
 
 @dataclass
 class Life:
-    """A replica."""
+    """The state of a replica."""
 
     held: list[Assignment] = field(default_factory=list)
     finished: dict[str, set[int]] = field(default_factory=dict)
-    """Rows not written down, by unit."""
+    """The finished rows that are not flushed yet, by unit."""
     announced: set[WorkKey] = field(default_factory=set)
-    """Suspects that were reported as read."""
+    """The keys of the suspect assignments that were reported as read."""
 
 
 class SimulatedPool:
-    """Replicas finish rows, in any order; a row in `killers` takes its replica down, and all that was not flushed.
+    """A pool whose replicas finish rows in any order. A row in `killers` ends its replica, whose rows since its last
+    flush are lost.
 
-    faults: the chance at each turn that a replica is lost (half of them told to leave) or that work fails. Checks what
-    must hold at every assignment: nothing overlaps, a suspect is alone.
+    At each turn a replica is lost with the chance faults / 3 (half of these losses are excused), and its work fails
+    with the chance faults / 6. Every assignment is checked: it overlaps with no other, and a suspect is alone.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class SimulatedPool:
         self.segments: dict[str, set[int]] = {}
         self.condemned: dict[str, set[int]] = {}
         self.published: dict[str, int] = {}
-        """Times, by unit."""
+        """The number of times that each unit was published."""
         self.kills: dict[tuple[str, int], int] = {}
         self.assigned: list[tuple[str, Assignment]] = []
         self.started = 0

@@ -1,4 +1,4 @@
-"""The dispatch loop against a scripted pool: every unit done exactly once, whatever is lost on the way."""
+"""Tests of the dispatch loop with a fake pool: every unit is done exactly once, whatever is lost on the way."""
 
 import random
 import threading
@@ -20,7 +20,7 @@ from tests.pipeline.driver.simulated_pool import make_units, result_of
 
 
 class FakePool:
-    """Replicas whose next unit is done or fails; or they are lost, and replaced."""
+    """A pool whose units are done or fail by chance, and whose replicas can be lost and are then replaced."""
 
     def __init__(
         self, replicas: int, seed: int, faults: float = 0.0, tell_twice: bool = False, failing: float = 0.5
@@ -59,7 +59,7 @@ class FakePool:
         elif draw < self.faults:
             del self.held[replica]
             self.events.append(ReplicaLost(replica, "killed"))
-            if self.tell_twice:  # its part was published just before, and is heard of too late
+            if self.tell_twice:  # the part was published just before, and the report is late
                 self.events.append(UnitDone(result_of(unit, replica, attempt)))
             self.start()
         else:
@@ -120,7 +120,7 @@ def test_a_unit_that_no_replica_can_read_ends_the_job_after_the_attempts_allowed
 
 
 class ScriptedPool(FakePool):
-    """Tells what it was given, turn by turn."""
+    """A pool that returns the events it was given, turn by turn."""
 
     def __init__(self, *turns: Sequence[Event]) -> None:
         super().__init__(0, 0)
@@ -150,7 +150,7 @@ def test_known_bad_rows_at_the_head_of_a_unit_do_not_end_the_job() -> None:
     queue = WorkQueue(make_units(1, rows=1000), {}, RetryPolicy(3, 0.1))
     queue.take(ReplicaReady("a"))
     list(queue.hand_out())
-    queue.take(UnitProgress("a", ("u0", None), 100, 100, 0))  # all of the first 100, but a tenth of the unit
+    queue.take(UnitProgress("a", ("u0", None), 100, 100, 0))  # the first 100 rows: a tenth of the unit
 
 
 def test_errors_reported_by_a_lost_replica_are_taken_back() -> None:
@@ -207,7 +207,8 @@ def test_stop_ends_the_loop_and_says_how_to_resume() -> None:
 
 
 def test_the_drivers_memory_does_not_grow_with_rows() -> None:
-    """400 units of 1,000,000 rows take what 400 units of 10 rows take; larger numbers alone may add up to 200 KB."""
+    """400 units of 1,000,000 rows need as much memory as 400 units of 10 rows. The larger numbers alone may add up to
+    200 KB."""
 
     def peak(rows: int) -> int:
         tracemalloc.start()
@@ -217,5 +218,5 @@ def test_the_drivers_memory_does_not_grow_with_rows() -> None:
         tracemalloc.stop()
         return size
 
-    peak(10)  # whatever is made once
+    peak(10)  # so that what is made only once is not counted
     assert peak(1_000_000) - peak(10) < 200_000

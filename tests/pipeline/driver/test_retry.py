@@ -1,4 +1,4 @@
-"""The retry policy's rules, one by one."""
+"""Tests of the retry policy, rule by rule."""
 
 import itertools
 from dataclasses import replace
@@ -58,7 +58,7 @@ def test_a_lone_row_is_not_blamed_for_what_dies_before_it_is_generated_unless_ag
 
 
 def test_a_unit_of_one_row_goes_out_as_a_range_before_its_row_is_condemned() -> None:
-    """As a unit it shares its replica with another one, which may be what killed."""
+    """A unit shares its replica with another unit, which may be what killed the replica."""
     policy = RetryPolicy(1, 0.1)
     [work] = policy.after_loss(Assignment(replace(UNIT, row_count=1)), "killed", begun=False)
     assert (work.rows, work.losses, work.condemned, work.suspect) == ((0, 1), 0, None, True)

@@ -1,4 +1,4 @@
-"""Replicas that stand still: noticed in time, and not mistaken for those that are slow, idle or new."""
+"""Tests of the stall watch: replicas without progress are found in time, and slow, idle or new ones are left alone."""
 
 import pytest
 
@@ -19,14 +19,15 @@ class Clock:
 
 
 class Watched:
-    """A watch and its clock."""
+    """A stall watch and its clock."""
 
     def __init__(self) -> None:
         self.clock = Clock()
         self.watch = StallWatch(LIMIT, self.clock)
 
     def at(self, minute: float, *busy: str, **beats: int) -> list[tuple[str, str]]:
-        """What is dropped at this minute, after these replicas have reported these beats."""
+        """Return the replicas that are dropped at this minute, and why, after these replicas have reported these
+        beats."""
         self.clock.now = 60 * minute
         for replica, beat in beats.items():
             self.watch.take(ReplicaActive(replica, beat, f"step {beat}"))

@@ -1,4 +1,5 @@
-"""Losses and failures: rows that kill are found, all others are done, and nothing is out twice at the same time."""
+"""Tests of the work queue: rows that kill replicas are found, all other rows are done, and no row is handed out twice
+at a time."""
 
 import math
 import threading
@@ -28,7 +29,7 @@ from tests.pipeline.driver.simulated_pool import SimulatedPool, make_units, resu
 
 @pytest.fixture
 def halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units are split in two, which is shorter to write down."""
+    """Split units in two, which keeps the tests short."""
     monkeypatch.setattr(pipeline.driver.retry, "PIECES", 2)
 
 
@@ -52,7 +53,8 @@ def run(
 def test_rows_that_kill_are_condemned_and_no_others(
     units: int, rows: int, replicas: int, attempts: int, seed: int, share: float
 ) -> None:
-    """Any set of killers: exactly they become error rows, each unit is published once, the losses are bounded."""
+    """With any set of killers, exactly these rows become error rows, each unit is published once, and the losses are
+    bounded."""
     pool = SimulatedPool(replicas, seed)
     pool.killers = {(f"u{u}", row) for u in range(units) for row in range(rows) if pool.random.random() < share}
     with pytest.MonkeyPatch.context() as patch:
@@ -61,7 +63,7 @@ def test_rows_that_kill_are_condemned_and_no_others(
     assert {(unit, row) for unit, rows in pool.condemned.items() for row in rows} == pool.killers
     assert pool.published == {f"u{i}": 1 for i in range(units)}
     assert sum(result.totals.errors for result in results.values()) == len(pool.killers)
-    # the logarithm is rounded up, for pieces differ by a row
+    # the logarithm is rounded up, because pieces differ by a row
     losses = 2 * attempts + math.ceil(math.log(rows, PIECES))
     assert all(kills <= losses for kills in pool.kills.values())
 
@@ -78,7 +80,7 @@ def test_rows_that_kill_are_condemned_and_no_others(
 def test_losses_of_any_kind_leave_every_row_once(
     units: int, rows: int, replicas: int, seed: int, faults: float
 ) -> None:
-    """Replicas lost at any point, told to leave, failing at storage, and rows that kill, all at once."""
+    """Replicas are lost at any point, are told to leave, and fail at storage, and one row kills, all in one run."""
     pool = SimulatedPool(replicas, seed, {("u0", rows // 2)}, faults)
     results = run(pool, units, rows, attempts=40)
     assert results.keys() == pool.published.keys() == {f"u{i}" for i in range(units)}
@@ -109,7 +111,7 @@ def test_a_suspect_waits_for_a_replica_that_holds_nothing_and_has_it_alone() -> 
     assert given_out(queue) == [("a", "u0", None), ("b", "u1", None), ("a", "u2", None), ("b", "u3", None)]
     lose(queue, "a")
     for unit in ("u1", "u3"):
-        assert given_out(queue) == []  # b runs dry, though units wait
+        assert given_out(queue) == []  # b gets nothing new, although units wait
         queue.take(UnitDone(result_of(make_units(9)[int(unit[1])], "b", 1)))
     assert given_out(queue) == [("b", "u0", None)]
     queue.take(ReplicaReady("a.2"))
@@ -121,14 +123,14 @@ def test_a_suspect_waits_for_a_replica_that_holds_nothing_and_has_it_alone() -> 
 def test_only_as_many_replicas_run_dry_as_suspects_wait() -> None:
     queue = ready("a", "b", "c", units=12, attempts=3)
     list(queue.hand_out())
-    queue.take(UnitFailed("c", Assignment(make_units(12)[2]), "no"))  # not a suspect: it lives
+    queue.take(UnitFailed("c", Assignment(make_units(12)[2]), "no"))  # no suspect: the replica lives
     assert given_out(queue) == [("c", "u2", None)]
     lose(queue, "a")
     for i in (1, 4):
         queue.take(UnitDone(result_of(make_units(12)[i], "b", 1)))
     assert given_out(queue) == [("b", "u0", None)]
     queue.take(UnitDone(result_of(make_units(12)[5], "c", 1)))
-    assert given_out(queue) == []  # for u3
+    assert given_out(queue) == []  # c is kept free for u3
 
 
 def test_a_loss_that_is_no_rows_fault_casts_no_suspicion() -> None:
@@ -151,7 +153,7 @@ def test_a_part_published_by_another_attempt_ends_the_ranges_of_its_unit() -> No
     assert given_out(queue) == [("b", "u0", (0, 4)), ("c", "u0", (4, 8))]
     lose(queue, "c")
 
-    def is_open() -> bool:  # read anew each time: mypy takes an attribute to stay what it was asserted to be
+    def is_open() -> bool:  # a function, because mypy assumes that an attribute stays what it was asserted to be
         return queue.open
 
     assert is_open()
@@ -196,7 +198,7 @@ def test_the_errors_of_ranges_and_those_of_their_whole_unit_are_not_added_up() -
 
 
 def test_a_lone_row_is_blamed_only_by_replicas_that_had_read_it() -> None:
-    """A replica that is killed from outside while it reads says nothing about the row."""
+    """A replica that is killed from outside while it reads the row says nothing about the row."""
     queue = WorkQueue(make_units(1, 1), {}, RetryPolicy(2, 1.0))
     given = []
     for replica, reads in (("a", False), ("b", False), ("c", False), ("d", True), ("e", False), ("f", True)):
@@ -231,7 +233,7 @@ def test_condemned_rows_count_as_errors_as_the_job_goes() -> None:
 
 
 def test_replicas_that_die_of_everything_end_the_job() -> None:
-    """Not after 1,000 rows condemned one by one: the rows are not what is wrong."""
+    """The job does not condemn 1,000 rows one by one first: the rows are not the cause."""
     pool = SimulatedPool(2, 1, {("u0", row) for row in range(1000)})
     with pytest.raises(JobFailed, match="10 rows one after the other killed every replica that had them"):
         run(pool, units=1, rows=1000, attempts=2)
@@ -246,7 +248,7 @@ def test_many_rows_that_kill_are_no_reason_to_give_up_while_others_are_generated
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_replicas_that_die_with_nothing_to_generate_end_the_job(rows: int) -> None:
-    """With the error row of a condemned one, or a unit whose rows all stand in segments: that is no row's fault."""
+    """The work is the error row of a condemned row, or a unit whose rows are all in segments: no row is to blame."""
     with pytest.raises(JobFailed, match="has no row left to generate, and yet 3 replicas died with it"):
         live(ready(rows=rows), 20)
 
@@ -257,7 +259,7 @@ def test_starts_that_fail_on_one_node_do_not_end_a_job_whose_other_replica_is_re
     for _ in range(9):
         lose(queue, "b", refused=refused)
     lose(queue, "a")
-    lose(queue, "b", "b", refused=refused)  # while the replacement of a loads
+    lose(queue, "b", "b", refused=refused)  # while the replacement of a is loading
     queue.take(ReplicaReady("a.2"))
     lose(queue, "a.2")
     lose(queue, "b", "b", refused=refused)
@@ -266,7 +268,8 @@ def test_starts_that_fail_on_one_node_do_not_end_a_job_whose_other_replica_is_re
 
 
 def live(queue: WorkQueue, lives: int) -> None:
-    """Replicas that finish the ranges they are given, and die with the rest."""
+    """Start `lives` replicas, one after the other. Each finishes the ranges that it is given, and dies with the
+    rest."""
     for life in range(lives):
         queue.take(ReplicaReady(f"r{life}"))
         while ranges := [work for _, work in queue.hand_out() if work.rows and not work.condemned]:

@@ -1,11 +1,11 @@
-"""Parquet footers made by hand: files that promise what no writer would."""
+"""Makes Parquet footers by hand, for files that promise what no writer would."""
 
 import struct
 
 
 def footer_file(columns: int = 1, groups: tuple[int, ...] = (), rows: int | None = None, depth: int = 0) -> bytes:
-    """A file that is a footer alone: int32 columns `c0`, `c1` … (the first inside `depth` structs), row groups of so
-    many rows without any data, and `rows` in all (None: what the groups have)."""
+    """Return a file that is only a footer. It has int32 columns `c0`, `c1` … (the first inside `depth` structs), row
+    groups with these numbers of rows but without data, and `rows` rows in all (None means the sum of the groups)."""
     nested = [_element(b"s", children=1, optional=True)] * depth
     leaves = [_element(f"c{i}".encode(), kind=1, optional=True) for i in range(columns)]
     schema = [_element(b"schema", children=columns), *nested, *leaves]
@@ -16,7 +16,7 @@ def footer_file(columns: int = 1, groups: tuple[int, ...] = (), rows: int | None
 
 
 Field = tuple[int, bytes]
-"""(Thrift's compact type, content)."""
+"""A field of Thrift's compact protocol: its type and its content."""
 
 
 def _varint(number: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Parquet of strangers: footers that cannot be true, bombs, cells and units beyond measure."""
+"""Tests of Parquet files from strangers: footers that cannot be true, bombs, and cells and units that are too large."""
 
 import subprocess
 import sys
@@ -90,12 +90,13 @@ except InputError as error:
 @LINUX
 @pytest.mark.parametrize("kind", ["dictionary", "list", "plain", "late"])
 def test_a_bomb_of_a_few_kilobytes_is_refused_in_bounded_memory(tmp_path: Path, kind: str) -> None:
-    """4 to 80 GB of text out of a small file: with 1 GiB to spare the reader comes to its own limit first."""
+    """The small file holds 0.4 to 40 GB of text. With 1 GiB of memory to spare, the reader comes to its own limit
+    first."""
     rows, big = 4_000, "x" * 10_000_000
     text: Any = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([big]))
     if kind == "list":
         text = pa.ListArray.from_arrays(pa.array(range(rows + 1), pa.int32()), text)
-    if kind == "late":  # the first batches say nothing of the later ones
+    if kind == "late":  # the first batches do not show how large the later ones are
         text = pa.DictionaryArray.from_arrays(pa.array([1] * 2000 + [0] * 2000, pa.int32()), pa.array([big, "x"]))
     if kind == "plain":
         text = pa.array(["x" * 1_000_000] * 400)

@@ -1,4 +1,4 @@
-"""Settings in columns of the input: which columns can hold them, what each cell means, and what is wrong with it."""
+"""Tests of settings in columns of the input: which columns can hold them, what each cell means, and what is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def test_a_column_fits_or_is_told_what_would(setting: str) -> None:
 
 
 def rows_of(tmp_path: Path, columns: dict[str, Any], **settings: str) -> list[Row]:
-    """The rows of a file with these columns, settings taken from those named."""
+    """Write a file with these columns and return its rows, with the settings taken from the named columns."""
     count = len(next(iter(columns.values())))
     write(tmp_path / "in/a.parquet", prompt=[f"p{i}" for i in range(count)], **columns)
     job = make_job(tmp_path / "in", tmp_path / "out", input={"row_settings": settings})
@@ -158,7 +158,7 @@ def test_the_first_wrong_cell_of_a_row_is_named_and_a_prompt_comes_first(tmp_pat
 
 
 def test_a_million_stop_strings_are_never_python_strings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few KB of Parquet can hold any number of them."""
+    """A few KB of Parquet can hold any number of stop strings, so at most 257 of a row become Python strings."""
     million = pa.ListArray.from_arrays(pa.array([0, 1_000_000, 1_000_001], pa.int32()), pa.array(["x"] * 1_000_001))
     seen: list[int] = []
     check = GenerationParams.__post_init__

@@ -1,4 +1,4 @@
-"""Reading units and building parts: bad rows become error rows, every row leaves once, memory stays bounded."""
+"""Tests of reading units: bad rows become error rows, every row is read once, and the memory stays bounded."""
 
 import os
 import subprocess
@@ -57,7 +57,8 @@ def test_rows_carry_their_key_and_place(tmp_path: Path) -> None:
 def test_any_range_in_any_order(
     tmp_path: Path, rows: int, group: int, order: list[tuple[int, int]], batch: int
 ) -> None:
-    """The reader's kept position never leaks into what it reads: forward, backward, across groups, twice the same."""
+    """The reader remembers its position, and this never changes what it reads: forward, backward, across row groups, or
+    the same rows twice."""
     file = write(tmp_path / "a.parquet", prompt=prompts(rows), n=list(range(rows)), group=group)
     reader = UnitReader(make_job(file, tmp_path / "out", input={"carry": ["n"]}).input)
     with pytest.MonkeyPatch.context() as patch:
@@ -114,7 +115,7 @@ def test_bad_prompts_in_every_string_type(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("index", [pa.int8(), pa.int32()], ids=str)
 def test_bad_bytes_in_dictionaries_cost_their_row_alone(tmp_path: Path, index: pa.DataType) -> None:
-    """Other columns keep the types that the writer stored, although pyarrow reads the file without them."""
+    """Other columns keep the types that the writer stored, although pyarrow reads the file without these types."""
     indices: pa.Array[Any] = pa.array([0, 1, None], index)
     column = pa.DictionaryArray.from_arrays(indices, not_utf8(b"good", b"\xff"))
     many = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), column)
@@ -131,7 +132,8 @@ def test_bad_bytes_in_dictionaries_cost_their_row_alone(tmp_path: Path, index: p
 
 
 def test_carried_bytes_that_would_break_the_part(tmp_path: Path) -> None:
-    """A part must be readable whatever the input held: the row is an error row, the cell keeps what can be read."""
+    """A part must be readable whatever the input holds. The row becomes an error row, and its cell keeps what can be
+    read."""
     nested = pa.StructArray.from_arrays([not_utf8(b"x", b"y", b"\xff")], ["s"])
     data = read_one(
         tmp_path,
@@ -240,7 +242,7 @@ def test_a_file_changed_since_planning(tmp_path: Path) -> None:
 
 
 def test_a_file_rewritten_to_the_same_size_is_a_changed_file(tmp_path: Path) -> None:
-    """Before it is opened, and between two units that are read from it."""
+    """The change is noticed before the file is opened, and also between two units of the file."""
     old, new = (write(tmp_path / f"{word}.parquet", prompt=[f"{word} {i:04}" for i in range(200)]) for word in "ab")
     file = tmp_path / "in/a.parquet"
     file.parent.mkdir()
@@ -252,7 +254,7 @@ def test_a_file_rewritten_to_the_same_size_is_a_changed_file(tmp_path: Path) -> 
     assert old.stat().st_size == new.stat().st_size
     before = file.stat()
     file.write_bytes(new.read_bytes())
-    # a file system's clock moves on every few milliseconds, which may all have passed within one of them
+    # the file system's clock has steps of a few milliseconds, and both writes may have been in the same step
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
     for unit in (second, first):
         with pytest.raises(InputError, match="has changed since the job was planned"):
@@ -275,7 +277,7 @@ def test_a_corrupt_page_names_file_and_rows_and_the_next_file_works(tmp_path: Pa
 
 
 def test_a_storage_failure_is_not_taken_for_corruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remote reads that fail for good come out of pyarrow as the StorageError that they are; the next try works."""
+    """If a remote read fails for good, pyarrow passes on the StorageError as it is. The next attempt works."""
     file = write(tmp_path / "a.parquet", prompt=prompts(3))
     remote = Storage("memory://inputs")
     remote.write("a.parquet", file.read_bytes())
@@ -322,8 +324,8 @@ print(rows, planned - before, early - planned, peak - early)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """2 million rows in one row group, 130 MB of text: planning adds under 30 MiB, reading all 200 units under 90 MiB,
-    of which the last 190 units add under 30 MiB to what the first 10 took."""
+    """The file has 2 million rows in one row group, 130 MB of text. Planning adds under 30 MiB, and reading all 200
+    units under 90 MiB; of these, the last 190 units add under 30 MiB to what the first 10 took."""
     rows = 2_000_000
     numbers = pa.array(range(rows))
     text = pa.compute.binary_join_element_wise(  # type: ignore[call-overload]  # its types know no plain strings

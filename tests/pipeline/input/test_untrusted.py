@@ -1,4 +1,5 @@
-"""Input from strangers runs nothing: job files, metadata, names; and its readers, fuzzed, refuse and never break."""
+"""Tests that input from strangers (job files, metadata, names) runs no code, and that its readers refuse but never
+break."""
 
 import ast
 import os
@@ -20,7 +21,7 @@ from tests.pipeline.prompts.test_templates import rendered
 
 ROOT = Path(__file__).parents[3]
 
-# ---- nothing is run that came as data
+# ---- data is never run as code
 
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle"}
 UNSAFE_CALLS = {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "torch.load", "np.load"}
@@ -43,7 +44,8 @@ def test_nothing_is_unpickled_or_evaluated(file: Path) -> None:
 
 
 def test_metadata_of_a_file_runs_nothing(tmp_path: Path) -> None:
-    """Pickled classes in pandas metadata and in an extension type, as older readers unpickled them."""
+    """The file holds pickled classes in its pandas metadata and in an extension type; older readers would unpickle
+    them."""
     mark = tmp_path / "executed"
     attack = b"cos\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR."
     kind = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": attack}
@@ -95,7 +97,8 @@ def test_a_job_file_without_end(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_variable_brings_text_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither YAML nor further variables nor Python come out of the environment; a template is sandboxed as any."""
+    """Text from the environment is not read as YAML, as further variables or as Python. A template in it is sandboxed
+    like any other."""
     monkeypatch.setenv("TT_EVIL", "{{ x.__class__ }}${HOME}\n!!python/name:os.system")
     file = tmp_path / "j.yaml"
     file.write_text(GOOD.replace("{path: /in}", '{path: /in, template: "${TT_EVIL}"}'))
@@ -145,7 +148,8 @@ NAMES = [
 
 @pytest.mark.slow
 def test_odd_names_work_from_plan_to_duckdb(tmp_path: Path) -> None:
-    """Folders and files of odd names, all in one job: planned, read, named in source_file, and read back by DuckDB."""
+    """Folders and files with odd names, all in one job, are planned, read, named in source_file, and read back by
+    DuckDB."""
     for number, name in enumerate(NAMES):
         write(tmp_path / "in" / name / f"{name}.parquet", prompt=[f"p{number}"])
     for output in ("out #1 50%", "\U0001f600 gr\u00f6\u00dfe", "o" * 250):
@@ -171,7 +175,7 @@ def test_a_name_with_a_line_break_is_refused_in_one_line(tmp_path: Path) -> None
     assert str(caught.value).endswith(r"a\nb.parquet is a name with a control character: rename it")
 
 
-# ---- fuzzing without coverage: what tests.fuzz.run does for minutes, for seconds
+# ---- fuzzing without coverage, for seconds; tests.fuzz.run fuzzes for minutes
 
 
 def mutated(seeds: list[bytes]) -> st.SearchStrategy[bytes]:

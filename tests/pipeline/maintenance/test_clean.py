@@ -1,4 +1,4 @@
-"""clean: what runs that died left behind goes, and nothing else."""
+"""Tests of `clean`: it removes what dead runs have left behind, and nothing else."""
 
 import os
 import time
@@ -26,7 +26,7 @@ from tests.pipeline.cases import complete_row, make_job, open_ledger, output_of,
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    """25 rows, three units."""
+    """Make a job over 25 rows in three units."""
     write(tmp_path / "in/a.parquet", prompt=prompts(25))
     return make_job(tmp_path / "in", tmp_path / "out", output={"rows_per_file": 10})
 
@@ -45,7 +45,7 @@ def add(job: Job, name: str, age_s: float = 0.0) -> str:
 
 
 def add_segment(job: Job, output: UnitOutput, unit: WorkUnit) -> str:
-    """A real one with five of the unit's rows."""
+    """Write a real segment with five of the unit's rows, and return its name."""
     before = files_of(job)
     reader = UnitReader(job.input)
     rows = result_table(unit, [complete_row(row) for row in reader.read(replace(unit, size=-1)).rows[:5]])
@@ -56,7 +56,7 @@ def add_segment(job: Job, output: UnitOutput, unit: WorkUnit) -> str:
 
 
 def begun(job: Job) -> Plan:
-    """Two of three units are done."""
+    """Begin the job: publish two of its three units. Return the plan."""
     plan = plan_of(job)
     open_ledger(job, plan)
     publish(job, plan, plan.units[:2])
@@ -104,7 +104,7 @@ def test_leftovers_go_and_all_else_stays(job: Job) -> None:
     remove_leftovers(job.output.path, leftovers)
     assert files_of(job) == {name: data for name, data in before.items() if name not in goes}
     assert find_leftovers(job.output.path) == []
-    remove_leftovers(job.output.path, leftovers)  # gone already
+    remove_leftovers(job.output.path, leftovers)  # files that are gone already are no error
 
 
 def test_after_clean_verify_has_nothing_to_say(job: Job) -> None:
@@ -113,7 +113,7 @@ def test_after_clean_verify_has_nothing_to_say(job: Job) -> None:
     publish(job, plan)
     ledger.complete(plan, job, verify(job.output.path).totals, seconds=1.0)
     add(job, f"_job/segments/{plan.units[0].id}/late.parquet")
-    add(job, f".part-{plan.units[0].id}.parquet.{'a' * 32}.tmp")  # nothing of a complete job is being written
+    add(job, f".part-{plan.units[0].id}.parquet.{'a' * 32}.tmp")  # nothing writes to a complete job any more
     assert len(verify(job.output.path).problems) == 2
     remove_leftovers(job.output.path, find_leftovers(job.output.path))
     assert verify(job.output.path).problems == ()
@@ -121,7 +121,7 @@ def test_after_clean_verify_has_nothing_to_say(job: Job) -> None:
 
 
 def test_segments_of_a_run_that_takes_more_files_meanwhile_stay(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It replaces the plan and writes segments of a new file while `clean` looks."""
+    """Another run replaces the plan and writes segments of a new file while `clean` looks."""
     begun(job)
     late = []
 

@@ -1,4 +1,4 @@
-"""retry-errors: the rows that failed become a job of their own, with the same settings and the same ids."""
+"""Tests of retry-errors: the rows that failed become a job of their own, with the same settings and the same ids."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tests.pipeline.cases import make_job, not_utf8, open_ledger, plan_of, promp
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    """Two files, 30 rows, four units, six of the rows errors."""
+    """Make a job over two files with 30 rows, of which six become error rows."""
     texts: list[str | None] = [*prompts(20)]
     texts[3] = texts[11] = None
     write(tmp_path / "in/a.parquet", group=7, prompt=texts, key=[f"k{i}" for i in range(20)], n=list(range(20)))
@@ -28,7 +28,7 @@ def job(tmp_path: Path) -> Job:
 
 
 def retried(path: Path) -> list[dict[str, Any]]:
-    """The input rows of the new job, as bytes where they are text."""
+    """Return the input rows of the new job, with text as bytes."""
     tables = [pq.read_table(file) for file in sorted((path / "input").iterdir())]
     table = pa.concat_tables(tables)
     binary = [pa.field(f.name, pa.binary() if pa.types.is_string(f.type) else f.type) for f in table.schema]
@@ -58,7 +58,7 @@ def test_the_failed_rows_become_a_job_that_runs(job: Job, tmp_path: Path) -> Non
     assert new.output.path == str(tmp_path / "retry/output")
     same = {"engine", "workers", "generation", "model", "flush"}
     assert new.model_dump(include=same) == job.model_dump(include=same)
-    # that all of its rows fail again is no reason to end it
+    # the new job must not end because all of its rows fail again
     assert new.retry == job.retry.model_copy(update={"max_error_rate": 1.0})
     run(new)
     assert verify(new.output.path).problems == ()
@@ -103,7 +103,7 @@ def test_a_job_with_a_template_keeps_it_and_its_columns(tmp_path: Path) -> None:
 
 
 def test_a_column_without_values_takes_its_type_from_the_other_files(tmp_path: Path) -> None:
-    """All failed rows come from the file where the prompts are all null."""
+    """All failed rows come from the file in which the prompts are all null."""
     write(tmp_path / "in/a.parquet", prompt=prompts(3), key=[1, 2, 3], n=[1, 2, 3])
     write(tmp_path / "in/b.parquet", prompt=pa.nulls(3), key=pa.nulls(3), n=pa.nulls(3))
     job = make_job(tmp_path / "in", tmp_path / "out", input={"id_column": "key", "carry": ["n"]})
@@ -157,7 +157,7 @@ def test_folders_that_cannot_take_it(job: Job, tmp_path: Path, folder: str, said
 
 
 def test_input_that_changed_is_refused_where_its_rows_are_needed(job: Job, tmp_path: Path) -> None:
-    """Row 3 of another file is another row."""
+    """The failed rows are found by their number, and row 3 of a changed file is another row."""
     run(job)
     write(tmp_path / "in/c.parquet", prompt=["added"], n=[1], key=["c"])
     data = (tmp_path / "in/a.parquet").read_bytes()
@@ -167,7 +167,7 @@ def test_input_that_changed_is_refused_where_its_rows_are_needed(job: Job, tmp_p
             make_retry_job(job.output.path, str(tmp_path / "retry"))
         (tmp_path / "in/a.parquet").unlink(missing_ok=True)
     assert not (tmp_path / "retry").exists()
-    (tmp_path / "in/a.parquet").write_bytes(data)  # with a new time: not what it was, as far as anyone can tell
+    (tmp_path / "in/a.parquet").write_bytes(data)  # its time is new, so nobody can tell that it is the same file
     with pytest.raises(InputError, match=r"a\.parquet"):
         make_retry_job(job.output.path, str(tmp_path / "retry"))
 

@@ -1,4 +1,4 @@
-"""verify: nothing to say about a good output, and something about any damage that is done to one."""
+"""Tests of `verify`: it finds no problem in a good output, and a problem in any damaged one."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publis
 
 
 def small_job(folder: Path, **sections: Any) -> Job:
-    """Two files, 25 rows, three units, one of the rows an error."""
+    """Make a job over two files with 25 rows in three units, of which one row becomes an error row."""
     write(folder / "in/a.parquet", prompt=prompts(20), key=[*range(19), 3], note=[{"x": [i]} for i in range(20)])
     write(folder / "in/b.parquet", prompt=["x", None, "w", "y", "z"], key=[3, 30, None, 31, 32], note=[{"x": [1]}] * 5)
     sections["output"] = {"rows_per_file": 10}
@@ -54,7 +54,7 @@ def edit(path: Path, **fields: Any) -> None:
 
 
 def rewrite(part: Path, change: Callable[[pa.Table], pa.Table], *, record: bool) -> None:
-    """Another table under the same name and footer; with `record` the commit record is made to fit it."""
+    """Change the table of a part but keep its name and footer. If `record` is true, make the commit record fit."""
     table = pq.read_table(part)
     changed = change(table).replace_schema_metadata(pq.read_metadata(part).metadata)
     data = to_parquet(changed)
@@ -113,7 +113,7 @@ def test_records_of_before_loops_and_times_were_noted_are_good(job: Job) -> None
 
 
 def test_parts_above_the_memory_budget_are_read_in_pieces(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And found damaged as others are."""
+    """They are found damaged like other parts."""
     run(job)
     monkeypatch.setattr(part_check, "HELD_BYTES", 100)
     assert problems(job) == ()
@@ -225,7 +225,7 @@ def test_what_is_wrong_is_named(job: Job, damage: str) -> None:
 
 
 def test_without_its_record_every_page_of_a_part_is_read(job: Job) -> None:
-    """Else the next run would take the checksum of damaged completions for that of the part."""
+    """Otherwise the next run would take the checksum of the damaged completions as that of the part."""
     run(job)
     part = parts_of(Path(job.output.path))[0]
     column = pq.read_metadata(part).row_group(0).column(2)
@@ -246,7 +246,7 @@ def test_generated_ids_are_file_and_row(tmp_path: Path) -> None:
 
 
 def test_what_verify_says_to_do_helps(job: Job) -> None:
-    """Delete what it names, run again: good."""
+    """If the files that it names are deleted and the job runs again, the output is good."""
     plan, _, _ = run(job)
     out = Path(job.output.path)
     parts = parts_of(out)
@@ -268,7 +268,7 @@ def test_what_verify_says_to_do_helps(job: Job) -> None:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with outputs of two jobs over the same input, in out and other/out."""
+    """Make a folder with the outputs of two jobs over equal input, in out and other/out."""
     folder = tmp_path_factory.mktemp("verify")
     run(small_job(folder, input={"id_column": "key", "carry": ["note"]}))
     other = small_job(folder / "other", input={"id_column": "key", "carry": ["note"]}, generation={"seed": 1})
@@ -298,7 +298,7 @@ def swap(out: Path, draw: st.DataObject) -> None:
 
 
 def drop_row(out: Path, draw: st.DataObject) -> None:
-    """Or double one; the commit record is made to fit."""
+    """Drop a row of a part or double it, and make the commit record fit."""
     part = draw.draw(st.sampled_from(parts_of(out)))
     rows = list(range(pq.read_metadata(part).num_rows))
     row = draw.draw(st.sampled_from(rows))
@@ -307,7 +307,7 @@ def drop_row(out: Path, draw: st.DataObject) -> None:
 
 
 def change_cell(out: Path, draw: st.DataObject) -> None:
-    """The commit record is left as it was."""
+    """Change a cell of a part, and leave the commit record as it is."""
     part = draw.draw(st.sampled_from(parts_of(out)))
     name = draw.draw(st.sampled_from(["completion", "replica"]))
     rewrite(part, with_column(name, lambda values: [f"{values[0]}!", *values[1:]]), record=False)
@@ -351,7 +351,7 @@ def add_stray(out: Path, draw: st.DataObject) -> None:
 
 
 def add_left(out: Path, draw: st.DataObject) -> None:
-    """A segment, or a temporary file, as a writer that died leaves it."""
+    """Add a segment or a temporary file, as a writer that died leaves it."""
     part = draw.draw(st.sampled_from(parts_of(out)))
     hidden = out / f".{part.name}.{'0' * 32}.tmp"
     segment = out / f"_job/segments/{part.stem.removeprefix('part-')}/w-000001.parquet"
@@ -361,7 +361,7 @@ def add_left(out: Path, draw: st.DataObject) -> None:
 
 
 def take_other(out: Path, draw: st.DataObject) -> None:
-    """A part of another job over the same input, with its record or without."""
+    """Put a part of another job over equal input in place of a part, with or without its record."""
     part = draw.draw(st.sampled_from(parts_of(out)))
     other = out.parent / "other/out" / part.name
     part.write_bytes(other.read_bytes())
@@ -415,7 +415,7 @@ def test_any_damage_is_found(good: Path, damage: Callable[[Path, st.DataObject],
     damage(work, draw)
     try:
         found = verify(str(work)).problems
-    except OutputError:  # the plan itself
+    except OutputError:  # the plan itself is damaged
         return
     assert found
     assert all("\n" not in text for text in found)

@@ -1,4 +1,4 @@
-"""The warning about replicas whose blocks take a forward a token: when it is given, and when that is no fault."""
+"""Tests of the warning that the blocks of a replica take one forward per token, and of when it is not given."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def completion(steps: tuple[int, ...] = SLOW, tokens: int | None = None) -> Comp
 
 
 def warnings(completions: list[Completion], params: GenerationParams = DEFAULT) -> list[int]:
-    """After which of the completions there was one."""
+    """Return the numbers of the completions after which there was a warning, counted from 1."""
     watch = ForwardsWatch()
     return [i for i, done in enumerate(completions, start=1) if watch.take(params, done)]
 
@@ -46,7 +46,8 @@ def test_one_block_that_was_faster_settles_it_for_good(better: tuple[int, ...]) 
 
 
 def test_a_rows_last_block_counts_only_where_it_is_whole() -> None:
-    """It may have ended early, after fewer steps, or after more than the tokens that are left of it."""
+    """A last block that is not whole may have ended early, after fewer steps, or after more steps than it has
+    tokens."""
     assert warnings([completion((16, 3), tokens=20)] * 200) == [200]
     assert warnings([completion((9,), tokens=4)] * 1000) == []
 
@@ -64,7 +65,8 @@ def test_a_rows_last_block_counts_only_where_it_is_whole() -> None:
     ids=str,
 )
 def test_settings_that_force_or_exclude_it_are_not_watched(setting: dict[str, Any]) -> None:
-    """Nor do their rows count where others of the same job (row settings, another try) have a choice."""
+    """Such rows do not count. If a job also has other rows (through row settings, or another try), only those are
+    counted."""
     params = GenerationParams(**setting)
     assert warnings([completion((1,) * 32 if params.block_size == 1 else SLOW)] * 300, params) == []
     watch = ForwardsWatch()
@@ -78,7 +80,7 @@ def result(unit: str, replica: str, tokens: int, forwards: int) -> UnitResult:
 
 
 def test_parts_tell_what_a_driver_that_died_had_heard() -> None:
-    """A replica at a time, all its parts together; where there are enough of them."""
+    """All parts of a replica are judged together, if they have enough tokens."""
     job = make_job("/in", "/out")
     results = [
         result("a", "slow", 1600, 1650),

@@ -1,4 +1,4 @@
-"""Error texts by kind: what is told apart, what is left out, and that they stay few."""
+"""Tests of the kinds of error texts: which texts differ, what is left out, and that there are only a few kinds."""
 
 import pytest
 

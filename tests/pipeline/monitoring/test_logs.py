@@ -1,4 +1,4 @@
-"""JSON logs: which records a run leaves, with which fields, and that no prompt is among them."""
+"""Tests of the JSON logs: a run writes the expected records and fields, and no prompt is among them."""
 
 import functools
 import json
@@ -38,7 +38,7 @@ def records(text: str) -> list[dict[str, Any]]:
 def test_a_run_leaves_records_of_units_with_their_fields_and_no_prompt(job: Path) -> None:
     result = call("run", job, "--log-format", "json")
     assert result.exit_code == 0
-    found = records(result.stderr)  # each line is one
+    found = records(result.stderr)  # each line is a record
     assert "secret" not in result.stderr
     assert all({"ts", "level", "event", "source"} <= record.keys() for record in found)
     begun = [record for record in found if record["event"] == "unit begun"]

@@ -1,4 +1,4 @@
-"""Progress: what is counted, what is taken back, and how it reads."""
+"""Tests of progress: which rows are counted, which are taken back, and how the text reads."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""`status`: how far a job is, from its output folder alone."""
+"""Tests of `status`: it shows how far a job is, from its output folder alone."""
 
 import os
 import uuid
@@ -28,7 +28,7 @@ def test_status_while_running_and_at_the_end(job: Job) -> None:
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
     results = publish(job, plan, plan.units[:2])
-    out(job, f"_job/units/{plan.units[1].id}.json").unlink()  # as after a crash: the part is asked
+    out(job, f"_job/units/{plan.units[1].id}.json").unlink()  # this is the state after a crash: the part itself is read
     status = read_status(job.output.path)
     assert (status.rows_done, status.rows_total, status.units_done, status.units_total) == (20, 25, 2, 3)
     assert (status.complete, status.finished) == (False, None)
@@ -39,7 +39,8 @@ def test_status_while_running_and_at_the_end(job: Job) -> None:
 
 
 def test_status_says_what_is_saved_of_units_under_way_and_who_runs(job: Job) -> None:
-    """Segments of units that have no part yet, of this job alone: not those that a finished unit left behind."""
+    """Only segments of this job count, and only those of units without a part. A finished unit may have left some
+    behind."""
     plan = plan_of(job)
     open_ledger(job, plan)
     assert read_status(job.output.path).driver is None

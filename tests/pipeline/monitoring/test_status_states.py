@@ -1,4 +1,4 @@
-"""`status`: whether a job runs, what its replicas do and what failed, at every moment of a job's life."""
+"""Tests of `status`: it shows whether a job runs, what its replicas do and what failed, at any time."""
 
 import io
 import json
@@ -33,7 +33,7 @@ STILL = {"now": 0.0}
 
 
 def now() -> float:
-    """The time of drivers, which stands still: an age is what a test makes it, however long the test takes."""
+    """Return the time of drivers, which stands still: an age is what a test makes it, however long the test takes."""
     return STILL["now"]
 
 
@@ -49,7 +49,7 @@ def job(tmp_path: Path) -> Job:
 
 
 def live_of(job: Job, *, ended: str | None = None) -> Live:
-    """What a driver says whose second replica is at work; its first was lost."""
+    """Return the live data of a driver whose first replica was lost and whose second one is working."""
     plan = plan_of(job)
     file, digest = LiveFile(job.output.path), plan.fingerprint.digest
     watch = Watch(Meter(25), file, fingerprint=digest, units=1, total_units=3, clock=now)
@@ -122,7 +122,7 @@ def test_a_loop_that_stands_still_and_a_silent_replica_are_named(job: Job) -> No
 
 
 def test_errors_are_read_from_the_parts_where_the_driver_cannot_say(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a job that was resumed: its last driver knows those of its own run alone."""
+    """The job was resumed, and its last driver knows only the errors of its own run."""
     plan = plan_of(job)
     open_ledger(job, plan)
     publish(job, plan)
@@ -175,7 +175,7 @@ def test_watching_ends_with_the_job_and_reads_one_file_a_look(job: Job, monkeypa
     assert show(job.output.path, watch=True, every_s=7, as_json=True, console=Console(file=shown), sleep=sleep)
     states = [json.loads(line)["state"] for line in shown.getvalue().splitlines()]
     assert states == ["running", "running", "running", "complete"]
-    assert (looks, calls) == ([7, 7, 7], 1)  # the whole folder was read when the driver had ended
+    assert (looks, calls) == ([7, 7, 7], 1)  # the whole folder was read only after the driver had ended
 
 
 def test_watching_a_job_that_died_says_so_and_is_no_success(job: Job) -> None:
@@ -185,7 +185,7 @@ def test_watching_a_job_that_died_says_so_and_is_no_success(job: Job) -> None:
     terminal = Console(file=shown, force_terminal=True, width=80)
     assert not show(job.output.path, watch=True, console=terminal)
     assert re.search(r"stopped \w+ ago: it broke", shown.getvalue())
-    assert show(job.output.path, console=Console(file=io.StringIO()))  # a look is no judgement
+    assert show(job.output.path, console=Console(file=io.StringIO()))  # without watch it succeeds in any state
 
 
 def test_a_look_at_a_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:

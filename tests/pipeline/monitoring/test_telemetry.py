@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes: the picture, live.json and the sinks."""
+"""Tests of the reports of a running job: the picture of its state, live.json and the sinks."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ class Clock:
 
 
 class Run:
-    """A watch that is told what a driver would tell it."""
+    """A watch with its meter and its clock, which hears events as from a driver."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.clock, self.pictures, self.told = Clock(), list[Live](), list[str]()
@@ -95,14 +95,15 @@ def test_a_lost_replica_leaves_its_errors_and_its_units_count_as_retried(tmp_pat
     picture = run.watch.picture()
     assert [(replica.name, replica.stats.error_kinds) for replica in picture.replicas] == [("r1", ())]
     assert (picture.replicas_lost, picture.losses) == (1, ("r0: killed",))
-    assert picture.unit_retries == 2  # u2 of the lost one, and the one that failed
+    assert picture.unit_retries == 2  # u2 of the lost replica, and u5, which failed
     assert [(count.kind, count.rows) for count in picture.error_kinds] == [("prompt is null", 4)]
     assert (picture.units, picture.rows) == (2, 10)
     run.watch.close("stopped")
 
 
 def test_the_file_is_written_without_the_loop_and_says_how_the_run_ended(tmp_path: Path) -> None:
-    """The loop may stand still while a model loads: the driver is alive all the same, and `sampled` shows it."""
+    """The loop may stand still while a model loads. The driver is alive all the same, and `sampled` shows when the loop
+    last went on."""
     run = Run(tmp_path)
     storage = Storage(str(tmp_path))
     first = wait_for(storage, lambda live: live.ended is None)
@@ -131,7 +132,7 @@ def test_where_another_driver_took_over_nothing_more_is_written(tmp_path: Path) 
     run.watch.close(None)
     (tmp_path / LIVE).write_text("the newer driver's")
     run.file._thread.join(PATIENCE_S)
-    assert not run.file._thread.is_alive()  # nobody is left who could write
+    assert not run.file._thread.is_alive()  # no thread is left that could write
     assert (tmp_path / LIVE).read_text() == "the newer driver's"
 
 

@@ -1,4 +1,4 @@
-"""Which driver has a job: the newest, and the others hear of it."""
+"""Tests of job ownership: the driver that started last has the job, and the other drivers hear of it."""
 
 import json
 import threading
@@ -57,7 +57,7 @@ def test_the_watch_hears_of_a_newer_driver(tmp_path: Path) -> None:
 
 
 class Broken(Storage):
-    """Listing fails a few times, and then hangs until it is let go."""
+    """A storage whose listing fails a few times, and then hangs until it is released."""
 
     failures = 3
 
@@ -84,7 +84,7 @@ def test_storage_that_fails_or_hangs_stops_neither_the_watch_nor_the_driver(tmp_
         assert storage.hangs.wait(PATIENCE_S)
         calls = storage.calls
         claim.check()
-        assert storage.calls == calls  # it asks no storage, so it does not hang with the watch
+        assert storage.calls == calls  # check() asks no storage, so it does not hang with the watch
         Claim(str(tmp_path))
         storage.let_go.set()
         wait_until(lambda: claim._successor is not None)

@@ -1,4 +1,4 @@
-"""Ids that stand more than once, counted in bounded memory."""
+"""Tests of the search for ids that occur more than once, in bounded memory."""
 
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from tests.pipeline.cases import make_job, prompts, run, write
 
 @pytest.mark.parametrize("as_text", [True, False])
 def test_duplicates_across_parts_and_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_text: bool) -> None:
-    """Counted exactly with many buckets, whatever the type; at most ten examples; nulls are no ids."""
+    """Duplicates are counted exactly with many buckets, for text and for numbers. At most ten examples are given, and
+    nulls are no ids."""
     monkeypatch.setattr(duplicate_ids, "IDS_A_BUCKET", 50)
     monkeypatch.setattr(duplicate_ids, "BATCH_ROWS", 64)
     kind = pa.string() if as_text else pa.int64()
@@ -40,7 +41,7 @@ def test_no_duplicates(tmp_path: Path) -> None:
 
 
 def test_ids_made_by_the_pipeline_are_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """File and row cannot repeat: no pass over the output for them."""
+    """A file and a row number cannot repeat, so the output is not read for such ids."""
 
     def unwanted(*_: object) -> None:
         raise AssertionError("the parts were read")

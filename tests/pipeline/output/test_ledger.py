@@ -1,4 +1,4 @@
-"""The output folder: taken by one job, published once, resumed from what is there, complete when everything is."""
+"""Tests of the output folder: one job takes it, publishes each part once, resumes from its parts, and completes it."""
 
 import json
 from pathlib import Path
@@ -87,14 +87,14 @@ def test_finished_units_are_known_from_their_parts(job: Job) -> None:
     ledger = open_ledger(job, plan)
     assert ledger.finished(plan) == {}
     published = publish(job, plan, plan.units[:2])
-    again = open_ledger(job, plan)  # the same job comes back
+    again = open_ledger(job, plan)  # the same job is submitted again
     found = again.finished(plan)
     assert [(unit, result.totals) for unit, result in found.items()] == [(r.unit_id, r.totals) for r in published]
     assert not again.is_complete()
 
 
 def test_a_part_costs_a_resume_one_request(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A listing for all parts, one for all records, and a part's footer each."""
+    """A resume lists all parts once and all records once, and reads the footer of each part."""
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
     publish(job, plan)
@@ -118,7 +118,7 @@ def test_a_part_costs_a_resume_one_request(job: Job, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("damage", ["missing", "empty"])
 def test_a_part_without_its_record_is_read_back_and_the_record_written(job: Job, damage: str) -> None:
-    """A crash between part and record loses nothing: the part's footer says it all."""
+    """A crash between the part and its record loses nothing, because the footer of the part has the same data."""
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
     results = {result.unit_id: result for result in publish(job, plan)}
@@ -140,7 +140,7 @@ def test_a_part_without_its_record_is_read_back_and_the_record_written(job: Job,
     "damage", [b"{", b"[" * 200_000, b"{}", {"rows": 9999}, {"errors": -5, "ok": 15}, {"unit": "z"}]
 )
 def test_a_record_that_is_wrong_counts_for_nothing(job: Job, damage: bytes | dict[str, Any]) -> None:
-    """The part says what is in it; verify names the record, and once that is deleted it is made again."""
+    """The part itself says what it holds. `verify` names the record, and after it is deleted, it is written again."""
     plan, ledger, manifest = run(job)
     record = out(job, f"_job/units/{plan.units[1].id}.json")
     before = load(record)
@@ -157,7 +157,7 @@ def test_a_record_that_is_wrong_counts_for_nothing(job: Job, damage: bytes | dic
 
 
 def test_damage_of_the_same_size_to_a_footer_is_found(job: Job) -> None:
-    """Though the record says that all is well."""
+    """It is found although the record says that all is well."""
     plan, ledger, _ = run(job)
     part = out(job, part_name(plan.units[1].id))
     whole = part.read_bytes()
@@ -168,7 +168,7 @@ def test_damage_of_the_same_size_to_a_footer_is_found(job: Job) -> None:
 
 
 def test_damaged_ids_are_named(job: Job) -> None:
-    """Inside the data: found where the data is read."""
+    """The damage is inside the data, so it is found when the data is read."""
     plan, ledger, manifest = run(job)
     part = out(job, part_name(plan.units[1].id))
     whole = part.read_bytes()
@@ -222,7 +222,7 @@ def test_a_part_of_another_job_is_named(job: Job, tmp_path: Path) -> None:
         ledger.finished(plan)
 
 
-# Whose folder it is
+# Ownership of the folder
 
 
 def test_another_job_is_refused_and_the_difference_named(job: Job) -> None:
@@ -249,7 +249,7 @@ def test_files_gone_and_changed_are_named(job: Job) -> None:
 
 
 def segment(job: Job, plan: Plan) -> Path:
-    """A file where replicas leave the finished rows of the first unit."""
+    """Write a file to the folder where replicas save finished rows of the first unit, and return its path."""
     path = out(job, f"{SEGMENTS}/{plan.units[0].id}/0123-1.parquet")
     path.parent.mkdir(parents=True)
     path.write_bytes(b"rows")
@@ -257,7 +257,7 @@ def segment(job: Job, plan: Plan) -> Path:
 
 
 def test_segments_protect_a_folder_as_parts_do(job: Job) -> None:
-    """A job that was killed before its first part has rows to lose, too."""
+    """A job that was killed before its first part also has rows to lose."""
     plan = plan_of(job)
     open_ledger(job, plan)
     segment(job, plan)
@@ -279,7 +279,7 @@ def test_a_complete_job_has_no_segments(job: Job) -> None:
 
 
 def test_the_plan_of_a_job_without_parts_is_replaced(job: Job) -> None:
-    """A run that never got a replica must not keep a mended job out."""
+    """A run that never got a replica must not keep the corrected job out."""
     open_ledger(job, plan_of(job))
     other = job.model_copy(update={"generation": job.generation.model_copy(update={"seed": 4})})
     plan = plan_of(other)
@@ -315,7 +315,7 @@ def test_a_job_whose_folder_was_taken_does_not_complete_it(job: Job) -> None:
         ("units", -1),
         ("created", None),
         ("job", []),
-        ("job.checkpoint", {}),  # beside job.flush, of which it is the old name
+        ("job.checkpoint", {}),  # the old name of job.flush, which is there too
     ],
 )
 def test_a_damaged_plan_file_is_named(job: Job, path: str, value: object) -> None:
@@ -359,7 +359,7 @@ def test_opening_a_complete_output_again_changes_nothing(job: Job) -> None:
 
 
 def test_records_hold_no_credentials(job: Job) -> None:
-    """plan.json and the manifest show the job's settings, URLs included."""
+    """plan.json and the manifest show the job's settings, including URLs."""
     private = job.model_copy(
         update={"model": job.model.model_copy(update={"checkpoint": "s3://k:hidden@b/c?t=hidden"})}
     )
@@ -373,7 +373,8 @@ def test_records_hold_no_credentials(job: Job) -> None:
 
 
 def test_the_first_writer_wins(job: Job) -> None:
-    """A unit computed twice (a replica thought dead) is published once; the later one reports that part."""
+    """If a unit is computed twice (because a replica was thought dead), it is published once, and the later replica
+    reports that part."""
     plan = plan_of(job)
     open_ledger(job, plan)
     data = UnitReader(job.input).read(plan.units[0])
@@ -387,7 +388,8 @@ def test_the_first_writer_wins(job: Job) -> None:
 
 
 def test_a_lost_acknowledgement_is_success(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The part arrived, the answer did not, the retry says "already there": the writer id inside says it is ours."""
+    """The part arrives but the answer is lost, and the retry finds the part there. The writer id inside shows that it
+    is our own."""
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
     create = Storage.create
@@ -403,7 +405,7 @@ def test_a_lost_acknowledgement_is_success(job: Job, monkeypatch: pytest.MonkeyP
 
 
 def test_a_record_that_cannot_be_written_is_not_the_units_failure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is full once the part is there: the job completes, and the next resume writes the record."""
+    """The disk is full when the part is there. The job completes, and the next resume writes the record."""
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
 
@@ -429,7 +431,7 @@ def test_nothing_is_published_under_a_wrong_name(job: Job) -> None:
     assert ledger.finished(plan) == {}
 
 
-# The end
+# Completion
 
 
 def test_a_job_with_a_part_missing_is_not_complete(job: Job) -> None:
@@ -446,7 +448,7 @@ def test_a_job_with_a_part_missing_is_not_complete(job: Job) -> None:
 
 
 def test_what_killed_writers_left_is_gone_when_the_job_is_complete(job: Job) -> None:
-    """So `verify` has nothing to say after a kill -9 and a resume."""
+    """After a kill -9 and a resume, `verify` therefore finds no problem."""
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
     totals = sum((result.totals for result in publish(job, plan)), Totals())

@@ -1,4 +1,4 @@
-"""Parts: the schema, the order and the totals of what is published, and what is refused."""
+"""Tests of parts: their schema, their order and their totals, and what is refused."""
 
 import dataclasses
 import json
@@ -60,7 +60,8 @@ def test_a_part_has_the_schema_and_the_order_of_the_input(tmp_path: Path) -> Non
 
 
 def test_columns_that_are_all_null_keep_their_type(tmp_path: Path) -> None:
-    """A part of good rows alone has the same schema as one of bad rows alone, so they can be read together."""
+    """A part that has only good rows and one that has only bad rows have the same schema, so they can be read
+    together."""
     schema = output_schema(pa.string(), [])
     good, _ = part(read_one(tmp_path, prompt=["a"]), schema)
     bad, _ = part(read_one(tmp_path, prompt=pa.array([None], pa.string())), schema)

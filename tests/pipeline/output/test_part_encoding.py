@@ -1,4 +1,4 @@
-"""Parts as files: what stands in their footers and pages is what analytics tools read fast, and read at all."""
+"""Tests of parts as files: analytics tools can read their footers and pages, and read them fast."""
 
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ SPARK_READS = {
     ("INT64", "Int(bitWidth=64, isSigned=true)"),
     ("DOUBLE", "None"),
 }
-"""Physical and logical types of the output's own columns: string, short, int, long and double to Spark 3."""
+"""The physical and logical types that Spark 3 reads as string, short, int, long and double."""
 DATA_PAGE_V1 = 0
 
 
 def file_of(folder: Path, columns: dict[str, Any], **settings: Any) -> tuple[bytes, pq.ParquetFile]:
-    """The part of a job over these columns, and what pyarrow says of it."""
+    """Return the part of a job over these columns, as bytes and as a file opened by pyarrow."""
     write(folder / "in/a.parquet", **columns)
     job = make_job(folder / "in", folder / "out", input=settings)
     plan = plan_of(job)
@@ -38,13 +38,13 @@ def file_of(folder: Path, columns: dict[str, Any], **settings: Any) -> tuple[byt
 
 
 def chunks(file: pq.ParquetFile) -> dict[str, Any]:
-    """The column chunks of the first row group by the paths of their leaves."""
+    """Return the column chunks of the first row group, by the paths of their leaves."""
     group = file.metadata.row_group(0)
     return {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
 
 
 def order(file: pq.ParquetFile) -> list[str]:
-    """The leaves that the first row group says it is sorted by."""
+    """Return the leaves by which the first row group says that it is sorted."""
     group = file.metadata.row_group(0)
     for column in group.sorting_columns:
         assert not column.descending
@@ -72,13 +72,13 @@ def test_every_column_is_zstd_with_a_page_index_in_pages_of_version_1(tmp_path: 
     for path, chunk in chunks(file).items():
         assert chunk.compression == "ZSTD", path
         assert chunk.has_offset_index, path
-        # Field 1 of a page header, its type, in Thrift's compact protocol.
+        # A page header begins with field 1, its type, in Thrift's compact protocol.
         assert data[chunk.data_page_offset : chunk.data_page_offset + 2] == bytes([0x15, DATA_PAGE_V1]), path
         assert set(chunk.encodings) <= {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY"}, path
 
 
 def test_columns_of_few_values_have_a_dictionary_and_columns_of_many_do_not(tmp_path: Path) -> None:
-    """Nested columns are named by their leaves, each of which is found."""
+    """A nested column is named by its leaves, and each of them gets a dictionary."""
     _, file = carried(tmp_path)
     with_one = {path for path, chunk in chunks(file).items() if chunk.has_dictionary_page}
     leaves = {"lang", "long", "view", "tags.list.element", "more.a", "more.b.list.element"}
@@ -88,7 +88,7 @@ def test_columns_of_few_values_have_a_dictionary_and_columns_of_many_do_not(tmp_
 
 
 def test_every_column_but_the_completion_has_statistics(tmp_path: Path) -> None:
-    """A reader skips what cannot hold an id, a reason, a row, or a value of a carried column."""
+    """With them, a reader can skip what cannot hold a given id, reason, row, or value of a carried column."""
     _, file = carried(tmp_path)
     found = chunks(file)
     assert {path for path, chunk in found.items() if not chunk.is_stats_set} == {"completion"}
@@ -112,20 +112,22 @@ def test_every_column_but_the_completion_has_statistics(tmp_path: Path) -> None:
 def test_a_part_says_that_its_ids_are_sorted_only_where_they_are(
     tmp_path: Path, ids: list[Any], expected: list[str]
 ) -> None:
-    """A carried column of several leaves stands before them, so a leaf's number is not a column's."""
+    """A carried column with several leaves comes before source_file, so the number of a leaf is not that of its
+    column."""
     columns = {"prompt": prompts(4), "key": ids, "pairs": [{"a": 1, "b": 2}] * 4}
     _, file = file_of(tmp_path, columns, id_column="key", carry=["pairs"])
     assert order(file) == expected
 
 
 def test_ids_made_of_file_and_row_are_not_said_to_be_sorted(tmp_path: Path) -> None:
-    """As text a.parquet#10 comes before a.parquet#9."""
+    """In the order of text, a.parquet#10 comes before a.parquet#9."""
     assert order(file_of(tmp_path / "few", {"prompt": prompts(10)})[1])[0] == "id"
     assert order(file_of(tmp_path / "more", {"prompt": prompts(11)})[1]) == ["source_file", "source_row"]
 
 
 def test_the_types_are_those_that_spark_reads(tmp_path: Path) -> None:
-    """Whatever types the input's writer chose for text; lists have three levels, the inner one named element."""
+    """The types do not depend on how the input's writer stored text. Lists have three levels, and the inner one is
+    named element."""
     _, file = carried(tmp_path)
     leaves = [file.schema.column(i) for i in range(len(file.schema))]
     own = [leaf for leaf in leaves if leaf.path.split(".")[0] in {"id", "lang", "long", "view", *RESULT_COLUMNS}]

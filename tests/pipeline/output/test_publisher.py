@@ -1,4 +1,4 @@
-"""Publishing: once, whole, whatever fails on the way; then the segments are gone."""
+"""Tests of publishing: a part is published once and whole, whatever fails, and then the segments are removed."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ WRITER = "c" * 32
 
 @pytest.fixture
 def case(tmp_path: Path) -> tuple[Plan, UnitOutput, UnitData]:
-    """A job of one unit of five rows, and two of them in a segment."""
+    """Make a job with one unit of five rows, of which two are in a segment."""
     write(tmp_path / "in/a.parquet", prompt=prompts(5))
     job = make_job(tmp_path / "in", tmp_path / "out")
     plan = plan_of(job)
@@ -44,7 +44,8 @@ def test_the_segments_go_when_the_part_is_there(case: tuple[Plan, UnitOutput, Un
 def test_what_the_winner_left_undone_is_done_by_who_comes_after(
     case: tuple[Plan, UnitOutput, UnitData], tmp_path: Path
 ) -> None:
-    """It died between its part and its record: the next attempt generates nothing, writes the record and cleans up."""
+    """The winner died after its part and before its record. The next attempt generates nothing, writes the record and
+    removes the segments."""
     plan, output, data = case
     part = part_of(data, plan)
     Storage(str(tmp_path / "out")).create(part_name(data.unit.id), part)
@@ -62,7 +63,7 @@ def test_what_the_winner_left_undone_is_done_by_who_comes_after(
 def test_publishing_again_after_a_failure(
     case: tuple[Plan, UnitOutput, UnitData], monkeypatch: pytest.MonkeyPatch, arrived: bool
 ) -> None:
-    """Also where the first try did arrive: by its writer id the part is this attempt's own."""
+    """It works even if the first try did arrive: the writer id shows that the part is this attempt's own."""
     plan, output, data = case
     part, create = part_of(data, plan), Storage.create
 
@@ -81,7 +82,7 @@ def test_publishing_again_after_a_failure(
 
 
 def test_a_broken_part_is_an_error_not_a_result(case: tuple[Plan, UnitOutput, UnitData], tmp_path: Path) -> None:
-    """Nobody overwrites it; the segments stay for when it is deleted."""
+    """The broken part is not overwritten, and the segments stay, so that they can be used after it is deleted."""
     plan, output, data = case
     (tmp_path / "out" / part_name(data.unit.id)).write_bytes(b"half")
     with pytest.raises(OutputError, match="is broken"):
@@ -106,7 +107,7 @@ def test_segments_that_cannot_be_removed_stop_nobody(
 def test_a_part_of_another_version_of_the_input_file_is_refused(
     case: tuple[Plan, UnitOutput, UnitData], tmp_path: Path
 ) -> None:
-    """An old run publishes late, after the file was rewritten: its rows are not those of the new run."""
+    """An old run publishes late, after the file was rewritten, so its rows are not those of the new run."""
     plan, output, data = case
     late = dataclasses.replace(data, unit=dataclasses.replace(data.unit, stamp="mtime:0"))
     Storage(str(tmp_path / "out")).create(part_name(data.unit.id), part_of(late, plan))

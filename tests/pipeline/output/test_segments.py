@@ -1,4 +1,4 @@
-"""Segments: whatever attempts write at the same time and whatever is damaged, no wrong row is ever read."""
+"""Tests of segments: no wrong row is ever read, whatever attempts write at the same time and whatever is damaged."""
 
 import dataclasses
 import random
@@ -38,7 +38,7 @@ WRITERS = ("a" * 32, "b" * 32)
 
 
 def rows_of(indexes: list[int], text: str, attempt: int = 1) -> pa.Table:
-    """Finished rows whose completion says which they are and who made them."""
+    """Return finished rows; the text of a completion says which row it is and who made it."""
     results = [
         RowResult(i, Completion(key=row_key(UNIT, i), text=f"{text} {i}", finish_reason="stop"), "ar", attempt, "r")
         for i in indexes
@@ -48,19 +48,19 @@ def rows_of(indexes: list[int], text: str, attempt: int = 1) -> pa.Table:
 
 @dataclass(frozen=True)
 class Flush:
-    """One flush of one attempt, and what becomes of its file."""
+    """A flush of an attempt, and what happens to its file."""
 
     writer: int
     indexes: list[int]
     fate: str
     at: float
-    """Where it is damaged, as a share of its length."""
+    """The place of the damage, as a share of the file's length."""
 
 
 flushes = st.builds(
     Flush,
     writer=st.integers(0, 1),
-    indexes=st.lists(st.integers(0, ROWS - 1), max_size=8),  # a row twice in one segment, too
+    indexes=st.lists(st.integers(0, ROWS - 1), max_size=8),  # a row may be in it twice
     fate=st.sampled_from(["kept", "kept", "kept", "truncated", "flipped", "deleted", "foreign", "rewritten", "moved"]),
     at=st.floats(0, 1, exclude_max=True),
 )
@@ -84,7 +84,8 @@ def spoil(path: Path, flush: Flush) -> None:
 def test_any_flushes_of_two_attempts_with_any_damage(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[Flush]
 ) -> None:
-    """The union holds each row that an intact segment holds, once, from the first of them by name; the rest is said."""
+    """Each row that an intact segment holds is read once, from the first such segment by name. All other segments are
+    reported."""
     root = tmp_path_factory.mktemp("out")
     segments = Segments(Storage(str(root)), DIGEST)
     folder = root / folder_of(UNIT.id)
@@ -95,7 +96,7 @@ def test_any_flushes_of_two_attempts_with_any_damage(
         of_unit, digest = UNIT, DIGEST
         if flush.fate == "foreign":
             digest = "0" * 64
-        elif flush.fate == "rewritten":  # the input file, since
+        elif flush.fate == "rewritten":  # the input file was rewritten since
             of_unit = dataclasses.replace(UNIT, stamp="mtime:2")
         elif flush.fate == "moved":  # a segment of another unit in this one's folder
             of_unit = dataclasses.replace(UNIT, id="a-000200")
@@ -103,7 +104,7 @@ def test_any_flushes_of_two_attempts_with_any_damage(
         data = to_segment(of_unit, digest, rows, writer=WRITERS[flush.writer], attempt=1)
         name = segment_name(WRITERS[flush.writer], number, data)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)  # in one go, as far as readers go, and faster than Storage.create
+        (folder / name).write_bytes(data)  # readers see no difference from Storage.create, which is slower
         spoil(folder / name, flush)
         spoilt += flush.fate not in ("kept", "deleted")
         if flush.fate == "kept":
@@ -123,7 +124,8 @@ def test_any_flushes_of_two_attempts_with_any_damage(
 
 
 def test_what_was_written_is_read_as_it_was(tmp_path: Path) -> None:
-    """All columns, through the same calls that a replica makes; writing once more after a lost answer adds nothing."""
+    """All columns are the same after the calls that a replica makes. A second write after a lost answer adds
+    nothing."""
     segments = Segments(Storage(str(tmp_path)), DIGEST)
     rows = rows_of([3, 1], "x", attempt=4)
     for _ in range(2):
@@ -148,13 +150,14 @@ def test_every_flipped_byte_and_every_cut_is_found() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_no_bytes_get_through_as_rows_of_elsewhere(seed: int) -> None:
-    """Bytes that lie about their checksum: they are refused, or are rows of this unit in the right columns."""
+    """The bytes come with a checksum that fits. They are refused, or they are rows of this unit in the right
+    columns."""
     draw = random.Random(seed)
     good = to_segment(UNIT, DIGEST, rows_of(list(range(ROWS)), "text", 2), writer=WRITERS[0], attempt=1)
     for _ in range(300):
         data = bytearray(good)
         for _ in range(draw.choice([1, 1, 2, 20])):
-            at = draw.randrange(draw.choice([0, len(data) - 4000]), len(data))  # the footer is the last of it
+            at = draw.randrange(draw.choice([0, len(data) - 4000]), len(data))  # the footer is at the end
             data[at] = draw.choice([0, 255, data[at] ^ 1 << draw.randrange(8)])
         try:
             table = from_segment(segment_name(WRITERS[0], 1, bytes(data)), bytes(data), UNIT, DIGEST)
@@ -212,7 +215,7 @@ def test_a_segment_with_other_contents_than_rows_of_its_unit_is_refused() -> Non
 
 
 def test_text_that_is_not_utf_8_is_refused() -> None:
-    """It would make the whole part unreadable."""
+    """Such text would make the whole part unreadable."""
     rows = rows_of([1, 2], "x")
     broken = rows.set_column(rows.schema.get_field_index("completion"), "completion", not_utf8(b"good", b"\xff"))
     data = to_segment(UNIT, DIGEST, broken, writer=WRITERS[0], attempt=1)
@@ -221,7 +224,7 @@ def test_text_that_is_not_utf_8_is_refused() -> None:
 
 
 def test_strange_files_in_the_folder_do_not_matter(tmp_path: Path) -> None:
-    """A write that a killed process left half done is not even named; what claims to be a segment is."""
+    """A file that a killed process left half written is not even named. A file that claims to be a segment is."""
     folder = tmp_path / folder_of(UNIT.id)
     folder.mkdir(parents=True)
     (folder / f".{WRITERS[0]}-000001.parquet.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
@@ -234,7 +237,8 @@ def test_strange_files_in_the_folder_do_not_matter(tmp_path: Path) -> None:
 
 
 def test_a_store_that_fails_is_a_storage_error(tmp_path: Path) -> None:
-    """Of reading and writing; removing is a courtesy."""
+    """Writing raises a StorageError. Removing does not, because it is only a courtesy, and reading finds no
+    segments."""
     (tmp_path / "_job").mkdir()
     (tmp_path / "_job" / "segments").write_text("a file where the folder should be")
     segments = Segments(Storage(str(tmp_path)), DIGEST)

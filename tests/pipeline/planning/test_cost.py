@@ -1,4 +1,4 @@
-"""Which units go out first: those with the most work, as footers and settings tell."""
+"""Tests of the order of units: those with the most work, as footers and settings tell, are handed out first."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,8 @@ from tests.pipeline.cases import make_job, plan_of, write
 
 
 def order_of(*work: float) -> list[str]:
-    """Ids of units with this expected work, u0 first as planned, in the order in which one replica gets them."""
+    """Return the ids of units with this expected work in the order in which they are handed out; u0 was planned
+    first."""
     units = [WorkUnit(f"u{n}", "/in/a", "a", n, 1, expected_work=each) for n, each in enumerate(work)]
     queue = WorkQueue(units, {}, RetryPolicy(3, 0.1))
     for replica in range(len(units)):
@@ -36,7 +37,7 @@ def test_units_go_out_longest_first_and_equal_ones_as_planned() -> None:
     cuts=st.lists(st.integers(0, 120), max_size=5),
 )
 def test_the_work_of_pieces_adds_up_to_that_of_the_file(groups: list[tuple[int, int]], cuts: list[int]) -> None:
-    """However a file is cut, empty row groups and all."""
+    """This holds however a file is cut, also with empty row groups."""
     rows, sizes = [rows for rows, _ in groups], [size if rows else 0 for rows, size in groups]
     work, total = ExpectedWork(rows, sizes, max_new_tokens=7), sum(rows)
     edges = sorted({0, total, *(cut for cut in cuts if cut < total)})
@@ -46,7 +47,8 @@ def test_the_work_of_pieces_adds_up_to_that_of_the_file(groups: list[tuple[int, 
 
 
 def test_long_prompts_are_more_work_whatever_else_the_rows_carry(tmp_path: Path) -> None:
-    """Within a file by its row groups, and between files; columns that are no part of a prompt do not count."""
+    """This holds between the row groups of a file and between files. Columns that are not part of a prompt do not
+    count."""
     write(tmp_path / "in/a.parquet", prompt=["short"] * 10 + [f"{i:0400}" for i in range(10)], group=10)
     write(tmp_path / "in/b.parquet", prompt=["tiny"] * 10, blob=[f"{i:09000}" for i in range(10)], group=10)
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "in/c.parquet")
@@ -64,7 +66,7 @@ def test_long_prompts_are_more_work_whatever_else_the_rows_carry(tmp_path: Path)
 
 
 def test_all_columns_of_a_template_count_nested_ones_too(tmp_path: Path) -> None:
-    """And a column whose name only begins like one of them does not."""
+    """A column whose name only begins like one of them does not count."""
     file = write(tmp_path / "a.parquet", turns=[[{"text": f"{i:0500}"}] for i in range(9)], turns2=["x" * 900] * 9)
     metadata = pq.read_metadata(file)
     nested, other = prompt_bytes(metadata, ["turns"]), prompt_bytes(metadata, ["turns2"])

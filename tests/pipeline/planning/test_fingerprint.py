@@ -1,4 +1,4 @@
-"""What differs between two jobs and between two listings, and how it is said."""
+"""Tests of the differences between two jobs and between two listings, and of their texts."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq

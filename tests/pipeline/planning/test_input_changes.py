@@ -1,4 +1,4 @@
-"""Input files that are added, removed or rewritten between two runs: refused by name, or taken; and runs that race."""
+"""Tests of input files that are added, removed or rewritten between two runs, and of runs that race for a folder."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ def test_with_extend_the_new_files_alone_are_run_and_the_manifest_covers_all(job
     longer = plan_of(job)
     assert longer.fingerprint == plan.fingerprint
     ledger = open_ledger(extending(job), longer)
-    assert not ledger.is_complete()  # before there is a plan with more units than parts
+    assert not ledger.is_complete()  # _SUCCESS is removed before the longer plan is written
     assert not read_status(job.output.path).complete
     done = ledger.finished(longer)
     assert done.keys() == {unit.id for unit in plan.units}
@@ -62,7 +62,7 @@ def test_with_extend_the_new_files_alone_are_run_and_the_manifest_covers_all(job
     manifest = ledger.complete(longer, extending(job), totals, seconds=1.0)
     assert (first["rows"], manifest["rows"], manifest["units"], manifest["files"]) == (25, 37, 5, 3)
     assert parts.items() <= {path: path.read_bytes() for path in out(job).glob("part-*")}.items()
-    assert open_ledger(job, longer).is_complete()  # once taken, they belong to it
+    assert open_ledger(job, longer).is_complete()  # once taken, the new files belong to the job
     assert load(out(job, "_job/plan.json"))["created"] == "long ago"
 
 
@@ -108,7 +108,7 @@ def test_a_file_whose_columns_do_not_fit_does_not_extend(job: Job) -> None:
 
 
 def test_a_plan_that_grew_meanwhile_is_not_completed_by_the_older_run(job: Job) -> None:
-    """Two runs, one of them planned over more files: the one whose plan the folder does not hold ends."""
+    """One of two runs is planned over more files. The run whose plan is not the one in the folder ends."""
     plan = plan_of(job)
     older = open_ledger(job, plan)
     totals = sum((result.totals for result in publish(job, plan)), Totals())
@@ -125,7 +125,8 @@ def test_a_plan_that_grew_meanwhile_is_not_completed_by_the_older_run(job: Job) 
 def test_a_plan_that_grows_while_ids_are_counted_is_not_completed_by_the_older_run(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counting them takes minutes on a large output; `_SUCCESS` of the older run would then cover the newer one's."""
+    """Counting can take minutes on a large output. The older run's `_SUCCESS` would then cover the newer run's parts as
+    well."""
     plan = plan_of(job)
     older = open_ledger(job, plan)
     totals = sum((result.totals for result in publish(job, plan)), Totals())
@@ -143,7 +144,7 @@ def test_a_plan_that_grows_while_ids_are_counted_is_not_completed_by_the_older_r
 
 
 def test_a_part_beyond_the_plan_keeps_a_job_from_completing(job: Job) -> None:
-    """Where two runs extend at once, the last plan written may be the shorter one."""
+    """If two runs extend at the same time, the plan written last may be the shorter one."""
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
     totals = sum((result.totals for result in publish(job, plan)), Totals())
@@ -156,7 +157,8 @@ def test_a_part_beyond_the_plan_keeps_a_job_from_completing(job: Job) -> None:
 
 
 def test_runs_that_race_for_a_folder_leave_one_plan(job: Job) -> None:
-    """Of two jobs and two listings, at once: each run gets the folder or is told, and the plan is one of theirs."""
+    """Runs of two jobs and two listings start at the same time. Each gets the folder or an error, and the plan is that
+    of one of them."""
     other = job.model_copy(update={"generation": job.generation.model_copy(update={"seed": 4})})
     shorter = plan_of(job)
     write(Path(job.input.path) / "c.parquet", prompt=["x"], key=[1])
@@ -170,7 +172,7 @@ def test_runs_that_race_for_a_folder_leave_one_plan(job: Job) -> None:
 
 
 def test_a_part_of_an_older_version_of_its_file_is_named(job: Job) -> None:
-    """A run that was thought dead publishes after the file was rewritten and the folder taken anew."""
+    """A run that was thought dead publishes after the file was rewritten and a new run took the folder."""
     plan = plan_of(job)
     units = tuple(replace(unit, stamp="mtime:1") for unit in plan.units)
     ledger = open_ledger(job, plan)

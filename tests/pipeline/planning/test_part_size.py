@@ -1,4 +1,5 @@
-"""`output.target_mb`: units of about one size, estimated from footers, the same at every planning."""
+"""Tests of `output.target_mb`: units give parts of about one size, estimated from footers, and are the same in each
+plan."""
 
 import dataclasses
 import random
@@ -21,7 +22,7 @@ from pipeline.planning.part_size import MAX_ROWS, STORED_SHARE, carried_bytes, r
 from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, write
 
 PROSE = "\n".join(text for _, text in sorted(topics.items()))
-"""Python's language reference, which comes with Python: English with code in it."""
+"""The text of Python's language reference, which comes with Python: English with code in it."""
 LIMIT = 256
 
 
@@ -31,7 +32,8 @@ def sized(folder: Path, target_mb: float, **sections: dict[str, Any]) -> Job:
 
 
 def written(data: UnitData, random: random.Random, schema: pa.Schema) -> bytes:
-    """The unit's part: prose of 0.2 to 1 times the limit, four letters a token, and times and steps as they come."""
+    """Return the unit's part: completions of 0.2 to 1 times the limit, with four letters of prose per token, and random
+    times and steps."""
 
     def complete(index: int, key: str) -> RowResult:
         tokens = random.randint(LIMIT // 5, LIMIT)
@@ -62,7 +64,8 @@ def written(data: UnitData, random: random.Random, schema: pa.Schema) -> bytes:
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
 def test_parts_are_of_about_the_size_asked_for(tmp_path: Path, codec: Literal["zstd", "none"]) -> None:
-    """Real parts, carried text included, whether the input is compressed or not: within a factor of two, each."""
+    """Each real part, with carried text, is within a factor of two of the size, whether the input is compressed or
+    not."""
     random_ = random.Random(5)
     starts = [random_.randrange(len(PROSE) - 800) for _ in range(1500)]
     texts = [PROSE[start : start + random_.randint(100, 800)] for start in starts]
@@ -120,7 +123,7 @@ def test_the_estimate_grows_with_what_a_row_holds(tmp_path: Path) -> None:
 
 
 def test_only_what_goes_to_the_output_is_measured(tmp_path: Path) -> None:
-    """By leaves: a nested column has several, and `text` is not `text2`."""
+    """Sizes are those of leaves: a nested column has several of them, and `text` is not `text2`."""
     columns = {"text": ["x" * 50] * 9, "text2": ["y" * 90] * 9, "pairs": [{"a": "v" * 20, "b": 1}] * 9}
     (tmp_path / "in").mkdir()
     file = tmp_path / "in/a.parquet"
@@ -148,7 +151,7 @@ def test_exactly_one_of_the_two_is_given() -> None:
     for wrong in (0, -1, 2001, "128"):
         with pytest.raises(ValidationError):
             section(target_mb=wrong)
-    stored = section(target_mb=64).model_dump(mode="json")  # as plan.json keeps it
+    stored = section(target_mb=64).model_dump(mode="json")  # the form in plan.json
     assert OutputSection.model_validate(stored) == section(target_mb=64)
 
 

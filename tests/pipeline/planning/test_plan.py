@@ -1,4 +1,5 @@
-"""Planning: units that cover every row once, footers alone, and one clear line for input that cannot be used."""
+"""Tests of planning: units cover every row once, only footers are read, and unusable input is refused in one clear
+line."""
 
 import dataclasses
 import hashlib
@@ -44,7 +45,7 @@ def test_units_end_at_row_group_borders_where_possible(groups: list[int], limit:
 
 @given(groups=st.lists(st.integers(1, 10), min_size=1, max_size=30), limit=st.integers(10, 50))
 def test_small_groups_are_put_together(groups: list[int], limit: int) -> None:
-    """No two neighbours could have been one unit: files of a sensible size come out of many small groups."""
+    """No two neighbours could have been one unit, so that many small groups make files of a sensible size."""
     units = list(cut(groups, limit))
     for (_, count), (first, _) in itertools.pairwise(units):
         following = groups[[sum(groups[:i]) for i in range(len(groups))].index(first)]
@@ -63,7 +64,8 @@ def test_unit_ids_depend_on_name_and_row_alone() -> None:
 
 
 def test_a_plan_of_a_folder(tmp_path: Path) -> None:
-    """Files below the folder are found by name order; hidden ones, other kinds and empty ones give no unit."""
+    """Files below the folder are found in the order of their names. Hidden files, other kinds and empty files give no
+    unit."""
     write(tmp_path / "in/b.parquet", prompt=prompts(5), group=2)
     write(tmp_path / "in/sub/a b#1.parquet", prompt=prompts(3))
     write(tmp_path / "in/none.parquet", prompt=pa.array([], pa.string()))
@@ -137,7 +139,7 @@ def test_one_file_and_globs(tmp_path: Path) -> None:
 
 
 def test_the_same_file_gives_the_same_units_from_anywhere(tmp_path: Path) -> None:
-    """Row keys carry relative names: moving the input does not change the completions."""
+    """Row keys hold relative names, so moving the input does not change the completions."""
     for root in ("here", "there"):
         write(tmp_path / root / "a.parquet", prompt=prompts(4))
     ids = [
@@ -306,7 +308,7 @@ def test_nested_types_that_differ_in_encoding_or_null_parts_are_one(tmp_path: Pa
     "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str
 )
 def test_every_string_type_is_a_prompt_and_an_id(tmp_path: Path, kind: pa.DataType) -> None:
-    """Files of different writers are one input: how a string is encoded is no difference."""
+    """Files of different writers are one input: the encoding of strings makes no difference."""
     write(tmp_path / "in/a.parquet", prompt=pa.array(["x"], pa.string()), key=pa.array(["1"], pa.string()))
     column = pa.array(["x", "y"]).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(["x", "y"], kind)
     write(tmp_path / "in/b.parquet", prompt=column, key=column)
@@ -316,7 +318,7 @@ def test_every_string_type_is_a_prompt_and_an_id(tmp_path: Path, kind: pa.DataTy
 
 
 def test_output_inside_the_input_is_refused(tmp_path: Path) -> None:
-    """The parts of one run would be the input of the next."""
+    """Otherwise the parts of one run would be the input of the next."""
     write(tmp_path / "in/a.parquet", prompt=["x"])
     assert "lies inside input" in refusal(make_job(tmp_path / "in", tmp_path / "in/out"))
     assert "lies inside input" in refusal(make_job(tmp_path / "in", tmp_path / "in"))
@@ -381,7 +383,7 @@ def test_what_does_not_change_the_output_leaves_the_fingerprint(tmp_path: Path) 
 
 
 def test_the_checkpoint_and_the_columns_are_part_of_the_fingerprint_and_the_files_are_not(tmp_path: Path) -> None:
-    """What one row becomes does not depend on the other files; that they changed is found by their listing."""
+    """The completion of a row does not depend on the other files. A change of the files is found by their listing."""
     write(tmp_path / "in/a.parquet", prompt=["x"], n=[1])
     job = make_job(tmp_path / "in", tmp_path / "out", input={"carry": ["n"]})
     before = plan_of(job)
@@ -397,7 +399,7 @@ def test_the_checkpoint_and_the_columns_are_part_of_the_fingerprint_and_the_file
 
 
 def test_files_of_rays_package_are_known_by_content(tmp_path: Path) -> None:
-    """Ray unpacks the working directory with new times at each start: a job must still resume."""
+    """Ray unpacks the working directory with new times at each start, and a job must still resume."""
     folder = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_1"
     file = write(folder / "a.parquet", prompt=["x"])
     job = make_job(file, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Templates of strangers: whatever one does costs its row alone, and checking one computes nothing."""
+"""Tests of templates from strangers: whatever one does costs only its own row, and checking one computes nothing."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def rendered(template: str, **columns: list[Any]) -> list[tuple[str | None, str 
             "{% for _ in n*[1] %}{% for _ in n*[1] %}{% for _ in n*[1] %}{% endfor %}{% endfor %}{% endfor %}",
             "computing",
         ),
-        ("{{ (9 ** (n * 1000000)) % 7 }}", "computing"),  # one call into C, deaf to Python's own signal handlers
+        ("{{ (9 ** (n * 1000000)) % 7 }}", "computing"),  # one call into C, which Python's signal handlers cannot end
         ("{{ 'x'.ljust(n * 100000000) }}", "memory"),
         ("{{ n.to_bytes(n * 100000000) | length }}", "memory"),
         ("{{ ('xy' * n * 1000) | replace('x', 'xy' * n * 1000) | length }}", "memory"),
@@ -47,7 +47,7 @@ def rendered(template: str, **columns: list[Any]) -> list[tuple[str | None, str 
 def test_a_row_without_end_or_measure_is_an_error_row(
     template: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is slow or large, loop or single call: it costs its own row, and the rows around it are made."""
+    """Whatever is slow or large, a loop or a single call, costs only its own row, and the rows around it are made."""
     monkeypatch.setattr(renderer, "ROW_SECONDS", 0.3)
     monkeypatch.setattr(renderer, "MEMORY_BYTES", 1 << 28)
     made = rendered("{% if n == 1 %}{{ n }}{% else %}" + template + "{% endif %}", n=[1, 1000, 1, 1000, 1])
@@ -57,7 +57,7 @@ def test_a_row_without_end_or_measure_is_an_error_row(
 
 
 def test_a_prompt_far_too_long_does_not_reach_the_replica(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused where it is made: 100 MB of it never cross the pipe."""
+    """It is refused in the process that makes it, so its 100 MB never cross the pipe."""
     read: list[int] = []
     original = os.read
 
@@ -100,7 +100,7 @@ def test_too_many_such_rows_end_the_unit(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_checking_a_template_computes_nothing_of_it(template: str) -> None:
-    """The driver and whoever loads the job file compile the template, and its constants stay uncomputed."""
+    """The driver and every process that loads the job file compile the template, but its constants stay uncomputed."""
     assert template_columns(template) == ("a",)
 
 
@@ -164,7 +164,7 @@ def test_a_prompt_column_needs_no_process(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(subprocess, "Popen", None)
     maker = PromptMaker("a", None)
     assert list(maker.make(pa.table({"a": ["x", None]}))) == [("x", None), (None, "prompt is null")]
-    PromptMaker(None, "{{ a }}")  # nor does a template before its first row
+    PromptMaker(None, "{{ a }}")  # a template needs none either before its first row
     maker.close()
 
 
@@ -210,7 +210,7 @@ def test_the_process_ends_with_its_parent() -> None:
     def gone() -> bool:
         try:
             return stat.read_text().rpartition(")")[2].split()[0] == "Z"
-        except (FileNotFoundError, ProcessLookupError):  # the second: it went while its file was read
+        except (FileNotFoundError, ProcessLookupError):  # the second error: the process ended while its file was read
             return True
 
     wait_until(gone)

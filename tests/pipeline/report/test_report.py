@@ -1,4 +1,5 @@
-"""The report of a job: a page that is whole at any time, bounded in what it reads, safe whatever stands in rows."""
+"""Tests of the report of a job: it is a whole page at any time, reads a bounded part of the output, and any text is
+safe in it."""
 
 import json
 import re
@@ -90,7 +91,8 @@ def test_a_job_under_way_is_said_not_to_be_complete_and_an_empty_one_has_a_page_
 
 
 def test_hostile_texts_are_shown_and_do_nothing(tmp_path: Path) -> None:
-    """In replica names, the job's settings and errors; on the page and on the terminal."""
+    """Such texts are in replica names, in the job's settings and in errors. They are safe on the page and on the
+    terminal."""
     write(tmp_path / "in/<b>.parquet", prompt=[None, *prompts(3)])
     job = make_job(tmp_path / "in", tmp_path / "out", input={"carry": []})
     job = job.model_copy(update={"name": HOSTILE})
@@ -135,7 +137,7 @@ def test_a_report_reads_a_bounded_part_of_a_large_output_and_says_so(
     assert "From 10 of 60 rows that are no error rows: one row group of each of 2 of 12 parts, drawn" in said(
         Page(page_of(job))
     )
-    # the same parts each time
+    # the same parts are drawn each time
     assert page_of(job).split("report written")[0] == page_of(job).split("report written")[0]
 
 
@@ -164,7 +166,7 @@ def test_the_statistics_are_those_of_the_rows(tmp_path: Path) -> None:
 
 
 def test_damaged_parts_are_left_out_and_named(tmp_path: Path) -> None:
-    """One whose footer is broken, and one whose data is, which its footer does not show."""
+    """The footer of one part is broken. Another part has broken data, which its footer does not show."""
     write(tmp_path / "in/a.parquet", prompt=prompts(30))
     job = make_job(tmp_path / "in", tmp_path / "out", output={"rows_per_file": 10})
     run_job(job)
@@ -182,7 +184,7 @@ def test_damaged_parts_are_left_out_and_named(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path, bytes]:
-    """A complete job, one of its parts, and what is in that."""
+    """Make a complete job. Return it with one of its parts and the content of this part."""
     job = small_job(tmp_path_factory.mktemp("whole"))
     run_job(job)
     part = min(out(job).glob("part-*.parquet"))
@@ -218,7 +220,7 @@ def test_parts_of_earlier_versions_have_a_report_without_their_times(tmp_path: P
 
 
 def test_what_the_driver_said_last_is_there(tmp_path: Path) -> None:
-    """Padding and retries stand in no part: they are those of the last run, as live.json has them."""
+    """Padding and retries are in no part. They are those of the last run, as live.json has them."""
     job = small_job(tmp_path)
     plan, *_ = run_job(job)
     assert "The last run" not in said(Page(page_of(job)))

@@ -1,4 +1,4 @@
-"""The numbers of a report: throughput over time, distributions, and how they are written. Pure functions."""
+"""Tests of the numbers of a report: throughput over time, distributions, and how numbers are written."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""Storage: whole files or none, one winner, retries where they help, one clear line where they do not."""
+"""Tests of storage: a file is whole or not there, a race has one winner, and failures are retried if that can help, or
+end in one clear line."""
 
 import errno
 import os
@@ -85,12 +86,12 @@ def test_a_race_has_one_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     won = race(store, 12)
     assert sum(won) == 1
     assert store.read("x") == b"%04d" % won.index(True) * 5000
-    assert os.listdir(tmp_path) == ["x"]  # nothing temporary stays
+    assert os.listdir(tmp_path) == ["x"]  # no temporary file stays
 
 
 @pytest.mark.parametrize("operation", ["write", "create"])
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
-    """Not even a truncated file: the disk is full at the moment when the content goes out."""
+    """The disk is full when the content is written. Not even a truncated file stays."""
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -144,7 +145,7 @@ def test_what_is_left_is_one_line(monkeypatch: pytest.MonkeyPatch, error: OSErro
     patience: list[float] = []
 
     def five_tries(seconds: float) -> stop_after_attempt:
-        """In place of a time: however slow the machine is, that is enough for a second try."""
+        """Stop after five tries instead of after a time, so that there is a second try however slow the machine is."""
         patience.append(seconds)
         return stop_after_attempt(5)
 
@@ -172,7 +173,7 @@ def test_a_failure_that_lasts_is_told_once(monkeypatch: pytest.MonkeyPatch, capl
 def test_too_few_bytes_are_a_failure_that_may_pass(
     folder: str, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
-    """Every store may answer short, once: what comes out is whole all the same."""
+    """Any store may give a short answer once. The result is whole all the same."""
     store = Storage(folder)
     store.write("x", b"0123456789")
     arguments = {"read_range": (2, 8), "sha256": (10,)}.get(operation, ())
@@ -189,7 +190,7 @@ def test_too_few_bytes_are_a_failure_that_may_pass(
 
 
 def test_a_file_that_became_shorter_is_said_at_once(folder: str) -> None:
-    """No trying again for minutes: bytes that are not there do not come."""
+    """It is not retried for minutes, because bytes that are not there do not come."""
     store = Storage(folder)
     store.write("x", b"0123")
     with pytest.raises(StorageError, match=r"it has 4 bytes, and bytes up to 6 were asked for: it was replaced"):
@@ -215,7 +216,7 @@ def test_check_writable(tmp_path: Path) -> None:
 
 
 def test_check_writable_without_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests may run as root, whom no mode bits stop: the refusal comes from a fake."""
+    """Tests may run as root, whom no mode bits stop, so the refusal is faked."""
 
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -227,7 +228,7 @@ def test_check_writable_without_rights(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_urls_in_messages() -> None:
     assert safe_url("s3://key:secret@bucket/a b?X-Token=1#f") == "s3://bucket/a b"
-    assert safe_url("s3://bucket/a#1/b") == "s3://bucket/a#1/b"  # a key may hold it
+    assert safe_url("s3://bucket/a#1/b") == "s3://bucket/a#1/b"  # a key may contain a hash sign
     assert safe_url("https://key:secret@host/a?X-Token=1#f") == safe_url("https://host/a#f") == "https://host/a"
     assert safe_url("/plain/path?#x") == "/plain/path?#x"
     assert safe_url("http://key:secret@[x/y?X-Token=1") == "http://[x/y"
@@ -264,7 +265,8 @@ def test_is_inside() -> None:
 def test_a_folder_that_cannot_be_read_is_an_error_not_an_empty_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Patched, because root may read everything: rows of a closed folder must not go missing in silence."""
+    """The refusal is faked, because root may read everything. Rows of a closed folder must not go missing without an
+    error."""
     (tmp_path / "open").mkdir()
     (tmp_path / "closed").mkdir()
     (tmp_path / "open" / "a.parquet").write_bytes(b"x")

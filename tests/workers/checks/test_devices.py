@@ -1,4 +1,4 @@
-"""What `doctor` looks at with torch, and the command itself."""
+"""Tests of the checks of `doctor` that need torch, and of the command itself."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ workers: {{gpus: 0}}
 
 
 def job_for(gpus: int) -> Job:
-    """A job whose replicas have so many GPUs."""
+    """Return a job whose replicas have this number of GPUs."""
     sections = {"input": {"path": "in"}, "output": {"path": "out"}, "model": {"checkpoint": "builtin:noise"}}
     return Job.model_validate({**sections, "workers": {"gpus": gpus}})
 
@@ -80,7 +80,8 @@ def test_a_wrong_kernel_fails_with_its_name(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_layers_of_the_released_sizes_are_checked_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By declaration: small layers in their place, on the CPU. Random weights pass the kernels' check."""
+    """Small layers on the CPU are declared to be those of the released sizes. Random weights pass the check of the
+    kernels."""
     monkeypatch.setattr(model.checkpoint.released, "RELEASED_CONFIG", TwoTowerConfig.from_dict(dict(CONFIG)))
     pair = workers.checks.kernels._released_layers("cpu")
     assert [layer.kind for layer in pair.context.layers] == ["mamba", "attention", "moe"]
@@ -110,7 +111,7 @@ def test_the_kernels_of_this_gpu_are_right_at_the_released_sizes() -> None:
 def test_a_gpu_is_told_with_what_it_has(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], free: int, level: str, text: str
 ) -> None:
-    """By declaration: what torch would say."""
+    """The answers of torch are faked."""
     properties = SimpleNamespace(name="H100", major=capability[0], minor=capability[1])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: properties)

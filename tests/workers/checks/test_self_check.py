@@ -1,4 +1,4 @@
-"""The self-check of a replica at its start, and the command that makes canary.json."""
+"""Tests of the self-check of a replica at its start, and of the command that makes canary.json."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ PROMPT = "1, 2, 3, 4, "
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of builtin:noise with a canary of one prompt."""
+    """Make a copy of builtin:noise with a canary of one prompt."""
     folder = tmp_path_factory.mktemp("model") / "noise"
     shutil.copytree(BUILTIN["noise"], folder)
     before = open_checkpoint(str(folder)).identity()
@@ -82,7 +82,7 @@ def test_wrong_weights_are_refused_with_what_to_do(checkpoint: Path) -> None:
 
 
 def test_other_files_are_named_by_their_identity(checkpoint: Path) -> None:
-    """Two shards in one: the bytes of the head are in another order."""
+    """The bytes of the head are in another order, so the identity of the files is not the one in canary.json."""
     file = checkpoint / "model-00001-of-00002.safetensors"
     info = open_checkpoint(str(checkpoint)).tensors["context_lm_head.weight"]
     data = bytearray(file.read_bytes())
@@ -133,7 +133,7 @@ def test_a_file_that_cannot_be_used_is_refused(checkpoint: Path, broken: Callabl
 
 
 def test_another_tokenizer_is_refused(checkpoint: Path) -> None:
-    """Its tokens would be other words to the model; nothing else would notice."""
+    """The model would take its tokens for other words, and nothing else would notice."""
     file = checkpoint / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -167,7 +167,7 @@ def job_of(folder: Path, checkpoint: Path | str) -> SmallJob:
 def test_a_replica_with_wrong_kernels_does_not_start_and_the_job_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one line, with the kernel, the device, the dtype and by how much it is off."""
+    """It says so in one line, with the kernel, the device, the dtype and the size of the error."""
     small = job_of(tmp_path, "builtin:noise")
     monkeypatch.setattr(model.network.tower, "kernels_for", lambda _device: IgnoresSeeds())
     with pytest.raises(JobFailed) as raised:
@@ -179,7 +179,7 @@ def test_a_replica_with_wrong_kernels_does_not_start_and_the_job_says_why(
 
 
 def test_a_replica_says_what_it_checked_and_generates_as_without(checkpoint: Path, tmp_path: Path) -> None:
-    """The canary's rows leave nothing behind: neither in the engine's counts nor in what it generates."""
+    """The canary's rows leave nothing behind in the engine, neither in its counts nor in its cache."""
     runner = make_runner(job_of(tmp_path / "a", checkpoint).spec, "r0")
     engine: Any = runner._engine
     assert runner.notes()[1].startswith("self-check passed in ")
@@ -215,7 +215,8 @@ def test_the_command_writes_once_and_replaces_by_force_alone(tmp_path: Path) -> 
 
 
 def test_the_command_writes_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a store that may only be read; a bare name is in the current folder. Of half a checkpoint, AR alone."""
+    """The store may be read-only, so canary.json can be written elsewhere; a bare name is in the current folder. If the
+    checkpoint lacks the denoiser tower, only AR is compared."""
     folder = Path(shutil.copytree(BUILTIN["noise"], tmp_path / "noise"))
     (folder / "model-00002-of-00002.safetensors").unlink()
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""`calibrate` on Ray, with a bench that computes nothing."""
+"""Tests of `calibrate` on Ray, with a bench that computes nothing."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def no_tick(_done: int, _expected: int) -> None:
 
 
 class MortalBench(FakeBench):
-    """Its process is killed at 1 row; at 2 rows it says how far it is, and ends once somebody has heard it."""
+    """A bench whose process is killed at 1 row. At 2 rows it says how far it is, and ends after this has been heard."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class MortalBench(FakeBench):
 
 
 def heard_file(job: Job) -> Path:
-    """Is there once the driver has heard how far the bench is."""
+    """Return the path of a file that exists once the driver has heard how far the bench is."""
     return Path(job.output.path).parent / "heard"
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run as metrics: counters that go on over lost replicas, gauges that end with them. No Ray."""
+"""Tests of the metrics of a run, without Ray: counters go on after a replica is lost, and its gauges end with it."""
 
 import sys
 from dataclasses import replace
@@ -13,7 +13,7 @@ from workers.cluster.metrics import COUNTERS, GAUGES, RayMetrics
 
 
 class Metric:
-    """Holds what Ray's Counter or Gauge would, by tags."""
+    """A fake of Ray's Counter or Gauge that keeps its values by tags."""
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}

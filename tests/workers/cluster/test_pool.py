@@ -1,4 +1,4 @@
-"""The Ray pool on a real local cluster (4 CPUs and 4 GPUs by declaration only), with a fake engine."""
+"""Tests of the Ray pool with a fake engine, on a real local cluster whose 4 CPUs and 4 GPUs are only declared."""
 
 import io
 import os
@@ -39,14 +39,14 @@ from workers.replica.build import ReplicaSpec
 from workers.replica.replica import ReplicaProcess
 from workers.units.runner import UnitRunner
 
-# processes that start one after the other; each wait has a deadline of its own
+# processes start one after the other, and each wait has its own deadline
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 class Clock:
     """The pool's time, in place of the module `time`: it stands still until a test moves it on.
 
-    So nothing comes due because a machine is slow, and what takes an hour comes when the test wants it.
+    Nothing is therefore due only because a machine is slow, and an hour passes when a test wants it.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Watcher:
-    """Keeps the events of a run, and lets a test act on them."""
+    """A listener that keeps the events of a run, and lets a test act on them."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -79,7 +79,7 @@ class Watcher:
             self.events.append(event)
 
     def tell(self, text: str) -> None:
-        """What the pool says to the operator."""
+        """Keep a text that the pool reports to the operator."""
         self.told.append(text)
 
     def names(self, kind: type[ReplicaReady] | type[ReplicaLost]) -> list[str]:
@@ -107,7 +107,7 @@ def check_rows(small: SmallJob, prompts: Sequence[str]) -> None:
 
 
 def folder(parent: Path, name: str) -> Path:
-    """A new one."""
+    """Make a new folder and return its path."""
     made = parent / name
     made.mkdir()
     return made
@@ -119,7 +119,7 @@ def test_two_gpu_replicas_get_distinct_pairs(tmp_path: Path) -> None:
     small = open_job(tmp_path, prompts, workers={"gpus": 2, "cpus": 1})
     trace = folder(tmp_path, "trace")
     watcher = Watcher()
-    together = Turns(folder(tmp_path, "steps"), {"r0": "r1", "r1": "r0"})  # else the first could do all the work
+    together = Turns(folder(tmp_path, "steps"), {"r0": "r1", "r1": "r0"})  # otherwise the first could do all the work
     results = run(small, FakeMaker(small.spec, trace, before_step=together), watcher)
     check_rows(small, prompts)
     assert {result.replica for result in results.values()} == {"r0", "r1"} == set(watcher.names(ReplicaReady))
@@ -128,7 +128,7 @@ def test_two_gpu_replicas_get_distinct_pairs(tmp_path: Path) -> None:
 
 
 class SlowFirst(FakeMaker):
-    """Of all replicas, the first alone is slow."""
+    """A maker that makes only the first replica slow."""
 
     def pace(self, replica: str) -> dict[str, Any]:
         """See FakeMaker."""
@@ -136,7 +136,7 @@ class SlowFirst(FakeMaker):
 
 
 class Killer(Watcher):
-    """Kills the process of r0 when it reports rows."""
+    """A watcher that kills the process of r0 when r0 reports rows."""
 
     signal = signal.SIGKILL
 
@@ -154,7 +154,7 @@ class Killer(Watcher):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_replica_is_replaced_and_every_row_leaves_once(tmp_path: Path) -> None:
-    """r0 is slow from its 20th row on, so it is killed at work; r1 waits until the one in r0's place has begun."""
+    """r0 is slow from its 20th row on, so that it is killed at work. r1 waits until the replacement of r0 has begun."""
     prompts = prompts_of(400)
     small = open_job(tmp_path, prompts, rows_per_file=100, workers={"gpus": 0, "cpus": 2, "replicas": 2})
     watcher = Killer(folder(tmp_path, "trace"))
@@ -171,7 +171,7 @@ def test_a_killed_replica_is_replaced_and_every_row_leaves_once(tmp_path: Path) 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_replica_that_loses_its_gpu_is_replaced_at_the_first_failure(tmp_path: Path) -> None:
-    """No row is tried twice in a process that cannot use its GPU; the next process ends all rows."""
+    """No row is tried twice in a process that cannot use its GPU. The next process finishes all rows."""
     prompts = prompts_of(40)
     prompts[23] = LOSE_GPU
     small = open_job(tmp_path, prompts, rows_per_file=20, workers={"gpus": 0, "cpus": 2, "replicas": 1})
@@ -186,7 +186,8 @@ def test_a_replica_that_loses_its_gpu_is_replaced_at_the_first_failure(tmp_path:
 
 
 class NodeAdder(Watcher):
-    """Adds a node when the first replica is ready, and takes it away when a second one has done something."""
+    """A watcher that adds a node when the first replica is ready, and removes it when a second one has done
+    something."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__()
@@ -197,7 +198,7 @@ class NodeAdder(Watcher):
     def __call__(self, event: Event | None) -> None:
         super().__call__(event)
         if self.node is None and isinstance(event, ReplicaReady):
-            self.node = self.cluster.add_node(num_cpus=3, wait=False)  # it is there all the same when this returns
+            self.node = self.cluster.add_node(num_cpus=3, wait=False)  # the node is there anyway when this returns
         rows = isinstance(event, UnitProgress) and event.replica == "r1" and event.rows
         if not self.removed and (rows or (isinstance(event, UnitDone) and event.result.replica == "r1")):
             self.removed = True
@@ -234,8 +235,8 @@ def test_a_row_that_kills_its_process_becomes_an_error_row_and_no_other_does(tmp
 
 
 class StallWatcher(Watcher):
-    """Once r0 hangs, moves the clock on until the pool has asked it what it does and heard the same twice, and then
-    by what a replica has to get further."""
+    """A watcher that acts when r0 hangs. It moves the clock on until the pool has asked r0 twice and heard the same
+    beats, and then by the time after which a replica counts as stalled."""
 
     STALL_S = 600.0
 
@@ -267,11 +268,11 @@ def test_a_replica_that_hangs_is_replaced_and_its_rows_are_done_by_another(tmp_p
     assert watcher.names(ReplicaLost) == ["r0"]
     [reason] = [event.reason for event in watcher.events if isinstance(event, ReplicaLost)]
     assert reason.startswith("no progress for 10")
-    assert f"generating unit {small.plan.units[2].id}: " in reason  # asked for, beside the call that hangs
+    assert f"generating unit {small.plan.units[2].id}: " in reason  # it was asked while the call hung
 
 
 class Stopper(Watcher):
-    """Stops the job once a replica has reported rows."""
+    """A watcher that stops the job when a replica has reported rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -300,12 +301,12 @@ def test_a_stopped_job_writes_down_every_finished_row(tmp_path: Path, monkeypatc
 def gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):  # the second: it went while its file was read
+    except (FileNotFoundError, ProcessLookupError):  # the second error: the process ended while its file was read
         return True
 
 
 class Terminator(Killer):
-    """Sends SIGTERM to it instead, as a spot notice does."""
+    """A watcher that sends SIGTERM to the process instead, as a cloud does before it takes a spot machine away."""
 
     signal = signal.SIGTERM
 
@@ -340,7 +341,8 @@ def test_the_process_of_a_dead_engine_leaves_though_no_driver_kills_it(tmp_path:
 
 
 class RoomWatcher(Watcher):
-    """Moves the clock on to the pool's notice when two replicas are ready; lets their engines go once it has come."""
+    """A watcher that moves the clock on to the pool's notice when two replicas are ready, and lets their engines go
+    after the notice."""
 
     def __init__(self, clock: Clock, go: Path) -> None:
         super().__init__()
@@ -369,7 +371,7 @@ def test_what_does_not_fit_is_said_and_the_job_runs_on_what_does(tmp_path: Path,
 
 
 class MinuteWatcher(Watcher):
-    """A turn of the driver's loop takes a minute."""
+    """A watcher that makes each turn of the driver's loop take a minute."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -415,7 +417,7 @@ def test_a_replica_that_cannot_start_ends_the_job_with_its_text(
 
 
 class HangingMaker(FakeMaker):
-    """The first replica hangs while it loads; `loading` is there then."""
+    """A maker whose first replica hangs while it loads. The file `loading` then exists."""
 
     def __call__(self, replica: str) -> UnitRunner:
         if replica == "r0":
@@ -425,7 +427,8 @@ class HangingMaker(FakeMaker):
 
 
 class LoadWatcher(Watcher):
-    """Moves the clock on by what a model may take to load once one hangs, and then to the next start."""
+    """A watcher that acts when a model hangs while it loads: it moves the clock on by the time that loading may take,
+    and then to the next start."""
 
     def __init__(self, clock: Clock, loading: Path) -> None:
         super().__init__()
@@ -461,7 +464,7 @@ def test_a_closed_pool_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_metrics_are_scraped_from_the_nodes_port_and_the_folder_says_who_ran(tmp_path: Path) -> None:
-    """A whole job through run_job: every metric that it sets is at the endpoint, with its labels and its value."""
+    """A whole job runs through run_job. Each metric that it sets is at the endpoint, with its labels and its value."""
     small = open_job(
         tmp_path, [*prompts_of(60), None], workers={"gpus": 0, "cpus": 2, "replicas": 2}, retry={"max_error_rate": 1}
     )
@@ -489,20 +492,20 @@ def test_metrics_are_scraped_from_the_nodes_port_and_the_folder_says_who_ran(tmp
 
 NOT_IN_A_GOOD_RUN = (
     *("retries_total", "lost_total", "preemptions_total", "_batch_rows_total", "batched_rows_total"),
-    *("prefill_tokens_total", "padded_tokens_total"),  # the fake engine says nothing of its room
+    *("prefill_tokens_total", "padded_tokens_total"),  # the fake engine reports no room
 )
 
 
 def scrape(enough: Callable[[dict[str, dict[str, float]]], bool]) -> dict[str, dict[str, float]]:
-    """What the node's endpoint says of the job "small", once that is enough: value by metric and replica or kind, -
-    where it has neither."""
+    """Return the metrics of the job "small" from the node's endpoint, once they are enough. The values are by metric
+    and by replica or kind; the key is - if there is neither."""
     last: dict[str, dict[str, float]] = {}
 
     def look() -> bool:
         last.clear()
         here = ray.get_runtime_context().get_node_id()
         nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types for it
-        [node] = [node for node in nodes if node["NodeID"] == here]  # those that were taken away are in it, too
+        [node] = [node for node in nodes if node["NodeID"] == here]  # nodes that were removed are listed, too
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=30) as answer:
                 text = answer.read().decode()

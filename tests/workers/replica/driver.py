@@ -1,7 +1,8 @@
-"""A driver process with one replica on a marked engine: `python -m tests.workers.replica.driver FOLDER STEP_S ROWS`.
+"""Runs a driver process with one replica on a marked engine.
 
-FOLDER/job.yaml is the job. A step of the engine takes STEP_S once it has finished ROWS rows. Ends as the command line
-does: 0, or 1 with one line on stderr; SIGTERM stops it. It looks for newer drivers every second.
+Usage: `python -m tests.workers.replica.driver FOLDER STEP_S ROWS`. FOLDER/job.yaml is the job. A step of the engine
+takes STEP_S seconds once the engine has finished ROWS rows. The process ends like the command line: with 0, or with 1
+and one line on stderr. SIGTERM stops it. It looks for newer drivers every second.
 """
 
 import functools

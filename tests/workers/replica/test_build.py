@@ -1,4 +1,4 @@
-"""What a replica makes of a job's engine section."""
+"""Tests of how a replica is built from the sections of a job."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from workers.replica import build
 
 
 def test_gpus_that_are_not_there_are_named_by_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job file for GPUs run with --local on a machine with fewer: the one line says what to change."""
+    """A job file for GPUs is run with --local on a machine with fewer of them. The one line says what to change."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     small = open_job(tmp_path, prompts_of(1), workers={"gpus": 2})
     with pytest.raises(JobError, match=r"workers\.gpus is 2, but torch finds 1 here; lower it, 0 is the CPU"):
@@ -23,7 +23,7 @@ def test_gpus_that_are_not_there_are_named_by_the_setting(tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_a_replica_says_where_its_memory_goes(tmp_path: Path) -> None:
-    """And how fast its weights were loaded, a tower at a time; the engine runs as many rows as the plan came to."""
+    """It also says how fast each tower was loaded. The engine runs as many rows as the memory plan gives."""
     engine = {"max_rows": "auto", "max_context_tokens": 256}
     small = open_job(tmp_path, prompts_of(1), engine=engine, workers={"gpus": 0})
     runner = build.make_runner(small.spec, "r0")

@@ -1,5 +1,5 @@
-"""A GPU that a process can no longer use: the process ends, what it had finished is kept, and nothing is tried again
-where it cannot succeed."""
+"""Tests of a GPU that a process can no longer use: the process ends, its finished rows are kept, and nothing is retried
+in vain."""
 
 import multiprocessing
 import os
@@ -28,14 +28,14 @@ TOLD = (
 
 
 def small_job(folder: Path) -> SmallJob:
-    """Ten rows; in the middle the GPU is lost."""
+    """Make a job of ten rows; at one in the middle, the GPU is lost."""
     prompts = prompts_of(10)
     prompts[5] = LOSE_GPU
     return open_job(folder, prompts, **NEVER)
 
 
 def lose_it(small: SmallJob) -> None:
-    """A process with a replica: leaves by itself, or with 77."""
+    """Run a replica in this process. The process leaves by itself, or with exit code 77 if that fails."""
     workers.replica.replica.LEAVE_S = 0.5
     replica = ReplicaProcess("r0", MarkedMaker(small.spec, max_rows=2))
     replica.start()
@@ -60,8 +60,8 @@ def test_the_process_ends_and_has_written_down_what_it_finished(
 
 
 def test_its_engine_is_not_stepped_again_and_not_let_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """To free tensors of a GPU may call it. The log has one line."""
-    import torch  # here: the process of another test imports this file
+    """To free tensors of a GPU may call the GPU, so the engine is kept. The log has one line."""
+    import torch  # not at the top, because the process of another test imports this file
 
     small, freed = small_job(tmp_path), list[str]()
 
@@ -90,7 +90,7 @@ def test_its_engine_is_not_stepped_again_and_not_let_go(tmp_path: Path, capsys: 
 
 
 def test_a_gpu_lost_while_the_model_loads_is_no_refusal(capsys: pytest.CaptureFixture[str]) -> None:
-    """A refusal ends the job: of a GPU that failed, another process may have more."""
+    """A refusal ends the job. If a GPU fails, another process may still be able to load the model."""
     import torch
 
     def fail(_name: str) -> UnitRunner:
@@ -103,7 +103,8 @@ def test_a_gpu_lost_while_the_model_loads_is_no_refusal(capsys: pytest.CaptureFi
 
 
 def test_in_one_process_the_job_ends_and_can_be_resumed(tmp_path: Path) -> None:
-    """No row is condemned for a GPU that no replica of this process can use; the next run makes all rows, each once."""
+    """No row is condemned because of a GPU that no replica of this process can use. The next run makes all rows, each
+    once."""
     small = small_job(tmp_path)
     with pytest.raises(JobFailed, match=r"illegal memory access was encountered; .*submit the same job again"):
         run_locally(small, LocalPool(MarkedMaker(small.spec, max_rows=2)))

@@ -1,4 +1,5 @@
-"""Real driver processes that are killed, stopped and started twice on one output: every row once, little done again."""
+"""Tests of real driver processes that are killed, stopped and started twice on one output: every row is there once, and
+little is done again."""
 
 import re
 import signal
@@ -17,7 +18,7 @@ from tests.waiting import PATIENCE_S, last_words, wait_for
 from tests.workers.jobs import prompts_of, write_prompts
 from tests.workers.units.engines import finished_rows
 
-# several drivers each; each wait in them has a deadline of its own
+# several drivers per test, and each wait has its own deadline
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[3]
@@ -25,7 +26,8 @@ ROWS = 240
 MAX_ROWS = 4
 FLUSH_ROWS = 10
 SLOW_S = 0.5
-"""Of a step that is to be interrupted: what is left of a unit takes half a minute, and of the job minutes."""
+"""Seconds of a step that is to be interrupted: the rest of a unit then takes half a minute, and the rest of the job
+minutes."""
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def start(folder: Path) -> Iterator[Starter]:
     started = []
 
     def start_one(step_s: float = 0.0, free_rows: int = 0) -> "subprocess.Popen[str]":
-        """Of the driver's engine, a step takes so long after so many rows."""
+        """Start a driver. A step of its engine takes `step_s` seconds after `free_rows` rows."""
         command = [sys.executable, "-m", "tests.workers.replica.driver", str(folder), str(step_s), str(free_rows)]
         started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         return started[-1]
@@ -76,7 +78,7 @@ def is_under_way(folder: Path, rows: int) -> Callable[[], bool]:
 
 
 def saved_rows(folder: Path) -> list[str]:
-    """Keys of the rows that stand in segments and parts."""
+    """Return the keys of the rows that are in segments and parts."""
     files = [*folder.glob("out/_job/segments/*/*.parquet"), *folder.glob("out/part-*.parquet")]
     tables = [pq.read_table(file, columns=["source_file", "source_row"]).to_pylist() for file in files]
     return [f"{row['source_file']}#{row['source_row']}" for rows in tables for row in rows]
@@ -92,7 +94,8 @@ def check_output(folder: Path) -> None:
 
 
 def test_a_killed_driver_costs_what_was_not_written_down(folder: Path, start: Starter) -> None:
-    """kill -9 twice, and submitted again each time: no row that was written down is made again."""
+    """The driver is killed with SIGKILL twice, and the job is submitted again each time. No flushed row is generated
+    again."""
     saved = Counter[str]()
     for rows in (30, 110):
         process = start(SLOW_S, free_rows=rows)
@@ -103,11 +106,12 @@ def test_a_killed_driver_costs_what_was_not_written_down(folder: Path, start: St
     finish(start(), 0)
     check_output(folder)
     times = Counter(finished_rows(folder))
-    # Saved at both kills: made once. Saved at the second alone: the first run may have made it, and lost it.
+    # A row that was saved at both kills was made once. If it was saved only at the second kill, the first run may have
+    # made it and lost it.
     assert all(times[key] <= 3 - saved[key] for key in saved)
     assert len(saved) > FLUSH_ROWS
     again = times.total() - ROWS
-    # less than flush.rows, and what one step finishes; of two open units, at two kills
+    # two open units at two kills, each with less than flush.rows and what one step finishes
     assert again <= 2 * 2 * (FLUSH_ROWS + MAX_ROWS)
 
 
@@ -135,7 +139,8 @@ def test_of_two_drivers_the_newer_goes_on_and_the_older_says_so_and_ends(folder:
 
 
 def test_two_drivers_at_the_same_moment_leave_the_output_right(folder: Path, start: Starter) -> None:
-    """Too fast for the watch: both may go through to the end, and the final look lets one of them complete."""
+    """Both are too fast for the watch: they may go through to the end, and the final check lets one of them
+    complete."""
     drivers = [start(), start()]
     ends = [(driver.communicate(timeout=PATIENCE_S)[0], driver.returncode) for driver in drivers]
     assert sorted(code for _, code in ends) in ([0, 0], [0, 1]), ends  # 0 twice: the second found the job complete

@@ -1,4 +1,4 @@
-"""Memory that runs out, with the engine's own loop: no row is lost, whether the engine recovers or not."""
+"""Tests of memory that runs out, with the engine's own loop: no row is lost, whether the engine recovers or not."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from workers.units.runner import UnitRunner
 
 
 class FixedTokenizer:
-    """Forty tokens, different for each prompt."""
+    """A tokenizer that gives each prompt forty tokens, which depend on its length."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [[5000 + len(text) + i for i in range(40)] for text in texts]
@@ -36,7 +36,7 @@ def scripted_runner(small: SmallJob, faults: dict[int, Fault]) -> tuple[UnitRunn
 
 @pytest.mark.parametrize("kind", ["launch oom", "collect oom"])
 def test_memory_that_runs_out_costs_no_row(tmp_path: Path, kind: Fault) -> None:
-    """The engine halves its limits and requeues the rows itself; the runner hears of it and says so."""
+    """The engine halves its limits and requeues the rows itself. The runner notices this and reports it."""
     small = open_job(tmp_path, prompts_of(20), rows_per_file=20)
     runner, _ = scripted_runner(small, dict.fromkeys((3, 7, 12), kind))
     runner.add(Assignment(small.plan.units[0]))
@@ -48,7 +48,8 @@ def test_memory_that_runs_out_costs_no_row(tmp_path: Path, kind: Fault) -> None:
 
 
 def test_memory_that_runs_out_for_good_ends_the_replica_and_loses_nothing(tmp_path: Path) -> None:
-    """The same row fails twice: work raises, so that the unit goes elsewhere; stop saves what was finished."""
+    """The same row fails twice. `work` raises, so that the unit goes to another replica, and `stop` saves the finished
+    rows."""
     small = open_job(tmp_path, prompts_of(20), rows_per_file=20, **NEVER)
     runner, backend = scripted_runner(small, dict.fromkeys(range(20, 1000), "launch oom"))
     runner.add(Assignment(small.plan.units[0]))

@@ -1,4 +1,4 @@
-"""A replica that dies, with the pool that lives in this process: why it did, and who does its work then."""
+"""Tests of a replica that dies, with the pool in this process: the reported reason, and who does its work then."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def test_a_unit_assigned_twice_ends_the_replica(tmp_path: Path, capsys: pytest.C
 def test_what_start_up_raises_is_reported(
     error: Exception, text: str, refused: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a traceback beside it only where it is a fault of ours."""
+    """A traceback is printed only if the error is a fault of the program."""
 
     def fail(_name: str) -> UnitRunner:
         raise error
@@ -61,7 +61,7 @@ def test_what_start_up_raises_is_reported(
 
 
 class UnluckyMaker(FakeMaker):
-    """The engine of its first `lives` replicas breaks after a few steps."""
+    """A maker whose first `lives` replicas get an engine that breaks after a few steps."""
 
     lives = 2
 

@@ -1,4 +1,4 @@
-"""A replica that is stopped writes down what it finished; what it is doing can be asked at any time."""
+"""Tests of a replica that is stopped: it saves its finished rows. Its current work can be asked for at any time."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ from workers.units.runner import UnitRunner
 
 
 def told_to_stop(runner: UnitRunner) -> None:
-    """Returns once somebody has called the runner's `stop`."""
+    """Wait until the runner's `stop` has been called."""
     wait_until(lambda: runner._stopped, pause_s=0.001)
 
 
@@ -40,7 +40,7 @@ def test_stop_from_another_thread_saves_all_that_is_finished(tmp_path: Path) -> 
     assert flushed == [finished]
     steps, started = engine.steps, time.monotonic()
     assert runner.work(PATIENCE_S) == []
-    assert time.monotonic() - started < PATIENCE_S / 2  # at once, that is
+    assert time.monotonic() - started < PATIENCE_S / 2  # it returned at once
     assert engine.steps == steps
     assert runner.stop(PATIENCE_S) == 0
     runner.close()
@@ -52,7 +52,7 @@ def test_stop_from_another_thread_saves_all_that_is_finished(tmp_path: Path) -> 
 
 
 class Impatient(threading.Event):
-    """Notes how long it was to be waited for, and does not wait."""
+    """An event that keeps the timeout of each wait, and does not wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,8 @@ class Impatient(threading.Event):
 
 
 def test_stop_does_not_wait_for_a_step_that_hangs(tmp_path: Path) -> None:
-    """But for half of its time. What was finished before it is saved, and whoever asks meanwhile is answered."""
+    """It waits for half of its time only. The rows that were finished before are saved, and questions are answered
+    meanwhile."""
     small = open_job(tmp_path, prompts_of(30), rows_per_file=30, **NEVER)
     engine, hang, hangs = FakeEngine(max_rows=2), threading.Event(), threading.Event()
 
@@ -93,7 +94,7 @@ def test_stop_does_not_wait_for_a_step_that_hangs(tmp_path: Path) -> None:
 
 
 def test_stop_waits_for_the_step_under_way(tmp_path: Path) -> None:
-    """Rows that end in it are saved, too."""
+    """Rows that end in this step are saved, too."""
     small = open_job(tmp_path, prompts_of(30), rows_per_file=30, **NEVER)
     engine, stepping = FakeEngine(max_rows=30), threading.Event()
     step = engine.step
@@ -101,7 +102,7 @@ def test_stop_waits_for_the_step_under_way(tmp_path: Path) -> None:
     def slow_step() -> Sequence[Completion]:
         stepping.set()
         told_to_stop(runner)
-        time.sleep(0.2)  # the one who stops is waiting by now, or does so later: it must wait in both cases
+        time.sleep(0.2)  # `stop` is waiting by now, or comes later: it must wait in both cases
         return [row for _ in range(7) for row in step()]
 
     engine.step = slow_step  # type: ignore[method-assign,assignment]

@@ -1,4 +1,5 @@
-"""The speed of a full engine, against one whose speed is known: every step takes a second and gives a token a row."""
+"""Tests of the measured speed of a full engine, with an engine whose speed is known: each step takes a second and gives
+one token per row."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,12 +14,13 @@ from workers.replica import throughput
 
 
 class SteadyEngine:
-    """A row needs a step for its prompt, then gives a token a step, as many as its max_new_tokens."""
+    """An engine in which a row needs a step for its prompt, and then gives one token per step, max_new_tokens in
+    all."""
 
     def __init__(self, max_rows: int, clock: FakeClock, fails_at: int = -1, halves_at: int = -1) -> None:
         self.max_rows, self.clock, self.fails_at, self.halves_at = max_rows, clock, fails_at, halves_at
         self.queue: deque[Request] = deque()
-        self.slots: dict[str, tuple[Request, int]] = {}  # with the tokens so far; -1: its prompt is not read
+        self.slots: dict[str, tuple[Request, int]] = {}  # with its tokens so far, or -1 before its prompt is read
         self.steps = self.free_steps = 0
 
     @property
@@ -82,7 +84,7 @@ def measure(engine: SteadyEngine, lengths: Sequence[int], *, whole: bool = True,
         (4, [9] * 3, 4 * 9 / 10),  # fewer rows than slots, all alike: they begin and end together for ever
         (4, [9] * 50, 4 * 9 / 10),
         (1, [19] * 5, 19 / 20),
-        (16, list(range(4, 25)), 16 * 14 / 15),  # of many lengths
+        (16, list(range(4, 25)), 16 * 14 / 15),  # rows of many lengths
     ],
 )
 def test_the_speed_is_that_of_a_full_engine(rows: int, lengths: list[int], expected: float) -> None:

@@ -1,4 +1,5 @@
-"""Fake engines that kill or hang their process, or break, at marked rows, and log what they finish."""
+"""Provides fake engines that kill or hang their process, or break, at marked rows, and that log the rows they
+finish."""
 
 import os
 import time
@@ -17,12 +18,13 @@ from workers.replica.build import ReplicaSpec
 from workers.units.runner import UnitRunner
 
 KILL, HANG, BREAK, LOSE_GPU = "KILL", "HANG", "BREAK", "LOSE GPU"
-"""Prompts: the process ends without a word; the first replica alone stands still; the engine is broken from then on;
-the first process alone loses its GPU."""
+"""Prompts that mark rows. KILL: the process ends without a message. HANG: only the first replica stands still. BREAK:
+the engine is broken from then on. LOSE_GPU: only the first process loses its GPU."""
 
 
 class MarkedEngine(FakeEngine):
-    """Does at a marked row what the mark says. Logs the key of every row that it finishes, a file a process."""
+    """An engine that does at a marked row what the mark says. It logs the key of every row that it finishes, with one
+    file per process."""
 
     def __init__(self, log: Path, replica: str, **settings: Any) -> None:
         super().__init__(**settings)
@@ -54,18 +56,18 @@ class MarkedEngine(FakeEngine):
 
 
 def raise_lost_gpu(keys: tuple[str, ...], done: tuple[Completion, ...]) -> None:
-    """As the loop does for what a kernel raises; without torch, which would take seconds to import."""
+    """Raise what the loop raises for an exception in a kernel. It does not use torch, which is slow to import."""
     cause = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered\nadvice over several\nlines")
     text = f"denoise of {len(keys)} rows failed: {type(cause).__name__}: {cause}"
     raise EngineError(text, keys, done) from cause
 
 
 class MarkedMaker(FakeMaker):
-    """Makes runners with marked engines; the log is the folder `finished` beside the output.
+    """Makes runners with marked engines. The log is the folder `finished` beside the output.
 
-    flushed: each step waits until what the runner writes is written, so that a kill loses no more than the settings
-    of checkpoints say, however slow the disk is. leave_s: what a replica's process has for each part of its leaving,
-    in place of FLUSH_S and LEAVE_S; for processes of their own alone.
+    flushed: each step waits until the runner's flushes are written, so that a kill loses no more rows than the flush
+    settings say, however slow the disk is. leave_s: seconds that a replica's process has for each part of its leaving,
+    in place of FLUSH_S and LEAVE_S; only for replicas in processes of their own.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class MarkedMaker(FakeMaker):
 
 
 def wait_for_flushes(runner: UnitRunner) -> None:
-    """From now on each step of the runner's fake engine waits until what the runner is writing is written."""
+    """Make each later step of the runner's fake engine wait until the runner's flushes are written."""
     engine = runner._engine
     assert isinstance(engine, FakeEngine)
 
@@ -107,11 +109,11 @@ def wait_for_flushes(runner: UnitRunner) -> None:
 
 
 def finished_rows(folder: Path) -> list[str]:
-    """Keys of the rows that engines have finished; one that was done twice is there twice."""
+    """Return the keys of the rows that engines have finished. A row that was done twice is there twice."""
     return [key for file in (folder / "finished").iterdir() for key in file.read_text().split("\n")[:-1]]
 
 
 def segment_rows(small: SmallJob) -> list[str]:
-    """Keys of the rows that stand in segments."""
+    """Return the keys of the rows that are in segments."""
     files = Path(small.job.output.path).glob("_job/segments/*/*.parquet")
     return [f"{row['source_file']}#{row['source_row']}" for file in files for row in pq.read_table(file).to_pylist()]

@@ -1,4 +1,4 @@
-"""What the tests of interrupted units share: a store that is watched and fails, what counts as the same row."""
+"""Provides a store that is watched and fails on demand, and other helpers for the tests of interrupted units."""
 
 import time
 from collections import Counter
@@ -23,14 +23,14 @@ SAME = ("id", "completion", "finish_reason", "error", "prompt_tokens", "completi
 
 
 class WatchedStore(PartStore):
-    """Knows which rows segments held when a unit was opened; fails as it is told."""
+    """A store that knows which rows were in segments when a unit was opened, and that fails as often as it is told."""
 
     def __init__(self, small: SmallJob, replica: str = "r0") -> None:
         super().__init__(small.spec, replica)
         self.held: set[str] = set()
         self.refuse_segments = self.refuse_parts = 0
         self.answers_lost = False
-        """Whether a part that is refused has arrived all the same."""
+        """Whether a part that is refused is written all the same."""
         self.tried = Counter[str]()
 
     def read_segments(self, unit: WorkUnit) -> SegmentRows:
@@ -64,7 +64,7 @@ def segments_of(small: SmallJob) -> list[Path]:
 
 
 def work_until(runner: UnitRunner, met: Callable[[], object]) -> list[Any]:
-    """Works until something is so, PATIENCE_S at most -> what became of units meanwhile."""
+    """Work until `met` returns true, for PATIENCE_S seconds at most. Return the outcomes of units meanwhile."""
     deadline = time.monotonic() + PATIENCE_S
     outcomes: list[Any] = []
     while not met():

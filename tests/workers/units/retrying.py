@@ -1,4 +1,4 @@
-"""Runners that generate degenerate rows again, and their work done whole."""
+"""Makes runners that generate degenerate rows again, and lets them work until all units are done."""
 
 from typing import Any
 

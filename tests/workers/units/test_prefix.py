@@ -1,4 +1,4 @@
-"""The prefix that a unit's rows name, against its definition in words; and that they do name it."""
+"""Tests of the prefix that the rows of a unit name: it agrees with its definition, and the rows do name it."""
 
 from array import array
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from workers.units import prefix
 from workers.units.prefix import FORWARD_TOKENS, best_prefix, has_prefix
 
 Prompt = tuple[int, ...]
-# prompts as runs of a page of one token each, with a piece of a page after them: prefixes in common are frequent
+# prompts are whole pages of one token each, with a piece of a page after them, so that common prefixes are frequent
 prompts = st.builds(
     lambda pages, rest: tuple(page for page in pages for _ in range(PAGE_SIZE)) + (9,) * rest,
     st.lists(st.integers(1, 2), max_size=5),
@@ -32,14 +32,14 @@ def ints(tokens: Sequence[int]) -> "array[int]":
 
 
 def saved(prompts: list[Prompt], tokens: Prompt, known: list[Prompt], forward: int) -> int:
-    """Tokens that need not be computed when all rows that can begin with these do."""
+    """Return the number of tokens that need not be computed if all rows that can begin with these tokens do."""
     rows = sum(prompt[: len(tokens)] == tokens and len(prompt) > len(tokens) for prompt in prompts)
     return len(tokens) * rows - (0 if tokens in known else len(tokens) + forward)
 
 
 @given(st.lists(prompts, max_size=12), st.lists(known_prefixes, max_size=2), st.sampled_from([0, 100, FORWARD_TOKENS]))
 def test_no_prefix_saves_more(rows: list[Prompt], known: list[Prompt], forward: int) -> None:
-    """Of all whole pages that any prompt begins with; where nothing is saved there is none."""
+    """No other whole pages at the beginning of a prompt save more. If nothing is saved, there is no prefix."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix, "FORWARD_TOKENS", forward)
         found = tuple(best_prefix([ints(row) for row in rows], [ints(tokens) for tokens in known]))
@@ -61,7 +61,8 @@ def test_a_few_odd_rows_do_not_spoil_the_prefix_of_the_others() -> None:
 
 
 def test_a_page_shared_by_chance_makes_no_second_prefix() -> None:
-    """Once the template is known, a small unit that shares a page more takes the template; a large one does not."""
+    """If the template is known, a small unit that shares one more page takes the template, and a large unit does
+    not."""
     template = [*range(512)]
     longer = [*template, *[7] * PAGE_SIZE]
     known = [ints(template)]
@@ -71,7 +72,7 @@ def test_a_page_shared_by_chance_makes_no_second_prefix() -> None:
 
 
 def test_too_little_in_common_is_no_prefix() -> None:
-    """Two rows, or many rows with less than a page."""
+    """Two rows have too little in common, and so have many rows that share less than a page."""
     assert not best_prefix([])
     assert not best_prefix([ints(range(PAGE_SIZE + 1))] * 2)
     assert not best_prefix([ints([*range(PAGE_SIZE - 1), 1000 + i, 0]) for i in range(1000)])
@@ -81,7 +82,8 @@ TEMPLATE = "Answer the question in one sentence. " * 6
 
 
 def test_rows_name_the_prefix_that_their_unit_shares(tmp_path: Path) -> None:
-    """In whole pages, the same for both units though the second one's rows share a page more; odd rows name none."""
+    """The prefix is of whole pages, and the same for both units, although the second unit's rows share one more page.
+    Odd rows name no prefix."""
     prompts = [f"{TEMPLATE[:150]}{'?' * (i % 40)}{i}" for i in range(30)]
     prompts[3], prompts[5], prompts[7] = "hi", TEMPLATE[:128], TEMPLATE[1:150]
     more = [TEMPLATE[:195] for _ in range(4)] + ["bye"]

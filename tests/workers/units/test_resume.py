@@ -1,4 +1,5 @@
-"""A unit that is interrupted goes on where its segments end: killed anywhere, in ranges, twice at the same time."""
+"""Tests of a unit that is interrupted and goes on where its segments end: it is killed anywhere, runs in ranges, or
+runs twice at a time."""
 
 import os
 import random
@@ -32,11 +33,11 @@ from tests.workers.units.resume_cases import (
 
 
 class Killed(Exception):  # noqa: N818
-    """The process dies here: nothing after it happens."""
+    """Stands for the death of the process: nothing after it happens."""
 
 
 class MortalEngine(FakeEngine):
-    """Dies in its step `dies_at`."""
+    """An engine that dies in its step `dies_at`."""
 
     def __init__(self, dies_at: int) -> None:
         super().__init__()
@@ -56,8 +57,8 @@ class MortalEngine(FakeEngine):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_any_point_nothing_is_lost_and_little_repeated(tmp_path: Path, seed: int) -> None:
-    """Attempt after attempt dies after a random number of steps. The rows are those of a run that was left alone, and
-    none that a segment held is generated again. A death costs less than flush.rows rows a unit, and one step's."""
+    """Each attempt dies after a random number of steps. The rows are those of an undisturbed run, and no row that a
+    segment held is generated again. A death costs less than flush.rows rows per unit, and those of one step."""
     draw = random.Random(seed)
     at_most = draw.choice([1, 3, 8])
     prompts = with_bad_rows(60)
@@ -107,7 +108,7 @@ while runner.busy:
 
 @pytest.mark.slow
 def test_a_process_killed_by_sigkill_leaves_what_it_flushed(tmp_path: Path) -> None:
-    """Its unit would take a minute."""
+    """The whole unit would take a minute, so the process is killed before its end."""
     process = subprocess.Popen([sys.executable, "-c", KILL_SCRIPT, str(tmp_path)])
     folder = tmp_path / "out" / "_job" / "segments"
     try:
@@ -149,7 +150,7 @@ def test_a_unit_under_way_is_flushed_when_due(tmp_path: Path, settings: dict[str
 
 
 def test_a_suspect_is_reported_as_read_before_a_row_of_it_is_generated(tmp_path: Path) -> None:
-    """Should it kill the replica, the driver knows that it had begun."""
+    """If it kills the replica, the driver knows that the row had begun."""
     small = open_job(tmp_path, prompts_of(10))
     engine = FakeEngine()
     runner = make_runner(small, engine)
@@ -177,7 +178,8 @@ def test_a_suspect_unit_is_flushed_at_once_and_others_are_not(tmp_path: Path) ->
 
 
 def test_a_range_ends_in_segments_alone_and_the_whole_unit_after_it_generates_nothing(tmp_path: Path) -> None:
-    """Two ranges, one condemned row, then the unit: every row once, bad ones of the input as ever."""
+    """Two ranges and one condemned row come before the unit. Every row is there once, with the bad rows of the input as
+    usual."""
     small = open_job(tmp_path, with_bad_rows(10), **NEVER)
     (unit,) = small.plan.units
     engine = FakeEngine()
@@ -206,7 +208,7 @@ def test_a_range_ends_in_segments_alone_and_the_whole_unit_after_it_generates_no
 
 
 def test_a_range_takes_only_what_segments_lack(tmp_path: Path) -> None:
-    """A condemned row that was finished meanwhile stays what it was, and its file is not even opened."""
+    """A condemned row that was finished meanwhile stays as it is, and the input file is not even opened."""
     small = open_job(tmp_path, prompts_of(10), **NEVER)
     (unit,) = small.plan.units
     runner = make_runner(small, FakeEngine())
@@ -249,7 +251,8 @@ def test_progress_tells_kept_rows_from_generated_ones(tmp_path: Path) -> None:
 
 
 def test_a_unit_that_was_published_meanwhile_is_not_generated_again(tmp_path: Path) -> None:
-    """A replica dies between its part and its report. A range of such a unit ends too; the whole unit follows it."""
+    """A replica died between its part and its report. A range of such a unit ends without generating, and so does the
+    whole unit."""
     small = open_job(tmp_path, prompts_of(10))
     (unit,) = small.plan.units
     work_units(small, FakeEngine())
@@ -267,10 +270,10 @@ def test_a_unit_that_was_published_meanwhile_is_not_generated_again(tmp_path: Pa
 
 
 def test_two_attempts_at_the_same_time(tmp_path: Path) -> None:
-    """One wins, the other says so; every row is there once and no segment stays."""
+    """One of them wins, and the other says so. Every row is there once, and no segment stays."""
     small = open_job(tmp_path, prompts_of(60), rows_per_file=60, **EACH_ROW)
     (unit,) = small.plan.units
-    both = threading.Barrier(2, timeout=PATIENCE_S)  # before each one's first step: the other has read the unit, too
+    both = threading.Barrier(2, timeout=PATIENCE_S)  # no first step before the other has read the unit, too
     runners = []
     outcomes: list[Any] = []
     for number in range(2):

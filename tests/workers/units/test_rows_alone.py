@@ -1,4 +1,5 @@
-"""Rows of the real engine are what they would be alone: with settings of their own, and in each of their tries."""
+"""Tests that rows of the real engine are what they would be alone, with settings of their own and in each of their
+tries."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +23,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def pair() -> TwoTower:
-    torch.set_num_threads(1)  # small operations never stall on one
+    torch.set_num_threads(1)  # small operations never stall on one thread
     return load_model("builtin:noise", dtype="float32", devices=["cpu"])
 
 
 @pytest.fixture(scope="module")
 def lone(pair: TwoTower) -> Engine:
-    """An engine with room for one row."""
+    """Make an engine with room for one row."""
     return Engine(pair, EngineLimits(max_rows=1, max_context_tokens=128))
 
 
@@ -41,7 +42,8 @@ def alone(engine: Engine, key: str, prompt: str, params: GenerationParams) -> Co
 def test_the_engine_gives_each_try_as_if_it_were_the_only_one(
     tmp_path: Path, pair: TwoTower, lone: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under its own key once more, in any batch: sampled tokens are those of a job with that mode and threshold."""
+    """Each try has the row's own key and may be in any batch. Its tokens are those of a job with the mode and threshold
+    of the try."""
     prompts = [f"prompt {'x' * (7 * i % 40)} {i}" for i in range(6)]
     small = open_job(tmp_path, prompts, rows_per_file=6)
     params = GenerationParams(max_new_tokens=18, confidence_threshold=0.2, temperature=0.9, seed=4)

@@ -1,4 +1,5 @@
-"""The unit runner with a fake engine over real Parquet: each row leaves once, the engine never waits for files."""
+"""Tests of the unit runner with a fake engine over real Parquet: each row is in the output once, and the engine never
+waits for files."""
 
 import functools
 import os
@@ -30,7 +31,7 @@ from workers.units.runner import QUEUE_FACTOR
 
 
 class SlowStore(PartStore):
-    """A store whose readings and publications can be held up or made to fail."""
+    """A store whose reads and publications can be held up or made to fail."""
 
     def __init__(self, small: SmallJob) -> None:
         super().__init__(small.spec, "r0")
@@ -95,7 +96,8 @@ def test_rows_go_longest_first_and_the_engine_queue_stays_short(tmp_path: Path) 
 
 
 def test_the_engine_does_not_drain_between_units(tmp_path: Path) -> None:
-    """Where files are read and written in time, which a busy machine does not do: here the engine waits for them."""
+    """This holds if files are read and written in time. A busy machine may not do that, so here the engine waits for
+    the files."""
     small = open_job(tmp_path, prompts_of(80), rows_per_file=20)
     engine = FakeEngine(max_rows=4, step_s=0.002)
     runner = make_runner(small, engine)
@@ -118,7 +120,8 @@ def test_the_engine_does_not_drain_between_units(tmp_path: Path) -> None:
 
 
 def watch(event: threading.Event) -> list[tuple[float | None, bool]]:
-    """Of each wait for the event from now on: how long it is to be at most, and whether the event ended it."""
+    """Watch each later wait for the event. The returned list gets the timeout of each wait, and whether the event ended
+    it."""
     waits: list[tuple[float | None, bool]] = []
     wait = event.wait
 
@@ -142,7 +145,7 @@ def test_reading_the_next_unit_does_not_hold_up_the_engine(tmp_path: Path) -> No
     assert isinstance(done, UnitDone)
     assert done.result.unit_id == first.id
     waits = watch(runner._wake)
-    assert runner.work(0.1) == []  # nothing to do but wait, and no longer than told
+    assert runner.work(0.1) == []  # it only waits, and no longer than it was told
     assert waits
     assert all(seconds is not None and 0 <= seconds <= 0.1 for seconds, _ in waits)
     waits.clear()
@@ -227,7 +230,8 @@ def test_progress_counts_from_the_units_start(tmp_path: Path) -> None:
 
 
 def test_rows_that_a_failed_step_took_down_are_submitted_once_more(tmp_path: Path) -> None:
-    """Every row leaves once: those that ended in the step itself, those that it lost, and those that were waiting."""
+    """Every row is in the output once: the rows that ended in the failed step, those that it lost, and those that were
+    waiting."""
     small = open_job(tmp_path, prompts_of(40), rows_per_file=20)
     engine = FakeEngine(fail_at={2, 30})
     runner = make_runner(small, engine)
@@ -242,7 +246,7 @@ def test_rows_that_a_failed_step_took_down_are_submitted_once_more(tmp_path: Pat
 
 
 def test_an_engine_that_runs_out_of_memory_says_so_once(tmp_path: Path) -> None:
-    """The job goes on with fewer rows together, slower from then on: the operator must learn why."""
+    """The job goes on with fewer rows together and is slower from then on, so the operator must learn why."""
     small = open_job(tmp_path, prompts_of(40))
     engine = FakeEngine(max_rows=8)
     step = engine.step
@@ -265,7 +269,7 @@ def test_an_engine_that_runs_out_of_memory_says_so_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fail_at", [{2, 3}, {1, 2}], ids=["the same rows", "rows of the first step"])
 def test_a_row_that_fails_twice_is_an_error_that_names_it(tmp_path: Path, fail_at: set[int]) -> None:
-    """The row ends nowhere else: the unit is not published, and the replica's owner learns why."""
+    """The row ends nowhere else: the unit is not published, and the owner of the replica learns the reason."""
     small = open_job(tmp_path, prompts_of(3))
     runner = make_runner(small, FakeEngine(fail_at=fail_at))
     runner.add(Assignment(small.plan.units[0], 1))
@@ -277,7 +281,7 @@ def test_a_row_that_fails_twice_is_an_error_that_names_it(tmp_path: Path, fail_a
 
 
 def test_an_engine_error_that_names_no_row_is_raised(tmp_path: Path) -> None:
-    """Nothing would count such failures: they could come for ever."""
+    """Nothing would count such failures, so they could go on for ever."""
     small = open_job(tmp_path, prompts_of(3))
     engine = FakeEngine()
     engine.step = functools.partial(_raise, EngineError("no rows"))  # type: ignore[method-assign]
@@ -339,7 +343,7 @@ runner.close()
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_memory_does_not_grow_with_the_number_of_units(tmp_path: Path) -> None:
-    """Units of 1,000 rows hold about 1 MB each as they pass; 50 more of them may leave less than 2 MB behind."""
+    """After 10 units of 1,000 rows, 50 more of them leave less than 2 MiB behind."""
     environment = memory.environment()
     command = [sys.executable, "-c", MEMORY_SCRIPT, str(tmp_path)]
     output = subprocess.run(

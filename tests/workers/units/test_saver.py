@@ -1,4 +1,4 @@
-"""A store that is away: what is finished stays in memory and is written down later."""
+"""Tests of a store that cannot be reached: finished rows stay in memory and are saved later."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("short_pauses")
 def test_a_flush_that_fails_keeps_its_rows_until_it_succeeds(tmp_path: Path) -> None:
-    """Told once when it begins and once when it ends."""
+    """The operator is told once when it begins and once when it ends."""
     small = open_job(tmp_path, prompts_of(30), rows_per_file=30, **NEVER)
     (unit,) = small.plan.units
     store = WatchedStore(small)
@@ -52,7 +52,8 @@ def test_a_range_that_cannot_be_saved_fails_in_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("short_pauses")
 def test_a_part_that_cannot_be_published_for_a_while(tmp_path: Path) -> None:
-    """Its rows are in memory, and in a segment at once; then it is published, and they are not generated again."""
+    """Its rows stay in memory, and are saved in a segment at once. Later it is published, and no row is generated
+    again."""
     small = open_job(tmp_path, prompts_of(20), rows_per_file=20, **NEVER)
     store, engine = WatchedStore(small), FakeEngine()
     store.refuse_parts = 5
@@ -100,7 +101,7 @@ def test_a_part_that_cannot_be_published_at_all_is_left_to_others_with_its_rows(
 
 
 def test_what_failed_waits_before_it_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store that refuses at once is not asked in a loop, and the engine goes on meanwhile."""
+    """A store that refuses at once is not asked again and again, and the engine goes on meanwhile."""
     monkeypatch.setattr(open_unit, "PAUSES_S", (3600.0,))
     small = open_job(tmp_path, prompts_of(20), **NEVER)
     store, engine = WatchedStore(small), FakeEngine()
@@ -112,7 +113,8 @@ def test_what_failed_waits_before_it_is_tried_again(tmp_path: Path, monkeypatch:
     waiting = f"saving rows 0-9 of unit {first.id}; publishing unit {second.id}"
 
     def refused() -> bool:
-        """The first one's flush, and the second one's part, whose rows were saved then."""
+        """Return whether the flush of the first and the part of the second were refused, and the rows of the second
+        saved."""
         return store.tried == {"segment": 2, "part": 1} and runner.doing() == waiting
 
     assert work_until(runner, refused) == []
@@ -124,7 +126,7 @@ def test_what_failed_waits_before_it_is_tried_again(tmp_path: Path, monkeypatch:
 
 
 class ResetStore(PartStore):
-    """The first readings of a unit break off."""
+    """A store in which the first reads of a unit break off."""
 
     def __init__(self, small: SmallJob, failures: int, cause: OSError) -> None:
         super().__init__(small.spec, "r0")

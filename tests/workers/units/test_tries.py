@@ -1,4 +1,5 @@
-"""Rows that are loops are generated again, more carefully; the best try is kept, and a row ends with its last."""
+"""Tests of rows that are loops: they are generated again, more carefully, the best try is kept, and a row ends with its
+last try."""
 
 from collections import Counter
 from dataclasses import replace
@@ -23,13 +24,13 @@ from workers.units.tries import judge, next_params
 PARAMS = GenerationParams(confidence_threshold=0.8, eos_ids=(0,))
 LADDER = [("diffusion", 0.8), ("diffusion", 0.9), ("ar", 0.8)]
 TOKENS = {"L": (7,) * 60, "l": (*range(1, 41), *[7] * 40), "t": (*range(1, 41), 0), "e": ()}
-"""What a try gives: a loop, half a loop, text that ends, an error."""
+"""The tokens that a try gives, by letter: a loop, half a loop, text that ends, an error."""
 SHARES = {"L": 1.0, "l": 0.5, "t": 0.0, "e": None}
 SCRIPTS = ["".join(script) for script in product("Llte", repeat=3)]
 
 
 class ScriptedEngine(FakeEngine):
-    """Each letter of a prompt is what one try of its row gives."""
+    """An engine that reads in each letter of a prompt what one try of its row gives."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -68,7 +69,8 @@ class ScriptedEngine(FakeEngine):
 
 
 def kept(script: str) -> tuple[int, int]:
-    """(number of the try that is kept, tries), in words: until one is good; an error at first is the end of it."""
+    """Return the number of the try that is kept, and how many tries there are: until one is good, but only one if the
+    first is an error."""
     tries = 1
     while tries < 3 and script[0] != "e" and script[tries - 1] != "t":
         tries += 1
@@ -129,7 +131,7 @@ def test_by_default_the_loop_is_flagged_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_next_try_does_not_wait_behind_the_queue(tmp_path: Path) -> None:
-    """It takes the place that its row leaves in the engine, whose queue stays as short as ever."""
+    """It takes the place that its row leaves in the engine, so the engine's queue stays as short as before."""
     small = open_job(tmp_path, ["LLt"] * 60, rows_per_file=60)
     engine = ScriptedEngine(max_rows=4)
     assert {row["completion"] for row in run_units(small, runner_of(small, engine, PARAMS))} == {"t2"}
@@ -141,11 +143,11 @@ def test_a_next_try_does_not_wait_behind_the_queue(tmp_path: Path) -> None:
 
 
 class Killed(Exception):  # noqa: N818
-    """The process dies here."""
+    """Stands for the death of the process."""
 
 
 class MortalEngine(ScriptedEngine):
-    """Dies in its step `dies_at`."""
+    """An engine that dies in its step `dies_at`."""
 
     def __init__(self, dies_at: int) -> None:
         super().__init__()
@@ -162,7 +164,7 @@ COLUMNS = ("id", "completion", "mode", "repetition", "completion_tokens", "denoi
 
 @pytest.mark.parametrize("dies_at", [35, 60, 100])
 def test_killed_between_tries_a_row_begins_with_its_first(tmp_path: Path, dies_at: int) -> None:
-    """A row is finished when its last try is, so that a resume gives what a run without faults does."""
+    """A row is finished when its last try is, so that a resume gives the same rows as a run without faults."""
     whole = open_job(tmp_path / "whole", SCRIPTS, rows_per_file=100)
     expected = run_units(whole, runner_of(whole, ScriptedEngine(), PARAMS))
     small = open_job(tmp_path / "killed", SCRIPTS, rows_per_file=100, **EACH_ROW)
@@ -186,7 +188,7 @@ def test_killed_between_tries_a_row_begins_with_its_first(tmp_path: Path, dies_a
 
 
 def test_a_forward_that_fails_costs_the_try_alone(tmp_path: Path) -> None:
-    """The row goes on with the try it was in; a failure in each try is not twice the same row's."""
+    """The row goes on with the try it was in. Failures in two different tries are not two failures of the same row."""
     small = open_job(tmp_path, ["LLt"] * 12, rows_per_file=12, **NEVER)
     engine = ScriptedEngine(max_rows=12, fail_at={2, 9, 17})
     rows = run_units(small, runner_of(small, engine, PARAMS))
