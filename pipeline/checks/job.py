@@ -58,7 +58,7 @@ def check_input(job: Job) -> Iterator[Finding]:
         names, rows = set(footer.schema_arrow.names), footer.metadata.num_rows
     if missing := [column for column in job.input.columns if column not in names]:
         has = ", ".join(sorted(names)[:10])
-        yield fail(f"{shown}: {first.name} has no column {', '.join(missing)}", f"it has {has}: mend the job file")
+        yield fail(f"{shown}: {first.name} has no column {', '.join(missing)}", f"it has {has}: fix the job file")
         return
     size = sum(file.size for file in files)
     yield ok(f"{shown}: {size / GIB:.2f} GiB in {len(files):,} file(s); {first.name} has {rows:,} rows")

@@ -21,28 +21,28 @@ def calibrate(
     overrides: Overrides = None,
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="FOLDER", help="Where to; <output>-calibration if not given."),
+        typer.Option("--to", metavar="FOLDER", help="Folder for the results; <output>-calibration if not given."),
     ] = None,
-    sample: Annotated[int, typer.Option("--sample", metavar="ROWS", help="Rows of the input to run.")] = 64,
+    sample: Annotated[int, typer.Option("--sample", metavar="ROWS", help="Number of input rows to generate.")] = 64,
     minutes: Annotated[float, typer.Option("--minutes", help="Time for measuring, once the model is loaded.")] = 30.0,
     price: Annotated[
         float | None,
-        typer.Option("--price", help="Of a GPU-hour, 2.5 if not given; on CPUs, of an hour of a replica."),
+        typer.Option("--price", help="Price of a GPU for an hour, 2.5 if not given; on CPUs, of a replica."),
     ] = None,
-    currency: Annotated[str, typer.Option("--currency", help="Of the price.")] = "USD",
+    currency: Annotated[str, typer.Option("--currency", help="Currency of the price.")] = "USD",
     thresholds: Annotated[
         str, typer.Option("--thresholds", metavar="LIST", help="Confidence thresholds to try.")
     ] = "0.7,0.8,0.9,0.95,0.99",
-    steps: Annotated[str, typer.Option("--steps", metavar="LIST", help="Limits of steps a block to try.")] = "4,8,16",
+    steps: Annotated[str, typer.Option("--steps", metavar="LIST", help="Step limits of a block to try.")] = "4,8,16",
     rows: Annotated[
-        str, typer.Option("--rows", metavar="LIST", help="Row limits to try; max: as many as the memory holds.")
+        str, typer.Option("--rows", metavar="LIST", help="Row limits to try; max means as many as the memory holds.")
     ] = "1,16,max",
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", metavar="TOKENS", help="Cut rows earlier than the job does."),
+        typer.Option("--max-new-tokens", metavar="TOKENS", help="End rows after fewer tokens than the job does."),
     ] = None,
     min_agreement: Annotated[
-        float, typer.Option("--min-agreement", metavar="SHARE", help="Of the tokens that must be as AR writes them.")
+        float, typer.Option("--min-agreement", metavar="SHARE", help="Share of tokens that must be the same as AR's.")
     ] = 0.95,
     local: Local = False,
     log_every: LogEvery = 5.0,

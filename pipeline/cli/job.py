@@ -48,7 +48,7 @@ def plan(
     calibration: Annotated[
         str | None,
         typer.Option(
-            "--calibration", metavar="FOLDER", help="Hours and cost by this one; <output>-calibration if not given."
+            "--calibration", metavar="FOLDER", help="Calibration for hours and cost; <output>-calibration if not given."
         ),
     ] = None,
     debug: Debug = False,
@@ -68,9 +68,11 @@ def plan(
 
 
 def doctor(
-    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="A job file, to check what it needs, too.")] = None,
+    job: Annotated[
+        str | None, typer.Argument(metavar="[JOB]", help="A job file whose needs are checked as well.")
+    ] = None,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Check what this machine can run, one line for each check, with the fix. The exit code is 1 if anything is
     FAIL."""

@@ -15,7 +15,7 @@ Debug = Annotated[
     bool, typer.Option("--debug", envvar="TWOTOWER_DEBUG", help="Show the traceback of an error.", show_envvar=True)
 ]
 
-Local = Annotated[bool, typer.Option("--local", help="One replica in this process, without Ray.")]
+Local = Annotated[bool, typer.Option("--local", help="Run one replica in this process, without Ray.")]
 
 LogEvery = Annotated[
     float, typer.Option("--log-every", min=0.1, metavar="SECONDS", help="Time between progress lines in a log.")
@@ -23,7 +23,9 @@ LogEvery = Annotated[
 
 LogFormat = Annotated[
     Literal["text", "json"],
-    typer.Option("--log-format", envvar="TWOTOWER_LOG", help="json: records, of the driver and of the replicas."),
+    typer.Option(
+        "--log-format", envvar="TWOTOWER_LOG", help="json: log lines of driver and replicas are JSON records."
+    ),
 ]
 
 

@@ -14,10 +14,14 @@ from pipeline.cli.signals import one_line_errors
 def status(
     output: OutputPath,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Look again until the job ends; exit code 1 if it did not complete.")
+        bool, typer.Option("--watch", help="Repeat until the job ends; exit code 1 if it did not complete.")
     ] = False,
-    every: Annotated[float, typer.Option("--every", min=0.1, metavar="SECONDS", help="With --watch.")] = 5.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a look instead of lines.")] = False,
+    every: Annotated[
+        float, typer.Option("--every", min=0.1, metavar="SECONDS", help="Time between two looks with --watch.")
+    ] = 5.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each look instead of text.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Show how far a job is, whether it is running, what its replicas do and what failed. Reads only the output
@@ -35,9 +39,12 @@ def status(
 
 def report(
     output: OutputPath,
-    terminal: Annotated[bool, typer.Option("--terminal", help="Show it here and write nothing.")] = False,
+    terminal: Annotated[
+        bool, typer.Option("--terminal", help="Show the report in the terminal and write nothing.")
+    ] = False,
     to: Annotated[
-        str | None, typer.Option("--to", metavar="FILE", help="Instead of _job/report.html in the output folder.")
+        str | None,
+        typer.Option("--to", metavar="FILE", help="Write this file instead of _job/report.html in the output folder."),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -74,7 +81,7 @@ def verify(output: OutputPath, debug: Debug = False) -> None:
 
 def retry_errors(
     output: OutputPath,
-    to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="An empty or new folder for the new job.")],
+    to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="A new or empty folder for the new job.")],
     debug: Debug = False,
 ) -> None:
     """Make a new job of the rows that failed: a copy of their input rows, and a job file with the same settings except
@@ -100,7 +107,7 @@ def retry_errors(
 
 def clean(
     output: OutputPath,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
     debug: Debug = False,
 ) -> None:
     """Remove files that dead runs left behind, but never parts, records, the plan or the manifest."""

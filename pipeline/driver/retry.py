@@ -100,7 +100,7 @@ class RetryPolicy:
             return
         raise JobFailed(
             f"{errors} of {rows} rows are error rows ({errors / rows:.1%}), above retry.max_error_rate "
-            f"({self.max_error_rate:.1%}); see the `error` column of the parts, mend the input or raise the limit, "
+            f"({self.max_error_rate:.1%}); see the `error` column of the parts, fix the input or raise the limit, "
             "and submit the job again"
         )
 

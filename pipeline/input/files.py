@@ -35,7 +35,7 @@ def list_input(path: str) -> tuple[str, list[FileInfo]]:
     for file in files:
         if file.size == DANGLING:
             raise InputError(
-                f"input {safe_url(path)}: {_printable(file.name)} is a link that leads to nothing: mend or remove it"
+                f"input {safe_url(path)}: {_printable(file.name)} is a link that leads to nothing: fix it or remove it"
             )
         _check_name(file, path)
     return root or "/", [_with_lasting_stamp(root or "/", file) for file in files]

@@ -88,7 +88,7 @@ class Renderer:
                 alone = True
                 if ended > ENDED_ROWS_AT_MOST:
                     raise InputError(
-                        f"template: {ended} rows of one unit could not be rendered, the last: {why}; mend it"
+                        f"template: {ended} rows of one unit could not be rendered, the last: {why}; fix the template"
                     )
 
     def close(self) -> None:

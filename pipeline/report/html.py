@@ -89,21 +89,21 @@ are counted whole, the other rows of the forward notwithstanding.</p>{% endif %}
 <p class="soft">{{ about_slowest }}</p>
 {{ table(slowest_heads, slowest, (8,)) }}{% endif %}
 {% if last_run %}<h2>The last run</h2>
-<p class="soft">As its driver saw it, with the replicas that it had at its end.</p>
+<p class="soft">These are figures of the last driver, with the replicas that it had at its end.</p>
 {{ table(["what", "how much"], last_run, (1,), "settings") }}{% endif %}
 <h2>The job</h2>
 {{ table(["setting", "value"], settings, (1,), "settings") }}
 """
 REPLICAS_SHOWN = 16
 _CHARTS = {
-    "tokens_per_forward": "Of a row. A forward commits at least one token of the block.",
-    "steps_per_block": "Denoiser forwards until a block was done.",
-    "latency_s": "From submission to the replica to the row's end, waiting included.",
+    "tokens_per_forward": "Tokens of a row for each of its denoiser forwards. A forward commits at least one token.",
+    "steps_per_block": "Denoiser forwards until a block was complete.",
+    "latency_s": "Seconds from the submission of a row in its replica to its end, waiting included.",
     "prompt_tokens": "",
     "completion_tokens": "",
-    "batch_rows": "Rows computed together: the mean over a row's forwards.",
-    "tokens_per_s": "Completion tokens over latency.",
-    "mean_confidence": "Of the committed tokens, at the time they were.",
+    "batch_rows": "Rows computed together, as the mean over the forwards of a row.",
+    "tokens_per_s": "Completion tokens divided by latency.",
+    "mean_confidence": "Mean probability of the tokens of a row when they were committed.",
     "forced_commits": "Tokens of a row that were committed at or below the confidence threshold.",
 }
 
