@@ -15,7 +15,7 @@ from pipeline.calibration.run import Outcome
 from pipeline.config.job import Job
 from pipeline.config.loader import load_job, read_settings
 from pipeline.config.writer import to_yaml
-from pipeline.core.text import duration
+from pipeline.core.text import duration, one_line
 from pipeline.report.page import shown
 from pipeline.storage.urls import is_local
 
@@ -35,7 +35,7 @@ def finish(outcome: Outcome, job_file: str, overrides: Sequence[str]) -> list[st
     setup.folder.write(JOB_FILE, new_job)
     setup.folder.write(REPORT, make_report(outcome))
     setup.folder.write_record(identity, outcome.replica, fields)
-    return [*_table(outcome), "", *[" ".join(line.split()) for line in (said, *remarked)], "", *_ends(outcome)]
+    return [*_table(outcome), "", *[one_line(line) for line in (said, *remarked)], "", *_ends(outcome)]
 
 
 def _ends(outcome: Outcome) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 from model.errors import TwoTowerError
+from pipeline.core.text import one_line
 
 Level = Literal["ok", "warn", "FAIL"]
 
@@ -72,7 +73,7 @@ def examine(checks: Iterable[Check]) -> Iterator[Line]:
         findings = _bounded(check)
         seconds = round(time.monotonic() - started, 3)
         for level, found, fix in findings:
-            yield Line(check.name, level, " ".join(found.split()), " ".join(fix.split()), seconds)
+            yield Line(check.name, level, one_line(found), one_line(fix), seconds)
 
 
 def report(lines: Iterable[Line], show: Callable[[str], object], *, as_json: bool) -> bool:

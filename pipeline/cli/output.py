@@ -9,6 +9,7 @@ import typer
 
 from pipeline.cli.options import Debug, OutputPath
 from pipeline.cli.signals import one_line_errors
+from pipeline.core.text import one_line
 
 
 def status(
@@ -72,7 +73,7 @@ def verify(output: OutputPath, debug: Debug = False) -> None:
         with _parts_bar() as progress:
             found = verify(output, progress)
         for problem in found.problems:
-            typer.echo(" ".join(problem.split()))
+            typer.echo(one_line(problem))
         if found.problems:
             typer.echo(f"error: problems: {len(found.problems):,}, parts: {found.parts:,}", err=True)
             raise typer.Exit(1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from model.checkpoint.tokenizer import Tokenizer
 from pipeline.calibration.results.estimate import Estimate, estimate
 from pipeline.config.job import Job
+from pipeline.core.text import counted
 from pipeline.core.types import WorkUnit
 from pipeline.input.row_settings import with_settings
 from pipeline.input.unit_reader import UnitReader
@@ -54,18 +55,18 @@ class Preview:
         job, plan, left = self.job, self.plan, self.plan.rows - self.done_rows - self.saved_rows
         generation, workers = job.generation, job.workers
         yield f"job        {job.name}"
-        yield f"input      {safe_url(job.input.path)}: {_count(len(plan.files), 'file')}, {_count(plan.rows, 'row')}"
+        yield f"input      {safe_url(job.input.path)}: {counted(len(plan.files), 'file')}, {counted(plan.rows, 'row')}"
         yield f"units      {len(plan.units):,} of {job.output.part_limit}"
         if self.added:
             rows = sum(file.rows for file in plan.files if file.name in set(self.added))
             named = ", ".join(self.added[:NAMED_AT_MOST]) + (" …" if len(self.added) > NAMED_AT_MOST else "")
-            yield f"added      {_count(len(self.added), 'file')}, {_count(rows, 'row')} since the last run: {named}"
-        done = f"{_count(self.done_units, 'unit')}, {_count(self.done_rows, 'row')}"
-        saved = f", and {_count(self.saved_rows, 'row')} of units under way" if self.saved_rows else ""
-        yield f"done       {done}{saved}; left: {_count(left, 'row')}"
+            yield f"added      {counted(len(self.added), 'file')}, {counted(rows, 'row')} since the last run: {named}"
+        done = f"{counted(self.done_units, 'unit')}, {counted(self.done_rows, 'row')}"
+        saved = f", and {counted(self.saved_rows, 'row')} of units under way" if self.saved_rows else ""
+        yield f"done       {done}{saved}; left: {counted(left, 'row')}"
         if self.sampled_rows:
             tokens = round(self.sampled_tokens / self.sampled_rows * left)
-            sample = _count(self.sampled_rows, "row")
+            sample = counted(self.sampled_rows, "row")
             yield f"prompts    about {tokens:,} tokens left (estimate from a sample of {sample})"
         if self.sampled_bad:
             usable = "usable prompt and settings" if job.input.row_settings.columns else "usable prompt"
@@ -83,7 +84,7 @@ class Preview:
             yield f"hours      unknown: {self.estimate}"
         yield f"output     {safe_url(job.output.path)}"
         if self.unreadable:
-            yield f"unreadable {_count(len(self.unreadable), 'file')}: `run` would refuse"
+            yield f"unreadable {counted(len(self.unreadable), 'file')}: `run` would refuse"
 
     def _completion_tokens(self, left: int) -> str:
         each, column = self.job.generation.max_new_tokens, self.job.input.row_settings.max_new_tokens
@@ -151,7 +152,3 @@ def _sample(job: Job, units: Sequence[WorkUnit], tokenizer: Tokenizer, room: int
         limits += sum(limit for _, limit in fitting)
     reader.close()
     return rows, tokens, bad, limits
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -9,6 +9,7 @@ from types import FrameType
 import typer
 
 from model.errors import TwoTowerError
+from pipeline.core.text import one_line
 
 
 @contextlib.contextmanager
@@ -20,7 +21,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except TwoTowerError as error:
         if debug:
             raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {one_line(error)}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -13,9 +13,10 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.job import OLD_KEYS, Job, rename_old_keys
-from pipeline.config.messages import explain, kind_of, shorten, shown
+from pipeline.config.messages import MAX_VALUE_CHARS, explain, kind_of, shown
 from pipeline.config.variables import Variables, utc_today
 from pipeline.core.errors import JobError
+from pipeline.core.text import shorten
 from pipeline.storage.storage import read_text
 from pipeline.storage.urls import flaw_of, in_ray_package, is_local
 
@@ -198,7 +199,9 @@ def _apply(settings: dict[str, Any], override: str) -> tuple[str, str, Any]:
     key, equals, text = override.partition("=")
     written = key.strip().split(".")
     if not equals or not all(written):
-        raise JobError(f"--set {shorten(override)}: write it as section.key=value, such as engine.max_rows=8")
+        raise JobError(
+            f"--set {shorten(override, MAX_VALUE_CHARS)}: write it as section.key=value, such as engine.max_rows=8"
+        )
     parts = [OLD_KEYS.get(written[0], written[0]), *written[1:]]
     section = settings
     for depth, part in enumerate(parts[:-1], 1):
@@ -206,7 +209,7 @@ def _apply(settings: dict[str, Any], override: str) -> tuple[str, str, Any]:
         if inner is None:
             inner = section[part] = {}
         if not isinstance(inner, dict):
-            raise JobError(f"--set {shorten(override)}: {'.'.join(written[:depth])} is not a section")
+            raise JobError(f"--set {shorten(override, MAX_VALUE_CHARS)}: {'.'.join(written[:depth])} is not a section")
         section = inner
     value = section[parts[-1]] = _parse(text, f"--set {key}")
     return ".".join(parts), ".".join(written), value

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.config.job import Job
+from pipeline.core.text import shorten
 from pipeline.storage.urls import safe_url
 
 MAX_VALUE_CHARS = 80
@@ -17,7 +18,9 @@ _LONG_WORD = re.compile(rf"\S{{{MAX_VALUE_CHARS + 1},}}")
 def explain(error: ValidationError, file: str, origins: Mapping[str, str]) -> str:
     """Return the errors of a job in one line, the first three in full. `origins` maps a key to the name that the user
     wrote for it, if that is a different one."""
-    faults = [_LONG_WORD.sub(lambda word: shorten(word[0]), _explain_one(f, origins)) for f in error.errors()]
+    faults = [
+        _LONG_WORD.sub(lambda word: shorten(word[0], MAX_VALUE_CHARS), _explain_one(f, origins)) for f in error.errors()
+    ]
     more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
     return f"{file}: {'; '.join(faults[:3])}{more}"
 
@@ -91,9 +94,4 @@ def shown(value: object) -> str:
     text = repr(str(value)) if isinstance(value, str) else repr(value)
     if "://" in text and isinstance(value, str):
         text = repr(safe_url(value))
-    return shorten(text)
-
-
-def shorten(text: str) -> str:
-    """Return the text, cut off if it is longer than MAX_VALUE_CHARS."""
-    return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 1] + "…"
+    return shorten(text, MAX_VALUE_CHARS)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.config.job import OLD_KEYS, Job
+from pipeline.core.text import one_line
 
 HEAD = """# Every setting of a job file
 
@@ -83,7 +84,7 @@ def _yaml(value: object) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return one_line(text).replace("|", "\\|")
 
 
 if __name__ == "__main__":

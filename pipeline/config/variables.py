@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 
-from pipeline.config.messages import shorten, shown
+from pipeline.config.messages import MAX_VALUE_CHARS, shown
 from pipeline.core.errors import JobError
+from pipeline.core.text import shorten
 
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}|\$\{")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -51,7 +52,9 @@ class Variables:
             raise JobError(f"{where} is {shown(text)}: a variable inside a variable: write one ${{NAME:-default}}")
         name, has_default, default = inner.partition(":-")
         if not _NAME.fullmatch(name):
-            raise JobError(f"{where}: ${{{shorten(inner)}}} is no variable: write ${{NAME}} or ${{NAME:-default}}")
+            raise JobError(
+                f"{where}: ${{{shorten(inner, MAX_VALUE_CHARS)}}} is no variable: write ${{NAME}} or ${{NAME:-default}}"
+            )
         value = self._values.get(name)
         if has_default:
             value = value or default

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pipeline.core.text import one_line, shorten
+
 KINDS = 20
 """The number of kinds that are counted separately; error rows of any further kind count as OTHER."""
 KIND_CHARS = 100
@@ -30,7 +32,7 @@ class ErrorCount:
 
 def without_quotations(text: str) -> str:
     """Return the text on one line with … in place of every quotation; quoted column names are kept."""
-    return _QUOTED.sub("'…'", " ".join(text.split()))
+    return _QUOTED.sub("'…'", one_line(text))
 
 
 class ErrorKinds:
@@ -44,7 +46,7 @@ class ErrorKinds:
     def add(self, key: str, text: str) -> None:
         """Count one error row; `key` names it as `file#row`."""
         said = without_quotations(text)
-        self._add(_short(_NUMBER.sub("N", said), KIND_CHARS), 1, _short(f"{key}: {said}", EXAMPLE_CHARS))
+        self._add(shorten(_NUMBER.sub("N", said), KIND_CHARS), 1, shorten(f"{key}: {said}", EXAMPLE_CHARS))
 
     def merge(self, counts: Iterable[ErrorCount]) -> None:
         """Add the counts of another replica or part."""
@@ -61,7 +63,3 @@ class ErrorKinds:
             kind = OTHER
         self._rows[kind] = self._rows.get(kind, 0) + rows
         self._examples.setdefault(kind, example)
-
-
-def _short(text: str, chars: int) -> str:
-    return text if len(text) <= chars else text[: chars - 1] + "…"

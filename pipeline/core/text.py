@@ -1,4 +1,4 @@
-"""Formats numbers, times and durations for people to read."""
+"""Formats numbers, times, durations and foreign texts for people to read."""
 
 import math
 
@@ -54,3 +54,23 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size}{unit}{whole % size // smaller:02d}{small_unit}"
     return f"{whole}s"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1: `1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def one_line(text: object) -> str:
+    """Return the text, or the text of an error, with each run of white space as one blank."""
+    return " ".join(str(text).split())
+
+
+def shorten(text: str, chars: int) -> str:
+    """Return the text, cut off with an ellipsis if it has more than `chars` characters."""
+    return text if len(text) <= chars else text[: chars - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters replaced, for a terminal: anybody may have written what is read."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

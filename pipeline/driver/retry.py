@@ -14,8 +14,8 @@ START_FAILURES = 3
 gives up. The same number limits replicas that die with work in which nothing is left to generate."""
 PIECES = 8
 """The number of ranges into which a unit that kills replicas is split; a range that kills is split again. Splitting
-into halves would kill three times as many replicas, and each replacement has to load the model. In return, the unit is
-read once for every range that does not kill."""
+into halves would kill three times as many replicas, and each replacement has to load the model. The price is that
+every range has to read the unit."""
 CONDEMNED_IN_A_ROW = 10
 """The number of rows condemned one after the other, with none generated in between, at which the job gives up."""
 EXCUSED_ATTEMPTS = 20

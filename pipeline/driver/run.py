@@ -12,6 +12,7 @@ from model.errors import TwoTowerError
 from pipeline.config.job import Job
 from pipeline.core.errors import JobFailed
 from pipeline.core.events import Event, ReplicaNote
+from pipeline.core.text import one_line
 from pipeline.core.types import Totals, UnitResult
 from pipeline.driver.dispatcher import Pool, dispatch
 from pipeline.driver.retry import RetryPolicy
@@ -123,7 +124,7 @@ def _ending(watch: Watch, claim: Claim) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        said = " ".join(str(error).split())
+        said = one_line(error)
         ended = said if isinstance(error, TwoTowerError) else f"{type(error).__name__}: {said}"
         try:
             claim.check()

@@ -14,7 +14,7 @@ from model.errors import RequestError
 from model.requests import MAX_STOPS, GenerationParams
 from pipeline.core.schema import is_text, plain_type
 from pipeline.core.types import RowSetting
-from pipeline.prompts.values import CellError, one_line, read_cells
+from pipeline.prompts.values import CellError, error_line, read_cells
 
 _WHOLE = ("max_new_tokens", "seed")
 
@@ -88,5 +88,5 @@ def _check(setting: RowSetting) -> RowSetting | str:
     try:
         GenerationParams(**values)
     except RequestError as error:
-        return f"column '{setting.column}': {one_line(error)}"
+        return f"column '{setting.column}': {error_line(error)}"
     return setting

@@ -13,7 +13,7 @@ from pipeline.input import limits
 from pipeline.input.parquet_rows import RowStream
 from pipeline.input.row_settings import read_settings
 from pipeline.prompts.prompts import PromptMaker
-from pipeline.prompts.values import CellError, one_line, read_cells
+from pipeline.prompts.values import CellError, error_line, read_cells
 from pipeline.storage.urls import safe_url
 
 
@@ -85,7 +85,7 @@ class UnitReader:
             raise
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             self._close_file()  # its position is unknown now
-            raise InputError(f"{_rows_of(unit)}: cannot be decoded: {one_line(error)}") from error
+            raise InputError(f"{_rows_of(unit)}: cannot be decoded: {error_line(error)}") from error
 
     def _output_columns(self, unit: WorkUnit, table: pa.Table) -> tuple[pa.Table, dict[int, str]]:
         """Return the cleaned `id` and carried columns, and the errors of rows with an unusable cell, by row index."""

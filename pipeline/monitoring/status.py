@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.error_kinds import ErrorCount, ErrorKinds
 from pipeline.core.errors import StorageError
-from pipeline.core.text import duration
+from pipeline.core.text import counted, duration, printable
 from pipeline.monitoring.live import DEAD_AFTER, INTERVAL_S, Live, LiveReplica, read_live
 from pipeline.output.ledger import Ledger
 from pipeline.output.records import Status
@@ -128,7 +128,7 @@ def lines(status: JobStatus) -> Iterator[str]:
     if live is not None and status.state == "running":
         yield from (f"replica  {_replica(replica, status.at)}" for replica in live.replicas)
     if live is not None and live.replicas_lost and not folder.complete:
-        yield f"lost     {_many(live.replicas_lost, 'replica')}, the last: {_printable(' '.join(live.losses[-1:]))}"
+        yield f"lost     {counted(live.replicas_lost, 'replica')}, the last: {printable(' '.join(live.losses[-1:]))}"
     yield from _errors(status)
     if folder.complete:
         yield f"complete {folder.finished or 'without a manifest: submit the same job again to write it'}"
@@ -146,7 +146,7 @@ def _state(status: JobStatus) -> str:
             slow = f"; its loop has not turned for {duration(stuck)}" if stuck > QUIET_S else ""
             return f"running, heard {ago}{slow}"
         case "stopped":
-            return f"stopped {ago}: {_printable(status.live.ended or '')}"
+            return f"stopped {ago}: {printable(status.live.ended or '')}"
     return f"dead: its driver was last heard {ago}"
 
 
@@ -196,19 +196,19 @@ def _replica(replica: LiveReplica, now: float) -> str:
     if room.pages:
         said.append(f"pages {room.pages_used / room.pages:.0%}")
     if stats.unsaved_rows:
-        said.append(f"{_many(stats.unsaved_rows, 'row')} unsaved for {duration(stats.unsaved_s)}")
+        said.append(f"{counted(stats.unsaved_rows, 'row')} unsaved for {duration(stats.unsaved_s)}")
     if (quiet := now - replica.heard) > QUIET_S:
         said.append(f"SILENT for {duration(quiet)}")
-    return f"{_printable(replica.name)}: {', '.join(said)}; {_printable(replica.doing)}"
+    return f"{printable(replica.name)}: {', '.join(said)}; {printable(replica.doing)}"
 
 
 def _errors(status: JobStatus) -> Iterator[str]:
     parts = f" (of {status.error_parts} parts alone)" if status.error_parts else ""
     for count in status.error_kinds[:SHOWN_ERRORS]:
-        yield f"error    {_many(count.rows, 'row')}{parts}: {_printable(count.example)}"
+        yield f"error    {counted(count.rows, 'row')}{parts}: {printable(count.example)}"
     if len(status.error_kinds) > SHOWN_ERRORS:
         rest = status.error_kinds[SHOWN_ERRORS:]
-        yield f"error    {_many(_rows(rest), 'row')} of {_many(len(rest), 'further kind')}"
+        yield f"error    {counted(_rows(rest), 'row')} of {counted(len(rest), 'further kind')}"
 
 
 def _what_to_do(status: JobStatus) -> str:
@@ -221,12 +221,3 @@ def _what_to_do(status: JobStatus) -> str:
 
 def _rows(counts: Sequence[ErrorCount]) -> int:
     return sum(count.rows for count in counts)
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _printable(text: str) -> str:
-    """Replace control characters in a text for the terminal: anybody may have written live.json and the parts."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

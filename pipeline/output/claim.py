@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.core.errors import JobFailed, OutputError, StorageError
+from pipeline.core.text import printable
 from pipeline.output.layout import DRIVERS
 from pipeline.storage.storage import Storage
 from pipeline.storage.urls import safe_url
@@ -40,9 +41,7 @@ class DriverRecord(BaseModel):
     started: str = Field(max_length=64)
 
     def __str__(self) -> str:
-        host = "".join(letter if letter.isprintable() else "?" for letter in self.host)
-        started = "".join(letter if letter.isprintable() else "?" for letter in self.started)
-        return f"pid {self.pid} on {host}, since {started}"
+        return f"pid {self.pid} on {printable(self.host)}, since {printable(self.started)}"
 
 
 def read_driver(data: bytes) -> DriverRecord | None:

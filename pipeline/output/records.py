@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.job import Job, rename_old_keys
 from pipeline.core.schema import SCHEMA_VERSION
+from pipeline.core.text import one_line
 from pipeline.core.types import Totals, UnitResult
 from pipeline.output.part import TOTALS_KEY
 from pipeline.planning.fingerprint import Fingerprint, digest_of
@@ -150,7 +151,7 @@ def read_part(source: pa.NativeFile) -> tuple[PartRecord, Totals]:
     try:
         metadata = pq.read_metadata(source)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column name that is not UTF-8
-        raise NotOursError(" ".join(str(error).split())) from error
+        raise NotOursError(one_line(error)) from error
     pairs = metadata.metadata or {}
     try:
         record = _part_record(from_json(pairs[RECORD_KEY.encode()]))

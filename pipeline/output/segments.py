@@ -120,7 +120,7 @@ def segment_name(writer: str, number: int, data: bytes) -> str:
 
 
 def to_segment(unit: WorkUnit, fingerprint: str, rows: pa.Table, *, writer: str, attempt: int) -> bytes:
-    """Return a segment as Parquet bytes."""
+    """Return the rows as the Parquet bytes of a segment, whose metadata has unit, fingerprint, writer and attempt."""
     record = {**asdict(SegmentRecord.of(unit, fingerprint)), "writer": writer, "attempt": attempt}
     return to_parquet(rows.replace_schema_metadata({RECORD_KEY: json.dumps(record)}))
 

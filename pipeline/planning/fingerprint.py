@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipeline.config.job import Job
 from pipeline.core.schema import RESULT_COLUMNS, SCHEMA_VERSION, plain_type
+from pipeline.core.text import shorten
 from pipeline.planning.part_size import ESTIMATE
 
 NAMED_AT_MOST = 3
@@ -129,5 +130,4 @@ def listing_change(old: Listing, new: Listing) -> ListingChange:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:59] + "…"
+    return shorten(json.dumps(value, ensure_ascii=False), 60)

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from pipeline.prompts.template import Template
-from pipeline.prompts.values import CellError, judge, one_line, read_cells
+from pipeline.prompts.values import CellError, error_line, judge, read_cells
 
 SEND_BYTES, SEND_SECONDS = 1 << 16, 1.0
 """Finished frames are sent if they exceed this many bytes, or this many seconds after the last ones."""
@@ -83,7 +83,7 @@ def _render(template: Template, table: pa.Table) -> Iterator[tuple[int, bytes]]:
         except MemoryError:
             raise
         except Exception as error:  # a template is the user's code: it can raise anything, and only its row fails
-            yield REASON, f"template: {one_line(error)}".encode()
+            yield REASON, f"template: {error_line(error)}".encode()
             continue
         prompt, reason = judge(text)
         yield (PROMPT, prompt.encode()) if prompt is not None else (REASON, (reason or "").encode())

@@ -4,6 +4,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.core.text import one_line, shorten
+
 MAX_ERROR_CHARS = 300
 MAX_PROMPT_CHARS = 16_000_000
 """The most characters of a prompt, far more than any context holds."""
@@ -36,14 +38,14 @@ def _read_cell(scalar: Any) -> Any:
     except UnicodeDecodeError as error:
         return CellError(f"holds bytes that are not UTF-8 (byte {error.start})")
     except (ValueError, OverflowError) as error:
-        return CellError(f"holds a value that cannot be read: {one_line(error)}")
+        return CellError(f"holds a value that cannot be read: {error_line(error)}")
 
 
-def one_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Return the error's text in one line of at most MAX_ERROR_CHARS characters that can be encoded as UTF-8."""
-    text = " ".join(f"{error}".split()) or type(error).__name__
+    text = one_line(error) or type(error).__name__
     text = text.encode("utf-8", "backslashreplace").decode()  # the text may contain a lone surrogate
-    return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 1] + "…"
+    return shorten(text, MAX_ERROR_CHARS)
 
 
 def judge(prompt: str | None) -> Prompt:

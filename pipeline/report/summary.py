@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.text import duration, number, share, when
+from pipeline.core.text import duration, number, one_line, share, when
 from pipeline.report.facts import Facts, Unit, read_facts
 from pipeline.report.measures import QUANTILES, Summary, summary, summary_of_counts
 from pipeline.report.page import shown
@@ -136,7 +136,7 @@ def last_run(facts: Facts) -> list[tuple[str, str]]:
         ("units that went back to the queue", f"{live.unit_retries:,}"),
         ("replicas lost", f"{live.replicas_lost:,}"),
     ]
-    return found + [("lost, such as", shown(" ".join(loss.split()), TEXT_CHARS)) for loss in live.losses]
+    return found + [("lost, such as", shown(one_line(loss), TEXT_CHARS)) for loss in live.losses]
 
 
 def about_time(time: Timeline) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from pipeline.core.text import number
+from pipeline.core.text import number, one_line
 from pipeline.report import summary
 from pipeline.report.measures import Histogram, histogram, histogram_of_counts
 from pipeline.report.page import shown
@@ -86,4 +86,4 @@ def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Itera
 
 
 def _one_line(text: str) -> str:
-    return shown(" ".join(text.split()), summary.TEXT_CHARS)
+    return shown(one_line(text), summary.TEXT_CHARS)

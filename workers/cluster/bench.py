@@ -17,7 +17,8 @@ from pipeline.calibration.bench import Bench, Replica, RowLimit, Run, Task, Tick
 from pipeline.calibration.sample import SampleRow
 from pipeline.config.job import Job, WorkersSection
 from pipeline.core.errors import ClusterError, JobFailed
-from workers.cluster.connection import amounts, connect, describe_nodes, one_line
+from pipeline.core.text import one_line
+from workers.cluster.connection import amounts, connect, describe_nodes, ray_text
 from workers.cluster.pool import death_of
 
 T = TypeVar("T")
@@ -87,7 +88,7 @@ class RayBench:
             )
             found: Replica = self._call(self._actor.start, (rows, limits), tick)
         except RayError as error:
-            raise ClusterError(f"the Ray cluster was lost: {one_line(str(error))}") from error
+            raise ClusterError(f"the Ray cluster was lost: {ray_text(error)}") from error
         return found
 
     def measure(self, task: Task, tick: Tick) -> Run:
@@ -95,7 +96,7 @@ class RayBench:
         try:
             run: Run = self._call(self._actor.measure, (task,), tick)
         except RayError as error:
-            raise ClusterError(f"the Ray cluster was lost: {one_line(str(error))}") from error
+            raise ClusterError(f"the Ray cluster was lost: {ray_text(error)}") from error
         return run
 
     def close(self) -> None:
@@ -150,7 +151,7 @@ def _answer(function: Callable[[], T]) -> "T | Failure":
     try:
         return function()
     except Exception as error:  # catches everything: the driver gets the reason
-        text = " ".join(str(error).split())
+        text = one_line(error)
         if isinstance(error, TwoTowerError):
             return Failure(text)
         traceback.print_exception(error)

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.core.errors import ClusterError
+from pipeline.core.text import one_line
 
 CONNECT_S = 10.0
 STARTS = 4
@@ -48,13 +49,13 @@ def connect(stopped: Callable[[], bool] = lambda: False) -> bool:
         signal.raise_signal(signal.SIGTERM)
         raise ClusterError("stopped; Ray was still starting; submit the same job again to resume") from None
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"Ray at {address or 'this machine'} cannot be used: {one_line(str(error))}") from error
+        raise ClusterError(f"Ray at {address or 'this machine'} cannot be used: {ray_text(error)}") from error
     except Exception as error:
         if type(error) is not Exception:
             raise
         ray.shutdown()
         raise ClusterError(
-            f"Ray did not start on this machine: {one_line(str(error))} See what else keeps the machine busy; "
+            f"Ray did not start on this machine: {ray_text(error)} See what else keeps the machine busy; "
             "submit the same job again to resume"
         ) from error
     return True
@@ -108,6 +109,6 @@ def amounts(resources: dict[str, Any]) -> str:
     return ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in ("GPU", "CPU"))
 
 
-def one_line(text: str) -> str:
-    """Return a text of Ray as one line of at most 1000 characters."""
-    return " ".join(text.split())[:1000]
+def ray_text(error: object) -> str:
+    """Return the text of Ray's error as one line of at most 1000 characters."""
+    return one_line(error)[:1000]

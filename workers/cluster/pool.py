@@ -21,7 +21,7 @@ from pipeline.config.job import WorkersSection
 from pipeline.core.errors import ClusterError
 from pipeline.core.events import Event, ReplicaLost, ReplicaReady
 from pipeline.core.types import Assignment
-from workers.cluster.connection import amounts, connect, describe_nodes, one_line
+from workers.cluster.connection import amounts, connect, describe_nodes, ray_text
 from workers.replica.replica import FLUSH_S, MakeRunner, ReplicaProcess, Report
 
 WORK_S = 2.0
@@ -108,7 +108,7 @@ class RayPool:
             self._fill_slots()
             return self._listen(timeout_s)
         except RayError as error:
-            raise ClusterError(f"the Ray cluster was lost: {one_line(str(error))}; submit the job again") from error
+            raise ClusterError(f"the Ray cluster was lost: {ray_text(error)}; submit the job again") from error
 
     def drop(self, replica: str, reason: str) -> None:
         """See Pool."""
@@ -178,7 +178,7 @@ class RayPool:
         except RayActorError as error:
             report = Report(fatal=death_of(error))
         except RayError as error:  # the replica could not report at all: its code or its environment is broken
-            report = Report(fatal=one_line(str(error)))
+            report = Report(fatal=ray_text(error))
         events = list(report.events)
         if report.fatal is not None:
             return [*events, self._lose(slot, report)]
@@ -282,7 +282,7 @@ def _is_overdue(slot: _Slot) -> bool:
 
 def death_of(error: RayActorError) -> str:
     """Return Ray's message about a dead actor as one line that gives the cause, without ids and advice."""
-    text = one_line(str(error))
+    text = ray_text(error)
     for start in ("The actor is dead because ", "The actor died because "):
         text = text[text.index(start) + len(start) :] if start in text else text
     return text.split(" Some common causes include")[0]

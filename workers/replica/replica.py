@@ -19,6 +19,7 @@ from model.errors import TwoTowerError
 from model.runtime.device_errors import device_lost, first_line
 from pipeline.core.error_kinds import without_quotations
 from pipeline.core.events import Event, ReplicaActive, ReplicaNote
+from pipeline.core.text import one_line
 from pipeline.core.types import Assignment
 from pipeline.monitoring.logs import event_record, is_json, log, work_record
 from workers.units.runner import UnitRunner
@@ -132,7 +133,7 @@ class Replica:
 
     def _die(self, error: Exception, refused: bool = False) -> Report:
         self._device_lost = device_lost(error)
-        text = first_line(error) if self._device_lost else " ".join(str(error).split())
+        text = first_line(error) if self._device_lost else one_line(error)
         self._fatal = text if isinstance(error, TwoTowerError) else f"{type(error).__name__}: {text}"
         log(
             (logging.ERROR, "replica died", {"reason": without_quotations(self._fatal)}),

@@ -24,6 +24,7 @@ from pipeline.calibration.results import record, tables
 from pipeline.calibration.sample import SampleRow
 from pipeline.config.job import Job
 from pipeline.core.errors import InputError, JobError, OutputError
+from pipeline.core.text import one_line
 from pipeline.input.files import list_input, would_read
 from pipeline.output.layout import check_writable
 from pipeline.output.part import to_parquet
@@ -71,7 +72,8 @@ def folder_for(job: Job, to: str | None) -> str:
 
 
 def default_folder(job: Job) -> str | None:
-    """Return the folder beside the job's output, or None if the output is a whole disk or bucket."""
+    """Return the default folder of a calibration: the path of the output with `-calibration` added. Return None if the
+    output is a whole disk or bucket."""
     output = job.output.path.rstrip("/")
     root = output.strip("/") if is_local(output) else output.partition("://")[2].partition("/")[2]
     return f"{output}-calibration" if root else None
@@ -170,7 +172,7 @@ class Folder:
         try:
             return pq.read_table(pa.BufferReader(data))
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise self._damaged(name, " ".join(str(error).split())) from error
+            raise self._damaged(name, one_line(error)) from error
 
     def _damaged(self, name: str, why: str) -> OutputError:
         return OutputError(f"{self.shown}/{name} cannot be read: {why}; delete the file, it is measured again")
