@@ -32,7 +32,8 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The data of R rows of T = ROW_CHUNKS * CHUNK tokens."""
+    """Training examples packed into R rows of T = ROW_CHUNKS * CHUNK tokens: token ids, masks and weights of the loss.
+    A row here holds several documents."""
 
     ids: np.ndarray  # (R, T) int64
     real: np.ndarray  # (R, T) bool: False at padding in front of a prompt and in unused chunks

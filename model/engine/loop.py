@@ -99,7 +99,7 @@ class Loop(Generic[H]):
         self.scheduler.submit(request, self._clock())
 
     def check_request(self, request: Request) -> None:
-        """Raise RequestError if the request could never run."""
+        """Accept every request. A subclass raises RequestError here if the request could never run."""
 
     def cancel(self, key: str) -> bool:
         """Remove a request, waiting or running, and free its slot; it gives no completion.
@@ -239,7 +239,8 @@ class Loop(Generic[H]):
         return handle is not None
 
     def _try(self, what: str, rows: Sequence[ActiveRow | Prefix], call: Callable[[], T]) -> T | None:
-        """Return the result of the call, or None if it failed and the rows were put back into the queue."""
+        """Return the result of the call. If it fails, return None if its rows were put back into the queue or have
+        ended, and raise EngineError otherwise. An error that is not an Exception is raised again."""
         try:
             return call()
         except BaseException as error:  # catch everything: whatever a device raises, no row may stay half-computed

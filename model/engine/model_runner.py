@@ -137,8 +137,9 @@ class ModelRunner:
         return Handle(self.stages.launch(parts, torch.from_numpy(tokens)), filling)
 
     def _predict(self, tower: Tower, filling: Filling, steps: Iterable[_Step], x: Tensor) -> Tensor:
-        """Run the steps, each on the tokens that the one before predicted, and return what is committed, on its way to
-        the host."""
+        """Run the forwards in `steps` and return their tokens, which are still being copied to the host. A denoiser
+        forward is a single step. In the AR modes each further step reads the tokens that the step before it
+        predicted."""
         config, device = self.pair.config, tower.devices[-1]
         places, predicted = list[Array](), list[tuple[Tensor, Tensor]]()
         for step in steps:

@@ -53,7 +53,8 @@ def commit(
 
 
 def commit_in_order(place: Tensor, tokens: Tensor, confidence: Tensor, rows: int, width: int) -> Tensor:
-    """Do the same as `commit` for tokens that were predicted one after the other: commit all before the first NaN."""
+    """Return a result like that of `commit` for tokens that were predicted one after the other. No threshold applies:
+    in each row, all tokens before the first one whose confidence is NaN are committed."""
     _, ids, sure = _blocks(place, tokens, confidence, rows, width)
     broken = sure.isnan().cumsum(-1) > 0
     return torch.stack([ids.masked_fill_(broken, -1), sure.view(torch.int32)])

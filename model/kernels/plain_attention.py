@@ -24,7 +24,8 @@ QUERIES = 256  # per causal piece on an accelerator, where equal bits are not pr
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """The index tensors of B pieces of W queries over T keys each."""
+    """B pieces of attention of one shape, which are computed together. Each holds W queries of one row and the first T
+    keys of that row, padding included; the tensors say where these queries and keys are."""
 
     table: Tensor  # (B * T / page size,) the pages that contain the keys
     own: Tensor  # (Z,) into B * T: the keys that come from the forward's tokens instead of pages

@@ -34,10 +34,8 @@ class DevicePlan:
         return self.workspace + self.graphs + self.logits
 
     def kv_room(self, rows: int) -> int | None:
-        """Return the tokens of context, in whole pages, that fit beside so many rows.
-
-        Returns -1 if the rows themselves do not fit, and None if there is no limit.
-        """
+        """Return how many tokens of context, in whole pages, fit if the engine holds `rows` rows. Return -1 if the rows
+        alone do not fit, and None if context takes no memory on this device."""
         left = self.free - self.kept_back - self.fixed(rows)
         if left >= 0 and not self.kv_per_token:
             return None

@@ -89,7 +89,8 @@ class PageAllocator:
             self._held[slot].table.append(self._free_pages.pop())
 
     def release(self, slot: int) -> None:
-        """Free the slot and its own pages. A prefix must have no users."""
+        """Free the slot and the pages that it does not share with a prefix. If the slot holds a prefix, no row may use
+        it."""
         assert not self._users.get(slot), f"prefix slot {slot} has users"
         held = self._held.pop(slot)
         self._users.pop(slot, None)

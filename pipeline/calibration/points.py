@@ -37,7 +37,7 @@ AR = Setting("ar")
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A setting at a row limit: the unit that is measured, and that a job can be set to."""
+    """A setting together with a row limit. A calibration measures points, and a job can run at one."""
 
     setting: Setting
     max_rows: int

@@ -175,8 +175,9 @@ def draw_sample(
 
 
 def _places(plan: Plan, columns: Container[str], wanted: int, rng: random.Random) -> Iterator[tuple[WorkUnit, bool]]:
-    """Yield random pieces of work units, all equally likely, each with True if it had to be moved. Yield all units
-    whole if the input is small."""
+    """Yield up to PLACES different ranges of rows, each equally likely, as a work unit and whether it was moved. A
+    range is moved to an earlier place in its row group if reaching it would decode too much. If the plan has at most
+    `wanted` rows, yield all of its units whole instead."""
     if plan.rows <= wanted:
         yield from ((unit, False) for unit in plan.units)
         return

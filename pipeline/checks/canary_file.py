@@ -32,7 +32,8 @@ class CanaryPrompt(_Record):
 
 
 class CanaryCase(_Record):
-    """A model.checks.canary.Case that names its prompt by the index in the file."""
+    """A model.checks.canary.Case as canary.json stores it: it has the index of its prompt in `CanaryFile.prompts`
+    instead of token ids."""
 
     prompt: int = Field(ge=0)
     mode: Literal["ar", "diffusion"]

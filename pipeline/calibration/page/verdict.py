@@ -8,7 +8,7 @@ from pipeline.calibration.quality import difference, percent, rows_to_tell
 
 
 def verdict(choice: Choice) -> str:
-    """Return a sentence or two that name the chosen point and the reason for it, with figures."""
+    """Return a sentence or two that say whether diffusion or AR was chosen and compare it with the other in figures."""
     best, reference = choice.best, choice.reference
     if best.point.setting == AR:
         return _verdict_for_ar(choice)

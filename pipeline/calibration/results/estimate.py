@@ -35,7 +35,8 @@ class Estimate:
     measured: Mapping[str, Any]
     """The point's row of measurements.parquet."""
     rows: int
-    """Rows to generate."""
+    """Estimated number of rows that are still to be generated: without finished and saved rows and the share of
+    unusable rows."""
     replicas: int | None
     """Number of replicas; None means as many as fit."""
     gpus: int
