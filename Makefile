@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 COSTLY := ray or server or slow
 
-.PHONY: help demo check test lint format types unit bench bench-gpu kernels bench-scale bench-pipeline chaos fuzz quality tiny noise docs clean
+.PHONY: help demo check test lint format types unit bench bench-gpu kernels bench-scale bench-pipeline chaos stress fuzz quality tiny noise docs clean
 
 help: ## show the targets and what they do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ bench-pipeline: $(VENV)/.dev ## what the driver costs, 256 simulated replicas, R
 
 chaos: $(VENV)/.dev ## 100,000 rows a seed while everything is killed and storage fails: tests/chaos/out/chaos.json
 	$(BIN)/python -m tests.chaos.run
+
+stress: $(VENV)/.dev ## all tests five times in a row, beside two processes that keep the cores busy
+	$(BIN)/python -m tests.stress
 
 fuzz: $(VENV)/.dev ## every reader of foreign bytes under a coverage-guided fuzzer, a minute each
 	$(BIN)/python -m tests.fuzz.run --seconds 60 all
