@@ -125,7 +125,7 @@ def markers_of_file(path: Path, *, every: bool = True) -> set[str]:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Skip files in which `-m` can select no test, because importing torch, Ray and pandas is slow."""
     expression = config.option.markexpr
-    if not expression or not collection_path.name.startswith("test_"):
+    if not expression or not collection_path.match("test_*.py"):
         return None
     always = markers_of_file(collection_path)
     maybe = markers_of_file(collection_path, every=False) - always
