@@ -50,14 +50,6 @@ def connect(stopped: Callable[[], bool] = lambda: False) -> bool:
         raise ClusterError("stopped; Ray was still starting; submit the same job again to resume") from None
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"Ray at {address or 'this machine'} cannot be used: {ray_text(error)}") from error
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        ray.shutdown()
-        raise ClusterError(
-            f"Ray did not start on this machine: {ray_text(error)} See what else keeps the machine busy; "
-            "submit the same job again to resume"
-        ) from error
     return True
 
 
@@ -65,16 +57,21 @@ def _start(settings: dict[str, Any], stopped: Callable[[], bool]) -> None:
     """Call `ray.init`, and call it again if a node that it starts here is not ready in time.
 
     Ray gives its node 30 s, which no setting changes and a busy machine may exceed. It then raises a plain Exception.
+    Raises ClusterError after STARTS calls, or after the first one if the job is being stopped.
     """
     for tries_left in reversed(range(STARTS)):
         try:
             ray.init(**settings)
+            return
         except Exception as error:
-            if type(error) is not Exception or stopped() or not tries_left:
+            if type(error) is not Exception:
                 raise
             ray.shutdown()
-        else:
-            return
+            if stopped() or not tries_left:
+                raise ClusterError(
+                    f"Ray did not start on this machine: {ray_text(error)} See what else keeps the machine busy; "
+                    "submit the same job again to resume"
+                ) from error
 
 
 def check_reachable(address: str) -> None:
