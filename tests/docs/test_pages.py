@@ -5,9 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-import typer
 
-from pipeline.cli.app import app
+from tests.docs.pages import commands_of, parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -22,13 +21,11 @@ ELSEWHERE = {
 
 def commands() -> list[tuple[str, str]]:
     """Return (page, command) for each line of each sh block, without comments and leading variables."""
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
-            for line in filter(str.strip, block.splitlines()):
-                command = re.sub(r"^(\w+=\S+ )+", "", line.partition(" #")[0].strip())
-                found.append((page.relative_to(ROOT).as_posix(), command))
-    return found
+    return [
+        (page.relative_to(ROOT).as_posix(), re.sub(r"^(\w+=\S+ )+", "", line.partition(" #")[0].strip()))
+        for page in PAGES
+        for line in commands_of(page.read_text())
+    ]
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
@@ -38,10 +35,7 @@ def test_a_command_exists(page: str, command: str) -> None:
     if program == "make":
         assert all(re.search(rf"^{target}:.*## ", MAKEFILE, re.MULTILINE) for target in words)
     elif program == "twotower":
-        group = typer.main.get_command(app)
-        context = group.make_context("twotower", words)
-        _, found, rest = group.resolve_command(context, words)  # type: ignore[attr-defined]
-        found.make_context(words[0], rest, parent=context)
+        parse(words)
     else:
         assert any(command.startswith(start) for start in ELSEWHERE), f"{page} tells to run {command!r}, no test does"
 

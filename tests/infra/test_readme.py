@@ -8,16 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
-from pipeline.cli.app import app
+from tests.docs.pages import commands_of, parse
 from tests.infra.files import IMAGE, INFRA, ROOT
 from tests.waiting import PATIENCE_S
 
 README = (INFRA / "README.md").read_text()
-COMMANDS = [
-    line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()
-]
+COMMANDS = commands_of(README)
 NOT_HERE = {
     "docker": "needs a Docker daemon and GPUs; tests/infra/test_image.py reads the Dockerfile",
     "aws": "needs an AWS account; tests/infra/test_s3.py gives both files to a real S3 server",
@@ -70,11 +67,7 @@ def test_a_token_is_made(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if kind_of(c) == "python -m pipeline"])
 def test_the_commands_of_the_pipeline_are_ones(command: str) -> None:
     """The verbs and options of the commands parse; tests/infra/test_s3.py runs all four on S3."""
-    verb, *words = shlex.split(command)[3:]
-    group = typer.main.get_command(app)
-    context = group.make_context("twotower", [verb, *words])
-    _, found, rest = group.resolve_command(context, [verb, *words])  # type: ignore[attr-defined]
-    found.make_context(verb, rest, parent=context)
+    parse(shlex.split(command)[3:])
 
 
 def test_the_files_and_names_it_gives_are_there() -> None:
