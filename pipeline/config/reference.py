@@ -18,53 +18,51 @@ given on the command line as `--set SECTION.KEY=VALUE`, and a value may hold `${
 LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 """Keyword of a JSON schema -> how a limit is called on the page."""
 TYPES = {"integer": "whole number", "number": "number", "string": "text", "array": "list", "null": "null"}
+Schema = Mapping[str, Any]
+"""A JSON schema, or the schemas that it defines by name."""
 
 
 def make_reference() -> str:
     """Return the page: a table for each section of a job file."""
     schema = Job.model_json_schema()
-    sections = dict(_sections(schema))
     lines = [HEAD, *_table("The top level", schema, schema["$defs"])]
-    for path, section in sections.items():
-        lines += [*_table(f"`{path}:`", section, schema["$defs"]), ""]
-    old = "\n".join(f"- `{old}:` is the old name of `{new}:` and still works." for old, new in OLD_KEYS.items())
-    return "\n".join([*lines, "## Old names", "", old, ""])
+    for path, section in _sections(schema, schema["$defs"]):
+        lines += _table(f"`{path}:`", section, schema["$defs"])
+    old = [f"- `{old}:` is the old name of `{new}:` and still works." for old, new in OLD_KEYS.items()]
+    return "\n".join([*lines, "## Old names", "", *old, ""])
 
 
-def _sections(schema: Mapping[str, Any], above: str = "", defs: Mapping[str, Any] | None = None) -> Iterator[Any]:
+def _sections(schema: Schema, defs: Schema, above: str = "") -> Iterator[tuple[str, Schema]]:
     """Yield (path in the job file, schema) for each section, outer ones first."""
-    defs = schema["$defs"] if defs is None else defs
     for key, field in schema["properties"].items():
         section = _section(field, defs)
         if section is not None:
             yield f"{above}{key}", section
-            yield from _sections(section, f"{above}{key}.", defs)
+            yield from _sections(section, defs, f"{above}{key}.")
 
 
-def _section(field: Mapping[str, Any], defs: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _section(field: Schema, defs: Schema) -> Schema | None:
     """Return the schema of the section that a field holds; None for a single setting."""
     name = field.get("$ref", "").removeprefix("#/$defs/")
     return defs[name] if name else None
 
 
-def _table(title: str, section: Mapping[str, Any], defs: Mapping[str, Any]) -> Iterator[str]:
+def _table(title: str, section: Schema, defs: Schema) -> Iterator[str]:
     """Yield the lines of a section's heading and table; settings that are sections themselves get their own."""
-    yield f"## {title}\n"
-    yield f"{_one_line(section['description'])}\n"
-    yield "| key | value | default | meaning |"
-    yield "|---|---|---|---|"
+    yield from (f"## {title}", "", _cell(section["description"]), "")
+    yield from ("| key | value | default | meaning |", "|---|---|---|---|")
     for key, field in section["properties"].items():
         inner = _section(field, defs)
         if inner is not None:
-            yield f"| `{key}` | a section, see below | | {_one_line(inner['description'])} |"
+            yield f"| `{key}` | a section, see below | | {_cell(inner['description'])} |"
         else:
             required = key in section.get("required", ())
             default = "required" if required else f"`{_yaml(field.get('default'))}`"
-            yield f"| `{key}` | {_values(field)} | {default} | {_one_line(field.get('description', ''))} |"
+            yield f"| `{key}` | {_values(field)} | {default} | {_cell(field.get('description', ''))} |"
     yield ""
 
 
-def _values(field: Mapping[str, Any]) -> str:
+def _values(field: Schema) -> str:
     """Return what a setting may hold, in words: types, choices and limits."""
     if "anyOf" in field:
         return ", ".join(_values(each) for each in field["anyOf"])
@@ -83,7 +81,7 @@ def _yaml(value: object) -> str:
     return "[]" if value in ((), []) else str(value)
 
 
-def _one_line(text: str) -> str:
+def _cell(text: str) -> str:
     return one_line(text).replace("|", "\\|")
 
 
