@@ -8,8 +8,6 @@ export TWOTOWER_OUT ?= $(CURDIR)/out
 # compiled once and kept: hundreds of processes of the tests start sooner
 unexport PYTHONDONTWRITEBYTECODE
 
-COSTLY := ray or server or slow
-
 .PHONY: help demo check test lint format types unit bench bench-gpu kernels bench-scale bench-pipeline chaos stress fuzz quality tiny noise docs clean
 
 help: ## show the targets and what they do
@@ -18,10 +16,10 @@ help: ## show the targets and what they do
 demo: $(VENV)/.runtime ## run jobs/demo.yaml; completions land in out/demo
 	$(BIN)/python -m pipeline run jobs/demo.yaml
 
-check: lint types unit ## format, types, floor plan and quick tests: a minute, before each commit
+check: lint types unit ## format, types, rules for imports and quick tests: a minute, before each commit
 
 # three processes: tests wait for clusters and servers, so two cores are busy with three
-test: lint types ## everything CI runs
+test: lint types ## all tests, as CI runs them
 	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 
 lint: $(VENV)/.dev
@@ -37,7 +35,7 @@ types: $(VENV)/.dev
 
 # tests that start no Ray and no server and compute little
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m 'not ($(COSTLY))'
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m 'not (ray or server or slow)'
 
 bench: $(VENV)/.dev ## the engine against lockstep, layouts on simulated GPUs: tests/benchmarks/out/engine.json
 	$(BIN)/python -m tests.benchmarks.engine
