@@ -14,7 +14,7 @@ from tests.chaos.harness import ROOT, History
 from tests.chaos.logs import finished_since, read_lives, replaced, times_finished
 from tests.chaos.rows import COLUMNS
 
-RaggedBatch = Mapping[str, tuple[object, ...]]
+Rows = Mapping[str, tuple[object, ...]]
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class Verdict:
         return {kind: round(statistics.median(x), 2) if x else None for kind, x in self.recover_s.items()}
 
 
-def judge(history: History, expected: RaggedBatch) -> Verdict:
+def judge(history: History, expected: Rows) -> Verdict:
     """Read everything that the job left, and return the verdict."""
     found = Counter[str]()
     changed = []

@@ -5,15 +5,11 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pipeline.checks.findings import Check, Finding, fail, ok, warn
 from pipeline.checks.machine import GIB, installed_version
 from pipeline.config.job import Job
 from workers.checks.kernels import check_kernels
-
-if TYPE_CHECKING:
-    pass
 
 BUSY = 0.1
 """If more than this share (0 to 1) of a GPU's memory is already in use, the operator gets a warning."""

@@ -6,15 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pipeline.checks.findings import Check, Finding, fail, ok, warn
 from pipeline.checks.machine import NEW_TOKEN, ROOT, answer, installed_version, token_source
 from pipeline.config.job import Job
 from pipeline.storage.urls import safe_url
-
-if TYPE_CHECKING:
-    pass
 
 JOIN_S = 60.0
 """Time limit for joining a Ray cluster, in seconds."""
