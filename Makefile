@@ -83,7 +83,7 @@ $(VENV)/bin/python:
 
 # --no-build-isolation makes pip build with the tools that constraints.txt pins.
 $(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "installing into $(VENV): a minute or two"
+	@echo "installing into $(VENV): one to three minutes, longer on a busy machine"
 	$(PIP) install -c constraints.txt pip setuptools
 	$(PIP) install -c constraints.txt --no-build-isolation -e .
 	@touch $@

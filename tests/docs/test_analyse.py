@@ -100,7 +100,7 @@ def test_every_block_is_run() -> None:
 # The checks of the answers to the queries, by heading in ANSWERS.
 
 
-def tokens_a_forward(rows: list[dict[str, Any]], truth: Truth) -> None:
+def tokens_per_forward(rows: list[dict[str, Any]], truth: Truth) -> None:
     found = {row["finish_reason"]: row for row in rows}
     assert found.keys() == {"error", "length", "stop"}
     assert found["error"]["tokens_per_forward"] is None
@@ -126,7 +126,7 @@ def prompts_beside(rows: list[dict[str, Any]], truth: Truth) -> None:
         assert (row["prompt"], row["completion"]) == (truth.prompts[row["id"]], completions[row["id"]])
 
 
-def steps_a_block(rows: list[dict[str, Any]], truth: Truth) -> None:
+def steps_per_block(rows: list[dict[str, Any]], truth: Truth) -> None:
     assert {row["steps"]: row["blocks"] for row in rows} == truth.steps
     assert sum(row["share"] for row in rows) == pytest.approx(1)
 
@@ -167,12 +167,12 @@ def without_repeats(_rows: object, truth: Truth) -> None:
 
 
 ANSWERS: dict[str, Callable[[list[dict[str, Any]], Truth], None]] = {
-    "Tokens a forward": tokens_a_forward,
+    "Tokens per forward": tokens_per_forward,
     "Errors": errors,
     "Degenerate completions": degenerate,
     "Back to the prompts by id": prompts_beside,
     "Back to the prompts by file and row": prompts_beside,
-    "Steps a block": steps_a_block,
+    "Steps per block": steps_per_block,
     "One input file": one_input_file,
     "Latency": latency,
     "Throughput by replica and hour": throughput,

@@ -35,7 +35,7 @@ def python(*arguments: str, folder: Path = ROOT) -> str:
 def test_ones_own_file(tmp_path: Path) -> None:
     """Runs the job file, commands and query of "Your own file", and those of "Watching a job", with /data elsewhere."""
     texts = [f"A text of one's own, number {i}." for i in range(30)]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "prompts.parquet")
+    pq.write_table(pa.table({"id": list(range(30)), "text": texts}), tmp_path / "prompts.parquet")
     (tmp_path / "mine.yaml").write_text(block("yaml", "prompt_column: text").replace("/data", str(tmp_path)))
     commands = re.findall(r"^twotower (\w+) (\S+)", block("sh", "twotower plan"), re.MULTILINE)
     assert [verb for verb, _ in commands] == ["plan", "run", "status", "verify"]
