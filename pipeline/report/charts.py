@@ -104,13 +104,13 @@ def histogram_chart(found: Histogram, label: str) -> str:
     shares = found.counts / total
     low, high = float(found.edges[0]), float(found.edges[-1])
     chart = Chart(SMALL, (low, high), 100 * float(shares.max()) * 1.12, f"distribution of {label}")
-    whole = low % 1 == 0.5  # edges between whole numbers: the values are whole
-    chart.axes(f"{label}; % of all", whole=whole)
+    chart.axes(f"{label}; % of all", whole=found.whole)
     for index, share in enumerate(shares):
         start, end = float(found.edges[index]), float(found.edges[index + 1])
-        shown = number(start + 0.5) if whole and end - start == 1 else f"{number(start)} to {number(end)}"
+        first, last = (start + 0.5, end - 0.5) if found.whole else (start, end)
+        shown = number(first) if first == last else f"{number(first)} to {number(last)}"
         if found.cut and index == len(shares) - 1:
-            shown = f"{number(start + 0.5 if whole else start)} and more"
+            shown = f"{number(first)} and more"
         chart.bar(start, end, 100 * float(share), f"{shown}: {share:.1%}")
     where = chart.x(min(max(found.median, low), high))
     chart.line(where, TOP, where, chart.height - BOTTOM, "mid")

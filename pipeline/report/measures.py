@@ -25,6 +25,8 @@ class Histogram:
     median: float
     cut: bool
     """Whether the last bin also counts all values above it."""
+    whole: bool
+    """Whether all values are whole numbers. The edges are then halfway between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ def histogram(values: Floats) -> Histogram | None:
     high = float(np.quantile(values, TAIL))
     if most - high <= NEAR * (high - low):
         high = most
-    if np.array_equal(values, np.round(values)):
+    whole = np.array_equal(values, np.round(values))
+    if whole:
         step = max(1, int(np.ceil((high - low + 1) / BINS)))
         edges = np.arange(low - 0.5, high + 0.5 + step, step)
     else:
@@ -57,7 +60,7 @@ def histogram(values: Floats) -> Histogram | None:
             high = most if most > low else low + (abs(low) or 1.0)
         edges = np.linspace(low, high, BINS + 1)
     counts = np.histogram(np.minimum(values, edges[-1]), bins=edges)[0]
-    return Histogram(edges, counts.astype(np.int64), float(np.median(values)), most > edges[-1])
+    return Histogram(edges, counts.astype(np.int64), float(np.median(values)), most > edges[-1], whole)
 
 
 def histogram_of_counts(counts: Counts) -> Histogram | None:
@@ -71,7 +74,8 @@ def histogram_of_counts(counts: Counts) -> Histogram | None:
         return None
     low, high = int(present[0]), int(present[-1])
     median = float(np.searchsorted(np.cumsum(counts), counts.sum() / 2))
-    return Histogram(np.arange(low - 0.5, high + 1.5), counts[low : high + 1], median, high == len(counts) - 1)
+    cut = high == len(counts) - 1
+    return Histogram(np.arange(low - 0.5, high + 1.5), counts[low : high + 1], median, cut, whole=True)
 
 
 def summary(values: Floats) -> Summary | None:

@@ -1,5 +1,7 @@
 """Tests of the numbers of a report: throughput over time, distributions, and how numbers are written."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.text import TimeScale, number, share
 from pipeline.core.types import Totals
-from pipeline.report.charts import ticks
+from pipeline.report.charts import histogram_chart, ticks
 from pipeline.report.facts import Unit
 from pipeline.report.measures import histogram, histogram_of_counts, summary, summary_of_counts
 from pipeline.report.terminal import sparkline
@@ -80,6 +82,17 @@ def test_whole_numbers_have_bins_of_their_own_and_an_outlier_does_not_flatten_th
     assert found.cut
     assert found.edges[-1] < 2
     assert found.counts.sum() == 1000
+
+
+def test_bars_of_whole_numbers_say_so_and_others_do_not_even_if_the_smallest_ends_in_a_half() -> None:
+    def titles(values: list[float]) -> list[str]:
+        found = histogram(np.array(values, np.float32))
+        assert found is not None
+        return re.findall("<title>(.*?):", histogram_chart(found, "x"))
+
+    assert titles([1, 2, 2, 3]) == ["1", "2", "3"]
+    assert titles([*range(64)])[:2] == ["0 to 1", "2 to 3"]
+    assert titles([2.5, 3.1, 5.7])[0] == "2.5 to 2.6"
 
 
 def test_counted_numbers_say_what_the_numbers_themselves_would() -> None:
