@@ -28,6 +28,7 @@ FLOORS = {
         "planning",
         "output",
         "monitoring maintenance checks",
+        "pages",
         "report",
         "driver calibration",
         "cli",
@@ -45,7 +46,7 @@ COMPOSITION = "pipeline/cli/compose.py"
 
 KNOW_RAY = {f"workers/cluster/{name}.py" for name in ("pool", "connection", "bench", "metrics")}
 MODEL_NEEDS = {"torch", "triton", "numpy", "safetensors", "tokenizers", "fsspec", "huggingface_hub", "model"}
-FORBIDDEN = {"model": {"ray", "pipeline", "workers"}, "pipeline": {"ray", "torch"}, "workers": set()}
+FORBIDDEN = {"model": {"ray", "pipeline", "workers"}, "pipeline": {"ray", "torch", "matplotlib"}, "workers": set()}
 WITHOUT_TORCH = {"model/__init__.py", "model/errors.py", "model/requests.py"}
 WITHOUT_TORCH |= {f"model/checkpoint/{name}.py" for name in ("config", "reader", "tokenizer")}
 WITHOUT_TORCH |= {f"model/runtime/{name}.py" for name in ("page_allocator", "device_errors")}
@@ -92,8 +93,8 @@ def files_of(package: str) -> list[str]:
 
 @pytest.mark.parametrize("package", FLOORS)
 def test_packages_keep_to_their_side(package: str) -> None:
-    """The model package imports neither ray nor the pipeline. The pipeline imports neither ray nor torch, and workers
-    only inside functions of one file."""
+    """The model package imports neither ray nor the pipeline. The pipeline imports neither ray nor torch nor
+    matplotlib, and workers only inside functions of one file."""
     for name in files_of(package):
         assert not tops(name) & FORBIDDEN[package], name
         if package == "pipeline":

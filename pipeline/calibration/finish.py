@@ -16,7 +16,7 @@ from pipeline.config.job import Job
 from pipeline.config.loader import load_job, read_settings
 from pipeline.config.writer import to_yaml
 from pipeline.core.text import duration, one_line
-from pipeline.report.page import shown
+from pipeline.pages.page import shown
 from pipeline.storage.urls import is_local
 
 ROWS_SHOWN = 12

@@ -4,65 +4,31 @@ from typing import Any
 
 from pipeline.core.text import when
 from pipeline.output.records import now
-from pipeline.report import charts, page, summary
+from pipeline.pages import page
+from pipeline.pages.chart import SERIES
+from pipeline.pages.page import shown
+from pipeline.report import charts, summary
 from pipeline.report.measures import histogram, histogram_of_counts
-from pipeline.report.page import shown
 from pipeline.report.rows import Errors, Sample
 from pipeline.report.summary import LABELS, NAME_CHARS, TEXT_CHARS, Report
 from pipeline.report.timeline import Array, Timeline
 
 _STYLE = """
-.open { border-left-color: var(--series-1); }
-svg text { fill: var(--soft); font-size: 12px; }
-svg .grid { stroke: var(--line); stroke-width: 1; }
-svg .gap { stroke: var(--text); stroke-width: 1.2; stroke-dasharray: 4 3; }
-svg .mid { stroke: var(--text); stroke-width: 1.2; }
-.f0, .k0 { fill: var(--series-0); background: var(--series-0); }
-.f1, .k1 { fill: var(--series-1); background: var(--series-1); }
-.f2, .k2 { fill: var(--series-2); background: var(--series-2); }
-.f3, .k3 { fill: var(--series-3); background: var(--series-3); }
-.f4, .k4 { fill: var(--series-4); background: var(--series-4); }
-.f5, .k5 { fill: var(--series-5); background: var(--series-5); }
-.band { fill: var(--series-0); fill-opacity: 0.25; }
-.line0 { fill: none; stroke: var(--series-0); stroke-width: 1.8; }
-figure.large svg { max-width: 760px; }
-th.text { text-align: left; }
-td.text { min-width: 200px; }
 .thirds { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 4px 20px; }
 .thirds figure { margin: 8px 0; }
-.key { display: inline-block; margin-right: 10px; }
-.key i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; }
-.stack { display: flex; height: 22px; border-radius: 4px; overflow: hidden; max-width: 760px; margin: 6px 0; }
-.settings td { white-space: normal; overflow-wrap: anywhere; min-width: 0; }
-@media (max-width: 600px) { figure.large svg text { font-size: 16px; } }
+.stack { display: flex; height: 22px; border-radius: 4px; overflow: hidden; max-width: 620px; margin: 6px 0; }
+.stack span { background: var(--ink); }
 """
 
-_BODY = """<h1>{{ name }}</h1>
-<p class="verdict{{ '' if complete else ' open' }}">{{ verdict }}</p>
-<div class="tiles">
-{% for label, value in tiles %}<div class="tile"><b>{{ value }}</b><span>{{ label }}</span></div>
-{% endfor %}</div>
-{% if notes %}<ul>
-{% for note in notes %}<li>{{ note }}</li>
-{% endfor %}</ul>
-{% endif %}
-{% macro key(number, label) %}<span class="key"><i class="k{{ number }}"></i>{{ label }}</span>{% endmacro %}
-{% macro stack(parts) %}<div class="stack">
-{%- for _, share, _ in parts %}<span class="k{{ loop.index0 }}" style="flex-grow: {{ share }}"></span>{% endfor %}</div>
-<p class="soft">{% for label, _, shown in parts %}{{ key(loop.index0, label ~ " " ~ shown) }}
-{% endfor %}</p>{% endmacro %}
-{% macro table(heads, rows, texts=(), css="") %}<div class="wide"><table class="{{ css }}">
-<tr>{% for head in heads %}<th{% if loop.index0 in texts %} class="text"{% endif %}>{{ head }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td{% if loop.index0 in texts %} class="text"{% endif %}>{{ cell }}</td>
-{%- endfor %}</tr>
-{% endfor %}</table></div>{% endmacro %}
+_BODY = """{% macro stack(parts) %}<div class="stack">
+{%- for _, share, _ in parts %}<span class="s{{ loop.index0 }}" style="flex-grow: {{ share }}"></span>{% endfor %}</div>
+<p class="soft">{% for label, _, shown in parts %}{{ key("s" ~ loop.index0 ~ " fill", label ~ " " ~ shown) }}
+{%- endfor %}</p>{% endmacro %}
 {% if throughput %}<h2>Throughput</h2>
 <div class="pair">
-<figure class="large">{{ throughput | safe }}<figcaption>Completion tokens/s:
-{% for name in legend %}{{ key(loop.index0, name) }}
-{% endfor %}</figcaption></figure>
-{% if spread %}<figure class="large">{{ spread | safe }}<figcaption>Completion tokens/s of one replica at work: the
-median, and from the 10th to the 90th percentile.</figcaption></figure>{% endif %}
+{{ figure(throughput, "", legend) }}
+{% if spread %}{{ figure(spread, "The median of the replicas at work, and from the 10th to the 90th percentile.") }}
+{% endif %}
 </div>
 {% for line in about_time %}<p class="soft">{{ line }}</p>
 {% endfor %}
@@ -74,7 +40,7 @@ median, and from the 10th to the 90th percentile.</figcaption></figure>{% endif 
 {% if charts %}<h2>Distributions</h2>
 <p class="soft">{{ about_sample }}</p>
 <div class="thirds">
-{% for chart, caption in charts %}<figure>{{ chart | safe }}<figcaption>{{ caption }}</figcaption></figure>
+{% for chart, caption in charts %}{{ figure(chart, caption) }}
 {% endfor %}</div>
 {% if spent %}<h3>Where a row's time went</h3>
 {{ stack(spent) }}
@@ -115,14 +81,13 @@ def make_html(report: Report) -> bytes:
     legend = _legend(time)
     dated = time.seconds > 0
     context = {
-        "name": name,
-        "complete": facts.complete,
+        "heading": name,
         "verdict": summary.verdict(facts),
         "tiles": summary.tiles(report),
         "notes": summary.notes(report),
         "throughput": charts.throughput_chart(time, legend) if dated else None,
-        "legend": [label for label, _ in legend],
-        "spread": charts.spread_chart(time) if len(time.places) > charts.SERIES else None,
+        "legend": [(f"s{index} fill", label) for index, (label, _) in enumerate(legend)],
+        "spread": charts.spread_chart(time) if len(time.places) > SERIES else None,
         "about_time": summary.about_time(time),
         "replica_heads": summary.PLACE_HEADS,
         **_replicas(time),
@@ -140,12 +105,12 @@ def make_html(report: Report) -> bytes:
         "last_run": summary.last_run(facts),
         "settings": [*summary.settings(report), ("report written", when(now()))],
     }
-    return page.render(_BODY, context, title=f"Report of {name}", style=_STYLE)
+    return page.render(_BODY, context, title=f"Report of {name}", style=_STYLE, complete=facts.complete)
 
 
 def _legend(time: Timeline) -> list[tuple[str, Array]]:
     """Return (name, tokens/s by bin) of each place, or of all together if there are more places than colours."""
-    if len(time.places) > charts.SERIES:
+    if len(time.places) > SERIES:
         return [(f"all {len(time.places):,} replicas", time.rates)]
     return [(shown(place.name, NAME_CHARS), place.rates) for place in time.places]
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.text import duration, number, one_line, share, when
+from pipeline.pages.page import shown
 from pipeline.report.facts import Facts, Unit, read_facts
 from pipeline.report.measures import QUANTILES, Summary, summary, summary_of_counts
-from pipeline.report.page import shown
 from pipeline.report.rows import MEASURES, Errors, Sample, read_errors, read_sample
 from pipeline.report.timeline import Place, Timeline, timeline_of
 from pipeline.storage.storage import Storage

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from pipeline.core.text import number, one_line
+from pipeline.pages.page import shown
 from pipeline.report import summary
 from pipeline.report.measures import Histogram, histogram, histogram_of_counts
-from pipeline.report.page import shown
 from pipeline.report.rows import MEASURES, Sample
 from pipeline.report.summary import LABELS, Report
 from pipeline.report.timeline import Array

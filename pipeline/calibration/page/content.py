@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.calibration.choice import Result, cost_of
-from pipeline.calibration.page import charts, page, texts
+from pipeline.calibration.page import charts, template, texts
 from pipeline.calibration.page.verdict import notes, rate, verdict
 from pipeline.calibration.points import AR, Setting
 from pipeline.calibration.quality import percent
 from pipeline.calibration.run import Outcome
 from pipeline.output.records import now
-from pipeline.report.page import shown
+from pipeline.pages import page
+from pipeline.pages.chart import Key
+from pipeline.pages.page import shown
 from pipeline.storage.urls import safe_url
 
 _METHOD = (
@@ -36,17 +38,12 @@ def make_report(outcome: Outcome) -> bytes:
     other = _compared(outcome)
     rows, sample = setup.sample.rows, setup.sample
     pairs = texts.pairs(rows, outcome.answers[AR].greedy, outcome.answers[other].greedy) if other else []
-    context = {
-        "name": shown(setup.job.name or "job", 200),
+    context: dict[str, Any] = {
+        "heading": f"Calibration of {shown(setup.job.name or 'job', 200)}",
         "verdict": verdict(choice),
         "tiles": _tiles(outcome),
         "notes": [*notes(choice), *remarks(outcome)],
-        "quality_chart": charts.quality_speed(choice),
-        "quality_caption": (
-            "Up is nearer to AR, right is faster. Numbers are confidence thresholds; thin bars are 95% intervals. A "
-            "star and its dotted line are AR; below the dashed line is less than the "
-            f"{percent(choice.min_agreement)} asked for."
-        ),
+        "quality": charts.quality_speed(choice),
         "small_charts": _small_charts(outcome),
         "heads": _heads(outcome),
         "points": [(result is choice.best, _cells(result, outcome)) for result in _ordered(choice.results)],
@@ -63,7 +60,7 @@ def make_report(outcome: Outcome) -> bytes:
         "method": [*_METHOD, *_own_method(outcome)],
         "settings": [*_settings(outcome).items(), ("written", now())],
     }
-    return page.render(context)
+    return page.render(template.BODY, context, title=context["heading"], style=template.STYLE)
 
 
 def remarks(outcome: Outcome) -> list[str]:
@@ -145,17 +142,15 @@ def _speedup_tile(outcome: Outcome) -> tuple[str, str]:
     return "times the speed of the fastest diffusion", f"{min(others) / choice.best.seconds_per_row:.2f}"
 
 
-def _small_charts(outcome: Outcome) -> list[tuple[str, str]]:
+def _small_charts(outcome: Outcome) -> list[tuple[str, list[Key], str]]:
     choice = outcome.choice
     if all(result.point.setting == AR for result in choice.results):
         return []
-    forwards = charts.by_threshold(
-        choice, "forwards", "tokens a denoiser forward", lambda result: result.quality.tokens_per_forward
-    )
-    loops = charts.by_threshold(choice, "repetition", "repetition", lambda result: result.quality.repetition)
+    forwards = charts.by_threshold(choice, "tokens a denoiser forward", lambda quality: quality.tokens_per_forward)
+    loops = charts.by_threshold(choice, "repetition", lambda quality: quality.repetition)
     return [
-        (forwards, "Tokens committed by a denoiser forward, by threshold and steps a block at most."),
-        (loops, "Mean share of a completion that is a loop. Points far above AR's line are not chosen."),
+        (*forwards, "Tokens committed by a denoiser forward, by threshold and steps a block at most."),
+        (*loops, "Mean share of a completion that is a loop. Points far above AR's line are not chosen."),
     ]
 
 
@@ -197,11 +192,11 @@ def _ordered(results: tuple[Result, ...]) -> list[Result]:
     return sorted(results, key=lambda r: (-r.point.max_rows, not r.point.care[0], *(-x for x in r.point.care[1:3])))
 
 
-def _under_points(outcome: Outcome) -> list[str]:
+def _under_points(outcome: Outcome) -> str:
     workload = outcome.setup.workload
     wall = f"with {workload.replicas} replicas" if workload.replicas else "with one replica; n of them take 1/n"
     what = "GPU-hours are those of all replicas" if workload.gpus else "There are no GPUs: cost is by replica-hours"
-    return [f"Hours: {workload.rows:,} rows, every row the mean tokens of the sample, {wall}. {what}."]
+    return f"Hours: {workload.rows:,} rows, every row the mean tokens of the sample, {wall}. {what}."
 
 
 def _about_texts(other: Setting | None, count: int) -> str:

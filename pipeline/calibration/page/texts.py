@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.calibration.quality import Answer, agreement_of, equal_start, percent
 from pipeline.calibration.sample import SampleRow
-from pipeline.report.page import shown
+from pipeline.pages.page import shown
 
 PAIRS = 4
 ID_CHARS, PROMPT_CHARS, TEXT_CHARS, ALIKE_CHARS = 200, 800, 1500, 400

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from pipeline.core.text import TimeScale, number, share
 from pipeline.core.types import Totals
-from pipeline.report.charts import histogram_chart, ticks
+from pipeline.pages.chart import ticks
+from pipeline.report.charts import histogram_chart
 from pipeline.report.facts import Unit
 from pipeline.report.measures import histogram, histogram_of_counts, summary, summary_of_counts
 from pipeline.report.terminal import sparkline

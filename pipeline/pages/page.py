@@ -1,10 +1,12 @@
-"""Renders the pages of all HTML reports. A page is one file that runs no script and loads nothing."""
+"""Renders the HTML pages of the report and of `calibrate`. A page is one file that runs no script and loads nothing."""
 
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-STYLE = """
+from pipeline.pages import chart
+
+_STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --text: #1c2127; --soft: #5b6570; --line: #d5dae0; --box: #f4f6f8;
   --mark: #ffe9a8; --pick: #e3f1e7; --series-0: #1f6fd0; --series-1: #c2540a; --series-2: #1c8a5a;
   --series-3: #8a4fc4; --series-4: #b3307a; --series-5: #6b7280; }
@@ -19,14 +21,13 @@ h2 { font-size: 19px; margin: 40px 0 8px; }
 p, li { max-width: 72ch; overflow-wrap: anywhere; }
 .verdict { max-width: none; font-size: 18px; padding: 14px 16px; border-left: 4px solid var(--series-0);
   background: var(--box); }
+.open { border-left-color: var(--series-1); }
 .soft { color: var(--soft); font-size: 14px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 10px; margin: 16px 0; }
 .tile { background: var(--box); border-radius: 6px; padding: 10px 12px; }
 .tile b { display: block; font-size: 17px; line-height: 1.3; }
 .tile span { color: var(--soft); font-size: 13px; }
 figure { margin: 12px 0; }
-figure svg { display: block; width: 100%; height: auto; max-width: 620px; }
-figure svg text { font-family: inherit !important; }
 figcaption { color: var(--soft); font-size: 14px; max-width: 72ch; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px), 1fr)); gap: 20px; }
 .wide { overflow-x: auto; }
@@ -35,7 +36,9 @@ th, td { padding: 4px 9px; text-align: right; border-bottom: 1px solid var(--lin
 th { vertical-align: bottom; font-weight: 600; white-space: normal; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
 td small { color: var(--soft); font-weight: normal; }
-td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+th.text { text-align: left; }
+td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 200px; }
+.settings td { white-space: normal; overflow-wrap: anywhere; min-width: 0; }
 """
 """The CSS of all pages, for light and dark mode and for screens from a phone's width up."""
 _PAGE = """<!doctype html>
@@ -48,21 +51,48 @@ _PAGE = """<!doctype html>
 <style>{{ style | safe }}</style>
 </head>
 <body>
+<h1>{{ heading }}</h1>
+<p class="verdict{{ '' if complete else ' open' }}">{{ verdict }}</p>
+<div class="tiles">
+{% for label, value in tiles %}<div class="tile"><b>{{ value }}</b><span>{{ label }}</span></div>
+{% endfor %}</div>
+{% if notes %}<ul>
+{% for note in notes %}<li>{{ note }}</li>
+{% endfor %}</ul>
+{% endif %}
 BODY</body>
 </html>
 """
+_MACROS = """{% macro key(css, label, mark="m-5,-5h10v10h-10z") -%}
+<span class="key"><svg viewBox="-7 -7 14 14"><path class="{{ css }}" d="M0,0{{ mark }}"/></svg>{{ label }}</span>
+{% endmacro %}
+{% macro figure(chart, caption, keys=()) %}<figure>{{ chart | safe }}<figcaption>
+{%- if keys %}<div class="keys">{% for one in keys %}{{ key(*one) }}{% endfor %}</div>{% endif %}
+{{- caption }}</figcaption></figure>{% endmacro %}
+{% macro table(heads, rows, texts=(), css="") %}<div class="wide"><table class="{{ css }}">
+<tr>{% for head in heads %}<th{% if loop.index0 in texts %} class="text"{% endif %}>{{ head }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td{% if loop.index0 in texts %} class="text"{% endif %}>{{ cell }}</td>
+{%- endfor %}</tr>
+{% endfor %}</table></div>{% endmacro %}
+"""
+"""Macros for the bodies of all pages: an entry of a legend; a chart with its caption and legend; a table, in which
+`texts` are the indexes of the columns with text."""
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-def render(body: str, context: Mapping[str, Any], *, title: str, style: str = "") -> bytes:
-    """Return a page as UTF-8 HTML. `body`: a jinja2 template. `style`: CSS in addition to STYLE.
+def render(body: str, context: Mapping[str, Any], *, title: str, style: str = "", complete: bool = True) -> bytes:
+    """Return a page as UTF-8 HTML. `body`: a jinja2 template. `style`: CSS in addition to that of all pages.
 
-    All texts of the context are escaped, except those that the template marks as `safe`.
+    The context has the values of the body, and the heading, verdict, tiles and notes that every page begins with.
+    `complete`: whether the verdict is final. All texts of the context are escaped, except charts and those that the
+    template marks as `safe`.
     """
     from jinja2 import Environment, StrictUndefined
 
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_PAGE.replace("BODY", body))
-    return template.render(title=title, style=STYLE + style, **context).encode("utf-8", "replace")
+    source = _PAGE.replace("BODY", _MACROS + body)
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
+    style = _STYLE + chart.STYLE + style
+    return template.render(title=title, style=style, complete=complete, **context).encode("utf-8", "replace")
 
 
 def shown(text: str, at_most: int) -> str:
