@@ -14,7 +14,8 @@ from pipeline.calibration.results import record
 from pipeline.calibration.setup import Setup
 from pipeline.config.job import Job
 from pipeline.core.errors import JobError, JobFailed, TwoTowerError
-from pipeline.monitoring.progress import Show
+from pipeline.core.text import duration
+from pipeline.monitoring.progress import Display, Progress
 from pipeline.output.records import now
 from pipeline.storage.urls import safe_url
 
@@ -55,7 +56,7 @@ class Outcome:
 def measure(
     setup: Setup,
     make_bench: Callable[[Job], Bench],
-    show: Show,
+    display: Display,
     stop: threading.Event,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
@@ -65,12 +66,12 @@ def measure(
     limit fits, and JobFailed if not even AR could be measured. If the replica fails later, the error is the `failure`
     of the outcome.
     """
-    return _Measuring(setup, show, stop, clock).run(make_bench)
+    return _Measuring(setup, display, stop, clock).run(make_bench)
 
 
 class _Measuring:
-    def __init__(self, setup: Setup, show: Show, stop: threading.Event, clock: Callable[[], float]) -> None:
-        self._setup, self._show, self._stop, self._clock = setup, show, stop, clock
+    def __init__(self, setup: Setup, display: Display, stop: threading.Event, clock: Callable[[], float]) -> None:
+        self._setup, self._display, self._stop, self._clock = setup, display, stop, clock
         self._speeds: dict[Point, tuple[Speed, str]] = {}
         self._answers: dict[Setting, Answers] = {}
         self._qualities: dict[Setting, Quality] = {}
@@ -78,6 +79,7 @@ class _Measuring:
         self._limits: dict[RowLimit, int] = {}  # limit as asked for -> rows; removed if memory runs out
         self._own = Point(AR, 0)
         self._deadline = float("inf")
+        self._work = ""  # the piece of work under way, as it is shown
         self._shared: Mapping[str, Any] = {}
 
     def run(self, make_bench: Callable[[Job], Bench]) -> Outcome:
@@ -95,13 +97,13 @@ class _Measuring:
 
     def _run_on(self, bench: Bench, limits: tuple[RowLimit, ...]) -> Outcome:
         setup = self._setup
-        self._show.begin(f"loading {safe_url(setup.job.model.checkpoint)}", None)
+        self._show_work(f"loading {safe_url(setup.job.model.checkpoint)}")
         try:
             replica = bench.start(setup.sample.rows, limits, self._check_stop)
         except Stopped:
             raise JobFailed("stopped before anything was measured") from None
         for limit, why in replica.refused:
-            self._show.tell(f"row limit {record.limit_name(limit)} is left out: {why}")
+            self._display.tell(f"row limit {record.limit_name(limit)} is left out: {why}")
         if not replica.row_limits:
             raise JobError(f"none of the row limits fits: {replica.refused[0][1]}")
         setup.folder.take({**setup.identity, **record.of_replica(replica)}, replica)
@@ -153,7 +155,7 @@ class _Measuring:
             if why := self._obstacle(point, whole):
                 self._missing[point] = why
                 continue
-            self._show.begin(f"{len(points) - len(left) + 1} of {len(points)}: {point.label}", self._time_left(left))
+            self._show_work(f"{len(points) - len(left) + 1} of {len(points)}: {point.label}", self._time_left(left))
             try:
                 run = bench.measure(Task(point, whole, WINDOW_S), self._tick)
             except _TimeIsUp:
@@ -165,7 +167,7 @@ class _Measuring:
             if run.speed is not None:
                 self._keep(point, run, run.speed)
             else:
-                self._show.tell(f"row limit {point.max_rows} is left out: memory ran out")
+                self._display.tell(f"row limit {point.max_rows} is left out: memory ran out")
                 self._missing |= {p: NO_MEMORY for p in left if p.max_rows == point.max_rows}
                 self._limits = {limit: rows for limit, rows in self._limits.items() if rows != point.max_rows}
         return None
@@ -237,6 +239,11 @@ class _Measuring:
             )
         return f"AR could not be measured: {why}"
 
+    def _show_work(self, what: str, left_s: float | None = None) -> None:
+        """Show the next piece of work. `left_s`: estimated seconds for all remaining work, None if not known."""
+        self._work = what if left_s is None else f"{what} · about {duration(left_s)} left"
+        self._display.show(Progress(self._work))
+
     def _check_stop(self, _done: int, _expected: int) -> None:
         if self._stop.is_set():
             raise Stopped
@@ -245,4 +252,6 @@ class _Measuring:
         self._check_stop(done, expected)
         if self._clock() > self._deadline:
             raise _TimeIsUp
-        self._show.rows(done, expected)
+        if self._display.due():
+            text = f"{self._work} · {done:,}/{expected:,} rows"
+            self._display.show(Progress(text, done, max(1, expected)))

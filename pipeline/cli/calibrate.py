@@ -78,14 +78,14 @@ def _calibrate(
     from pipeline.calibration.finish import finish
     from pipeline.calibration.run import measure
     from pipeline.calibration.setup import prepare
-    from pipeline.monitoring.progress import open_show
+    from pipeline.monitoring.progress import open_display
 
     setup = prepare(job, options)
     with StopSignals() as signals, contextlib.ExitStack() as closing:
-        show = open_show(interval_s=log_every)
-        closing.callback(show.close)
+        display = open_display(interval_s=log_every, in_pieces=True)
+        closing.callback(display.close)
         with signals.one_line("the points measured so far are kept"):
-            outcome = measure(setup, functools.partial(compose.make_bench, local, signals), show, signals.stop)
+            outcome = measure(setup, functools.partial(compose.make_bench, local, signals), display, signals.stop)
     for line in finish(outcome, job_file, overrides):
         typer.echo(line)
     if outcome.failure is not None:

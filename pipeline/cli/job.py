@@ -26,7 +26,7 @@ def run(
     with one_line_errors(debug):
         from pipeline.config.loader import load_job
         from pipeline.driver.run import run_job
-        from pipeline.monitoring.progress import open_progress
+        from pipeline.monitoring.progress import open_display
         from pipeline.storage.urls import safe_url
 
         settings = load_job(job, overrides or ())
@@ -34,10 +34,10 @@ def run(
         with StopSignals() as signals:
             as_json = log_format == "json"
             make_pool = functools.partial(compose.make_pool, settings, local, signals, json_logs=as_json)
-            make_progress = functools.partial(open_progress, interval_s=log_every, as_json=as_json)
+            make_display = functools.partial(open_display, interval_s=log_every, as_json=as_json)
             sinks = compose.make_sinks(settings, local)
             with signals.one_line("what was not written down is generated again at the next run"):
-                outcome = run_job(settings, make_pool, signals.stop, make_progress, sinks)
+                outcome = run_job(settings, make_pool, signals.stop, make_display, sinks)
         for line in _summary(settings, outcome):
             typer.echo(line)
 

@@ -21,7 +21,7 @@ from pipeline.driver.work_queue import WorkQueue
 from pipeline.monitoring.efficiency import slow_replicas
 from pipeline.monitoring.live import COMPLETE, LiveFile
 from pipeline.monitoring.meter import Meter
-from pipeline.monitoring.progress import ShownProgress, open_progress
+from pipeline.monitoring.progress import Display, open_display, run_progress, show_run
 from pipeline.monitoring.telemetry import Sink, Watch
 from pipeline.output.claim import Claim
 from pipeline.output.ledger import Ledger
@@ -32,7 +32,6 @@ from pipeline.report.write import report_line
 PoolMaker = Callable[[Plan, int, Callable[[str], None]], Pool]
 """A function that makes the pool. Its arguments are the plan, the number of units left, and a function that shows a
 message to the operator."""
-ProgressMaker = Callable[[Meter], ShownProgress]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ def run_job(
     job: Job,
     make_pool: PoolMaker,
     stop: threading.Event,
-    make_progress: ProgressMaker = open_progress,
+    make_display: Callable[[], Display] = open_display,
     sinks: Sequence[Sink] = (),
 ) -> Outcome:
     """Run what is left of a job and complete it. If `stop` is set, the run ends soon with JobFailed. The `sinks`
@@ -86,12 +85,12 @@ def run_job(
     with contextlib.ExitStack() as closing:
         if ran_units:
             ledger.reopen()
-            progress = make_progress(meter)
-            watch = _watch(job, plan, meter, len(results), sinks, progress.tell)
+            display = make_display()
+            watch = _watch(job, plan, meter, len(results), sinks, display.tell)
             closing.enter_context(_ending(watch, claim))
             run = _Run(plan, policy, StallWatch(60 * job.retry.stall_minutes), claim, stop, told, watch)
             with claim:
-                results = run.generate(results, make_pool, progress)
+                results = run.generate(results, make_pool, meter, display)
         else:  # only the manifest is missing
             WorkQueue(plan.units, results, policy).check_end()
         totals = sum((result.totals for result in results.values()), Totals())
@@ -150,20 +149,23 @@ class _Run:
     watch: Watch
 
     def generate(
-        self, finished: dict[str, UnitResult], make_pool: PoolMaker, progress: ShownProgress
+        self, finished: dict[str, UnitResult], make_pool: PoolMaker, meter: Meter, display: Display
     ) -> dict[str, UnitResult]:
         """Run the units that are not finished, and return the results of all units by unit id. The pool and the
-        progress line are closed in any case."""
+        display are closed in any case."""
 
         def hear(event: Event | None) -> None:
-            progress(event)
+            meter.take(event)
+            show_run(display, meter, event)
             self.watch(event)
             if isinstance(event, ReplicaNote) and event.warning is not None:
                 self.told[event.replica] = event.warning
             self.claim.check()
 
         with contextlib.ExitStack() as closing:
-            closing.callback(progress.close)
-            pool = make_pool(self.plan, len(self.plan.units) - len(finished), progress.tell)
+            closing.callback(display.close)
+            closing.callback(lambda: display.show(run_progress(meter.snapshot())))
+            show_run(display, meter, None)  # so that a bar is there while the pool starts
+            pool = make_pool(self.plan, len(self.plan.units) - len(finished), display.tell)
             closing.callback(pool.close)
             return dispatch(self.plan.units, finished, pool, self.policy, self.stop, hear, self.stall)

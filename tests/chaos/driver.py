@@ -13,7 +13,7 @@ from pipeline.config.job import Job
 from pipeline.core.errors import TwoTowerError
 from pipeline.driver.dispatcher import Pool
 from pipeline.driver.run import run_job
-from pipeline.monitoring.progress import open_progress
+from pipeline.monitoring.progress import open_display
 from pipeline.planning.plan import Plan
 from tests.chaos.engine import Maker
 from workers.cluster.pool import RayPool
@@ -30,7 +30,7 @@ def main() -> int:
         return LocalPool(maker) if sys.argv[5:] else RayPool(maker, job.workers, units, tell)
 
     try:
-        run_job(job, make_pool, threading.Event(), functools.partial(open_progress, interval_s=5.0))
+        run_job(job, make_pool, threading.Event(), functools.partial(open_display, interval_s=5.0))
     except TwoTowerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

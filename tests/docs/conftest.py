@@ -15,7 +15,7 @@ from model.requests import Completion
 from pipeline.config.loader import load_job
 from pipeline.driver.dispatcher import Pool
 from pipeline.driver.run import run_job
-from pipeline.monitoring.progress import LogProgress
+from pipeline.monitoring.progress import LineDisplay
 from pipeline.planning.plan import Plan
 from tests.end_to_end.s3.server import aws_variables, s3_server, weed_binary
 from tests.workers.fakes import FakeEngine, FakeTokenizer
@@ -87,7 +87,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
             return LocalPool(make_runner)
 
         with (folder / "log").open("w") as log:
-            run_job(job, make_pool, threading.Event(), lambda meter: LogProgress(meter, log))
+            run_job(job, make_pool, threading.Event(), lambda: LineDisplay(log))
     # A segment, such as exists while a job runs; readers of the folder must ignore it.
     segment = folder / "out/demo/_job/segments/unit/0.parquet"
     segment.parent.mkdir(parents=True)

@@ -17,8 +17,7 @@ from model.requests import Completion, EngineError, GenerationParams, Request
 from pipeline.core.types import UnitResult
 from pipeline.driver.dispatcher import dispatch
 from pipeline.driver.retry import RetryPolicy
-from pipeline.monitoring.meter import Meter
-from pipeline.monitoring.progress import LogProgress
+from pipeline.monitoring.progress import LineDisplay
 from tests.waiting import PATIENCE_S, wait_until
 from tests.workers.jobs import SmallJob
 from workers.replica.build import PartStore, ReplicaSpec
@@ -207,9 +206,9 @@ def write_at_once(file: Path, text: str) -> None:
 def run_locally(small: SmallJob, pool: LocalPool, attempts: int = 3) -> dict[str, UnitResult]:
     """Run the job on this pool in this process. Return what was published, by unit id. Raises JobFailed if the job
     fails."""
-    progress = LogProgress(Meter(small.plan.rows), sys.stderr)
+    hear = LineDisplay(sys.stderr).hear
     try:
-        return dispatch(small.plan.units, {}, pool, RetryPolicy(attempts, 0.1), threading.Event(), progress)
+        return dispatch(small.plan.units, {}, pool, RetryPolicy(attempts, 0.1), threading.Event(), hear)
     finally:
         pool.close()
 

@@ -15,7 +15,7 @@ from pipeline.calibration.run import measure
 from pipeline.cli.plan_view import Preview, preview
 from pipeline.config.loader import load_job
 from pipeline.core.errors import InputError
-from pipeline.monitoring.progress import LogShow
+from pipeline.monitoring.progress import LineDisplay
 from pipeline.planning.checkpoint import check_checkpoint
 from pipeline.planning.plan import make_plan
 from tests.pipeline.calibration.cases import FakeBench, FakeClock, job_file, setup_of
@@ -33,7 +33,7 @@ def calibrate(file: Path, **options: Any) -> None:
     """Measure, and write the record that `calibrate` writes, without the report."""
     clock, setup = FakeClock(), setup_of(file, **options)
     with (file.parent / "log").open("w") as log:
-        outcome = measure(setup, FakeBench(clock), LogShow(log), threading.Event(), clock)
+        outcome = measure(setup, FakeBench(clock), LineDisplay(log), threading.Event(), clock)
     fields = record.outcome_fields(outcome.choice, setup.workload, setup.sample, "", (), ())
     identity = {**setup.identity, **record.of_replica(outcome.replica)}
     setup.folder.write_record(identity, outcome.replica, fields)

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.calibration.finish import finish
 from pipeline.calibration.run import measure
-from pipeline.monitoring.progress import LogShow
+from pipeline.monitoring.progress import LineDisplay
 from pipeline.pages import page
 from tests.pipeline.calibration.cases import FakeBench, job_file, setup_of
 
@@ -56,7 +56,7 @@ class Page(HTMLParser):
 def report(folder: Path, prompts: list[str | None] | None = None, speedup: float = 2.4) -> str:
     file = job_file(folder, prompts=prompts)
     bench = FakeBench(speedup=speedup)
-    outcome = measure(setup_of(file), bench, LogShow(io.StringIO()), threading.Event(), bench.clock)
+    outcome = measure(setup_of(file), bench, LineDisplay(io.StringIO()), threading.Event(), bench.clock)
     finish(outcome, str(file), [])
     return (folder / "out-calibration/report.html").read_text()
 

@@ -20,7 +20,7 @@ from pipeline.calibration.run import Outcome, measure
 from pipeline.calibration.setup import Setup
 from pipeline.config.loader import load_job
 from pipeline.core.errors import CheckpointError, InputError, JobError, JobFailed, OutputError
-from pipeline.monitoring.progress import LogShow
+from pipeline.monitoring.progress import LineDisplay
 from pipeline.storage.storage import Storage
 from tests.pipeline.calibration.cases import JOB, MAX_ROWS, FakeBench, job_file, setup_of
 from tests.pipeline.cases import load
@@ -31,7 +31,7 @@ POINTS = 3 * (1 + 2 * 2)
 
 
 def run(setup: Setup, bench: FakeBench, stop: threading.Event | None = None, out: io.StringIO | None = None) -> Outcome:
-    return measure(setup, bench, LogShow(out or io.StringIO()), stop or threading.Event(), bench.clock)
+    return measure(setup, bench, LineDisplay(out or io.StringIO()), stop or threading.Event(), bench.clock)
 
 
 def names(bench: FakeBench) -> list[str]:

@@ -9,7 +9,7 @@ from pipeline.core.events import RangeDone, ReplicaLost, ReplicaNote, ReplicaRea
 from pipeline.core.text import duration
 from pipeline.core.types import Assignment, Totals, UnitResult, WorkUnit
 from pipeline.monitoring.meter import Meter
-from pipeline.monitoring.progress import BarProgress, LogProgress, line, open_progress
+from pipeline.monitoring.progress import BarDisplay, LineDisplay, Progress, open_display, run_progress, show_run
 
 
 class Clock:
@@ -97,7 +97,7 @@ def test_old_samples_leave_the_rate() -> None:
 
 def test_the_line_reads_well() -> None:
     meter = Meter(12_000, clock=Clock())
-    assert line(meter.snapshot()) == "0/12,000 rows (0.0%) · 0 tokens/s · 0 errors · ETA ? · 0 replicas"
+    assert run_progress(meter.snapshot()).text == "0/12,000 rows (0.0%) · 0 tokens/s · 0 errors · ETA ? · 0 replicas"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(48.2, "48s"), (200, "3m20s"), (7500, "2h05m"), (356_400, "4d03h")])
@@ -107,16 +107,16 @@ def test_duration(seconds: float, text: str) -> None:
 
 def test_a_log_gets_a_line_every_few_seconds_losses_at_once_and_the_end() -> None:
     clock, out = Clock(), io.StringIO()
-    progress = LogProgress(Meter(100, clock=clock), out, 5.0, clock)
+    meter, display = Meter(100, clock=clock), LineDisplay(out, 5.0, clock)
     for _ in range(12):
         clock.now += 1
-        progress(None)
+        show_run(display, meter, None)
     assert len(out.getvalue().splitlines()) == 1  # unchanged lines are not repeated
-    progress(UnitFailed("a", Assignment(WorkUnit("u0", "/f", "f", 0, 1)), "storage said no"))
-    progress(ReplicaLost("a", "node gone"))
-    progress(ReplicaNote("b", "memory ran out"))
-    progress(UnitDone(result("u0", 100, tokens=10)))
-    progress.close()
+    show_run(display, meter, UnitFailed("a", Assignment(WorkUnit("u0", "/f", "f", 0, 1)), "storage said no"))
+    show_run(display, meter, ReplicaLost("a", "node gone"))
+    show_run(display, meter, ReplicaNote("b", "memory ran out"))
+    meter.take(UnitDone(result("u0", 100, tokens=10)))
+    display.show(run_progress(meter.snapshot()))
     lines = out.getvalue().splitlines()
     assert lines[1] == "unit u0 failed on replica a: storage said no"
     assert lines[2] == "replica a was lost: node gone"
@@ -125,12 +125,23 @@ def test_a_log_gets_a_line_every_few_seconds_losses_at_once_and_the_end() -> Non
     assert "\x1b" not in out.getvalue()
 
 
-def test_a_terminal_gets_a_bar() -> None:
+def test_an_unchanged_line_is_repeated_on_request() -> None:
     out = io.StringIO()
-    bar = BarProgress(Meter(100), Console(file=out, force_terminal=True, width=120))
-    bar(UnitDone(result("u0", 50, tokens=10)))
+    display = LineDisplay(out, repeats=True)
+    for _ in range(2):
+        display.show(Progress("0/64 rows", 0, 64))
+    assert out.getvalue() == "0/64 rows\n0/64 rows\n"
+
+
+@pytest.mark.parametrize("transient", [False, True])
+def test_a_terminal_gets_a_bar(transient: bool) -> None:
+    out = io.StringIO()
+    bar = BarDisplay(Console(file=out, force_terminal=True, width=120), transient=transient)
+    bar.show(Progress("50/100 rows (50.0%)", 50, 100))
+    assert bar.due()
     bar.tell("something [happened]")
+    bar.show(Progress("the next piece"))
     bar.close()
-    assert "50/100 rows (50.0%)" in out.getvalue()
-    assert "something [happened]" in out.getvalue()
-    assert isinstance(open_progress(Meter(1), io.StringIO()), LogProgress)
+    for text in ("50/100 rows (50.0%)", "something [happened]", "the next piece"):
+        assert text in out.getvalue()
+    assert isinstance(open_display(io.StringIO()), LineDisplay)

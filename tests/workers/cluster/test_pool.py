@@ -27,7 +27,7 @@ from pipeline.driver.retry import RetryPolicy
 from pipeline.driver.run import run_job
 from pipeline.driver.stall import StallWatch
 from pipeline.monitoring.live import Live
-from pipeline.monitoring.progress import LogProgress
+from pipeline.monitoring.progress import LineDisplay
 from pipeline.monitoring.status import read_job
 from tests.waiting import PATIENCE_S, wait_until
 from tests.workers.fakes import FakeMaker, Gate, Turns
@@ -475,7 +475,7 @@ def test_metrics_are_scraped_from_the_nodes_port_and_the_folder_says_who_ran(tmp
             FakeMaker(ReplicaSpec(small.job, plan.fingerprint.digest, plan.schema)), small.job.workers, units, tell
         ),
         threading.Event(),
-        lambda meter: LogProgress(meter, io.StringIO()),
+        lambda: LineDisplay(io.StringIO()),
         [RayMetrics("small"), seen.append],
     )
     assert outcome.totals.rows == 61
