@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # heavy modules are imported inside the command that needs th
     from pipeline.cli.signals import StopSignals
     from pipeline.config.job import Job
     from pipeline.driver.dispatcher import Pool
-    from pipeline.monitoring.telemetry import Sink
+    from pipeline.monitoring.reporter import Sink
     from pipeline.planning.plan import Plan
 
 

@@ -51,8 +51,9 @@ def dispatch(
     """Run every unit that is not in `finished`, and return the results of all units by unit id.
 
     `on_event` is called with every event, and with None once in each turn of the loop. `stall` finds replicas that make
-    no progress. The caller has to close the pool. Raises JobFailed (attempts or error rate exceeded, no replica starts
-    or makes progress, `stop` is set), ClusterError, and anything that `on_event` raises.
+    no progress, by a telemetry to which `on_event` passes every event. The caller has to close the pool. Raises
+    JobFailed (attempts or error rate exceeded, no replica starts or makes progress, `stop` is set), ClusterError, and
+    anything that `on_event` raises.
     """
     queue = WorkQueue(units, finished, policy)
     while queue.open:
@@ -65,8 +66,6 @@ def dispatch(
         for event in pool.wait(POLL_S):
             on_event(event)
             queue.take(event)
-            if stall is not None:
-                stall.take(event)
         if stall is not None:
             for replica, reason in stall.check(queue.busy):
                 pool.drop(replica, reason)

@@ -20,9 +20,9 @@ from pipeline.driver.stall import StallWatch
 from pipeline.driver.work_queue import WorkQueue
 from pipeline.monitoring.efficiency import slow_replicas
 from pipeline.monitoring.live import COMPLETE, LiveFile
-from pipeline.monitoring.meter import Meter
 from pipeline.monitoring.progress import Display, open_display, run_progress, show_run
-from pipeline.monitoring.telemetry import Sink, Watch
+from pipeline.monitoring.reporter import Reporter, Sink
+from pipeline.monitoring.telemetry import Telemetry
 from pipeline.output.claim import Claim
 from pipeline.output.ledger import Ledger
 from pipeline.planning.checkpoint import check_checkpoint
@@ -79,18 +79,19 @@ def run_job(
         totals = sum((result.totals for result in results.values()), Totals())
         return Outcome(totals, len(plan.units), 0, 0, time.monotonic() - started, None, ledger.warnings())
     claim = claim or Claim(job.output.path)
-    meter = Meter(plan.rows, results.values())
+    telemetry = Telemetry(plan.rows, results.values(), total_units=len(plan.units), fingerprint=plan.fingerprint.digest)
     policy = RetryPolicy(job.retry.attempts, job.retry.max_error_rate)
     told: dict[str, str] = {}
     with contextlib.ExitStack() as closing:
         if ran_units:
             ledger.reopen()
             display = make_display()
-            watch = _watch(job, plan, meter, len(results), sinks, display.tell)
-            closing.enter_context(_ending(watch, claim))
-            run = _Run(plan, policy, StallWatch(60 * job.retry.stall_minutes), claim, stop, told, watch)
+            reporter = Reporter(telemetry, LiveFile(job.output.path), sinks, display.tell)
+            closing.enter_context(_ending(reporter, claim))
+            stall = StallWatch(telemetry, 60 * job.retry.stall_minutes)
+            run = _Run(plan, policy, stall, claim, stop, told, telemetry, display, reporter)
             with claim:
-                results = run.generate(results, make_pool, meter, display)
+                results = run.generate(results, make_pool)
         else:  # only the manifest is missing
             WorkQueue(plan.units, results, policy).check_end()
         totals = sum((result.totals for result in results.values()), Totals())
@@ -100,26 +101,12 @@ def run_job(
         warnings += slow_replicas(job, results.values(), but=told)
         manifest = ledger.complete(plan, job, totals, seconds=time.monotonic() - started, warnings=warnings)
     seconds, report = time.monotonic() - started, report_line(job.output.path)
-    return Outcome(totals, len(plan.units), ran_units, meter.tokens, seconds, manifest, tuple(warnings), report)
-
-
-def _watch(
-    job: Job, plan: Plan, meter: Meter, finished: int, sinks: Sequence[Sink], tell: Callable[[str], None]
-) -> Watch:
-    return Watch(
-        meter,
-        LiveFile(job.output.path),
-        fingerprint=plan.fingerprint.digest,
-        units=finished,
-        total_units=len(plan.units),
-        sinks=sinks,
-        tell=tell,
-    )
+    return Outcome(totals, len(plan.units), ran_units, telemetry.tokens, seconds, manifest, tuple(warnings), report)
 
 
 @contextlib.contextmanager
-def _ending(watch: Watch, claim: Claim) -> Iterator[None]:
-    """Tell the watch how the run ended."""
+def _ending(reporter: Reporter, claim: Claim) -> Iterator[None]:
+    """Tell the reporter how the run ended."""
     try:
         yield
     except BaseException as error:
@@ -128,11 +115,11 @@ def _ending(watch: Watch, claim: Claim) -> Iterator[None]:
         try:
             claim.check()
         except JobFailed:  # live.json now belongs to the newer driver
-            watch.close(None)
+            reporter.close(None)
         else:
-            watch.close(ended)
+            reporter.close(ended)
         raise
-    watch.close(COMPLETE)
+    reporter.close(COMPLETE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,26 +133,26 @@ class _Run:
     stop: threading.Event
     told: dict[str, str]
     """Warnings by the name of the replica; `generate` adds to them."""
-    watch: Watch
+    telemetry: Telemetry
+    display: Display
+    reporter: Reporter
 
-    def generate(
-        self, finished: dict[str, UnitResult], make_pool: PoolMaker, meter: Meter, display: Display
-    ) -> dict[str, UnitResult]:
+    def generate(self, finished: dict[str, UnitResult], make_pool: PoolMaker) -> dict[str, UnitResult]:
         """Run the units that are not finished, and return the results of all units by unit id. The pool and the
         display are closed in any case."""
-
-        def hear(event: Event | None) -> None:
-            meter.take(event)
-            show_run(display, meter, event)
-            self.watch(event)
-            if isinstance(event, ReplicaNote) and event.warning is not None:
-                self.told[event.replica] = event.warning
-            self.claim.check()
-
         with contextlib.ExitStack() as closing:
-            closing.callback(display.close)
-            closing.callback(lambda: display.show(run_progress(meter.snapshot())))
-            show_run(display, meter, None)  # so that a bar is there while the pool starts
-            pool = make_pool(self.plan, len(self.plan.units) - len(finished), display.tell)
+            closing.callback(self.display.close)
+            closing.callback(lambda: self.display.show(run_progress(self.telemetry.snapshot())))
+            show_run(self.display, self.telemetry, None)  # so that a bar is there while the pool starts
+            pool = make_pool(self.plan, len(self.plan.units) - len(finished), self.display.tell)
             closing.callback(pool.close)
-            return dispatch(self.plan.units, finished, pool, self.policy, self.stop, hear, self.stall)
+            return dispatch(self.plan.units, finished, pool, self.policy, self.stop, self._hear, self.stall)
+
+    def _hear(self, event: Event | None) -> None:
+        self.telemetry.take(event)
+        show_run(self.display, self.telemetry, event)
+        if event is None:
+            self.reporter.turn()
+        if isinstance(event, ReplicaNote) and event.warning is not None:
+            self.told[event.replica] = event.warning
+        self.claim.check()

@@ -1,28 +1,13 @@
 """Finds replicas that make no progress. The driver's loop asks it once in each turn; it needs no thread and no
 cluster."""
 
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 from pipeline.core.errors import JobFailed
-from pipeline.core.events import Event, RangeDone, ReplicaActive, UnitDone, UnitProgress
-from pipeline.core.types import WorkKey
+from pipeline.monitoring.telemetry import Telemetry
 
 SHOWN = 5
 """The number of replicas that the error names when the job ends."""
-
-
-@dataclass(slots=True)
-class _Seen:
-    """The progress of a replica that holds work."""
-
-    since: float
-    """The clock's time in seconds when it last made progress or began to hold work."""
-    beats: int | None = None
-    doing: str = "nothing heard of it"
-    tokens: dict[WorkKey, int] = field(default_factory=dict)
-    """Completion tokens that it has generated so far, by the work that it has reported."""
 
 
 class StallWatch:
@@ -32,59 +17,36 @@ class StallWatch:
     cause is then not the replica. This happens at least twice `stall_s` after the last row.
     """
 
-    def __init__(self, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stall_s, self._clock = stall_s, clock
-        self._seen: dict[str, _Seen] = {}
-        self._row_at = clock()
+    def __init__(self, telemetry: Telemetry, stall_s: float) -> None:
+        self._telemetry, self._stall_s = telemetry, stall_s
         self._dropped: list[str] = []  # each replica since the last row, with its last activity
-
-    def take(self, event: Event) -> None:
-        """Record one event of the dispatch loop."""
-        match event:
-            case ReplicaActive(replica, beats, doing) if seen := self._seen.get(replica):
-                if beats != seen.beats:
-                    seen.since = self._clock()
-                seen.beats, seen.doing = beats, doing
-            case UnitProgress(replica, key) if seen := self._seen.get(replica):
-                generated = event.tokens - event.kept_tokens
-                if generated > seen.tokens.get(key, 0):
-                    self._row()
-                seen.tokens[key] = generated
-            case UnitDone(result):
-                self._end((result.unit_id, None))
-            case RangeDone(_, key):
-                self._end(key)
+        self._dropped_at = float("-inf")
 
     def check(self, busy: Iterable[str]) -> list[tuple[str, str]]:
         """Return the replicas to drop now, each with the reason, among the ones in `busy`, which hold work. Raises
         JobFailed if the job must end."""
-        now = self._clock()
-        self._seen = {replica: self._seen.get(replica) or _Seen(now) for replica in busy}
-        stalled = {replica: seen for replica, seen in self._seen.items() if now - seen.since >= self._stall_s}
+        run, limit = self._telemetry, self._stall_s
+        run.set_busy(busy)
+        now = run.clock()
+        stalled = [
+            (replica, now - state.since, "nothing heard of it" if state.beats is None else state.doing)
+            for replica, state in run.replicas.items()
+            if state.since is not None and now - state.since >= limit
+        ]
         if not stalled:
             return []
-        before = len(self._dropped)
-        self._dropped += [f"{replica}: {seen.doing}" for replica, seen in stalled.items()]
-        if before and now - self._row_at >= 2 * self._stall_s:
+        if run.row_at > self._dropped_at:
+            self._dropped.clear()
+        before, self._dropped_at = len(self._dropped), now
+        self._dropped += [f"{replica}: {doing}" for replica, _, doing in stalled]
+        if before and now - run.row_at >= 2 * limit:
             more = f"; and {len(self._dropped) - SHOWN} more" if len(self._dropped) > SHOWN else ""
             raise JobFailed(
-                f"no replica got further for {(now - self._row_at) / 60:.3g} minutes (retry.stall_minutes is "
-                f"{self._stall_s / 60:.3g}); what they were doing: {'; '.join(self._dropped[:SHOWN])}{more}; see the "
-                "replicas' logs, and submit the job again"
+                f"no replica got further for {(now - run.row_at) / 60:.3g} minutes (retry.stall_minutes is "
+                f"{limit / 60:.3g}); what they were doing: {'; '.join(self._dropped[:SHOWN])}{more}; see the replicas' "
+                "logs, and submit the job again"
             )
         return [
-            (
-                replica,
-                f"no progress for {(now - seen.since) / 60:.3g} minutes (retry.stall_minutes), last: {seen.doing}",
-            )
-            for replica, seen in stalled.items()
+            (replica, f"no progress for {seconds / 60:.3g} minutes (retry.stall_minutes), last: {doing}")
+            for replica, seconds, doing in stalled
         ]
-
-    def _end(self, key: WorkKey) -> None:
-        for seen in self._seen.values():
-            seen.tokens.pop(key, None)
-        self._row()
-
-    def _row(self) -> None:
-        self._row_at = self._clock()
-        self._dropped.clear()

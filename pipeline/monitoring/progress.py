@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from pipeline.core.events import Event, ReplicaLost, ReplicaNote, UnitFailed
 from pipeline.core.text import duration
 from pipeline.monitoring.logs import event_record, log, use_json
-from pipeline.monitoring.meter import Meter, Snapshot
+from pipeline.monitoring.telemetry import Snapshot, Telemetry
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Progress:
     done: int = 0
     total: int | None = None
     """The number at which `done` ends, at least 1; None if it is not known yet: a bar then keeps the one it has."""
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
     """The same for machines."""
 
 
@@ -130,7 +130,7 @@ class JsonDisplay(Display):
         log((logging.INFO, "note", {"text": text}), source="driver")
 
     def _put(self, progress: Progress) -> None:
-        log((logging.INFO, "progress", dict(progress.fields)), source="driver")
+        log((logging.INFO, "progress", progress.fields), source="driver")
 
 
 def open_display(
@@ -161,8 +161,8 @@ def run_progress(now: Snapshot) -> Progress:
     return Progress(text, now.rows, max(now.total_rows, 1), fields)
 
 
-def show_run(display: Display, meter: Meter, event: Event | None) -> None:
-    """Show what an event says that the meter has taken, and the progress of the run if it is due."""
+def show_run(display: Display, telemetry: Telemetry, event: Event | None) -> None:
+    """Show what an event says that the telemetry has taken, and the progress of the run if it is due."""
     display.hear(event)
     if display.due():
-        display.show(run_progress(meter.snapshot()))
+        display.show(run_progress(telemetry.snapshot()))

@@ -1,13 +1,13 @@
-"""Adds up the reports of a run's replicas for `_job/live.json` and for sinks such as Ray's metrics.
+"""Holds the state of a run: how much is done, how fast it goes, and what each replica does.
 
-It receives every event of the driver's loop and decides nothing. A sink that fails is reported once and removed; it
-never ends a job.
+It takes each event of the driver's loop once and decides nothing. The progress display, `_job/live.json`, sinks such as
+Ray's metrics and the stall watch read it.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from pipeline.core.error_kinds import ErrorKinds
 from pipeline.core.events import (
@@ -21,36 +21,56 @@ from pipeline.core.events import (
     UnitFailed,
     UnitProgress,
 )
-from pipeline.core.types import WorkKey
-from pipeline.monitoring.live import Live, LiveFile, LiveReplica
-from pipeline.monitoring.meter import RATE_WINDOW_S, Meter
+from pipeline.core.types import UnitResult, WorkKey
+from pipeline.monitoring.live import Live, LiveReplica
 
-SAMPLE_S = 2.0
-"""Seconds between two pictures of the run, the same as between two reports of a replica."""
+RATE_WINDOW_S = 60.0
+"""Seconds over which rates are averaged: long enough to be steady, short enough to show a replica that joined."""
+SAMPLE_EVERY_S = 0.5
 SHOWN_LOSSES = 5
-Sink = Callable[[Live], None]
-"""A function that receives each picture of the run, for example workers.cluster.metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The progress of the job at one moment. Rows finished by an earlier run or attempt count as done, not in the
+    rates."""
+
+    rows: int
+    total_rows: int
+    errors: int
+    tokens_per_s: float
+    eta_s: float | None
+    """Estimated seconds until the job is done; None before there is a rate."""
+    replicas: int
+    rows_per_s: float
 
 
 @dataclass(slots=True)
-class _Seen:
+class ReplicaState:
     """A replica that has loaded its model and is not lost."""
 
     heard: float
+    """Time of its last report, in seconds since 1970."""
     window: deque[tuple[float, ReplicaStats]]
     """(time, stats) of its reports in the last minute, after the last older report or a start with zero counts."""
     doing: str = "idle"
-    holds: set[WorkKey] = field(default_factory=set)
-    """Keys of the assignments that it has reported as in progress."""
+    since: float | None = None
+    """Time when it last made progress or began to hold work; None if it holds none."""
+    beats: int | None = None
+    """The beats of its last report; None if it holds no work, or has not reported since it began to."""
 
-    def take(self, now: float, event: ReplicaActive) -> None:
-        self.heard, self.doing = now, event.doing
+    def take(self, event: ReplicaActive, now: float, heard: float) -> None:
+        """Record a report. `now`: its time by the clock of the run. `heard`: the same in seconds since 1970."""
+        self.heard, self.doing = heard, event.doing
+        if self.since is not None and event.beats != self.beats:
+            self.since, self.beats = now, event.beats
         if event.stats is not None:
             self.window.append((now, event.stats))
         while len(self.window) > 2 and now - self.window[1][0] >= RATE_WINDOW_S:
             self.window.popleft()
 
     def line(self, name: str, now: float) -> LiveReplica:
+        """Return the state as live.json shows it."""
         (start, first), (_, last) = self.window[0], self.window[-1]
         elapsed = max(now - start, 1.0)  # at least 1 s, so that a report right after the start gives no huge rate
         padded = last.room.padded_tokens - first.room.padded_tokens
@@ -72,70 +92,99 @@ def _ratio(above: float, below: float) -> float:
     return above / below if below > 0 else 0.0
 
 
-class Watch:
-    """A summary of the whole run, called with every event after the meter, and with None once per turn of the loop."""
+class Telemetry:
+    """The state of one run. Rows reported by an attempt that fails or is lost no longer count as done."""
 
     def __init__(
         self,
-        meter: Meter,
-        file: LiveFile,
+        total_rows: int,
+        finished: Iterable[UnitResult] = (),
         *,
-        fingerprint: str,
-        units: int,
-        total_units: int,
-        sinks: Sequence[Sink] = (),
-        tell: Callable[[str], None] = lambda _text: None,
-        clock: Callable[[], float] = time.time,
+        total_units: int = 0,
+        fingerprint: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Make the first picture. `units`: number of units finished before. `tell`: shows a message to the operator."""
-        self._meter, self._file, self._clock, self._tell = meter, file, clock, tell
-        self._fingerprint, self._units, self._total_units = fingerprint, units, total_units
-        self._sinks = list(sinks)
-        self._started = clock()
-        self._seen: dict[str, _Seen] = {}
+        """Begin a run. `finished`: the units that earlier runs have finished. `clock` gives the times by which rates
+        and standstills are measured, `wall_clock` the seconds since 1970."""
+        self.clock, self._wall_clock = clock, wall_clock
+        self._total_rows, self._total_units, self._fingerprint = total_rows, total_units, fingerprint
+        self._units = self._done_rows = self._done_errors = 0
+        for result in finished:
+            self._count(result)
+        self._started = wall_clock()
+        self.replicas: dict[str, ReplicaState] = {}
+        self.row_at = clock()
+        """Time when a row was last generated or an assignment was done anywhere; at first, when the run began."""
+        self.tokens = 0
+        """Number of completion tokens that this run generated, repeated work included."""
+        self._computed_rows = 0
+        self._samples: deque[tuple[float, int, int]] = deque([(self.row_at, 0, 0)])  # time, rows and tokens computed
+        # The last report on each assignment in progress. The report on a range that is done stays until its unit is
+        # reported as a whole, without a replica, so that no loss takes it back.
+        self._work: dict[WorkKey, UnitProgress] = {}
         self._lost, self._losses = 0, deque[str](maxlen=SHOWN_LOSSES)
         self._lost_kinds = ErrorKinds()
         self._unit_retries = 0
-        self._show(self._started)
 
-    def __call__(self, event: Event | None) -> None:
-        now = self._clock()
+    def take(self, event: Event | None) -> None:
+        """Record one event of the driver's loop, or None for a turn of it."""
+        now = self.clock()
         match event:
             case ReplicaReady(replica):
-                self._seen[replica] = _Seen(now, deque([(now, ReplicaStats())]))
-            case ReplicaActive(replica) if seen := self._seen.get(replica):
-                seen.take(now, event)
-            case UnitProgress(replica, key) if seen := self._seen.get(replica):
-                seen.holds.add(key)
-            case UnitDone(result):
-                self._units += 1
-                self._let_go((result.unit_id, None))
-            case RangeDone(_, key):
-                self._let_go(key)
-            case UnitFailed(_, work):
-                self._unit_retries += 1
-                self._let_go(work.key)
+                self.replicas[replica] = ReplicaState(self._wall_clock(), deque([(now, ReplicaStats())]))
+            case ReplicaActive(replica) if state := self.replicas.get(replica):
+                state.take(event, now, self._wall_clock())
             case ReplicaLost(replica, reason):
                 self._lose(replica, reason)
-        if event is None and not 0 <= now - self._sampled < SAMPLE_S:
-            self._show(now)
+            case UnitProgress():
+                self._advance(event, now)
+            case UnitFailed(_, work):
+                self._unit_retries += 1
+                self._work.pop(work.key, None)
+            case RangeDone(replica, (_, rows) as key):
+                first, end = rows or (0, 0)
+                last = self._work.get(key, UnitProgress(replica, key, 0, 0, 0))
+                self._work[key] = replace(last, replica="", rows=end - first)
+                self.row_at = now
+            case UnitDone():
+                self._end_unit(event, now)
+        self._sample(now)
 
-    def close(self, ended: str | None) -> None:
-        """Pass on the last picture, with how the run ended. None: write nothing, as another driver owns the job."""
-        live = None if ended is None else self.picture(ended)
-        if live is not None:
-            self._pass_on(live)
-        self._file.close(live)
+    def set_busy(self, busy: Iterable[str]) -> None:
+        """Note which replicas hold work now. The others are not expected to make progress."""
+        now, holding = self.clock(), {*busy}
+        for name, state in self.replicas.items():
+            if name not in holding:
+                state.since = state.beats = None
+            elif state.since is None:
+                state.since = now
+
+    def snapshot(self) -> Snapshot:
+        """Return the counts and rates as they are now."""
+        rows = self._done_rows + sum(report.rows for report in self._work.values())
+        start, start_rows, start_tokens = self._samples[0]
+        elapsed = self.clock() - start
+        rows_per_s = _ratio(self._computed_rows - start_rows, elapsed)
+        return Snapshot(
+            rows=rows,
+            total_rows=self._total_rows,
+            errors=self._done_errors + sum(report.errors for report in self._work.values()),
+            tokens_per_s=_ratio(self.tokens - start_tokens, elapsed),
+            eta_s=(self._total_rows - rows) / rows_per_s if rows_per_s > 0 else None,
+            replicas=len(self.replicas),
+            rows_per_s=rows_per_s,
+        )
 
     def picture(self, ended: str | None = None) -> Live:
-        """Return the state of the run as it is now."""
-        now, count = self._clock(), self._meter.snapshot()
+        """Return the whole state as it is now. `ended`: how the run ended."""
+        now, date, count = self.clock(), self._wall_clock(), self.snapshot()
         kinds = ErrorKinds(self._lost_kinds.counts())
-        for seen in self._seen.values():
-            kinds.merge(seen.window[-1][1].error_kinds)
+        for state in self.replicas.values():
+            kinds.merge(state.window[-1][1].error_kinds)
         return Live(
-            time=now,
-            sampled=now,
+            time=date,
+            sampled=date,
             fingerprint=self._fingerprint,
             started=self._started,
             ended=ended,
@@ -147,34 +196,61 @@ class Watch:
             rows_per_s=count.rows_per_s,
             tokens_per_s=count.tokens_per_s,
             eta_s=count.eta_s,
-            replicas=tuple(seen.line(name, now) for name, seen in self._seen.items()),
+            replicas=tuple(state.line(name, now) for name, state in self.replicas.items()),
             replicas_lost=self._lost,
             losses=tuple(self._losses),
             unit_retries=self._unit_retries,
             error_kinds=kinds.counts(),
         )
 
-    def _show(self, now: float) -> None:
-        self._sampled = now
-        live = self.picture()
-        self._file.show(live)
-        self._pass_on(live)
+    def _count(self, result: UnitResult) -> None:
+        self._units += 1
+        self._done_rows += result.totals.rows
+        self._done_errors += result.totals.errors
 
-    def _pass_on(self, live: Live) -> None:
-        for sink in list(self._sinks):
-            try:
-                sink(live)
-            except Exception as error:  # whatever a sink raises, the job continues without it
-                self._sinks.remove(sink)
-                self._tell(f"metrics are off from now on: {type(error).__name__}: {' '.join(str(error).split())}")
+    def _advance(self, report: UnitProgress, now: float) -> None:
+        before = self._work.get(report.key)
+        if before is None and report.key[1] is None:  # a report on the whole unit includes the rows of its ranges
+            self._forget(report.key[0])
+        rows, tokens = report.rows - report.kept_rows, report.tokens - report.kept_tokens
+        if before is None and rows and self._computed_rows == 0:
+            # Rates are measured from the first rows on, so that the loading of the model does not count.
+            self._samples = deque([self._samples[-1]])
+        if before is not None:
+            rows, tokens = rows - (before.rows - before.kept_rows), tokens - (before.tokens - before.kept_tokens)
+        self._computed_rows += rows
+        self.tokens += tokens
+        if tokens > 0:
+            self.row_at = now
+        self._work[report.key] = report
 
-    def _let_go(self, key: WorkKey) -> None:
-        for seen in self._seen.values():
-            seen.holds.discard(key)
+    def _end_unit(self, event: UnitDone, now: float) -> None:
+        result = event.result
+        if not result.published_by_other:
+            totals, key = result.totals, (result.unit_id, None)
+            counts = totals.rows, totals.errors, totals.completion_tokens
+            self._advance(UnitProgress(result.replica, key, *counts, event.kept_rows, event.kept_tokens), now)
+        self._forget(result.unit_id)
+        self._count(result)
+        self.row_at = now
+
+    def _forget(self, unit_id: str) -> None:
+        self._work = {key: report for key, report in self._work.items() if key[0] != unit_id}
 
     def _lose(self, replica: str, reason: str) -> None:
         self._lost += 1
         self._losses.append(f"{replica}: {reason}")
-        if seen := self._seen.pop(replica, None):
-            self._unit_retries += len(seen.holds)
-            self._lost_kinds.merge(seen.window[-1][1].error_kinds)
+        for key in [key for key, report in self._work.items() if report.replica == replica]:
+            del self._work[key]
+            self._unit_retries += 1
+        if state := self.replicas.pop(replica, None):
+            self._lost_kinds.merge(state.window[-1][1].error_kinds)
+
+    def _sample(self, now: float) -> None:
+        if self._computed_rows == 0 and self.tokens == 0:
+            self._samples[0] = (now, 0, 0)
+            return
+        if now - self._samples[-1][0] >= SAMPLE_EVERY_S:
+            self._samples.append((now, self._computed_rows, self.tokens))
+        while len(self._samples) > 1 and now - self._samples[1][0] >= RATE_WINDOW_S:
+            self._samples.popleft()

@@ -21,8 +21,8 @@ from pipeline.core.types import Assignment, Totals, UnitResult, WorkUnit
 from pipeline.driver.dispatcher import dispatch
 from pipeline.driver.retry import RetryPolicy
 from pipeline.driver.stall import StallWatch
-from pipeline.monitoring.meter import Meter
 from pipeline.monitoring.progress import LineDisplay, show_run
+from pipeline.monitoring.telemetry import Telemetry
 from tests.benchmarks.pipeline_results import Dispatched
 
 REPLICAS, UNITS = 256, 50_000
@@ -154,13 +154,13 @@ def run_simulated(units: int, replicas: int, *, longest_first: bool, seed: int =
     def clock() -> float:
         return pool.now
 
-    meter, display = Meter(ROWS * units, (), clock), LineDisplay(io.StringIO(), 5.0, clock)
+    telemetry, display = Telemetry(ROWS * units, clock=clock), LineDisplay(io.StringIO(), 5.0, clock)
 
     def hear(event: Event | None) -> None:
-        meter.take(event)
-        show_run(display, meter, event)
+        telemetry.take(event)
+        show_run(display, telemetry, event)
 
-    results = dispatch(work, {}, pool, RetryPolicy(3, 0.1), threading.Event(), hear, StallWatch(1800.0, clock))
+    results = dispatch(work, {}, pool, RetryPolicy(3, 0.1), threading.Event(), hear, StallWatch(telemetry, 1800.0))
     assert len(results) == units
     p50, p99 = np.percentile(pool.handovers, [50, 99]).tolist()
     return Dispatched(

@@ -68,7 +68,7 @@ Key = tuple[str, str]
 
 
 class RayMetrics:
-    """A sink of pipeline.monitoring.telemetry. It does nothing while Ray is not connected."""
+    """A sink of pipeline.monitoring.reporter. It does nothing while Ray is not connected."""
 
     def __init__(self, job: str) -> None:
         self._job = job

@@ -16,6 +16,7 @@ from pipeline.driver.dispatcher import dispatch
 from pipeline.driver.retry import RetryPolicy
 from pipeline.driver.stall import StallWatch
 from pipeline.driver.work_queue import UNITS_A_REPLICA, WorkQueue
+from pipeline.monitoring.telemetry import Telemetry
 from tests.pipeline.driver.simulated_pool import make_units, result_of
 
 
@@ -169,12 +170,16 @@ def test_error_rate_of_a_small_job_is_judged_at_its_end_resumed_rows_included() 
 
 
 def test_a_replica_that_stands_still_is_dropped_and_its_work_goes_to_another() -> None:
-    clock = iter(range(0, 10_000, 60))
     pool = ScriptedPool([ReplicaReady("a")], *[[ReplicaActive("a", 7, "generating")]] * 40, [ReplicaReady("b")])
     heard: list[Event | None] = []
-    watch = StallWatch(600, lambda: float(next(clock)))
+    telemetry = Telemetry(10, clock=lambda: 60.0 * heard.count(None))  # a turn takes a minute
+
+    def hear(event: Event | None) -> None:
+        telemetry.take(event)
+        heard.append(event)
+
     with pytest.raises(ClusterError):
-        dispatch(make_units(1), {}, pool, RetryPolicy(3, 0.1), threading.Event(), heard.append, watch)
+        dispatch(make_units(1), {}, pool, RetryPolicy(3, 0.1), threading.Event(), hear, StallWatch(telemetry, 600))
     [lost] = [event for event in heard if isinstance(event, ReplicaLost)]
     assert (lost.replica, lost.reason) == ("a", "no progress for 10 minutes (retry.stall_minutes), last: generating")
     assert [replica for replica, *_ in pool.assigned] == ["a", "b"]

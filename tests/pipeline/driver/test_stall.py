@@ -3,34 +3,31 @@
 import pytest
 
 from pipeline.core.errors import JobFailed
-from pipeline.core.events import ReplicaActive, UnitDone, UnitProgress
+from pipeline.core.events import ReplicaActive, ReplicaReady, UnitDone, UnitProgress
 from pipeline.core.types import Totals, UnitResult
 from pipeline.driver.stall import StallWatch
+from pipeline.monitoring.telemetry import Telemetry
 
 LIMIT = 600.0
 
 
-class Clock:
+class Watched:
+    """A stall watch with its telemetry, at a time that a test sets."""
+
     def __init__(self) -> None:
         self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Watched:
-    """A stall watch and its clock."""
-
-    def __init__(self) -> None:
-        self.clock = Clock()
-        self.watch = StallWatch(LIMIT, self.clock)
+        self.telemetry = Telemetry(100, clock=lambda: self.now)
+        self.watch = StallWatch(self.telemetry, LIMIT)
 
     def at(self, minute: float, *busy: str, **beats: int) -> list[tuple[str, str]]:
         """Return the replicas that are dropped at this minute, and why, after these replicas have reported these
         beats."""
-        self.clock.now = 60 * minute
+        self.now = 60 * minute
+        for replica in busy:
+            if replica not in self.telemetry.replicas:
+                self.telemetry.take(ReplicaReady(replica))
         for replica, beat in beats.items():
-            self.watch.take(ReplicaActive(replica, beat, f"step {beat}"))
+            self.telemetry.take(ReplicaActive(replica, beat, f"step {beat}"))
         return self.watch.check(busy)
 
 
@@ -80,9 +77,9 @@ def test_rows_that_are_generated_meanwhile_keep_the_job_going(sign: str) -> None
     assert len(watched.at(10, "a")) == 1
     watched.at(11, "b")
     if sign == "row":
-        watched.watch.take(UnitProgress("b", ("u0", None), 9, 0, 90, 5, 50))
+        watched.telemetry.take(UnitProgress("b", ("u0", None), 9, 0, 90, 5, 50))
     else:
-        watched.watch.take(UnitDone(UnitResult("u1", Totals(), 1.0, "", "c", 1)))
+        watched.telemetry.take(UnitDone(UnitResult("u1", Totals(), 1.0, "", "c", 1)))
     assert len(watched.at(21, "b")) == 1
 
 
@@ -91,6 +88,6 @@ def test_rows_kept_from_segments_are_no_progress() -> None:
     watched.at(0, "a")
     watched.at(10, "a")
     watched.at(11, "b")
-    watched.watch.take(UnitProgress("b", ("u0", None), 5, 0, 50, 5, 50))
+    watched.telemetry.take(UnitProgress("b", ("u0", None), 5, 0, 50, 5, 50))
     with pytest.raises(JobFailed):
         watched.at(21, "b")

@@ -8,8 +8,8 @@ from rich.console import Console
 from pipeline.core.events import RangeDone, ReplicaLost, ReplicaNote, ReplicaReady, UnitDone, UnitFailed, UnitProgress
 from pipeline.core.text import duration
 from pipeline.core.types import Assignment, Totals, UnitResult, WorkUnit
-from pipeline.monitoring.meter import Meter
 from pipeline.monitoring.progress import BarDisplay, LineDisplay, Progress, open_display, run_progress, show_run
+from pipeline.monitoring.telemetry import Telemetry
 
 
 class Clock:
@@ -27,77 +27,79 @@ def result(unit_id: str, rows: int, errors: int = 0, tokens: int = 0, by_other: 
 
 def test_resumed_rows_are_done_but_not_in_the_rate() -> None:
     clock = Clock()
-    meter = Meter(1000, [result("u0", 400, errors=4, tokens=9999)], clock)
-    meter.take(ReplicaReady("a"))
+    telemetry = Telemetry(1000, [result("u0", 400, errors=4, tokens=9999)], clock=clock)
+    telemetry.take(ReplicaReady("a"))
     clock.now += 30  # loading the model is not in the rate either
-    meter.take(None)
-    meter.take(UnitProgress("a", ("u1", None), 0, 0, 0))
+    telemetry.take(None)
+    telemetry.take(UnitProgress("a", ("u1", None), 0, 0, 0))
     for _ in range(10):
         clock.now += 1
-        done = meter.snapshot().rows - 400 + 10
-        meter.take(UnitProgress("a", ("u1", None), done, 1, done * 20))
-    now = meter.snapshot()
+        done = telemetry.snapshot().rows - 400 + 10
+        telemetry.take(UnitProgress("a", ("u1", None), done, 1, done * 20))
+    now = telemetry.snapshot()
     assert (now.rows, now.errors, now.replicas) == (500, 5, 1)
     assert now.tokens_per_s == pytest.approx(200, rel=0.12)
     assert now.eta_s == pytest.approx(50, rel=0.12)
 
 
 def test_rows_of_a_lost_replica_are_taken_back_and_a_finished_unit_counts_once() -> None:
-    meter = Meter(100, clock=Clock())
-    meter.take(ReplicaReady("a"))
-    meter.take(UnitProgress("a", ("u0", None), 30, 2, 300))
-    meter.take(ReplicaLost("a", "killed"))
-    assert (meter.snapshot().rows, meter.snapshot().errors, meter.snapshot().replicas) == (0, 0, 0)
-    meter.take(UnitProgress("b", ("u0", None), 50, 2, 500))
-    meter.take(UnitDone(result("u0", 60, errors=2, tokens=600)))
-    assert (meter.snapshot().rows, meter.snapshot().errors) == (60, 2)
-    assert meter.tokens == 300 + 600
+    telemetry = Telemetry(100, clock=Clock())
+    telemetry.take(ReplicaReady("a"))
+    telemetry.take(UnitProgress("a", ("u0", None), 30, 2, 300))
+    telemetry.take(ReplicaLost("a", "killed"))
+    assert (telemetry.snapshot().rows, telemetry.snapshot().errors, telemetry.snapshot().replicas) == (0, 0, 0)
+    telemetry.take(UnitProgress("b", ("u0", None), 50, 2, 500))
+    telemetry.take(UnitDone(result("u0", 60, errors=2, tokens=600)))
+    assert (telemetry.snapshot().rows, telemetry.snapshot().errors) == (60, 2)
+    assert telemetry.tokens == 300 + 600
 
 
 def test_rows_kept_from_segments_are_done_but_not_computed() -> None:
     clock = Clock()
-    meter = Meter(1000, clock=clock)
-    meter.take(UnitProgress("a", ("u0", None), 600, 3, 6000, 600, 6000))
+    telemetry = Telemetry(1000, clock=clock)
+    telemetry.take(UnitProgress("a", ("u0", None), 600, 3, 6000, 600, 6000))
     clock.now += 20  # nothing is generated yet: not in the rate
-    meter.take(None)
+    telemetry.take(None)
     for second in range(1, 11):
         clock.now += 1
-        meter.take(UnitProgress("a", ("u0", None), 600 + 10 * second, 3, 6000 + 100 * second, 600, 6000))
-    now = meter.snapshot()
+        telemetry.take(UnitProgress("a", ("u0", None), 600 + 10 * second, 3, 6000 + 100 * second, 600, 6000))
+    now = telemetry.snapshot()
     assert (now.rows, now.errors) == (700, 3)
     assert now.tokens_per_s == pytest.approx(100, rel=0.12)
-    meter.take(UnitDone(result("u0", 710, errors=3, tokens=7100), 600, 6000))
-    assert meter.snapshot().rows == 710
-    assert meter.tokens == 1100
+    telemetry.take(UnitDone(result("u0", 710, errors=3, tokens=7100), 600, 6000))
+    assert telemetry.snapshot().rows == 710
+    assert telemetry.tokens == 1100
 
 
 def test_rows_of_ranges_count_once_until_their_unit_is_done() -> None:
-    meter = Meter(100, clock=Clock())
-    meter.take(UnitProgress("a", ("u0", (0, 50)), 40, 4, 400))
-    meter.take(RangeDone("a", ("u0", (0, 50))))
-    meter.take(ReplicaLost("a", "killed"))
-    assert (meter.snapshot().rows, meter.snapshot().errors) == (50, 4)
-    meter.take(RangeDone("b", ("u0", (50, 60))))
-    assert meter.snapshot().rows == 60
-    meter.take(UnitProgress("b", ("u0", None), 60, 4, 600, 60, 600))
-    assert meter.snapshot().rows == 60
-    meter.take(UnitDone(result("u0", 60, errors=5, tokens=600), 60, 600))
-    assert (meter.snapshot().rows, meter.snapshot().errors, meter.tokens) == (60, 5, 400)
+    telemetry = Telemetry(100, clock=Clock())
+    telemetry.take(UnitProgress("a", ("u0", (0, 50)), 40, 4, 400))
+    telemetry.take(RangeDone("a", ("u0", (0, 50))))
+    telemetry.take(ReplicaLost("a", "killed"))
+    assert (telemetry.snapshot().rows, telemetry.snapshot().errors) == (50, 4)
+    telemetry.take(RangeDone("b", ("u0", (50, 60))))
+    assert telemetry.snapshot().rows == 60
+    telemetry.take(UnitProgress("b", ("u0", None), 60, 4, 600, 60, 600))
+    assert telemetry.snapshot().rows == 60
+    telemetry.take(UnitDone(result("u0", 60, errors=5, tokens=600), 60, 600))
+    assert (telemetry.snapshot().rows, telemetry.snapshot().errors, telemetry.tokens) == (60, 5, 400)
 
 
 def test_old_samples_leave_the_rate() -> None:
     clock = Clock()
-    meter = Meter(10_000, clock=clock)
+    telemetry = Telemetry(10_000, clock=clock)
     for second in range(200):
         clock.now += 1
         tokens = second * 10 if second < 100 else 1000 + (second - 100) * 50
-        meter.take(UnitProgress("a", ("u0", None), second, 0, tokens))
-    assert meter.snapshot().tokens_per_s == pytest.approx(50, rel=0.05)
+        telemetry.take(UnitProgress("a", ("u0", None), second, 0, tokens))
+    assert telemetry.snapshot().tokens_per_s == pytest.approx(50, rel=0.05)
 
 
 def test_the_line_reads_well() -> None:
-    meter = Meter(12_000, clock=Clock())
-    assert run_progress(meter.snapshot()).text == "0/12,000 rows (0.0%) · 0 tokens/s · 0 errors · ETA ? · 0 replicas"
+    telemetry = Telemetry(12_000, clock=Clock())
+    assert (
+        run_progress(telemetry.snapshot()).text == "0/12,000 rows (0.0%) · 0 tokens/s · 0 errors · ETA ? · 0 replicas"
+    )
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(48.2, "48s"), (200, "3m20s"), (7500, "2h05m"), (356_400, "4d03h")])
@@ -107,16 +109,16 @@ def test_duration(seconds: float, text: str) -> None:
 
 def test_a_log_gets_a_line_every_few_seconds_losses_at_once_and_the_end() -> None:
     clock, out = Clock(), io.StringIO()
-    meter, display = Meter(100, clock=clock), LineDisplay(out, 5.0, clock)
+    telemetry, display = Telemetry(100, clock=clock), LineDisplay(out, 5.0, clock)
     for _ in range(12):
         clock.now += 1
-        show_run(display, meter, None)
+        show_run(display, telemetry, None)
     assert len(out.getvalue().splitlines()) == 1  # unchanged lines are not repeated
-    show_run(display, meter, UnitFailed("a", Assignment(WorkUnit("u0", "/f", "f", 0, 1)), "storage said no"))
-    show_run(display, meter, ReplicaLost("a", "node gone"))
-    show_run(display, meter, ReplicaNote("b", "memory ran out"))
-    meter.take(UnitDone(result("u0", 100, tokens=10)))
-    display.show(run_progress(meter.snapshot()))
+    show_run(display, telemetry, UnitFailed("a", Assignment(WorkUnit("u0", "/f", "f", 0, 1)), "storage said no"))
+    show_run(display, telemetry, ReplicaLost("a", "node gone"))
+    show_run(display, telemetry, ReplicaNote("b", "memory ran out"))
+    telemetry.take(UnitDone(result("u0", 100, tokens=10)))
+    display.show(run_progress(telemetry.snapshot()))
     lines = out.getvalue().splitlines()
     assert lines[1] == "unit u0 failed on replica a: storage said no"
     assert lines[2] == "replica a was lost: node gone"

@@ -18,14 +18,13 @@ from pipeline.config.job import Job
 from pipeline.core.error_kinds import ErrorCount
 from pipeline.core.errors import OutputError
 from pipeline.core.events import EngineRoom, ReplicaActive, ReplicaLost, ReplicaReady, ReplicaStats
-from pipeline.core.types import Totals
+from pipeline.core.types import Totals, UnitResult
 from pipeline.maintenance.clean import find_leftovers
 from pipeline.maintenance.verify import verify
 from pipeline.monitoring.live import COMPLETE, DEAD_AFTER, INTERVAL_S, Live, LiveFile
-from pipeline.monitoring.meter import Meter
 from pipeline.monitoring.status import JobStatus, lines, look_again, read_job
 from pipeline.monitoring.status_view import show
-from pipeline.monitoring.telemetry import Watch
+from pipeline.monitoring.telemetry import Telemetry
 from pipeline.output.layout import LIVE, part_name
 from tests.pipeline.cases import make_job, open_ledger, out, plan_of, publish, two_files, write
 
@@ -50,18 +49,15 @@ def job(tmp_path: Path) -> Job:
 
 def live_of(job: Job, *, ended: str | None = None) -> Live:
     """Return the live data of a driver whose first replica was lost and whose second one is working."""
-    plan = plan_of(job)
-    file, digest = LiveFile(job.output.path), plan.fingerprint.digest
-    watch = Watch(Meter(25), file, fingerprint=digest, units=1, total_units=3, clock=now)
+    done = UnitResult("u0", Totals(), 1.0, "", "r0", 1)
+    run = Telemetry(25, [done], total_units=3, fingerprint=plan_of(job).fingerprint.digest, wall_clock=now)
     room = EngineRoom(pages_used=30, pages=120)
     kinds = (ErrorCount("prompt is null", 1, "b.parquet#1: prompt is null"),)
     stats = ReplicaStats(rows=5, queue=7, active=4, max_rows=8, unsaved_rows=2, unsaved_s=12, room=room, errors=1)
     for event in (ReplicaReady("r0"), ReplicaReady("r1"), ReplicaLost("r0", "killed\x1b[2J")):
-        watch(event)
-    watch(ReplicaActive("r1", 1, "generating unit x", replace(stats, error_kinds=kinds, storage_retries=3)))
-    live = watch.picture(ended)
-    watch.close(ended or "test")
-    return live
+        run.take(event)
+    run.take(ReplicaActive("r1", 1, "generating unit x", replace(stats, error_kinds=kinds, storage_retries=3)))
+    return run.picture(ended)
 
 
 def seen(job: Job, live: Live | None) -> JobStatus:

@@ -21,44 +21,29 @@ from pipeline.core.events import (
 )
 from pipeline.core.types import Assignment, Totals, UnitResult, WorkUnit
 from pipeline.monitoring.live import Live, LiveFile, read_live
-from pipeline.monitoring.meter import Meter
-from pipeline.monitoring.telemetry import SAMPLE_S, Watch
+from pipeline.monitoring.reporter import SAMPLE_S, Reporter, Sink
+from pipeline.monitoring.telemetry import Telemetry
 from pipeline.output.layout import LIVE
 from pipeline.storage.storage import Storage
+from tests.pipeline.monitoring.test_progress import Clock
 from tests.waiting import PATIENCE_S, wait_until
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Run:
-    """A watch with its meter and its clock, which hears events as from a driver."""
+    """The telemetry of a run with its reporter and its clock, which hears events as from a driver."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, *sinks: Sink) -> None:
         self.clock, self.pictures, self.told = Clock(), list[Live](), list[str]()
-        self.meter = Meter(100, clock=self.clock)
-        settings = {"sinks": [self.pictures.append], **settings}
-        self.file = LiveFile(str(folder), interval_s=0.02)
-        self.watch = Watch(
-            self.meter,
-            self.file,
-            fingerprint="ours",
-            units=1,
-            total_units=10,
-            tell=self.told.append,
-            clock=self.clock,
-            **settings,
+        done = UnitResult("u0", Totals(), 1.0, "", "r0", 1)
+        self.telemetry = Telemetry(
+            100, [done], total_units=10, fingerprint="ours", clock=self.clock, wall_clock=self.clock
         )
+        self.file = LiveFile(str(folder), interval_s=0.02)
+        self.reporter = Reporter(self.telemetry, self.file, [*sinks, self.pictures.append], self.told.append)
 
-    def hear(self, *events: Event | None) -> None:
+    def hear(self, *events: Event) -> None:
         for event in events:
-            self.meter.take(event)
-            self.watch(event)
+            self.telemetry.take(event)
 
 
 def done(rows: int, **more: Any) -> ReplicaStats:
@@ -73,13 +58,13 @@ def test_rates_of_a_replica_are_those_of_the_last_minute(tmp_path: Path) -> None
         rows = second if second < 100 else 2 * second - 100
         room = EngineRoom(prefill_tokens=80 * rows, padded_tokens=100 * rows)
         run.hear(ReplicaActive("r0", second, "generating", done(rows, room=room)))
-    [replica] = run.watch.picture().replicas
+    [replica] = run.telemetry.picture().replicas
     assert replica.rows_per_s == pytest.approx(2, rel=0.05)
     assert replica.tokens_per_s == pytest.approx(60, rel=0.05)
     assert (replica.batch_rows, replica.tokens_per_forward) == (7.5, 3.0)
     assert replica.padding_share == pytest.approx(0.2)
     assert (replica.doing, replica.heard) == ("generating", run.clock.now)
-    run.watch.close("stopped")
+    run.reporter.close("stopped")
 
 
 def test_a_lost_replica_leaves_its_errors_and_its_units_count_as_retried(tmp_path: Path) -> None:
@@ -92,13 +77,13 @@ def test_a_lost_replica_leaves_its_errors_and_its_units_count_as_retried(tmp_pat
     run.hear(UnitDone(UnitResult("u1", Totals(rows=10, ok=10), 1.0, "", "r0", 1)))
     run.hear(ReplicaLost("r0", "killed"), UnitFailed("r1", Assignment(unit), "no such bucket"))
     run.hear(ReplicaActive("r1", 1, "x", done(5, errors=2, error_kinds=kinds)))
-    picture = run.watch.picture()
+    picture = run.telemetry.picture()
     assert [(replica.name, replica.stats.error_kinds) for replica in picture.replicas] == [("r1", ())]
     assert (picture.replicas_lost, picture.losses) == (1, ("r0: killed",))
     assert picture.unit_retries == 2  # u2 of the lost replica, and u5, which failed
     assert [(count.kind, count.rows) for count in picture.error_kinds] == [("prompt is null", 4)]
     assert (picture.units, picture.rows) == (2, 10)
-    run.watch.close("stopped")
+    run.reporter.close("stopped")
 
 
 def test_the_file_is_written_without_the_loop_and_says_how_the_run_ended(tmp_path: Path) -> None:
@@ -109,7 +94,7 @@ def test_the_file_is_written_without_the_loop_and_says_how_the_run_ended(tmp_pat
     first = wait_for(storage, lambda live: live.ended is None)
     later = wait_for(storage, lambda live: live.time > first.time)
     assert later.sampled == first.sampled == 1000.0
-    run.watch.close("no space left")
+    run.reporter.close("no space left")
     live = read_live(storage, "ours")
     assert live is not None
     assert (live.ended, live.total_rows, live.total_units) == ("no space left", 100, 10)
@@ -129,7 +114,7 @@ def wait_for(storage: Storage, wanted: Any) -> Live:
 def test_where_another_driver_took_over_nothing_more_is_written(tmp_path: Path) -> None:
     run = Run(tmp_path)
     wait_for(Storage(str(tmp_path)), lambda _live: True)
-    run.watch.close(None)
+    run.reporter.close(None)
     (tmp_path / LIVE).write_text("the newer driver's")
     run.file._thread.join(PATIENCE_S)
     assert not run.file._thread.is_alive()  # no thread is left that could write
@@ -144,13 +129,12 @@ def test_storage_and_sinks_that_fail_cost_the_run_nothing(tmp_path: Path, monkey
         raise RuntimeError("no\nmetrics")
 
     monkeypatch.setattr(Storage, "write", refuse)
-    pictures: list[Live] = []
-    run = Run(tmp_path, sinks=[broken, pictures.append])
+    run = Run(tmp_path, broken)
     run.clock.now += SAMPLE_S
-    run.hear(None)
-    run.watch.close("complete")
+    run.reporter.turn()
+    run.reporter.close("complete")
     assert run.told == ["metrics are off from now on: RuntimeError: no metrics"]
-    assert [picture.ended for picture in pictures] == [None, None, "complete"]
+    assert [picture.ended for picture in run.pictures] == [None, None, "complete"]
     assert not (tmp_path / LIVE).exists()
 
 
@@ -164,7 +148,7 @@ def test_what_is_no_live_file_says_nothing(tmp_path: Path, text: str) -> None:
 def test_a_picture_survives_its_json(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.hear(ReplicaReady("r0"), ReplicaActive("r0", 1, "x", done(1, room=EngineRoom(pages=7))))
-    run.watch.close("complete")
+    run.reporter.close("complete")
     live = read_live(Storage(str(tmp_path)), "ours")
     assert live is not None
     assert live.replicas == run.pictures[-1].replicas

@@ -29,6 +29,7 @@ from pipeline.driver.stall import StallWatch
 from pipeline.monitoring.live import Live
 from pipeline.monitoring.progress import LineDisplay
 from pipeline.monitoring.status import read_job
+from pipeline.monitoring.telemetry import Telemetry
 from tests.waiting import PATIENCE_S, wait_until
 from tests.workers.fakes import FakeMaker, Gate, Turns
 from tests.workers.jobs import SmallJob, open_job, prompts_of
@@ -235,19 +236,21 @@ def test_a_row_that_kills_its_process_becomes_an_error_row_and_no_other_does(tmp
 
 
 class StallWatcher(Watcher):
-    """A watcher that acts when r0 hangs. It moves the clock on until the pool has asked r0 twice and heard the same
-    beats, and then by the time after which a replica counts as stalled."""
+    """A watcher with a telemetry, which acts when r0 hangs. It moves the clock on until the pool has asked r0 twice and
+    heard the same beats, and then by the time after which a replica counts as stalled."""
 
     STALL_S = 600.0
 
     def __init__(self, clock: Clock, hangs: Path) -> None:
         super().__init__()
         self.clock, self.hangs = clock, hangs
+        self.telemetry = Telemetry(40, clock=clock.monotonic)
         self.beats: list[int] = []
         self.waited = False
 
     def __call__(self, event: Event | None) -> None:
         super().__call__(event)
+        self.telemetry.take(event)
         if self.waited or not self.hangs.exists():
             return
         if isinstance(event, ReplicaActive):
@@ -263,7 +266,7 @@ def test_a_replica_that_hangs_is_replaced_and_its_rows_are_done_by_another(tmp_p
     prompts[20] = HANG
     small = open_job(tmp_path, prompts, workers=ONE)
     watcher = StallWatcher(clock, tmp_path / "hangs")
-    run(small, MarkedMaker(small.spec), watcher, stall=StallWatch(watcher.STALL_S, clock.monotonic))
+    run(small, MarkedMaker(small.spec), watcher, stall=StallWatch(watcher.telemetry, watcher.STALL_S))
     check_rows(small, prompts)
     assert watcher.names(ReplicaLost) == ["r0"]
     [reason] = [event.reason for event in watcher.events if isinstance(event, ReplicaLost)]
