@@ -22,7 +22,6 @@ from pipeline.storage.urls import flaw_of, in_ray_package, is_local
 
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
 _INT = re.compile(r"[-+]?\d+")
-_NULL = re.compile("null|Null|NULL|~")
 _LEADING_ZERO = re.compile(r"[-+]?0[\d_]+")
 MAX_FILE_CHARS, MAX_VALUES = 4_000_000, 10_000
 """The largest job file. The number of values is limited because YAML aliases of aliases can turn a few lines into
@@ -127,7 +126,6 @@ def _parse_file(file: str) -> dict[str, Any]:
 
 
 def _parse(text: str, where: str) -> Any:
-    loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -142,9 +140,6 @@ def _parse(text: str, where: str) -> Any:
         raise JobError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise JobError(f"{where}: nested too deeply") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
 def _build(loader: _Loader, node: yaml.Node, key: str, where: str) -> Any:
@@ -236,7 +231,7 @@ def _expand_tree(value: Any, key: str, file: str, origins: Mapping[str, str], va
 
 def _as_value(text: str, where: str) -> str | int | float | None:
     _check_number(text, where)
-    if _NULL.fullmatch(text):
+    if text in ("null", "Null", "NULL", "~"):
         return None
     if _INT.fullmatch(text):
         try:

@@ -8,34 +8,23 @@ import yaml
 from pipeline.config.loader import Plain
 
 
-class _Quoted(str):
-    """A text that is written in quotes, so that it is never read as a number."""
-
-    __slots__ = ()
-
-
 class _Dumper(yaml.SafeDumper):
-    pass
+    """A safe YAML dumper that writes text in quotes, so that it is never read as a number, but keys and Plain text
+    without."""
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        plain = [(Plain(key), value) for key, value in mapping.items()]
+        return super().represent_mapping(tag, plain, flow_style)
 
 
-_Dumper.add_representer(
-    _Quoted, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", str(text), style='"')
-)
+_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 _Dumper.add_representer(Plain, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", str(text)))
 
 
 def to_yaml(settings: Mapping[str, Any], comments: Sequence[str]) -> bytes:
     """Return the content of a job file, with the comments first. Values may contain variables. Only text that is Plain
     is written without quotes."""
-
-    def quoted(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(key): quoted(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [quoted(inner) for inner in value]
-        return _Quoted(value) if isinstance(value, str) and not isinstance(value, Plain) else value
-
-    text = yaml.dump(quoted(dict(settings)), Dumper=_Dumper, sort_keys=False, width=1 << 30, allow_unicode=True)
+    text = yaml.dump(dict(settings), Dumper=_Dumper, sort_keys=False, width=1 << 30, allow_unicode=True)
     return ("".join(f"# {comment}\n" for comment in comments) + text).encode()
 
 
