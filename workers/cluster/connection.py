@@ -1,10 +1,11 @@
 """Joins or starts the Ray cluster, and describes the resources of its nodes."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -85,6 +86,15 @@ def check_reachable(address: str) -> None:
                 f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({error}); start it, or unset RAY_ADDRESS "
                 "to run on this machine alone"
             ) from error
+
+
+@contextlib.contextmanager
+def lost_cluster(advice: str = "") -> Iterator[None]:
+    """Turn a RayError of the body into the ClusterError of a lost cluster. `advice` ends its text."""
+    try:
+        yield
+    except RayError as error:
+        raise ClusterError(f"the Ray cluster was lost: {ray_text(error)}{advice}") from error
 
 
 def print_nodes() -> None:

@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import RayError
 
 from pipeline.config.job import WorkersSection
-from pipeline.core.errors import ClusterError
 from pipeline.core.events import Event, ReplicaLost, ReplicaReady
 from pipeline.core.types import Assignment
-from workers.cluster.connection import amounts, connect, describe_nodes, ray_text
+from workers.cluster.actor import ReplicaActor, death_text, no_room
+from workers.cluster.connection import amounts, connect, describe_nodes, lost_cluster
 from workers.replica.replica import FLUSH_S, MakeRunner, ReplicaProcess, Report
 
 WORK_S = 2.0
@@ -47,14 +45,13 @@ class _Slot:
     """A place for a replica."""
 
     number: int
-    group: PlacementGroup
-    actor: Any = None
+    actor: ReplicaActor
     lives: int = 0
     started_at: float = 0.0
     """Time at which its actor was requested."""
     ready: bool = False
     calls: deque[Any] = field(default_factory=deque)
-    """Outstanding `work` calls, oldest first; until the replica is ready, its `start` call."""
+    """Outstanding `work` calls, oldest first; until the replica is ready, its `start` call; none without an actor."""
     looks: list[Any] = field(default_factory=list)
     """The outstanding `look` call, which asks the replica what it is doing, if there is one."""
     heard_at: float = 0.0
@@ -84,8 +81,6 @@ class RayPool:
     ) -> None:
         self._ours = connect(stopped)
         self._make_runner, self._settings, self._tell = make_runner, settings, tell
-        # Two concurrency groups: `start` and `work` run one at a time, and the other calls run beside them.
-        self._actor_class = ray.remote(concurrency_groups={"control": 1})(ReplicaProcess)  # type: ignore[call-overload]
         self._limit = units if settings.replicas == "auto" else min(units, settings.replicas)
         self._slots: list[_Slot] = []
         self._dropped: list[Event] = []
@@ -97,18 +92,16 @@ class RayPool:
         """See Pool."""
         for slot in self._slots:
             if slot.ready and slot.name == replica:
-                slot.actor.assign.options(concurrency_group="control").remote(work)
+                slot.actor.ask("assign", work)
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
         """See Pool. Raises ClusterError if Ray is lost, or if no node has room for a replica within start_timeout_s."""
         if self._dropped:
             events, self._dropped = self._dropped, []
             return events
-        try:
+        with lost_cluster("; submit the job again"):
             self._fill_slots()
             return self._listen(timeout_s)
-        except RayError as error:
-            raise ClusterError(f"the Ray cluster was lost: {ray_text(error)}; submit the job again") from error
 
     def drop(self, replica: str, reason: str) -> None:
         """See Pool."""
@@ -122,9 +115,7 @@ class RayPool:
             with contextlib.suppress(RayError):
                 self._flush()
             for slot in self._slots:
-                with contextlib.suppress(RayError):
-                    self._kill(slot)
-                    remove_placement_group(slot.group)
+                slot.actor.close()
         self._slots.clear()
         if self._ours:
             ray.shutdown()
@@ -132,9 +123,7 @@ class RayPool:
 
     def _flush(self) -> None:
         """Let all replicas save their finished rows at the same time, because a stopped job is often killed soon."""
-        calls = [
-            slot.actor.stop.options(concurrency_group="control").remote(FLUSH_S) for slot in self._slots if slot.ready
-        ]
+        calls = [slot.actor.ask("stop", FLUSH_S) for slot in self._slots if slot.ready]
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=FLUSH_S + 1) if calls else ([], [])
         rows = 0
         for call in done:
@@ -145,7 +134,9 @@ class RayPool:
 
     def _listen(self, timeout_s: float) -> list[Event]:
         self._look_in()
-        events: list[Event] = [self._lose_unstarted(slot) for slot in self._slots if _is_overdue(slot)]
+        now, late = time.monotonic(), Report(fatal=f"its model was not loaded within {START_S / 60:g} minutes")
+        loading = [slot for slot in self._slots if slot.calls and not slot.ready]
+        events: list[Event] = [self._lose(slot, late) for slot in loading if now - slot.started_at >= START_S]
         by_call = {call: slot for slot in self._slots for call in (*slot.calls, *slot.looks)}
         if not by_call:
             time.sleep(min(timeout_s, CHECK_S))
@@ -169,16 +160,14 @@ class RayPool:
         for slot in self._slots:
             if slot.ready and not slot.looks and now - slot.heard_at >= LOOK_S:
                 slot.heard_at = now
-                slot.looks.append(slot.actor.look.options(concurrency_group="control").remote())
+                slot.looks.append(slot.actor.ask("look"))
 
     def _hear(self, slot: _Slot, call: Any) -> list[Event]:
         """Return the events of one call that has returned, and keep enough `work` calls outstanding."""
         try:
             report: Report = ray.get(call)
-        except RayActorError as error:
-            report = Report(fatal=death_of(error))
-        except RayError as error:  # the replica could not report at all: its code or its environment is broken
-            report = Report(fatal=ray_text(error))
+        except RayError as error:  # the replica is dead, or its code or its environment is broken
+            report = Report(fatal=death_text(error))
         events = list(report.events)
         if report.fatal is not None:
             return [*events, self._lose(slot, report)]
@@ -187,7 +176,7 @@ class RayPool:
             events.insert(0, ReplicaReady(slot.name))
         slot.heard_at = time.monotonic()
         while len(slot.calls) < CALLS_AHEAD:
-            slot.calls.append(slot.actor.work.remote(WORK_S))
+            slot.calls.append(slot.actor.call("work", WORK_S))
         return events
 
     def _lose(self, slot: _Slot, report: Report) -> ReplicaLost:
@@ -195,18 +184,11 @@ class RayPool:
         if not slot.ready:
             slot.failures += 1
             slot.not_before = time.monotonic() + min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (slot.failures - 1))
-        self._kill(slot)
-        return lost
-
-    def _lose_unstarted(self, slot: _Slot) -> ReplicaLost:
-        return self._lose(slot, Report(fatal=f"its model was not loaded within {START_S / 60:g} minutes"))
-
-    def _kill(self, slot: _Slot) -> None:
-        if slot.actor is not None:
-            ray.kill(slot.actor, no_restart=True)
-        slot.actor, slot.ready = None, False
+        slot.actor.kill()
+        slot.ready = False
         slot.calls.clear()
         slot.looks.clear()
+        return lost
 
     def _fill_slots(self) -> None:
         """Request placement groups, and start an actor in every group that has room."""
@@ -214,38 +196,25 @@ class RayPool:
         if now - self._checked < CHECK_S:
             return
         self._checked = now
-        without_room = [slot for slot in self._slots if slot.actor is None and not self._settle(slot, now)]
-        while len(self._slots) < self._limit and (self._settings.replicas != "auto" or not without_room):
-            slot = self._new_slot()
-            if not self._settle(slot, now):
+        without_room = [slot for slot in self._slots if not slot.calls and not self._settle(slot, now)]
+        auto = self._settings.replicas == "auto"
+        while len(self._slots) < self._limit and not (auto and without_room):
+            slot = _Slot(len(self._slots), ReplicaActor(ReplicaProcess, self._settings))
+            self._slots.append(slot)
+            # With "auto", only one group at a time waits for nodes to join: the next one is requested only after this
+            # one has had time to get its room.
+            if not self._settle(slot, now, wait_s=1.0 if auto else 0.0):
                 without_room.append(slot)
         self._check_room(len(without_room), now)
 
-    def _new_slot(self) -> _Slot:
-        bundle = {"CPU": float(self._settings.cpus)}
-        if self._settings.gpus:
-            bundle["GPU"] = float(self._settings.gpus)
-        slot = _Slot(len(self._slots), placement_group([bundle], strategy="STRICT_PACK"))
-        self._slots.append(slot)
-        if self._settings.replicas == "auto":
-            # Give the group time to get its room: the next one is requested only after that, so that just one group
-            # at a time waits for nodes to join.
-            slot.group.wait(1)
-        return slot
-
-    def _settle(self, slot: _Slot, now: float) -> bool:
+    def _settle(self, slot: _Slot, now: float, wait_s: float = 0.0) -> bool:
         """Return whether the slot's group has room. If so, start an actor, unless a pause after a failed start runs."""
-        if placement_group_table(slot.group).get("state") != "CREATED":
+        if not slot.actor.has_room(wait_s):
             return False
         if now >= slot.not_before:
             slot.lives, slot.started_at = slot.lives + 1, now
-            slot.actor = self._actor_class.options(
-                num_cpus=self._settings.cpus,
-                num_gpus=self._settings.gpus,
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, 0),
-            ).remote(slot.name, self._make_runner)
-            slot.calls.append(slot.actor.start.remote())
+            slot.actor.start(slot.name, self._make_runner)
+            slot.calls.append(slot.actor.call("start"))
         return True
 
     def _check_room(self, without_room: int, now: float) -> None:
@@ -258,31 +227,13 @@ class RayPool:
         elif self._empty_since is None:
             self._empty_since = now
         if self._empty_since is not None and now - self._empty_since >= self._settings.start_timeout_s:
-            raise ClusterError(
-                f"no node has room for a replica of {self._wanted()} after {self._settings.start_timeout_s:g} s "
-                f"(workers.start_timeout_s); the cluster has {describe_nodes()}; lower workers.gpus or workers.cpus, "
-                "free the nodes or add some"
-            )
+            raise no_room(self._settings, "free the nodes or add some")
         if without_room and now >= self._notice_at:
             self._notice_at = float("inf")
             fits = len(self._slots) - without_room
             if fits == 0 or self._settings.replicas != "auto":
+                size = amounts({"GPU": self._settings.gpus, "CPU": self._settings.cpus})
                 self._tell(
-                    f"room for {fits} of {len(self._slots)} replicas of {self._wanted()} each; the cluster has "
+                    f"room for {fits} of {len(self._slots)} replicas of {size} each; the cluster has "
                     f"{describe_nodes()}; the others start as room comes"
                 )
-
-    def _wanted(self) -> str:
-        return amounts({"GPU": self._settings.gpus, "CPU": self._settings.cpus})
-
-
-def _is_overdue(slot: _Slot) -> bool:
-    return slot.actor is not None and not slot.ready and time.monotonic() - slot.started_at >= START_S
-
-
-def death_of(error: RayActorError) -> str:
-    """Return Ray's message about a dead actor as one line that gives the cause, without ids and advice."""
-    text = ray_text(error)
-    for start in ("The actor is dead because ", "The actor died because "):
-        text = text[text.index(start) + len(start) :] if start in text else text
-    return text.split(" Some common causes include")[0]

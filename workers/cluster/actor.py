@@ -1,0 +1,80 @@
+"""Holds the room for a replica on Ray, and the actor in it, for the pool and for the bench of a calibration."""
+
+import contextlib
+import functools
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from pipeline.config.job import WorkersSection
+from pipeline.core.errors import ClusterError
+from workers.cluster.connection import amounts, describe_nodes, ray_text
+
+# Two concurrency groups: the methods of `call` run one at a time, and those of `ask` run beside them.
+_actor_class = functools.cache(ray.remote(concurrency_groups={"control": 1}))  # type: ignore[call-overload]
+
+
+class ReplicaActor:
+    """A placement group for one replica of a job, and the actor in it. After a loss it holds another actor."""
+
+    def __init__(self, process: type, workers: WorkersSection) -> None:
+        """Request the placement group. `process` is the class of the actor."""
+        bundle = {"CPU": float(workers.cpus)} | ({"GPU": float(workers.gpus)} if workers.gpus else {})
+        self._group = placement_group([bundle], strategy="STRICT_PACK")
+        self._class = _actor_class(process).options(
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus,
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, 0),
+        )
+        self._actor: Any = None
+
+    def has_room(self, wait_s: float = 0.0) -> bool:
+        """Return whether the placement group has its room, after waiting for it for at most `wait_s` seconds."""
+        if wait_s:
+            self._group.wait(wait_s)
+        return bool(placement_group_table(self._group).get("state") == "CREATED")
+
+    def start(self, *arguments: Any) -> None:
+        """Start an actor in the room. The arguments are those of its class."""
+        self._actor = self._class.remote(*arguments)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the actor, and return a reference to its result."""
+        return getattr(self._actor, method).remote(*arguments)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Call a method that may run beside a method of `call`, and return a reference to its result."""
+        return getattr(self._actor, method).options(concurrency_group="control").remote(*arguments)
+
+    def kill(self) -> None:
+        """Kill the actor if there is one, and keep the room."""
+        if self._actor is not None:
+            ray.kill(self._actor, no_restart=True)
+        self._actor = None
+
+    def close(self) -> None:
+        """Kill the actor and give the room back, as far as Ray still answers."""
+        with contextlib.suppress(RayError):
+            self.kill()
+            remove_placement_group(self._group)
+
+
+def death_text(error: RayError) -> str:
+    """Return Ray's message about a dead actor as one line that gives the cause, without ids and advice."""
+    text = ray_text(error)
+    for start in ("The actor is dead because ", "The actor died because "):
+        text = text.split(start, 1)[-1]
+    return text.split(" Some common causes include")[0]
+
+
+def no_room(workers: WorkersSection, advice: str) -> ClusterError:
+    """Return the error that a replica found no room within workers.start_timeout_s. `advice` ends its text."""
+    return ClusterError(
+        f"no node has room for a replica of {amounts({'GPU': workers.gpus, 'CPU': workers.cpus})} after "
+        f"{workers.start_timeout_s:g} s (workers.start_timeout_s); the cluster has {describe_nodes()}; lower "
+        f"workers.gpus or workers.cpus, {advice}"
+    )
