@@ -6,7 +6,6 @@ from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 from model.errors import RequestError
@@ -14,6 +13,7 @@ from model.requests import Completion, Request
 from pipeline.calibration.bench import Replica, RowLimit, Run, Task, Tick
 from pipeline.calibration.points import Setting
 from pipeline.calibration.sample import SampleRow
+from pipeline.checks.machine import installed_version
 from pipeline.config.job import Job
 from workers.checks.self_check import self_check
 from workers.replica import throughput
@@ -136,8 +136,5 @@ def _device(gpus: int) -> str:
 def _versions() -> tuple[tuple[str, str], ...]:
     import torch
 
-    try:
-        ours = metadata.version("twotower")
-    except metadata.PackageNotFoundError:  # it is run from its folder without being installed, as on Ray
-        ours = "unknown"
+    ours = installed_version("twotower") or "unknown"  # not installed if it is run from its folder, as on Ray
     return ("twotower", ours), ("torch", torch.__version__), ("python", platform.python_version())
