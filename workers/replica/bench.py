@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from model.errors import RequestError
@@ -58,13 +59,14 @@ class ReplicaBench:
 
     def measure(self, task: Task, tick: Tick) -> Run:
         """See Bench. Raises EngineError, RequestError and JobError."""
-        engine = _Counted(self._engine_of(task.point.max_rows))
+        engine = self._engine_of(task.point.max_rows)
         requests = self._requests(task.point.setting)
         greedy: tuple[Completion, ...] = ()
         if task.whole and any(request.params.temperature > 0 for request in requests):
             cold = [replace(request, params=replace(request.params, temperature=0.0)) for request in requests]
             greedy = throughput.run_once(engine, cold, tick)
-        run = throughput.measure(engine, requests, whole=task.whole, window_s=task.window_s, tick=tick)
+        tokens = partial(_tokens_under_way, engine)
+        run = throughput.measure(engine, requests, tokens, whole=task.whole, window_s=task.window_s, tick=tick)
         return replace(run, greedy=greedy)
 
     def close(self) -> None:
@@ -103,24 +105,8 @@ class ReplicaBench:
         return requests
 
 
-class _Counted:
-    """An engine that also reports how many tokens the rows in its slots have so far."""
-
-    def __init__(self, engine: "Engine") -> None:
-        self._engine = engine
-        self.submit, self.step, self.cancel = engine.submit, engine.step, engine.cancel
-
-    @property
-    def waiting(self) -> int:
-        return self._engine.waiting
-
-    @property
-    def max_rows(self) -> int:
-        return self._engine.max_rows
-
-    @property
-    def tokens_under_way(self) -> int:
-        return sum(len(row.tokens) for row in self._engine.scheduler.running.values())
+def _tokens_under_way(engine: "Engine") -> int:
+    return sum(len(row.tokens) for row in engine.scheduler.running.values())
 
 
 def _device(gpus: int) -> str:

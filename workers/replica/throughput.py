@@ -13,6 +13,7 @@ import numpy as np
 
 from model.requests import Completion, Request
 from pipeline.calibration.bench import Run, Speed, Tick
+from workers.units.protocols import EngineLike
 
 LEAST_ROWS = 8
 """Smallest number of rows that end in the window, even if the engine has only a few slots."""
@@ -24,29 +25,13 @@ Mark = tuple[float, int]
 """A measured point: (seconds, tokens so far)."""
 
 
-class FullEngine(Protocol):
-    """The part of an engine that the measurement uses."""
-
-    @property
-    def waiting(self) -> int:
-        """Return the number of requests that have no slot yet."""
-
-    @property
-    def max_rows(self) -> int:
-        """Return the number of slots for rows. It falls if memory runs out."""
-
-    @property
-    def tokens_under_way(self) -> int:
-        """Return the number of tokens that the rows in slots have so far."""
-
-    def submit(self, request: Request) -> None: ...
-
-    def step(self) -> Sequence[Completion]: ...
+class MeasuredEngine(EngineLike, Protocol):
+    """The part of model.Engine that the measurement uses."""
 
     def cancel(self, key: str) -> bool: ...
 
 
-def run_once(engine: FullEngine, requests: Sequence[Request], tick: Tick) -> tuple[Completion, ...]:
+def run_once(engine: MeasuredEngine, requests: Sequence[Request], tick: Tick) -> tuple[Completion, ...]:
     """Run every request to its end, and return the completions in the order of the requests.
 
     Raises what the engine and the tick raise.
@@ -65,8 +50,9 @@ def run_once(engine: FullEngine, requests: Sequence[Request], tick: Tick) -> tup
 
 
 def measure(
-    engine: FullEngine,
+    engine: MeasuredEngine,
     requests: Sequence[Request],
+    tokens_under_way: Callable[[], int],
     *,
     whole: bool,
     window_s: float,
@@ -75,10 +61,11 @@ def measure(
 ) -> Run:
     """Return the speed of the engine (see pipeline.calibration.bench.Speed); with `whole` also all completions.
 
-    The requests are submitted repeatedly until the window is long enough. If memory runs out, so that the engine lowers
-    its row limit, the result has no speed. Raises what the engine and the tick raise.
+    The requests are submitted repeatedly until the window is long enough. `tokens_under_way` returns the number of
+    tokens that the rows in slots have so far. If memory runs out, so that the engine lowers its row limit, the result
+    has no speed. Raises what the engine and the tick raise.
     """
-    watch = _Watch(engine, requests, whole, window_s, clock)
+    watch = _Watch(engine, requests, tokens_under_way, whole, window_s, clock)
     try:
         return watch.run(tick)
     finally:
@@ -88,14 +75,15 @@ def measure(
 class _Watch:
     def __init__(
         self,
-        engine: FullEngine,
+        engine: MeasuredEngine,
         requests: Sequence[Request],
+        tokens_under_way: Callable[[], int],
         whole: bool,
         window_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._engine, self._requests, self._whole, self._window_s = engine, requests, whole, window_s
-        self._clock = clock
+        self._tokens_under_way, self._clock = tokens_under_way, clock
         self._slots = engine.max_rows
         self._window_rows = max(TURNS * self._slots, LEAST_ROWS)
         self._feed = _again_and_again(requests)
@@ -148,7 +136,7 @@ class _Watch:
             if self._ended < self._slots:
                 return
             self._rows_before = self._ended
-        self._marks.append((self._clock(), self._tokens + self._engine.tokens_under_way))
+        self._marks.append((self._clock(), self._tokens + self._tokens_under_way()))
 
     def _engine_step(self) -> None:
         for completion in self._engine.step():

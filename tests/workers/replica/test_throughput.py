@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from model.requests import Completion, EngineError, GenerationParams, Request
-from pipeline.calibration.bench import Run
+from pipeline.calibration.bench import Run, Tick
 from tests.pipeline.calibration.cases import FakeClock
 from workers.replica import throughput
 
@@ -27,7 +27,6 @@ class SteadyEngine:
     def waiting(self) -> int:
         return len(self.queue)
 
-    @property
     def tokens_under_way(self) -> int:
         return sum(max(0, tokens) for _, tokens in self.slots.values())
 
@@ -69,10 +68,11 @@ def no_tick(_done: int, _expected: int) -> None:
     pass
 
 
-def measure(engine: SteadyEngine, lengths: Sequence[int], *, whole: bool = True, window_s: float = 1.0) -> Run:
-    run = throughput.measure(
-        engine, requests(lengths), whole=whole, window_s=window_s, tick=no_tick, clock=engine.clock
-    )
+def measure(
+    engine: SteadyEngine, lengths: Sequence[int], *, whole: bool = True, window_s: float = 1.0, tick: Tick = no_tick
+) -> Run:
+    tokens, clock = engine.tokens_under_way, engine.clock
+    run = throughput.measure(engine, requests(lengths), tokens, whole=whole, window_s=window_s, tick=tick, clock=clock)
     assert not engine.slots
     assert not engine.queue
     return run
@@ -140,7 +140,7 @@ def test_an_error_of_the_engine_or_of_a_tick_leaves_nothing_in_it() -> None:
         raise TimeoutError
 
     calls: list[Callable[[SteadyEngine], object]] = [
-        lambda engine: throughput.measure(engine, requests([9] * 8), whole=True, window_s=1, tick=tick),
+        lambda engine: measure(engine, [9] * 8, tick=tick),
         lambda engine: throughput.run_once(engine, requests([9] * 8), tick),
     ]
     for call in calls:
