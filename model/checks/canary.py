@@ -23,9 +23,9 @@ from model.network.two_tower import TwoTower
 from model.requests import Completion, EngineLimits, GenerationParams, Request
 
 CanaryMode = Literal["ar", "diffusion"]
-SETTINGS: Mapping[str, float] = {"block_size": 16, "steps_per_block": 16, "confidence_threshold": 0.9}
-"""The settings of diffusion cases: the defaults of the released code."""
 BLOCK = 16
+SETTINGS: Mapping[str, float] = {"block_size": BLOCK, "steps_per_block": 16, "confidence_threshold": 0.9}
+"""The settings of diffusion cases: the defaults of the released code."""
 MAX_ROWS = 32
 
 AGREE: Mapping[str, tuple[float, float]] = {"float32": (0.9, 1e-3), "bfloat16": (0.25, 0.05)}

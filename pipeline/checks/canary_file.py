@@ -5,7 +5,7 @@ It is not part of the checkpoint's identity: to add, replace or remove it change
 """
 
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,7 +15,7 @@ from pipeline.storage.storage import split_url
 from pipeline.storage.urls import safe_url
 
 NAME = "canary.json"
-FORMAT = 1
+FORMAT: Final = 1
 
 Ids = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
 
@@ -52,7 +52,7 @@ class CanaryCase(_Record):
 class CanaryFile(_Record):
     """The content of canary.json."""
 
-    format: Literal[1]
+    format: Literal[1] = FORMAT
     checkpoint: str
     """Checkpoint.identity() of the checkpoint that the file was made from."""
     dtype: Literal["float32", "bfloat16"]
@@ -100,8 +100,8 @@ class CanaryFile(_Record):
 
 def canary_url(checkpoint: str) -> str:
     """Return the path or URL of a checkpoint's canary.json, which lies beside its weights."""
-    folder = str(BUILTIN.get(checkpoint.removeprefix("builtin:"), checkpoint)) if _built_in(checkpoint) else checkpoint
-    return f"{folder.rstrip('/')}/{NAME}"
+    built_in = {f"builtin:{name}": str(folder) for name, folder in BUILTIN.items()}
+    return f"{built_in.get(checkpoint, checkpoint).rstrip('/')}/{NAME}"
 
 
 def remedy(checkpoint: str) -> str:
@@ -148,10 +148,6 @@ def require_free(url: str) -> None:
     storage, name = split_url(url)
     if storage.exists(name):
         raise CheckpointError(f"{safe_url(url)} is there already: --force replaces it")
-
-
-def _built_in(checkpoint: str) -> bool:
-    return checkpoint.startswith("builtin:")
 
 
 def _refused(checkpoint: str, why: str) -> CheckpointError:

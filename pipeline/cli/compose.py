@@ -1,7 +1,7 @@
 """Gives commands the pools, benches and checks of package workers. No other file of pipeline imports workers."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # heavy modules are imported inside the command that needs them, so that --help and status start fast
@@ -65,14 +65,11 @@ def make_sinks(job: "Job", local: bool) -> "list[Sink]":
     return [RayMetrics(job.name or "")]
 
 
-def make_canary(
-    checkpoint: str, *, prompts: Sequence[str], tokens: int, dtype: str, gpus: int, out: str | None, force: bool
-) -> list[str]:
-    """Write canary.json by the function of the same name in workers.checks.canary, and return its lines for the
-    user."""
+def canary_maker() -> Callable[..., list[str]]:
+    """Return workers.checks.canary.make_canary."""
     from workers.checks.canary import make_canary
 
-    return make_canary(checkpoint, prompts=prompts, tokens=tokens, dtype=dtype, gpus=gpus, out=out, force=force)
+    return make_canary
 
 
 def device_and_cluster_checks(job: "Job | None") -> "list[Check]":

@@ -15,7 +15,7 @@ def canary(
         list[str] | None,
         typer.Option("--prompt", metavar="TEXT", help="A prompt to use instead of the built-in ones. Repeatable."),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens in each completion.")] = 20,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens in each completion.")] = 20,  # 1.25 blocks
     dtype: Annotated[str, typer.Option("--dtype", help="Type of the weights: float32 or bfloat16.")] = "float32",
     gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs to run it on; 0 means the CPU.")] = 0,
     out: Annotated[
@@ -27,8 +27,7 @@ def canary(
 ) -> None:
     """Record what a checkpoint generates, so that every replica can check at its start that it generates the same."""
     with one_line_errors(debug):
-        made = compose.make_canary(
-            model, prompts=prompts or (), tokens=tokens, dtype=dtype, gpus=gpus, out=out, force=force
-        )
+        make_canary = compose.canary_maker()
+        made = make_canary(model, prompts=prompts or (), tokens=tokens, dtype=dtype, gpus=gpus, out=out, force=force)
         for line in made:
             typer.echo(line)

@@ -1,4 +1,5 @@
-"""Makes canary.json, a file of expected completions, from a checkpoint that is known to be right."""
+"""Makes canary.json, a file of expected completions, from a checkpoint that is known to be right, and compares a loaded
+model with it."""
 
 import os
 from collections.abc import Sequence
@@ -7,11 +8,21 @@ from typing import TYPE_CHECKING
 
 from model.checkpoint.config import Towers
 from model.checkpoint.reader import open_checkpoint
-from pipeline.checks.canary_file import CanaryCase, CanaryFile, CanaryPrompt, canary_url, require_free, write_canary
+from pipeline.checks.canary_file import (
+    CanaryCase,
+    CanaryFile,
+    CanaryPrompt,
+    canary_url,
+    remedy,
+    require_free,
+    write_canary,
+)
 from pipeline.core.errors import CheckpointError, RequestError
 from pipeline.storage.urls import is_local, safe_url
 
 if TYPE_CHECKING:
+    from model import TwoTower
+    from model.checkpoint.tokenizer import Tokenizer
     from model.checks.canary import Case
 
 PROMPTS = (
@@ -23,26 +34,18 @@ PROMPTS = (
 """The default prompts. Every tokenizer yields tokens for them, and the last one is longer than a page of the KV cache
 even if each letter is a token."""
 
-TOKENS = 20
-"""Default length of a canary's completion, in tokens: one block and a part of the next."""
 SHOWN = 40
 """The number of characters of a prompt that messages show."""
 
 
 def make_canary(
-    checkpoint: str,
-    *,
-    prompts: Sequence[str] = (),
-    tokens: int = TOKENS,
-    dtype: str = "float32",
-    gpus: int = 0,
-    out: str | None = None,
-    force: bool = False,
+    checkpoint: str, *, prompts: Sequence[str], tokens: int, dtype: str, gpus: int, out: str | None, force: bool
 ) -> list[str]:
     """Write canary.json for a checkpoint that is known to be right, and return lines of text that describe it.
 
-    The file is written beside the weights, or to `out`. The lines are one for each completion and a summary at the end.
-    Raises CheckpointError (also if the file exists and `force` is false), RequestError, KernelError and StorageError.
+    If `prompts` is empty, PROMPTS are used. A completion has at most `tokens` tokens. The file is written beside the
+    weights, or to `out`. The lines are one for each completion and a summary at the end. Raises CheckpointError (also
+    if the file exists and `force` is false), RequestError, KernelError and StorageError.
     """
     import torch
 
@@ -76,7 +79,6 @@ def make_canary(
         rounding = {mode: round(off, 5) for mode, off in measure_rounding(rounded, cases).items()}
     name = torch.cuda.get_device_name(0) if gpus else "cpu"
     canary = CanaryFile(
-        format=1,
         checkpoint=opened.identity(),
         dtype=dtype,  # type: ignore[arg-type]  # load_model has refused any other
         device=name,
@@ -95,3 +97,46 @@ def _record(case: "Case", prompt: int) -> CanaryCase:
     fields = asdict(case)
     del fields["prompt_ids"]
     return CanaryCase(prompt=prompt, **fields)
+
+
+def check_canary(pair: "TwoTower", tokenizer: "Tokenizer", checkpoint: str, canary: CanaryFile) -> None:
+    """Raise CheckpointError, with what to do, if a loaded model is not the one that the canary was made from."""
+    from model.checks.canary import SETTINGS, Case, check_cases
+
+    where = safe_url(canary_url(checkpoint))
+    if canary.settings != dict(SETTINGS):
+        raise CheckpointError(f"{where} was made with other settings, {canary.settings}; {remedy(checkpoint)}")
+    if canary.largest_id() >= pair.config.vocab_size:
+        raise CheckpointError(
+            f"{where} holds token id {canary.largest_id()}, the checkpoint's vocabulary has {pair.config.vocab_size}: "
+            f"it is another checkpoint's; {remedy(checkpoint)}"
+        )
+    encoded = tokenizer.encode_batch([prompt.text for prompt in canary.prompts])
+    for prompt, ids in zip(canary.prompts, encoded, strict=True):
+        if list(prompt.ids) != ids:
+            raise CheckpointError(
+                f"checkpoint {safe_url(checkpoint)}: its tokenizer.json gives other tokens for {prompt.text[:SHOWN]!r} "
+                f"than {where} has: put the right tokenizer.json there, or {remedy(checkpoint)}"
+            )
+    cases = [
+        Case(prompt_ids=canary.prompts[case.prompt].ids, **case.model_dump(exclude={"prompt"})) for case in canary.cases
+    ]
+    try:
+        check_cases(pair, cases, canary.dtype, canary.rounding)
+    except (CheckpointError, RequestError) as error:
+        raise CheckpointError(
+            f"checkpoint {safe_url(checkpoint)} is not what {where} expects: {error}; {_diagnosis(checkpoint, canary)}"
+        ) from error
+
+
+def _diagnosis(checkpoint: str, canary: CanaryFile) -> str:
+    identity = open_checkpoint(checkpoint).identity()
+    if identity == canary.checkpoint:
+        return (
+            "its files look like those that canary.json was made from: copy the weights again (of large shards only "
+            "samples are compared), try another node, or look at what is new in this version"
+        )
+    return (
+        f"canary.json was made from other files (identity {canary.checkpoint[:12]}, here {identity[:12]}): copy the "
+        f"weights again if they should be the same, else {remedy(checkpoint)}"
+    )

@@ -37,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "noise"
     shutil.copytree(BUILTIN["noise"], folder)
     before = open_checkpoint(str(folder)).identity()
-    make_canary(str(folder), prompts=[PROMPT], tokens=18)
+    make_canary(str(folder), prompts=[PROMPT], tokens=18, dtype="float32", gpus=0, out=None, force=False)
     assert open_checkpoint(str(folder)).identity() == before, "jobs begun before could not be resumed"
     return folder
 
