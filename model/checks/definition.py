@@ -1,8 +1,8 @@
-"""Computes what the kernels compute, straight from the formulas: in float64 on the CPU, one row, one token at a time.
+"""Computes what the kernels compute, straight from the formulas: in float64 on the CPU, one token at a time.
 
 It is written from the formulas in model.kernels and the description of the model, not from any kernel, so that it does
-not repeat a kernel's mistake. Shapes: L tokens of the row, C conv channels, K conv taps, M Mamba heads of D channels, S
-states; Q query heads, J key/value heads, d head_dim; H hidden size, F expert width.
+not repeat a kernel's mistake. Shapes: R rows, N tokens of all rows, C conv channels, K conv taps, M Mamba heads of D
+channels, S states; L tokens of one row, Q query heads, J key/value heads, d head_dim; H hidden size, F expert width.
 """
 
 from collections.abc import Sequence
@@ -10,33 +10,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.kernels.protocol import ScanWeights
+from model.kernels.protocol import ScanInputs
 
 
-def mamba_scan(
-    xbc: Tensor, dt: Tensor, weights: ScanWeights, conv_state: Tensor, ssm_state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Run the scan over one row and return y (L, M D) and the last ssm_state.
+def mamba_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y (N, M D), and each row's last conv inputs (R, C, K) and last state (R, M, D, S); change no state.
 
-    Takes xbc (L, C) and dt (L, M) before any processing, conv_state (C, K) and ssm_state (M, D, S). Computes a causal
-    convolution and SiLU, then s <- exp(dt A) s + dt x (outer) B; y = s C + D x (Mamba-2, arXiv 2405.21060).
+    Computes a causal convolution and SiLU, then s <- exp(dt A) s + dt x (outer) B; y = s C + D x (Mamba-2, arXiv
+    2405.21060).
     """
-    xbc, dt, state = wide(xbc), wide(dt), wide(ssm_state)
+    weights, lengths = inputs.weights, list(inputs.rows.lengths)
     kernel, bias, decay, skip = (wide(z) for z in (weights.conv_weight, weights.conv_bias, weights.decay, weights.D))
-    heads, head_dim, states = state.shape
+    heads, head_dim, size = inputs.ssm_states.shape[1:]
     group_of = torch.arange(heads) // (heads // weights.groups)
-    dt = (dt + wide(weights.dt_bias)).exp().log1p().clamp(*weights.dt_limit)
-    window = wide(conv_state)
-    out = []
-    for token in range(len(xbc)):
-        window = torch.cat([window[:, 1:], xbc[token, :, None]], dim=1)  # the last tap multiplies the current token
-        mixed = (window * kernel).sum(1) + bias
-        mixed = mixed * mixed.sigmoid()
-        x, b, c = mixed.split([heads * head_dim, weights.groups * states, weights.groups * states])
-        x, b, c = x.view(heads, head_dim), b.view(-1, states)[group_of], c.view(-1, states)[group_of]
-        state = (dt[token] * decay).exp()[:, None, None] * state + (dt[token][:, None] * x)[:, :, None] * b[:, None, :]
-        out.append((state @ c[:, :, None]).squeeze(-1) + skip[:, None] * x)
-    return torch.stack(out).flatten(1), state
+    steps = (wide(inputs.dt) + wide(weights.dt_bias)).exp().log1p().clamp(*weights.dt_limit)
+    out, windows, states = list[Tensor](), list[Tensor](), list[Tensor]()
+    for seed, xbc, dt in zip(inputs.rows.seeds, wide(inputs.xbc).split(lengths), steps.split(lengths), strict=True):
+        window, state = wide(inputs.conv_states[seed]), wide(inputs.ssm_states[seed])
+        if seed < 0:
+            window, state = torch.zeros_like(window), torch.zeros_like(state)
+        for token, step in zip(xbc, dt, strict=True):
+            window = torch.cat([window[:, 1:], token[:, None]], dim=1)  # the last tap multiplies the current token
+            mixed = (window * kernel).sum(1) + bias
+            mixed = mixed * mixed.sigmoid()
+            x, b, c = mixed.split([heads * head_dim, weights.groups * size, weights.groups * size])
+            x, b, c = x.view(heads, head_dim), b.view(-1, size)[group_of], c.view(-1, size)[group_of]
+            state = (step * decay).exp()[:, None, None] * state + (step[:, None] * x)[:, :, None] * b[:, None, :]
+            out.append((state @ c[:, :, None]).squeeze(-1) + skip[:, None] * x)
+        windows.append(window)
+        states.append(state)
+    return torch.stack(out).flatten(1), torch.stack(windows), torch.stack(states)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:

@@ -28,7 +28,7 @@ from model.checkpoint.config import TwoTowerConfig
 from model.checks import definition
 from model.checks.definition import relative_error
 from model.errors import TwoTowerError
-from model.kernels.protocol import Kernels
+from model.kernels.protocol import Kernels, ScanInputs
 from model.network.layers.attention import Attention
 from model.network.layers.mamba2 import Mamba2
 from model.network.layers.moe import MoE
@@ -124,30 +124,23 @@ def check_scan(where: _Where, weights: Mamba2, config: TwoTowerConfig) -> None:
     """Check the outputs of the scan, the states that it stores, and that it changes no other state."""
     shape = config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size
     for scan in _scans(config):
-        count, lengths = len(scan.lengths), list(scan.lengths)
+        count, tokens = len(scan.lengths), sum(scan.lengths)
         conv = where.normal(count + 1, config.conv_dim, config.conv_kernel)
         ssm = where.normal(count + 1, *shape, size=LARGE, dtype=torch.float32)
         for slot in set(range(count)) - set(scan.seeds):  # as earlier rows may have left them
             conv[slot], ssm[slot] = torch.nan, torch.nan
-        xbc, dt = where.normal(sum(lengths), config.conv_dim), where.normal(sum(lengths), config.mamba_num_heads)
-        nothing = conv.new_zeros(conv.shape[1:]), ssm.new_zeros(shape)
-        seeds = [(conv[seed].clone(), ssm[seed].clone()) if seed >= 0 else nothing for seed in scan.seeds]
-        right = [
-            definition.mamba_scan(x, d, weights, *seed)
-            for x, d, seed in zip(xbc.split(lengths), dt.split(lengths), seeds, strict=True)
-        ]
-        expected = conv.clone(), ssm.clone()
+        xbc, dt = where.normal(tokens, config.conv_dim), where.normal(tokens, config.mamba_num_heads)
         rows = _rows(scan.lengths, scan.seeds, (0,) * count, ((),) * count)
-        got = where.kernels.mamba_scan(xbc, dt, weights, conv, ssm, rows, store=scan.store)
-        error = relative_error(got, torch.cat([y for y, _ in right]), scan.lengths)
+        inputs = ScanInputs(xbc, dt, weights, conv, ssm, rows, scan.store)
+        right, windows, states = definition.mamba_scan(inputs)
+        expected = conv.clone(), ssm.clone()
+        got = where.kernels.mamba_scan(inputs)
+        error = relative_error(got, right, scan.lengths)
         where.close("mamba_scan", f"outputs of {scan.name}", error, SCAN_TOLERANCE)
         if scan.store:
-            states = torch.stack([state for _, state in right])
             error = relative_error(ssm[:count], states, (1,) * count)
             where.close("mamba_scan", f"states stored by {scan.name}", error, SCAN_TOLERANCE)
-            expected[1][:count] = ssm[:count]
-            for slot, (x, seed) in enumerate(zip(xbc.split(lengths), seeds, strict=True)):
-                expected[0][slot] = torch.cat([seed[0], x.T], dim=1)[:, -config.conv_kernel :]
+            expected[0][:count], expected[1][:count] = windows, ssm[:count]
         same = torch.equal(conv.nan_to_num(), expected[0].nan_to_num())
         where.exact("mamba_scan", f"convolution inputs in the slots after {scan.name}", same)
         same = torch.equal(ssm.nan_to_num(), expected[1].nan_to_num())

@@ -10,6 +10,8 @@ are counted from the forward's first token. Everything else works element by ele
 elements alike (model.kernels.formulas).
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from model.kernels import plain_sampling
 from model.kernels.formulas import gated_group_norm, modulate, rms_norm, sigmoid, softplus
 from model.kernels.plain_attention import Pieces, place_tokens, plan_pieces
-from model.kernels.protocol import HEAD_WORKSPACE, ScanWeights
+from model.kernels.protocol import HEAD_WORKSPACE, ScanInputs
 from model.runtime.ragged_batch import RaggedBatch
 from model.runtime.transfer import to_device
 
@@ -71,41 +73,23 @@ class PlainKernels:
     def gated_norm(self, y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
         return gated_group_norm(y, gate, weight, groups, eps)
 
-    def mamba_scan(
-        self,
-        xbc: Tensor,
-        dt: Tensor,
-        weights: ScanWeights,
-        conv_states: Tensor,
-        ssm_states: Tensor,
-        rows: RaggedBatch,
-        *,
-        store: bool,
-    ) -> Tensor:
+    def mamba_scan(self, inputs: ScanInputs) -> Tensor:
+        rows, xbc, states = inputs.rows, inputs.xbc, inputs.ssm_states
         groups = rows.once((xbc.device, "scan"), lambda: rows.alike(xbc.device, SCAN_CHUNK))
         if len(groups) == 1:
-            return self._scan(xbc, dt, weights, conv_states, ssm_states, rows, store=store)
-        out = torch.empty(len(xbc), ssm_states.shape[1] * ssm_states.shape[2], device=xbc.device)
+            return self._scan(inputs)
+        out = torch.empty(len(xbc), states.shape[1] * states.shape[2], device=xbc.device)
         for some, places in groups:  # so that short rows are not padded to the length of long ones
-            x, d = xbc.index_select(0, places), dt.index_select(0, places)
-            y = self._scan(x, d, weights, conv_states, ssm_states, some, store=store)
-            out.index_copy_(0, places, y)
+            x, dt = xbc.index_select(0, places), inputs.dt.index_select(0, places)
+            out.index_copy_(0, places, self._scan(replace(inputs, xbc=x, dt=dt, rows=some)))
         return out
 
-    def _scan(
-        self,
-        xbc: Tensor,
-        dt: Tensor,
-        weights: ScanWeights,
-        conv_states: Tensor,
-        ssm_states: Tensor,
-        rows: RaggedBatch,
-        *,
-        store: bool,
-    ) -> Tensor:
+    def _scan(self, inputs: ScanInputs) -> Tensor:
         """Scan all rows together, padded to the longest."""
-        index = rows.on(xbc.device)
-        xbc = rows.padded(xbc)  # (R, L, conv_dim)
+        rows, weights = inputs.rows, inputs.weights
+        conv_states, ssm_states = inputs.conv_states, inputs.ssm_states
+        index = rows.on(inputs.xbc.device)
+        xbc = rows.padded(inputs.xbc)  # (R, L, conv_dim)
         seeds = index.seeds.clamp(min=0)
         history, states = conv_states.index_select(0, seeds), ssm_states.index_select(0, seeds)
         if min(rows.seeds) < 0:  # rows without a seed start from zeros, whatever is in the slot
@@ -117,7 +101,7 @@ class PlainKernels:
 
         heads, head_dim, state = ssm_states.shape[1:]
         x, B, C = mixed.split([heads * head_dim, weights.groups * state, weights.groups * state], dim=-1)
-        dt = softplus(rows.padded(dt).float() + weights.dt_bias).clamp(*weights.dt_limit)
+        dt = softplus(rows.padded(inputs.dt).float() + weights.dt_bias).clamp(*weights.dt_limit)
         if rows.padding(xbc.device) is not None:  # padding must not change the state
             dt = dt * (torch.arange(dt.shape[1], device=dt.device) < index.lengths[:, None])[..., None]
         y, states = self.selective_scan(
@@ -129,7 +113,7 @@ class PlainKernels:
             states,
         )
         y = torch.addcmul(y, x.unflatten(-1, (heads, head_dim)), weights.D[:, None])
-        if store:
+        if inputs.store:
             newest = index.lengths[:, None] + torch.arange(history.shape[2], device=line.device)  # (R, conv_kernel)
             newest = newest[..., None].expand(-1, -1, line.shape[2])
             conv_states[index.slots] = line.gather(1, newest).transpose(1, 2)

@@ -1,6 +1,7 @@
 """Defines the protocol of the kernels, which the plain torch kernels and the Triton kernels implement."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -52,22 +53,8 @@ class Kernels(Protocol):
         model.kernels.formulas."""
         ...
 
-    def mamba_scan(
-        self,
-        xbc: Tensor,  # (N, conv_dim) raw conv inputs
-        dt: Tensor,  # (N, heads) before bias and softplus
-        weights: "ScanWeights",
-        conv_states: Tensor,  # (slots, conv_dim, conv_kernel)
-        ssm_states: Tensor,  # (slots, heads, head_dim, state) float32
-        rows: RaggedBatch,
-        *,
-        store: bool,
-    ) -> Tensor:
-        """Return the output of causal convolution, SiLU and selective scan: (N, heads * head_dim) float32.
-
-        Each row starts from the states in its slot of `rows.seeds`, or from zeros if that is -1. If store, the states
-        after each row's last token are written to the slots `rows.slots`; otherwise no state is changed.
-        """
+    def mamba_scan(self, inputs: "ScanInputs") -> Tensor:
+        """Return the output of causal convolution, SiLU and selective scan: (N, heads * head_dim) float32."""
         ...
 
     def attend(
@@ -152,3 +139,20 @@ class ScanWeights(Protocol):
     def groups(self) -> int: ...
     @property
     def dt_limit(self) -> tuple[float, float]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScanInputs:
+    """The inputs of a scan. The channels of a token lie one behind another; tokens may lie apart.
+
+    Each row starts from the states in its slot of `rows.seeds`, or from zeros if that is -1. If store, the states after
+    each row's last token are written to the slots `rows.slots`; otherwise no state is changed.
+    """
+
+    xbc: Tensor  # (N, conv_dim) raw conv inputs
+    dt: Tensor  # (N, heads) before bias and softplus
+    weights: ScanWeights
+    conv_states: Tensor  # (slots, conv_dim, conv_kernel)
+    ssm_states: Tensor  # (slots, heads, head_dim, state) float32
+    rows: RaggedBatch
+    store: bool

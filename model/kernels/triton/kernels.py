@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.plain import PlainKernels
-from model.kernels.protocol import HEAD_WORKSPACE, ScanWeights
+from model.kernels.protocol import HEAD_WORKSPACE, ScanInputs
 from model.kernels.triton import attention, norm, sampling, scan
 from model.kernels.triton import experts as triton_experts
 from model.kernels.triton.prefill_scan import prefill_scan_of_mamba_ssm, scan_prompts
-from model.runtime.ragged_batch import RaggedBatch
 
 BLOCK = 32
 """Largest number of tokens of a row that is scanned as a block, by one program per part of a head. Longer rows are
@@ -41,36 +40,16 @@ class CudaKernels(PlainKernels):
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
-    def mamba_scan(
-        self,
-        xbc: Tensor,
-        dt: Tensor,
-        weights: ScanWeights,
-        conv_states: Tensor,
-        ssm_states: Tensor,
-        rows: RaggedBatch,
-        *,
-        store: bool,
-    ) -> Tensor:
-        if self._prefill_scan is None or max(rows.lengths) <= BLOCK:
-            return scan.mamba_scan(xbc, dt, weights, conv_states, ssm_states, rows, store=store)
-        return super().mamba_scan(xbc, dt, weights, conv_states, ssm_states, rows, store=store)
+    def mamba_scan(self, inputs: ScanInputs) -> Tensor:
+        if self._prefill_scan is None or max(inputs.rows.lengths) <= BLOCK:
+            return scan.mamba_scan(inputs)
+        return super().mamba_scan(inputs)
 
-    def _scan(
-        self,
-        xbc: Tensor,
-        dt: Tensor,
-        weights: ScanWeights,
-        conv_states: Tensor,
-        ssm_states: Tensor,
-        rows: RaggedBatch,
-        *,
-        store: bool,
-    ) -> Tensor:
+    def _scan(self, inputs: ScanInputs) -> Tensor:
         """Scan rows of similar length; the blocks of a forward that also prefills prompts use the block kernel here."""
-        if max(rows.lengths) <= BLOCK:
-            return scan.mamba_scan(xbc, dt, weights, conv_states, ssm_states, rows, store=store)
-        return super()._scan(xbc, dt, weights, conv_states, ssm_states, rows, store=store)
+        if max(inputs.rows.lengths) <= BLOCK:
+            return scan.mamba_scan(inputs)
+        return super()._scan(inputs)
 
     def selective_scan(
         self, x: Tensor, dt: Tensor, decay: Tensor, B: Tensor, C: Tensor, states: Tensor

@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.protocol import ScanWeights
-from model.runtime.ragged_batch import RaggedBatch
+from model.kernels.protocol import ScanInputs
 
 PRECISION = "tf32x3"
 """Precision of products: three products in TensorFloat-32 replace one in float32 and are nearly as accurate. A single
@@ -38,55 +37,44 @@ STAGES = 3  # tiles of states that are loaded at the same time
 CONV_CHANNELS = 128  # channels per program
 
 
-def mamba_scan(
-    xbc: Tensor,  # (N, conv_dim), any stride between tokens
-    dt: Tensor,  # (N, M), any stride between tokens
-    weights: ScanWeights,
-    conv_states: Tensor,  # (slots, conv_dim, K)
-    ssm_states: Tensor,  # (slots, M, D, S) float32
-    rows: RaggedBatch,
-    *,
-    store: bool,
-) -> Tensor:
+def mamba_scan(inputs: ScanInputs) -> Tensor:
     """Implement `model.kernels.protocol.Kernels.mamba_scan` -> (N, M D) float32.
 
     The results of tokens that belong to no row are left uninitialised.
     """
-    out = torch.empty(len(xbc), ssm_states.shape[1] * ssm_states.shape[2], device=xbc.device)
-    longest = max(rows.lengths, default=0)
+    xbc, dt, weights, windows, states = inputs.xbc, inputs.dt, inputs.weights, inputs.conv_states, inputs.ssm_states
+    out = torch.empty(len(xbc), states.shape[1] * states.shape[2], device=xbc.device)
+    longest = max(inputs.rows.lengths, default=0)
     if not longest:
         return out
     assert xbc.stride(1) == dt.stride(1) == 1, f"channels lie apart: strides {xbc.stride()}, {dt.stride()}"
-    assert conv_states.is_contiguous(), f"windows lie apart: strides {conv_states.stride()}"
-    assert ssm_states.is_contiguous(), f"states lie apart: strides {ssm_states.stride()}"
+    assert windows.is_contiguous(), f"windows lie apart: strides {windows.stride()}"
+    assert states.is_contiguous(), f"states lie apart: strides {states.stride()}"
     chunk = 1 if longest == 1 else MIN_CHUNK if longest <= MIN_CHUNK else MAX_CHUNK
-    channels, taps = conv_states.shape[1:]
+    channels, taps = windows.shape[1:]
     mixed = torch.empty(len(xbc), channels, device=xbc.device)
-    index = rows.on(xbc.device)
+    index = inputs.rows.on(xbc.device)
     places = index.slots, index.seeds, index.starts, index.lengths
     weight, bias, block_k = weights.conv_weight.contiguous(), weights.conv_bias, triton.next_power_of_2(taps)
-    grid = triton.cdiv(channels, CONV_CHANNELS), len(rows.lengths)
+    grid = triton.cdiv(channels, CONV_CHANNELS), len(inputs.rows.lengths)
     with torch.cuda.device_of(xbc):  # Triton launches on the current device, not on that of its arguments
         _conv_kernel[grid](
-            *(xbc, mixed, conv_states, weight, bias, *places),
-            *(xbc.stride(0), channels, taps, block_k, chunk, CONV_CHANNELS, store),
+            *(xbc, mixed, windows, weight, bias, *places),
+            *(xbc.stride(0), channels, taps, block_k, chunk, CONV_CHANNELS, inputs.store),
         )
-        _scan(mixed, dt, out, weights, ssm_states, places, chunk, longest, store=store)
+        _scan(inputs, mixed, out, places, chunk, longest)
     return out
 
 
 def _scan(
-    mixed: Tensor,
-    dt: Tensor,
-    out: Tensor,
-    weights: ScanWeights,
-    states: Tensor,
+    inputs: ScanInputs,
+    mixed: Tensor,  # (N, conv_dim) float32, after the convolution
+    out: Tensor,  # (N, M D) float32
     places: tuple[Tensor, ...],  # slots, seeds, starts, lengths
     chunk: int,
     longest: int,
-    *,
-    store: bool,
 ) -> None:
+    dt, weights, states, store = inputs.dt, inputs.weights, inputs.ssm_states, inputs.store
     count, (heads, head_dim, state) = len(places[0]), states.shape[1:]
     part = max(MIN_PART, min(MAX_PART, triton.next_power_of_2(head_dim)))
     part = MIN_PART if count * heads < FEW_PROGRAMS else part

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint.config import TwoTowerConfig
-from model.kernels.protocol import Kernels
+from model.kernels.protocol import Kernels, ScanInputs
 from model.network.layers.linear import Linear
 from model.network.layers.norm import RMSNorm
 from model.runtime.ragged_batch import RaggedBatch
@@ -65,6 +65,6 @@ class Mamba2(nn.Module):
     def forward(self, x: Tensor, state: MambaState, rows: RaggedBatch, *, causal: bool, store: bool) -> Tensor:  # noqa: ARG002
         """Map x (N, H) to (N, H). The scan runs forward in both towers, so `causal` changes nothing here."""
         z, xbc, dt = self.in_proj(x).split(self.split, dim=-1)
-        y = self.kernels.mamba_scan(xbc, dt, self, state.conv, state.ssm, rows, store=store)
+        y = self.kernels.mamba_scan(ScanInputs(xbc, dt, self, state.conv, state.ssm, rows, store))
         out: Tensor = self.out_proj(self.kernels.gated_norm(y, z, self.norm.weight, self.groups, self.norm.eps))
         return out

@@ -12,6 +12,7 @@ from model.checks.definition import relative_error
 from model.checks.kernels import KernelError, check_kernels
 from model.kernels import plain
 from model.kernels.plain import PlainKernels
+from model.kernels.protocol import ScanInputs
 from model.network.two_tower import TwoTower, load_model
 from model.runtime.ragged_batch import RaggedBatch
 from tests.model.golden_cases import CHECKPOINT
@@ -48,9 +49,9 @@ def test_only_what_is_loaded_is_checked_once_a_device() -> None:
     counted: list[str] = []
 
     class Counting(PlainKernels):
-        def mamba_scan(self, *arguments: Any, **options: Any) -> Tensor:
+        def mamba_scan(self, inputs: ScanInputs) -> Tensor:
             counted.append("scan")
-            return super().mamba_scan(*arguments, **options)
+            return super().mamba_scan(inputs)
 
     check_kernels(with_kernels(Counting(), model(devices=["cpu"] * 3)))
     both = len(counted)
@@ -61,46 +62,44 @@ def test_only_what_is_loaded_is_checked_once_a_device() -> None:
     assert len(counted) - both == both // 2 == 3
 
 
-def with_rows(arguments: tuple[Any, ...], **changes: tuple[int, ...]) -> tuple[Any, ...]:
-    """Return the arguments of mamba_scan with these fields of the rows changed."""
-    *others, rows = arguments
-    return (*others, replace(rows, **changes, _made={}))
+def with_rows(inputs: ScanInputs, **changes: Any) -> ScanInputs:
+    """Return the inputs with these fields of the rows changed."""
+    return replace(inputs, rows=replace(inputs.rows, **changes, _made={}))
 
 
 class IgnoresSeedsOfShortRows(PlainKernels):
     """Kernels that ignore the seeds of rows shorter than a chunk, as an open-source chunk scan does with
     initial_states."""
 
-    def mamba_scan(self, *arguments: Any, **options: Any) -> Tensor:
-        rows: RaggedBatch = arguments[-1]
+    def mamba_scan(self, inputs: ScanInputs) -> Tensor:
+        rows = inputs.rows
         seeds = tuple(-1 if n < CHUNK else seed for seed, n in zip(rows.seeds, rows.lengths, strict=True))
-        return super().mamba_scan(*with_rows(arguments, seeds=seeds), **options)
+        return super().mamba_scan(with_rows(inputs, seeds=seeds))
 
 
 class StoresIntoTheSeeds(PlainKernels):
     """Kernels whose denoiser forward, which should store nothing, leaves its states in the slots of the context."""
 
-    def mamba_scan(self, *arguments: Any, **options: Any) -> Tensor:
-        if not options["store"]:
-            arguments, options = with_rows(arguments, slots=arguments[-1].seeds), {"store": True}
-        return super().mamba_scan(*arguments, **options)
+    def mamba_scan(self, inputs: ScanInputs) -> Tensor:
+        if not inputs.store:
+            inputs = replace(with_rows(inputs, slots=inputs.rows.seeds), store=True)
+        return super().mamba_scan(inputs)
 
 
 class ReadsLeftovers(PlainKernels):
     """Kernels that seed a row that begins from whatever its slot holds."""
 
-    def mamba_scan(self, *arguments: Any, **options: Any) -> Tensor:
-        rows: RaggedBatch = arguments[-1]
+    def mamba_scan(self, inputs: ScanInputs) -> Tensor:
+        rows = inputs.rows
         seeds = tuple(slot if seed < 0 else seed for seed, slot in zip(rows.seeds, rows.slots, strict=True))
-        return super().mamba_scan(*with_rows(arguments, seeds=seeds), **options)
+        return super().mamba_scan(with_rows(inputs, seeds=seeds))
 
 
 class ForgetsToStore(PlainKernels):
     """Kernels that do not store the states after a prompt."""
 
-    def mamba_scan(self, *arguments: Any, store: bool) -> Tensor:
-        del store
-        return super().mamba_scan(*arguments, store=False)
+    def mamba_scan(self, inputs: ScanInputs) -> Tensor:
+        return super().mamba_scan(replace(inputs, store=False))
 
 
 class SeesLaterTokens(PlainKernels):
@@ -247,7 +246,9 @@ def test_definitions_agree_with_the_reference_that_golden_vectors_prove() -> Non
             (c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size),
         )
     )
-    got, last = definition.mamba_scan(raw, dt, mixer, conv, ssm)  # type: ignore[arg-type]
+    row = RaggedBatch((0,), (0,), (21,), (0,), ((),))
+    inputs = ScanInputs(raw, dt, mixer, conv[None], ssm[None], row, store=False)  # type: ignore[arg-type]
+    got, _, last = definition.mamba_scan(inputs)
     name = "context_tower.layers.0.mixer"
     line = torch.cat([conv, raw.T], dim=1)
     taps = reference.weights[f"{name}.conv1d.weight"][:, 0]
@@ -255,4 +256,4 @@ def test_definitions_agree_with_the_reference_that_golden_vectors_prove() -> Non
     xbc = torch.nn.functional.silu((windows * taps).sum(-1) + reference.weights[f"{name}.conv1d.bias"])
     wanted, right = reference._scan(name, xbc, dt, ssm)
     assert relative_error(got, wanted, [1] * 21) < 1e-6  # the mixer keeps its decays in float32
-    assert relative_error(last, right, [1] * c.mamba_num_heads) < 1e-6
+    assert relative_error(last[0], right, [1] * c.mamba_num_heads) < 1e-6

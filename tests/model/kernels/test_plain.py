@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.plain import PlainKernels, selective_scan
+from model.kernels.protocol import ScanInputs
 from model.runtime.page_allocator import PAGE_SIZE, PageAllocator, pages_for
 from model.runtime.ragged_batch import RaggedBatch
 
@@ -190,7 +191,7 @@ def scan(parts: Sequence[Tensor], lengths: Sequence[int], seeds: Sequence[int], 
     rows = RaggedBatch(tuple(range(count)), tuple(seeds), tuple(lengths), (0,) * count, ((),) * count)
     x, dt = parts
     conv, ssm = states
-    return PlainKernels().mamba_scan(x, dt, weights, conv, ssm, rows, store=True)
+    return PlainKernels().mamba_scan(ScanInputs(x, dt, weights, conv, ssm, rows, store=True))
 
 
 @pytest.mark.usefixtures("threads")

@@ -6,12 +6,13 @@ A call is slow in the interpreter, so the sizes are small; on a GPU, model.check
 
 import contextlib
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from model.kernels.plain import PlainKernels, selective_scan
+from model.kernels.protocol import ScanInputs
 from model.kernels.triton import prefill_scan
 
 pytestmark = pytest.mark.slow
@@ -62,23 +63,22 @@ def test_a_block_goes_through_the_kernel_for_blocks(monkeypatch: pytest.MonkeyPa
 
     seen: list[tuple[str, int]] = []
 
-    def block_scan(xbc: torch.Tensor, *args: Any, store: bool) -> torch.Tensor:
-        del args, store
-        seen.append(("block", len(xbc)))
-        return xbc.new_zeros(len(xbc), 4)
+    def block_scan(inputs: ScanInputs) -> torch.Tensor:
+        seen.append(("block", len(inputs.xbc)))
+        return torch.zeros(len(inputs.xbc), 4)
 
-    def prompt_scan(self: object, xbc: torch.Tensor, *args: Any, store: bool) -> torch.Tensor:
-        del self, args, store
-        seen.append(("prompt", len(xbc)))
-        return xbc.new_zeros(len(xbc), 4)
+    def prompt_scan(_kernels: object, inputs: ScanInputs) -> torch.Tensor:
+        seen.append(("prompt", len(inputs.xbc)))
+        return torch.zeros(len(inputs.xbc), 4)
 
     monkeypatch.setattr(cuda, "prefill_scan_of_mamba_ssm", lambda: prompt_scan)
     monkeypatch.setattr(triton_scan, "mamba_scan", block_scan)
     monkeypatch.setattr(PlainKernels, "_scan", prompt_scan)
-    kernels: Any = cuda.CudaKernels()
+    kernels, weights = cuda.CudaKernels(), cast(Any, None)
     states = torch.zeros(4, 3, 4), torch.zeros(4, 1, 4, 4)
-    mixed = RaggedBatch((0, 1, 2), (0, 1, 2), (40, 16, 16), (0,) * 3, ((),) * 3)
-    kernels.mamba_scan(torch.zeros(72, 3), torch.zeros(72, 1), None, *states, mixed, store=True)
-    blocks = RaggedBatch((0, 1), (0, 1), (16, 16), (0,) * 2, ((),) * 2)
-    kernels.mamba_scan(torch.zeros(32, 3), torch.zeros(32, 1), None, *states, blocks, store=True)
+    for lengths in ((40, 16, 16), (16, 16)):
+        count, tokens, slots = len(lengths), sum(lengths), tuple(range(len(lengths)))
+        rows = RaggedBatch(slots, slots, lengths, (0,) * count, ((),) * count)
+        xbc, dt = torch.zeros(tokens, 3), torch.zeros(tokens, 1)
+        kernels.mamba_scan(ScanInputs(xbc, dt, weights, *states, rows, store=True))
     assert seen == [("prompt", 40), ("block", 32), ("block", 32)]

@@ -15,6 +15,7 @@ import model.network.tower
 from model.checkpoint.reader import BUILTIN, open_checkpoint
 from model.errors import TwoTowerError
 from model.kernels.plain import PlainKernels
+from model.kernels.protocol import ScanInputs
 from model.network.two_tower import load_model
 from pipeline.checks.canary_file import CanaryFile
 from pipeline.cli.app import app
@@ -154,10 +155,9 @@ def test_without_a_canary_logits_must_be_finite() -> None:
 
 
 class IgnoresSeeds(PlainKernels):
-    def mamba_scan(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        *others, rows = arguments
-        changed = (*others, replace(rows, seeds=(-1,) * len(rows.seeds), _made={}))
-        return super().mamba_scan(*changed, **options)
+    def mamba_scan(self, inputs: ScanInputs) -> torch.Tensor:
+        rows = replace(inputs.rows, seeds=(-1,) * len(inputs.rows.seeds), _made={})
+        return super().mamba_scan(replace(inputs, rows=rows))
 
 
 def job_of(folder: Path, checkpoint: Path | str) -> SmallJob:
