@@ -30,6 +30,33 @@ SCAN_ELEMENTS = 2**22  # limit of the elements of states between chunks that are
 VOCAB_SLICE = 8192  # columns; with 32,768 or more, torch splits the sum of a single row among its threads
 
 
+def selective_scan(
+    x: Tensor,  # (R, L, heads, head_dim) float32
+    dt: Tensor,  # (R, L, heads) float32, 0 at tokens that must not change the state
+    decay: Tensor,  # (heads,) A, negative
+    B: Tensor,  # (R, L, groups, state)
+    C: Tensor,  # (R, L, groups, state)
+    states: Tensor,  # (R, heads, head_dim, state) float32
+) -> tuple[Tensor, Tensor]:
+    """Compute s <- exp(dt A) s + dt x (outer) B and y = s C -> (y (R, L, heads, head_dim), the last states).
+
+    Works chunk by chunk. Inside a chunk the recurrence is unrolled into products of C, B and decays (Mamba-2, arXiv
+    2405.21060, section 6).
+    """
+    length = x.shape[1]
+    if short := -length % SCAN_CHUNK:
+        x, dt, B, C = (F.pad(z, (0, 0) * (z.dim() - 2) + (0, short)) for z in (x, dt, B, C))
+    x, dt, B, C = (z.unflatten(1, (-1, SCAN_CHUNK)).transpose(2, 3) for z in (x, dt, B, C))
+    together = max(1, SCAN_ELEMENTS // states.numel())  # chunks
+    outputs = []
+    for begin in range(0, x.shape[1], together):
+        some = slice(begin, begin + together)
+        y, states = _scan_chunks(x[:, some], dt[:, some], decay, B[:, some], C[:, some], states)
+        outputs.append(y)
+    y = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+    return y.transpose(2, 3).flatten(1, 2)[:, :length], states
+
+
 class PlainKernels:
     """The kernels in plain torch; `model.kernels.protocol.Kernels` describes the methods."""
 
@@ -37,6 +64,7 @@ class PlainKernels:
     vocab_slice = VOCAB_SLICE
     uniforms = staticmethod(plain_sampling.uniforms)
     choose_tokens = staticmethod(plain_sampling.choose_tokens)
+    recurrence = staticmethod(selective_scan)  # `_scan` calls it; a GPU may have a faster one
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         (rows, size_in), size_out = x.shape, weight.shape[0]
@@ -104,7 +132,7 @@ class PlainKernels:
         dt = softplus(rows.padded(inputs.dt).float() + weights.dt_bias).clamp(*weights.dt_limit)
         if rows.padding(xbc.device) is not None:  # padding must not change the state
             dt = dt * (torch.arange(dt.shape[1], device=dt.device) < index.lengths[:, None])[..., None]
-        y, states = self.selective_scan(
+        y, states = self.recurrence(
             x.unflatten(-1, (heads, head_dim)),
             dt,
             weights.decay,
@@ -119,12 +147,6 @@ class PlainKernels:
             conv_states[index.slots] = line.gather(1, newest).transpose(1, 2)
             ssm_states[index.slots] = states
         return rows.flat(y.flatten(-2))
-
-    def selective_scan(
-        self, x: Tensor, dt: Tensor, decay: Tensor, B: Tensor, C: Tensor, states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Scan rows of similar length for `mamba_scan`, with the function of the same name below."""
-        return selective_scan(x, dt, decay, B, C, states)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pages: Tensor, rows: RaggedBatch, *, causal: bool, store: bool
@@ -193,33 +215,6 @@ def _causal_conv(line: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out = torch.addcmul(out, wide[:, tap + 1 : tap + 1 + length], taps[tap])
     silu: Tensor = out.div_(torch.exp(-out).add_(1))  # the same formula as in model.kernels.formulas
     return silu
-
-
-def selective_scan(
-    x: Tensor,  # (R, L, heads, head_dim) float32
-    dt: Tensor,  # (R, L, heads) float32, 0 at tokens that must not change the state
-    decay: Tensor,  # (heads,) A, negative
-    B: Tensor,  # (R, L, groups, state)
-    C: Tensor,  # (R, L, groups, state)
-    states: Tensor,  # (R, heads, head_dim, state) float32
-) -> tuple[Tensor, Tensor]:
-    """Compute s <- exp(dt A) s + dt x (outer) B and y = s C -> (y (R, L, heads, head_dim), the last states).
-
-    Works chunk by chunk. Inside a chunk the recurrence is unrolled into products of C, B and decays (Mamba-2, arXiv
-    2405.21060, section 6).
-    """
-    length = x.shape[1]
-    if short := -length % SCAN_CHUNK:
-        x, dt, B, C = (F.pad(z, (0, 0) * (z.dim() - 2) + (0, short)) for z in (x, dt, B, C))
-    x, dt, B, C = (z.unflatten(1, (-1, SCAN_CHUNK)).transpose(2, 3) for z in (x, dt, B, C))
-    together = max(1, SCAN_ELEMENTS // states.numel())  # chunks
-    outputs = []
-    for begin in range(0, x.shape[1], together):
-        some = slice(begin, begin + together)
-        y, states = _scan_chunks(x[:, some], dt[:, some], decay, B[:, some], C[:, some], states)
-        outputs.append(y)
-    y = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
-    return y.transpose(2, 3).flatten(1, 2)[:, :length], states
 
 
 def _scan_chunks(

@@ -33,6 +33,7 @@ class CudaKernels(PlainKernels):
     vocab_slice = sampling.SLICE
     uniforms = staticmethod(sampling.uniforms)
     choose_tokens = staticmethod(sampling.choose_tokens)
+    recurrence = staticmethod(scan_prompts)
 
     def __init__(self) -> None:
         self._prefill_scan = prefill_scan_of_mamba_ssm()
@@ -50,9 +51,3 @@ class CudaKernels(PlainKernels):
         if max(inputs.rows.lengths) <= BLOCK:
             return scan.mamba_scan(inputs)
         return super()._scan(inputs)
-
-    def selective_scan(
-        self, x: Tensor, dt: Tensor, decay: Tensor, B: Tensor, C: Tensor, states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        assert self._prefill_scan is not None
-        return scan_prompts(self._prefill_scan, x, dt, decay, B, C, states)

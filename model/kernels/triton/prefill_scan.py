@@ -50,7 +50,6 @@ def prefill_scan_of_mamba_ssm() -> Scan | None:
 
 
 def scan_prompts(
-    scan: Scan,
     x: Tensor,  # (R, L, heads, head_dim) float32
     dt: Tensor,  # (R, L, heads) float32 after softplus, 0 at padding
     decay: Tensor,  # (heads,) float32
@@ -59,5 +58,7 @@ def scan_prompts(
     states: Tensor,  # (R, heads, head_dim, state) float32
 ) -> tuple[Tensor, Tensor]:
     """Scan like `model.kernels.plain.selective_scan` -> (y (R, L, heads, head_dim), the last states), without D."""
+    scan = prefill_scan_of_mamba_ssm()
+    assert scan is not None, "mamba-ssm cannot be imported"
     out, _, _, _, _, last, *_ = scan(x, dt, decay, B, C, CHUNK, initial_states=states)
     return out, last.to(torch.float32)

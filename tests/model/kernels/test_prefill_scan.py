@@ -21,16 +21,16 @@ HAS_GPU = torch.cuda.is_available()
 
 
 @pytest.fixture
-def scan(monkeypatch: pytest.MonkeyPatch) -> prefill_scan.Scan:
+def mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
     if not HAS_GPU:
         monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
     found = prefill_scan.prefill_scan_of_mamba_ssm()
     assert found is not None, "make test installs mamba-ssm, without its compiled part"
     assert find_spec("mamba_ssm") is not None, "others, as doctor, may still ask for it"
-    return found
 
 
-def test_seeded_rows_of_unlike_lengths_give_the_plain_scan(scan: prefill_scan.Scan) -> None:
+@pytest.mark.usefixtures("mamba_ssm")
+def test_seeded_rows_of_unlike_lengths_give_the_plain_scan() -> None:
     """Seeded rows of a little more than a chunk, one of them padded, give the plain scan. The seeds are large, as in
     model.checks.kernels."""
     device = "cuda" if HAS_GPU else "cpu"
@@ -48,7 +48,7 @@ def test_seeded_rows_of_unlike_lengths_give_the_plain_scan(scan: prefill_scan.Sc
         normal(rows, heads, dim, state),
     )
     decay = -normal(heads).exp()
-    got = prefill_scan.scan_prompts(scan, x, dt, decay, B, C, seeds * 1000)
+    got = prefill_scan.scan_prompts(x, dt, decay, B, C, seeds * 1000)
     wanted = selective_scan(x, dt, decay, B, C, seeds * 1000)
     for mine, right in zip(got, wanted, strict=True):
         assert float((mine - right).abs().max() / right.abs().max()) < 2e-6
