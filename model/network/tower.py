@@ -35,20 +35,20 @@ class Layer(nn.Module):
         self.mixer = mixers[self.kind](config, dtype, kernels)
 
     def forward(
-        self, x: Tensor, state: LayerState, rows: RaggedBatch, conditioning: Tensor | None, *, causal: bool, store: bool
+        self, x: Tensor, state: LayerState, rows: RaggedBatch, conditioning: Tensor | None, *, causal: bool
     ) -> Tensor:
         """Map x (N, H) to (N, H). conditioning is (R, 3, H), or None in a forward without time.
 
         Mamba and attention layers modulate first and then normalise; MoE layers normalise first and then modulate.
         """
         if conditioning is None:
-            plain: Tensor = self.mixer(self.norm(x), state, rows, causal=causal, store=store)
+            plain: Tensor = self.mixer(self.norm(x), state, rows, causal=causal)
             return x + plain
         row_of_token = rows.on(x.device).row_of_token
         normed = self.kernels.modulated_norm(
             x, self.norm.weight, self.norm.eps, conditioning, row_of_token, norm_first=self.kind == "moe"
         )
-        mixed: Tensor = self.mixer(normed, state, rows, causal=causal, store=store)
+        mixed: Tensor = self.mixer(normed, state, rows, causal=causal)
         return self.kernels.gated_add(x, mixed, conditioning, row_of_token)
 
 
@@ -95,7 +95,7 @@ class Tower(nn.Module):
         """
         for place, i in enumerate(layers):
             time = None if conditioning is None else conditioning[place]
-            x = self.layers[i](x, states[i], rows, time, causal=self.causal, store=self.causal)
+            x = self.layers[i](x, states[i], rows, time, causal=self.causal)
         return x
 
     def logits(self, hidden: Tensor, columns: slice | None = None) -> Tensor:

@@ -37,9 +37,9 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.kernels = kernels
 
-    def forward(self, x: Tensor, state: AttentionState, rows: RaggedBatch, *, causal: bool, store: bool) -> Tensor:
-        """Map x (N, H) to (N, H). In the denoiser (`causal` False), a token sees all tokens of its row."""
+    def forward(self, x: Tensor, state: AttentionState, rows: RaggedBatch, *, causal: bool) -> Tensor:
+        """Map x (N, H) to (N, H). If causal, a token sees no later one and is stored; else it sees its whole row."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        attended = self.kernels.attend(q, k, v, state.pages, rows, causal=causal, store=store)
+        attended = self.kernels.attend(q, k, v, state.pages, rows, causal=causal, store=causal)
         out: Tensor = self.o_proj(attended)
         return out

@@ -62,9 +62,9 @@ class Mamba2(nn.Module):
     def decay(self) -> Tensor:
         return -self.A_log.exp()
 
-    def forward(self, x: Tensor, state: MambaState, rows: RaggedBatch, *, causal: bool, store: bool) -> Tensor:  # noqa: ARG002
-        """Map x (N, H) to (N, H). The scan runs forward in both towers, so `causal` changes nothing here."""
+    def forward(self, x: Tensor, state: MambaState, rows: RaggedBatch, *, causal: bool) -> Tensor:
+        """Map x (N, H) to (N, H). The scan runs forward in both towers; the context tower (`causal`) stores states."""
         z, xbc, dt = self.in_proj(x).split(self.split, dim=-1)
-        y = self.kernels.mamba_scan(ScanInputs(xbc, dt, self, state.conv, state.ssm, rows, store))
+        y = self.kernels.mamba_scan(ScanInputs(xbc, dt, self, state.conv, state.ssm, rows, store=causal))
         out: Tensor = self.out_proj(self.kernels.gated_norm(y, z, self.norm.weight, self.groups, self.norm.eps))
         return out

@@ -65,7 +65,7 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(hidden, config.moe_shared_expert_intermediate_size, dtype, kernels)
         self.kernels = kernels
 
-    def forward(self, x: Tensor, state: NoState, rows: RaggedBatch, *, causal: bool, store: bool) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, state: NoState, rows: RaggedBatch, *, causal: bool) -> Tensor:  # noqa: ARG002
         """Map x (N, H) to (N, H). Each token is computed independently of the others."""
         choice, weight = self.gate(x)
         out: Tensor = self.kernels.experts(x, choice, weight, self.up, self.down) + self.shared_experts(x)
