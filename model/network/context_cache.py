@@ -19,11 +19,6 @@ from model.runtime.ragged_batch import RaggedBatch
 LayerState = MambaState | AttentionState | NoState
 
 
-def kv_bytes_per_token(config: TwoTowerConfig, dtype: torch.dtype) -> int:
-    """Return the bytes that the keys and values of one context token take in all attention layers."""
-    return len(config.layers_of("attention")) * 2 * config.kv_inner * dtype.itemsize
-
-
 class ContextCache:
     """The states of `slots` rows, with room for `kv_tokens` tokens of attention context in total.
 

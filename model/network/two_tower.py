@@ -14,7 +14,7 @@ from model.checkpoint.reader import Checkpoint, open_checkpoint
 from model.checkpoint.tokenizer import Tokenizer
 from model.errors import RequestError
 from model.kernels import kernels_for
-from model.network.context_cache import ContextCache, kv_bytes_per_token
+from model.network.context_cache import ContextCache
 from model.network.layers.time import Conditioning, TimeConditioning
 from model.network.partition import partition
 from model.network.tower import Tower
@@ -129,10 +129,6 @@ class TwoTower(nn.Module):
     def new_cache(self, *, slots: int, kv_tokens: int) -> ContextCache:
         """Return an empty context cache on this model's devices."""
         return ContextCache(self.config, self.devices, self.dtype, slots=slots, kv_tokens=kv_tokens)
-
-    def kv_bytes_per_token(self) -> int:
-        """Return the bytes of attention context that one token takes, on all devices together."""
-        return kv_bytes_per_token(self.config, self.dtype)
 
     def checkpoint_targets(self) -> dict[str, Tensor]:
         """Return, by checkpoint name, the tensor or slice of a tensor into which each stored tensor is loaded."""

@@ -69,13 +69,11 @@ class PageAllocator:
         self._take(slot, wanted)
         return slot
 
-    def reserve(self, slot: int, tokens: int) -> bool:
-        """Take the pages that the slot lacks for `tokens` tokens of context. Returns False, and takes none, if too few
-        are free."""
-        return self.reserve_more(slot, tokens - self._held[slot].length)
-
     def reserve_more(self, slot: int, tokens: int) -> bool:
-        """Do the same as `reserve` for `tokens` tokens more than the context has now."""
+        """Take the pages that the slot lacks for `tokens` tokens more than its context has now.
+
+        Returns False, and takes none, if too few are free.
+        """
         held = self._held[slot]
         wanted = -(-(held.length + tokens) // PAGE_SIZE) - len(held.table)
         if wanted > 0:

@@ -123,7 +123,7 @@ def test_the_youngest_goes_back_to_its_place_in_the_queue() -> None:
         scheduler.submit(request(key, PAGE_SIZE - 8, max_new_tokens=2 * PAGE_SIZE), 0.0)
     a, _, _ = scheduler.admit(0.0)
     while scheduler.allocator.free_pages:
-        scheduler.allocator.reserve(a.slot, PAGE_SIZE * (len(scheduler.allocator.table(a.slot)) + 1))
+        scheduler.allocator.reserve_more(a.slot, PAGE_SIZE * (len(scheduler.allocator.table(a.slot)) + 1))
     while prefill(scheduler):
         pass
     scheduler.allocator.grow([a.slot], [len(scheduler.allocator.table(a.slot)) * PAGE_SIZE - 56])
@@ -150,7 +150,7 @@ def test_an_unused_prefix_goes_before_any_row() -> None:
         scheduler.submit(request(key, PAGE_SIZE - 8, max_new_tokens=4 * PAGE_SIZE), 0.0)
     a, b = scheduler.admit(0.0)
     prefill(scheduler)
-    assert scheduler.allocator.reserve(b.slot, 5 * PAGE_SIZE)
+    assert scheduler.allocator.reserve_more(b.slot, 4 * PAGE_SIZE + 8)
     scheduler.allocator.grow([a.slot], [8])
     a.pending = [1] * 8
     assert not scheduler.allocator.free_pages
@@ -167,7 +167,7 @@ def test_a_row_may_be_the_one_that_goes_back() -> None:
         scheduler.submit(request(key, PAGE_SIZE - 8, max_new_tokens=2 * PAGE_SIZE), 0.0)
     a, b = scheduler.admit(0.0)
     prefill(scheduler)
-    assert scheduler.allocator.reserve(a.slot, 3 * PAGE_SIZE)
+    assert scheduler.allocator.reserve_more(a.slot, 2 * PAGE_SIZE + 8)
     scheduler.allocator.grow([b.slot], [8])
     b.pending = [1] * 8
     assert not scheduler.make_room(b)

@@ -76,7 +76,7 @@ def move(slots: PageAllocator, rows: dict[int, int], prefixes: list[int], slot: 
         del rows[slot]
         return
     length, table = slots.length(slot), slots.table(slot)
-    if slots.reserve(slot, length + tokens):
+    if slots.reserve_more(slot, tokens):
         slots.grow([slot], [tokens])
         assert slots.table(slot)[: len(table)] == table
         assert len(slots.table(slot)) == max(len(table), pages_for(length + tokens))
