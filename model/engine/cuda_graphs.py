@@ -34,10 +34,11 @@ from model.kernels.triton.attention_plan import ITEM, JOIN, Heads, Paged, Room, 
 from model.kernels.triton.kernels import BLOCK
 from model.network.context_cache import ContextCache
 from model.network.layers.attention import AttentionState
-from model.network.two_tower import Part, TwoTower
+from model.network.two_tower import TwoTower
 from model.runtime.device_errors import device_lost, first_line
 from model.runtime.page_allocator import pages_for
 from model.runtime.ragged_batch import RaggedBatch, RowIndex
+from model.runtime.stages import Part
 from model.runtime.transfer import Array, to_device
 
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """Holds both towers and the two forwards that the engine runs: extend the context, and denoise a block."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -19,6 +19,7 @@ from model.network.layers.time import Conditioning, TimeConditioning
 from model.network.partition import partition
 from model.network.tower import Tower
 from model.runtime.ragged_batch import RaggedBatch
+from model.runtime.stages import Part
 from model.runtime.transfer import to_device
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -78,10 +79,6 @@ class Stage:
     device: torch.device
     context: range
     denoiser: range
-
-
-Part = Callable[[Tensor], Tensor]
-"""The work of one stage in a forward. It takes hidden states (tokens in the first stage) and returns hidden states."""
 
 
 class TwoTower(nn.Module):

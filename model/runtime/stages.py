@@ -27,6 +27,7 @@ from model.errors import RequestError
 from model.runtime.transfer import to_device
 
 Part = Callable[[Any], Any]
+"""The work of one stage in a forward. It takes hidden states (tokens in the first stage) and returns hidden states."""
 
 
 class Flight:

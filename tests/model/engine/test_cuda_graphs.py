@@ -27,9 +27,10 @@ from model.kernels.triton.kernels import BLOCK, CudaKernels
 from model.network.context_cache import ContextCache
 from model.network.layers.attention import AttentionState
 from model.network.layers.mamba2 import MambaState
-from model.network.two_tower import Part, TwoTower, load_model
+from model.network.two_tower import TwoTower, load_model
 from model.runtime.page_allocator import PAGE_SIZE
 from model.runtime.ragged_batch import RaggedBatch
+from model.runtime.stages import Part
 from tests.model import golden_cases as golden
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
