@@ -2,7 +2,7 @@
 (model.engine.model_runner) or a stand-in. Does not import torch."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 from model.engine.sequence import ActiveRow, Prefix
 
@@ -25,23 +25,23 @@ class BlockReport(NamedTuple):
     confidences: list[float]
 
 
-class Timed(Protocol):
-    """A forward that has been launched and not collected yet."""
+class Launched(Protocol):
+    """A forward that has been launched."""
 
     @property
     def seconds(self) -> float:
-        """Return the duration of the forward in seconds; valid once the forward has been collected."""
+        """Return the duration of the forward in seconds; valid once the result is there."""
 
-
-H = TypeVar("H", bound=Timed)
+    def result(self) -> Sequence[BlockReport]:
+        """Wait for the forward and return the blocks that need attention. Raises the error if the forward failed."""
 
 
 Batch = Sequence[tuple[ActiveRow | Prefix, int]]
 """The rows and prefixes of a context forward, each with the number of its pending tokens that the forward takes."""
 
 
-class Backend(Protocol[H]):
-    """The code that runs forwards. They run in the order of their launch, and only `collect` waits for them."""
+class Backend(Protocol):
+    """The code that runs forwards. They run in the order of their launch, and only their `result` waits for them."""
 
     def add_slots(self, count: int) -> None:
         """Make room for `count` more rows. No forward may be in progress."""
@@ -53,18 +53,15 @@ class Backend(Protocol[H]):
         """Begin a block for each of these rows; in AR mode of `ar_tokens` tokens, or fewer if the completion may take
         fewer."""
 
-    def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> H:
+    def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Launched:
         """Launch a context forward over pieces of prompts and finished blocks together.
 
         fill: the rows in AR mode, which are the last ones of the batch. The forward predicts the token after those that
         it stores. If the blocks of these rows are longer, further forwards follow, each predicting one more token.
         """
 
-    def denoise(self, rows: Sequence[ActiveRow]) -> H:
+    def denoise(self, rows: Sequence[ActiveRow]) -> Launched:
         """Launch a denoiser forward over the blocks of these rows."""
-
-    def collect(self, handle: H) -> Sequence[BlockReport]:
-        """Wait for a forward and return the blocks that need attention. Raises the error if the forward failed."""
 
     def out_of_memory(self, error: BaseException) -> bool:
         """Return True if memory ran out, so that fewer rows may help; in that case also free the memory that the device

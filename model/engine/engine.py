@@ -8,7 +8,7 @@ Each row is independent: it has its own mode, time, step, block, end and seed. I
 """
 
 from model.engine.loop import Loop
-from model.engine.model_runner import Handle, ModelRunner
+from model.engine.model_runner import ModelRunner
 from model.engine.scheduler import Scheduler, longest_context
 from model.errors import RequestError
 from model.memory.planner import plan_memory
@@ -27,7 +27,7 @@ size: about 1,000 tokens), so a forward over fewer rows is shorter. Used only on
 extend_every is 1: otherwise finished blocks wait anyway."""
 
 
-class Engine(Loop[Handle]):
+class Engine(Loop):
     """An engine that generates completions for requests with one loaded model."""
 
     def __init__(

@@ -21,9 +21,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Literal, TypeVar
 
-from model.engine.backend import Backend, BlockReport, H
+from model.engine.backend import Backend, BlockReport, Launched
 from model.engine.scheduler import Scheduler, Stats
 from model.engine.sequence import ActiveRow, Lane, Prefix
 from model.engine.stopping import Decode, End, find_end
@@ -38,25 +38,25 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class _Under(Generic[H]):
-    """A forward that has been launched and not collected yet."""
+class _InFlight:
+    """A forward that has been launched and not collected yet, and its rows."""
 
+    launched: Launched
     lane: Lane
     kind: Kind
     rows: Sequence[ActiveRow | Prefix]
-    handle: H
     halvings: int
     """Number of times that the limits had been halved when the forward was launched."""
     reading: Collection[ActiveRow | Prefix]
     """The rows and prefixes of the forward that are in prefill."""
 
 
-class Loop(Generic[H]):
+class Loop:
     """A loop that drives a backend. Not thread-safe: one thread must submit and step."""
 
     def __init__(
         self,
-        backend: Backend[H],
+        backend: Backend,
         scheduler: Scheduler,
         decode: Decode | None = None,
         *,
@@ -68,7 +68,7 @@ class Loop(Generic[H]):
         self.backend, self.scheduler = backend, scheduler
         self._decode, self._extend_every, self._clock = decode, extend_every, clock
         self._ar_tokens, self._overlap_rows = ar_tokens, overlap_rows
-        self._under_way: deque[_Under[H]] = deque()  # launched and not collected, in the order of their launch
+        self._in_flight: deque[_InFlight] = deque()  # launched and not collected, in the order of their launch
         self._finished: list[Completion] = []
         self._halvings = 0
         self._calm = 0  # steps since memory ran out, or since the limits were doubled
@@ -173,7 +173,7 @@ class Loop(Generic[H]):
 
     def check(self) -> None:
         """Raise AssertionError if slots, pages, lanes and keys are not consistent."""
-        self.scheduler.check({row for under in self._under_way for row in under.rows if isinstance(row, ActiveRow)})
+        self.scheduler.check({row for forward in self._in_flight for row in forward.rows if isinstance(row, ActiveRow)})
 
     # -- launching ---------------------------------------------------------------------------------------------------
 
@@ -201,7 +201,7 @@ class Loop(Generic[H]):
             self.scheduler.prefilled(pieces)
         lane.extended(extend)  # before collecting, which may raise: every row must be in its place by then
         if overlapping:
-            self._collect(lane, self._under_way[-1] if sent else None)
+            self._collect(lane, self._in_flight[-1] if sent else None)
 
     def _launch_denoiser(self, lane: Lane) -> None:
         self._begin(lane, lane.take_fresh())
@@ -229,14 +229,14 @@ class Loop(Generic[H]):
         lane: Lane,
         kind: Kind,
         rows: Sequence[ActiveRow | Prefix],
-        launch: Callable[[], H],
+        launch: Callable[[], Launched],
         reading: Collection[ActiveRow | Prefix] = (),
     ) -> bool:
         """Launch a forward. Returns False if the launch failed and its rows were put back into the queue."""
-        handle = self._try(kind, rows, launch)
-        if handle is not None:
-            self._under_way.append(_Under(lane, kind, rows, handle, self._halvings, reading))
-        return handle is not None
+        launched = self._try(kind, rows, launch)
+        if launched is not None:
+            self._in_flight.append(_InFlight(launched, lane, kind, rows, self._halvings, reading))
+        return launched is not None
 
     def _try(self, what: str, rows: Sequence[ActiveRow | Prefix], call: Callable[[], T]) -> T | None:
         """Return the result of the call. If it fails, return None if its rows were put back into the queue or have
@@ -249,21 +249,21 @@ class Loop(Generic[H]):
 
     # -- collecting --------------------------------------------------------------------------------------------------
 
-    def _collect(self, lane: Lane, newest: _Under[H] | None = None) -> None:
+    def _collect(self, lane: Lane, newest: _InFlight | None = None) -> None:
         """Collect the forwards of the lane, except `newest`, and all forwards launched before them.
 
         Forwards of other lanes can come before them only after a step that an error ended; the order of launch is kept.
         """
-        while any(under.lane is lane and under is not newest for under in self._under_way):
-            self._take_in(self._under_way.popleft())
+        while any(forward.lane is lane and forward is not newest for forward in self._in_flight):
+            self._take_in(self._in_flight.popleft())
 
-    def _take_in(self, under: _Under[H]) -> None:
+    def _take_in(self, forward: _InFlight) -> None:
         try:
-            seen = self.backend.collect(under.handle)
+            seen = forward.launched.result()
         except BaseException as error:
-            self._fail(under.kind, under.rows, error, under.halvings)
+            self._fail(forward.kind, forward.rows, error, forward.halvings)
             return
-        self._share(under)
+        self._share(forward)
         wrong: list[tuple[ActiveRow, Exception]] = []
         for block in seen:
             if not block.row.ended:  # it may just have been preempted
@@ -272,25 +272,25 @@ class Loop(Generic[H]):
                 except Exception as error:  # a tokenizer may raise anything; the other rows go on
                     wrong.append((block.row, error))
                 except BaseException as error:
-                    self._fail(under.kind, under.rows, error, under.halvings)
+                    self._fail(forward.kind, forward.rows, error, forward.halvings)
         if wrong:
-            self._fail("end", [row for row, _ in wrong], wrong[0][1], under.halvings)
+            self._fail("end", [row for row, _ in wrong], wrong[0][1], forward.halvings)
 
-    def _share(self, under: _Under[H]) -> None:
+    def _share(self, forward: _InFlight) -> None:
         """Record the duration of a forward in its rows; for a denoiser forward only once, in the clock of the lane."""
-        seconds = under.handle.seconds
-        if under.kind == "denoise":
-            forwards, rows, so_far = under.lane.clock
-            under.lane.clock = forwards + 1, rows + len(under.rows), so_far + seconds
+        seconds = forward.launched.seconds
+        if forward.kind == "denoise":
+            forwards, rows, so_far = forward.lane.clock
+            forward.lane.clock = forwards + 1, rows + len(forward.rows), so_far + seconds
             return
-        for row in under.rows:
+        for row in forward.rows:
             if isinstance(row, Prefix):
                 continue
-            if row in under.reading:
+            if row in forward.reading:
                 row.prefill_s += seconds
             else:
                 row.commit_s += seconds
-                row.shared_rows += len(under.rows)
+                row.shared_rows += len(forward.rows)
                 row.shared_forwards += 1
 
     def _look_at(self, block: BlockReport) -> None:

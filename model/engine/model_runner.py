@@ -2,7 +2,7 @@
 
 Everything that a forward needs from the host is known when it is launched and goes to the device inside the forward's
 parts, after the work that is already queued there. The results that the host needs come back in one copy
-(model.runtime.transfer). So only `collect` waits for the device.
+(model.runtime.transfer). So only `Flight.result` waits for the device.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.engine.backend import Batch, BlockReport
+from model.engine.backend import Batch
 from model.engine.denoising import DenoisingState, Filling, Targets
 from model.engine.sequence import ActiveRow
 from model.engine.unmasking import commit, commit_in_order
@@ -30,18 +30,6 @@ from model.runtime.transfer import Array, send, to_device, to_host
 
 if TYPE_CHECKING:
     from model.engine.cuda_graphs import Graphs
-
-
-class Handle(NamedTuple):
-    """A forward that has been launched, and the blocks that it fills, if any."""
-
-    flight: Flight
-    filling: Filling | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Return the duration of the forward in seconds, over all stages."""
-        return self.flight.seconds
 
 
 class _Step(NamedTuple):
@@ -78,7 +66,7 @@ class ModelRunner:
         """Begin a block for each of these rows; see Backend."""
         self.table.begin(rows, ar_tokens)
 
-    def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Handle:
+    def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Flight:
         """Launch a context forward over pieces of prompts and finished blocks; see Backend."""
         lengths = [count for _, count in batch]
         rows = self.cache.rows([item.slot for item, _ in batch], lengths)
@@ -86,11 +74,12 @@ class ModelRunner:
         tokens = torch.from_numpy(np.fromiter(pending, np.int64, sum(lengths)))
         parts = self._extend_parts(rows)
         self.cache.grow(rows)
-        filling = self.table.take(fill) if fill else None
-        if filling is not None:
-            last = np.cumsum(lengths)[-len(fill) :] - 1
-            parts[-1:] = [self._ar_part(parts[-1], filling, last)]
-        return Handle(self.stages.launch(parts, tokens), filling)
+        if not fill:
+            return self.stages.launch(parts, tokens, lambda _hidden: [])
+        filling = self.table.take(fill)
+        last = np.cumsum(lengths)[-len(fill) :] - 1
+        parts[-1:] = [self._ar_part(parts[-1], filling, last)]
+        return self.stages.launch(parts, tokens, partial(self.table.fill, filling))
 
     def _extend_parts(self, rows: RaggedBatch) -> list[Part]:
         return self.graphs.extend_parts(rows) if self.graphs else self.pair.extend_parts(self.cache, rows)
@@ -119,7 +108,7 @@ class ModelRunner:
             targets = self.table.targets(filling, which, np.full_like(which, position), np.arange(len(which)))
             yield _Step(part, targets, _unless_all(filling, position + 1))
 
-    def denoise(self, rows: Sequence[ActiveRow]) -> Handle:
+    def denoise(self, rows: Sequence[ActiveRow]) -> Flight:
         """Launch a denoiser forward over the blocks of these rows."""
         filling = self.table.take(rows)
         tokens, t = self.table.inputs(filling)
@@ -134,7 +123,7 @@ class ModelRunner:
         targets = self.table.targets(filling, which, position, starts[which] + position)
         assert self.pair.denoiser is not None
         parts[-1:] = [partial(self._predict, self.pair.denoiser, filling, [_Step(parts[-1], targets)])]
-        return Handle(self.stages.launch(parts, torch.from_numpy(tokens)), filling)
+        return self.stages.launch(parts, torch.from_numpy(tokens), partial(self.table.fill, filling))
 
     def _predict(self, tower: Tower, filling: Filling, steps: Iterable[_Step], x: Tensor) -> Tensor:
         """Run the forwards in `steps` and return their tokens, which are still being copied to the host. A denoiser
@@ -157,11 +146,6 @@ class ModelRunner:
             return to_host(commit_in_order(place, tokens, confidence, rows, width))
         place, threshold, left = send(device, *places, filling.threshold.astype(float), filling.steps_left)
         return to_host(commit(place, tokens, confidence, threshold.float(), left, width))
-
-    def collect(self, handle: Handle) -> list[BlockReport]:
-        """Wait for a forward and return the blocks that need attention; see Backend."""
-        predicted = handle.flight.result()
-        return [] if handle.filling is None else self.table.fill(handle.filling, predicted)
 
     def out_of_memory(self, error: BaseException) -> bool:
         """Return True if memory ran out, and then free what the device allocator caches."""

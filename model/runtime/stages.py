@@ -33,7 +33,9 @@ Part = Callable[[Any], Any]
 class Flight:
     """A forward that has been launched."""
 
-    def __init__(self) -> None:
+    def __init__(self, finish: Callable[[Any], Any]) -> None:
+        """Begin without parts. finish: makes the result of the forward from what its last part returned."""
+        self._finish = finish
         self.seconds = 0.0
         """Duration in seconds, valid once the result is there. On a CPU: from the start on the first stage to the end
         on the last one. On CUDA: the sum of the parts' durations without the waits between them, because the events of
@@ -43,6 +45,10 @@ class Flight:
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # on CUDA, events before and after each part
 
     def result(self) -> Any:
+        """Wait for the forward and return its result. Raises what `wait` and `finish` raise."""
+        return self._finish(self.wait())
+
+    def wait(self) -> Any:
         """Wait for the forward and return what its last part returned.
 
         Raises the error of any part that failed, at launch or on the device. In both cases the forward is over
@@ -96,12 +102,13 @@ class Stages:
         self._streams = _Streams(devices, cuda or Cuda()) if kinds == {"cuda"} else None
         self._threads = [ThreadPoolExecutor(1, f"stage-{i}") for i in range(len(devices)) if not self._streams]
 
-    def launch(self, parts: Sequence[Part], start: Any) -> Flight:
+    def launch(self, parts: Sequence[Part], start: Any, finish: Callable[[Any], Any] = lambda x: x) -> Flight:
         """Launch a forward that sends `start` through the parts: part i runs on stage i, later ones on the last stage.
 
-        On CUDA `start` must be a tensor on the host or on the first stage's device, and parts must return tensors.
+        finish: see Flight. On CUDA `start` must be a tensor on the host or on the first stage's device, and parts must
+        return tensors.
         """
-        flight = Flight()
+        flight = Flight(finish)
         if self._streams:
             flight._last = _done(partial(self._streams.send, parts, start, flight))
             return flight

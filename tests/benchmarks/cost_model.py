@@ -128,6 +128,7 @@ class Device:
 class Ticket:
     """A simulated forward: when it begins and ends, and the rows whose block it completes."""
 
+    backend: "CostModel"
     began: float
     ended: float
     rows: Sequence[ActiveRow] = ()
@@ -135,8 +136,12 @@ class Ticket:
 
     @property
     def seconds(self) -> float:
-        """See model.engine.loop.Timed."""
+        """See model.engine.backend.Launched."""
         return self.ended - self.began
+
+    def result(self) -> Sequence[BlockReport]:
+        """See model.engine.backend.Launched."""
+        return self.backend.collect(self)
 
 
 class CostModel:
@@ -219,14 +224,14 @@ class CostModel:
             at += seconds
             device.free = at
             device.busy += seconds
-        return Ticket(at if began is None else began, at)
+        return Ticket(self, at if began is None else began, at)
 
-    def collect(self, handle: Ticket) -> Sequence[BlockReport]:
-        """See Backend."""
-        self.now = max(self.now, handle.ended)
+    def collect(self, ticket: Ticket) -> Sequence[BlockReport]:
+        """Let the time pass in which the forward computes, and return the blocks that it completes."""
+        self.now = max(self.now, ticket.ended)
         return [
             BlockReport(row, BLOCK, True, row.room <= BLOCK, False, steps, *self._full_block)
-            for row, steps in zip(handle.rows, handle.steps, strict=True)
+            for row, steps in zip(ticket.rows, ticket.steps, strict=True)
         ]
 
     def out_of_memory(self, error: BaseException) -> bool:

@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -42,7 +42,7 @@ from model import load_model
 from model.engine.backend import Batch, BlockReport
 from model.engine.engine import AR_TOKENS, OVERLAP_ROWS
 from model.engine.loop import Loop
-from model.engine.model_runner import Handle, ModelRunner
+from model.engine.model_runner import ModelRunner
 from model.engine.scheduler import Scheduler
 from model.engine.sequence import ActiveRow
 from model.kernels.triton.attention_plan import Heads, Room, plan_attention
@@ -167,15 +167,21 @@ class NoModel:
 
 
 class TimedStages:
-    """The real stages, with the time in the parts of a forward counted as `device`."""
+    """The real stages, with the time in the parts of a forward counted as `device` and that of its end as `collect`."""
 
     def __init__(self, stages: Stages, clock: Clock) -> None:
         self._stages, self._clock = stages, clock
 
-    def launch(self, parts: Sequence[Part], start: Any) -> Flight:
+    def launch(self, parts: Sequence[Part], start: Any, finish: Callable[[Any], list[BlockReport]]) -> Flight:
         """See Stages."""
+
+        def finished(predicted: Any) -> list[BlockReport]:
+            self._clock.seen()
+            with self._clock.part("collect"):
+                return finish(predicted)
+
         with self._clock.part("device"):
-            return self._stages.launch(parts, start)
+            return self._stages.launch(parts, start, finished)
 
 
 class TimedModelRunner(ModelRunner):
@@ -196,18 +202,13 @@ class TimedModelRunner(ModelRunner):
         with self._clock.part("begin"):
             super().begin(rows, ar_tokens)
 
-    def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Handle:
+    def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Flight:
         with self._clock.part("extend"):
             return super().extend(batch, fill)
 
-    def denoise(self, rows: Sequence[ActiveRow]) -> Handle:
+    def denoise(self, rows: Sequence[ActiveRow]) -> Flight:
         with self._clock.part("denoise"):
             return super().denoise(rows)
-
-    def collect(self, handle: Handle) -> list[BlockReport]:
-        self._clock.seen()
-        with self._clock.part("collect"):
-            return super().collect(handle)
 
 
 @torch.inference_mode()
@@ -263,7 +264,7 @@ def host_ms(pair: TwoTower, rows: int, *, turns: int) -> float:
     return measure(pair, "diffusion", rows, turns=turns).total
 
 
-def _held(loop: Loop[Handle]) -> int:
+def _held(loop: Loop) -> int:
     """Return the number of finished tokens of the running rows."""
     return sum(len(row.tokens) for row in loop.scheduler.running.values())
 

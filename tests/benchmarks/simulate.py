@@ -11,7 +11,7 @@ from model.engine.loop import Loop
 from model.engine.scheduler import Scheduler, Stats
 from model.requests import EngineLimits, GenerationParams, Request
 from model.runtime.page_allocator import PREFIX_SLOTS, PageAllocator
-from tests.benchmarks.cost_model import BLOCK, CostModel, Instant, Ints, Layout, Steps, Ticket
+from tests.benchmarks.cost_model import BLOCK, CostModel, Instant, Ints, Layout, Steps
 from tests.benchmarks.roofline import Roofline, Work
 from tests.benchmarks.workload import log_normal
 
@@ -65,7 +65,7 @@ class Mix:
 
 def make_loop(
     layout: Layout, steps: Steps, *, rows: int, lanes: int, host_s: float = 0.0, extend_every: int = EXTEND_EVERY
-) -> tuple[Loop[Ticket], CostModel]:
+) -> tuple[Loop, CostModel]:
     """Return the engine's loop over simulated devices, and its backend."""
     slots = PageAllocator(rows + PREFIX_SLOTS, KV_TOKENS // 64)
     backend = CostModel(slots, layout, steps, host_s=host_s)
@@ -162,6 +162,7 @@ def turn_ms(rows: int, steps: Steps, *, turns: int) -> tuple[float, float]:
     """Return the milliseconds of one turn of the loop itself with `rows` rows, and those of the stand-in backend."""
     loop, backend = make_loop(Instant(), steps, rows=rows, lanes=1)
     loop.backend = timed = Timed(backend)
+    backend.collect = timed.collect  # type: ignore[method-assign]  # which the forwards call
     coming = Mix.draw(turns * rows // 4 + 2 * rows).requests()
     spent = 0.0
     for turn in range(-turns // 10, turns):  # the first turns fill the slots and are not measured

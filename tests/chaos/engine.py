@@ -65,10 +65,14 @@ class Story:
 
 @dataclass(slots=True)
 class Forward:
-    """A forward under way, and the rows whose block it completes."""
+    """A forward under way, and the reports on the blocks that it completes."""
 
-    full: Sequence[ActiveRow] = ()
+    reports: Sequence[BlockReport] = ()
     seconds: float = 0.0
+
+    def result(self) -> Sequence[BlockReport]:
+        """See model.engine.backend.Launched."""
+        return self.reports
 
 
 class Backend:
@@ -106,21 +110,17 @@ class Backend:
     def denoise(self, rows: Sequence[ActiveRow]) -> Forward:
         """See model.engine.backend.Backend."""
         self.forwards += len(rows)
-        full = []
+        reports = []
         for row in rows:
             self._taken[row] += 1
             if self._taken[row] >= self._needed(row):
-                full.append(row)
+                reports.append(self._see(row))
                 if self.crash:
                     self.crash(bytes(row.request.prompt_ids[:40]).decode(errors="replace"))
-        return Forward(full)
+        return Forward(reports)
 
     def _needed(self, row: ActiveRow) -> int:
         return self._stories[row.request.key].steps[len(row.tokens) // BLOCK]
-
-    def collect(self, handle: Forward) -> list[BlockReport]:
-        """See model.engine.backend.Backend."""
-        return [self._see(row) for row in handle.full]
 
     def _see(self, row: ActiveRow) -> BlockReport:
         story, start, steps = self._stories[row.request.key], len(row.tokens), self._taken.pop(row)
@@ -162,7 +162,7 @@ class Log:
         ctypes.string_at(0)
 
 
-class Engine(Loop[Forward]):
+class Engine(Loop):
     """The made-up engine. `turn_s`: seconds of a turn, as if a device computed. Without a log nothing crashes."""
 
     def __init__(self, log: Log | None = None, turn_s: float = 0.0) -> None:

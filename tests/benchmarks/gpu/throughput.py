@@ -126,7 +126,7 @@ class _Watch:
         self.turning = self.waiting = 0.0
         assert isinstance(engine.backend, ModelRunner)
         stages = engine.backend.stages
-        launch, step, result = stages.launch, engine.step, Flight.result
+        launch, step, wait = stages.launch, engine.step, Flight.wait
 
         def launched(*args: Any) -> Flight:
             self.flights.append(launch(*args))
@@ -142,7 +142,7 @@ class _Watch:
         def waited(flight: Flight) -> Any:
             began = time.perf_counter()
             try:
-                return result(flight)
+                return wait(flight)
             finally:
                 self.waiting += time.perf_counter() - began
 
@@ -150,7 +150,7 @@ class _Watch:
         self._patches: list[AbstractContextManager[object]] = [
             patch.object(stages, "launch", launched),
             patch.object(engine, "step", stepped),
-            patch.object(Flight, "result", waited),
+            patch.object(Flight, "wait", waited),
         ]
 
     def __enter__(self) -> "_Watch":

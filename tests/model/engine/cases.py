@@ -179,7 +179,7 @@ class ScriptedBackend:
         assert not flying & set(rows), "a row's block is in two forwards at once"
         number = len(self.launches)
         self.launches.append(launch)
-        ticket = Ticket(launch.kind, number, fault=self.faults.get(number))
+        ticket = Ticket(launch.kind, number, self._collect, fault=self.faults.get(number))
         if ticket.fault and ticket.fault.startswith("launch"):
             raise error_of(ticket)
         self.tickets = [other for other in self.tickets if not other.collected] + [ticket]
@@ -228,14 +228,13 @@ class ScriptedBackend:
 
     # -- results -----------------------------------------------------------------------------------------------------
 
-    def collect(self, handle: Ticket) -> Sequence[BlockReport]:
-        """See Backend."""
-        assert not handle.collected, "collected twice"
-        handle.collected = True
-        if handle.fault:
-            raise error_of(handle)
-        assert all(row.ended for row in handle.poisoned), "a row goes on behind a forward that failed"
-        return [seen for row in handle.fills if not row.ended and (seen := self._fill(row))]
+    def _collect(self, ticket: Ticket) -> Sequence[BlockReport]:
+        assert not ticket.collected, "collected twice"
+        ticket.collected = True
+        if ticket.fault:
+            raise error_of(ticket)
+        assert all(row.ended for row in ticket.poisoned), "a row goes on behind a forward that failed"
+        return [seen for row in ticket.fills if not row.ended and (seen := self._fill(row))]
 
     def _fill(self, row: ActiveRow) -> BlockReport | None:
         script, block = self.scripts[row.request.key], self._blocks[row]
@@ -284,7 +283,7 @@ def make_loop(
     overlap_rows: int | None = None,
     faults: dict[int, Fault] | None = None,
     failing_calls: dict[str, set[int]] | None = None,
-) -> tuple[Loop[Ticket], ScriptedBackend]:
+) -> tuple[Loop, ScriptedBackend]:
     """Return a loop over a scripted backend, and the backend. Each token id is a character of the text."""
     scheduler = Scheduler(PageAllocator(rows + PREFIX_SLOTS, pages), rows, budget, lanes)
     backend = ScriptedBackend(scheduler, scripts, faults=faults, failing_calls=failing_calls)

@@ -1,9 +1,11 @@
 """Defines the scripted forwards of the loop's tests: what each was given, and how it may fail. Does not import
 torch."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from model.engine.backend import BlockReport
 from model.engine.loop import Kind
 from model.engine.sequence import ActiveRow, Prefix
 
@@ -38,12 +40,17 @@ class Ticket:
 
     kind: Kind
     number: int
+    collect: "Callable[[Ticket], Sequence[BlockReport]]"
     fills: list[ActiveRow] = field(default_factory=list)
     poisoned: list[ActiveRow] = field(default_factory=list)
     """Rows whose results are invalid, because this forward or one that it builds on has failed."""
     fault: Fault | None = None
     seconds: float = 1.0
     collected: bool = False
+
+    def result(self) -> Sequence[BlockReport]:
+        """See model.engine.backend.Launched."""
+        return self.collect(self)
 
 
 def row_of(item: ActiveRow | Prefix) -> ActiveRow:

@@ -70,7 +70,7 @@ def test_rows_that_are_being_extended_are_kept_if_an_older_forward_fails() -> No
     assert "r2" in Run(case).go().done
 
 
-def drive(loop: Loop[Ticket], requests: list[Request]) -> dict[str, Completion]:
+def drive(loop: Loop, requests: list[Request]) -> dict[str, Completion]:
     """Submit the requests, then step and check until nothing is left; return the completions by key."""
     for each in requests:
         loop.submit(each)

@@ -8,8 +8,8 @@ import pytest
 from model.engine.loop import Loop
 from model.engine.sequence import Prefix
 from model.requests import Completion, EngineError, Request
-from tests.model.engine.cases import ScriptedBackend, make_loop
-from tests.model.engine.launches import Fault, NoMemoryError, ScriptedError, Ticket, row_of
+from tests.model.engine.cases import make_loop
+from tests.model.engine.launches import Fault, NoMemoryError, ScriptedError, row_of
 from tests.model.engine.runs import Case, Drawn, Run
 from tests.model.engine.scripts import Script, expected, request
 
@@ -22,7 +22,7 @@ def some() -> list[Request]:
     return [request(key, 20, max_new_tokens=24, mode=mode) for key, mode in MODES.items()]
 
 
-def resume(loop: Loop[Ticket], again: dict[str, Request]) -> dict[str, Completion]:
+def resume(loop: Loop, again: dict[str, Request]) -> dict[str, Completion]:
     """Step to the end, with a check after each step; submit rows that errors name again, from `again`. Return the
     completions by key."""
     done: dict[str, Completion] = {}
@@ -42,13 +42,13 @@ def resume(loop: Loop[Ticket], again: dict[str, Request]) -> dict[str, Completio
     return done
 
 
-def step_on(loop: Loop[Ticket], done: dict[str, Completion]) -> None:
+def step_on(loop: Loop, done: dict[str, Completion]) -> None:
     """Step until something is raised."""
     for _ in range(1000):
         done |= {completion.key: completion for completion in loop.step()}
 
 
-def generate_on(loop: Loop[Ticket], requests: list[Request]) -> None:
+def generate_on(loop: Loop, requests: list[Request]) -> None:
     """Call generate() until something is raised."""
     for _ in range(100):
         loop.generate(requests)
@@ -307,7 +307,6 @@ def test_a_tokenizer_that_fails_on_one_row(error: type[BaseException]) -> None:
     """If the tokenizer fails on one row, this row is named, and all other rows of the forward are returned. After
     Ctrl-C, the rows handled before it are returned."""
     scripts = dict.fromkeys("abc", Script((1,)))
-    backend: ScriptedBackend
     loop, backend = make_loop(scripts)
     calls = itertools.count()
 
