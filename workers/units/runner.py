@@ -34,7 +34,7 @@ from workers.units.loader import UnitLoader
 from workers.units.protocols import EngineLike, TokenizerLike, UnitStore
 from workers.units.saver import Outcome, Saver
 from workers.units.tries import judge, next_params
-from workers.units.unit import OpenUnit, QueuedRow, Tries, name_of
+from workers.units.unit import OpenUnit, QueuedRow, StorageRetry, name_of
 
 QUEUE_FACTOR = 2
 """How many rows may wait in the engine without a slot, in multiples of its row limit. The reserve is large enough for
@@ -96,7 +96,7 @@ class UnitRunner:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
         self._saver = Saver(store, flush, replica=replica, tell=self._notes.append, done=self._wake.set, clock=clock)
         self._units: dict[str, Assignment] = {}  # by unit id, from `add` until the outcome
-        self._to_read: dict[str, Tries] = {}
+        self._to_read: dict[str, StorageRetry] = {}
         self._reading: dict[str, Future[OpenUnit | UnitResult]] = {}
         self._open: dict[str, OpenUnit] = {}  # in the order in which they were opened
         self._in_engine: dict[str, tuple[OpenUnit, QueuedRow]] = {}  # by row key
@@ -126,7 +126,7 @@ class UnitRunner:
             if unit_id in self._units:
                 raise ValueError(f"unit {unit_id} is already on replica {self._replica}")
             self._units[unit_id] = work
-            self._to_read[unit_id] = Tries()
+            self._to_read[unit_id] = StorageRetry()
         self._wake.set()
 
     def work(self, seconds: float) -> list[Outcome]:
@@ -243,14 +243,14 @@ class UnitRunner:
     def _wait(self, seconds: float) -> None:
         """Wait until there is something to do, but at most `seconds`."""
         due = [self._saver.due_at(opened) for opened in self._open.values()]
-        due += [tries.not_before for unit_id, tries in self._to_read.items() if unit_id not in self._reading]
+        due += [retry.not_before for unit_id, retry in self._to_read.items() if unit_id not in self._reading]
         seconds = min([seconds, *(at - self._clock() for at in due)])
         with self._unlocked():
             self._wake.wait(max(0, seconds))
 
     def _start_reading(self) -> None:
-        for unit_id, tries in self._to_read.items():
-            if unit_id not in self._reading and self._clock() >= tries.not_before:
+        for unit_id, retry in self._to_read.items():
+            if unit_id not in self._reading and self._clock() >= retry.not_before:
                 future = self._reader.submit(self._loader.open, self._units[unit_id])
                 future.add_done_callback(lambda _future: self._wake.set())
                 self._reading[unit_id] = future
@@ -275,14 +275,14 @@ class UnitRunner:
 
     def _read_again(self, unit_id: str, error: TwoTowerError) -> bool:
         """Record a failed read of a unit, and return True if the read is to be retried later."""
-        tries = self._to_read[unit_id]
-        tries.failed(self._clock(), error)
+        retry = self._to_read[unit_id]
+        retry.failed(self._clock(), error)
         if not isinstance(error, StorageError) or error.__cause__ is None or not is_transient(error.__cause__):
             return False
         self._read_failures += 1
-        if tries.failures == 1:
+        if retry.failures == 1:
             self._notes.append(f"unit {unit_id}: reading it is tried again: {error}")
-        return not tries.exhausted
+        return not retry.exhausted
 
     def _published(self, result: UnitResult) -> Outcome:
         """Return the outcome of an assignment whose unit has its part already."""

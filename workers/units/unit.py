@@ -52,8 +52,8 @@ class QueuedRow:
 
 
 @dataclass(slots=True)
-class Tries:
-    """The retry state of an operation that may fail at the storage."""
+class StorageRetry:
+    """The state of an operation at the storage that is retried after growing pauses."""
 
     failures: int = 0
     """Number of failures since the last success."""
@@ -122,9 +122,9 @@ class OpenUnit:
         self.flushes = 0
         self.flushed_at = now
         """Time at which the last flush began; before the first flush, the time at which the unit was opened."""
-        self.flush_tries = Tries()
+        self.flush_tries = StorageRetry()
         self.publishing: Future[UnitResult] | None = None
-        self.publish_tries = Tries()
+        self.publish_tries = StorageRetry()
         self._wanted, self._params, self._replica = rows, params, replica
 
     @property
