@@ -194,7 +194,7 @@ class UnitRunner:
                 for opened in self._open.values():
                     if opened.flush and opened.flush.done():
                         flushed += self._saver.end_flush(opened)
-                    failed |= bool(opened.flush_tries.failures)
+                    failed |= bool(opened.flush_retry.failures)
                     if opened.finished and not opened.flush:
                         self._saver.begin_flush(opened)
                 under_way = [opened.flush for opened in self._open.values() if opened.flush]

@@ -68,9 +68,9 @@ class Saver:
         if opened.complete and opened.work.rows is not None:
             if not opened.finished:
                 return RangeDone(self._replica, opened.work.key)
-            if opened.flush_tries.exhausted:
-                tries = opened.flush_tries
-                return UnitFailed(self._replica, opened.work, f"{tries.error} ({tries.failures} times)")
+            if opened.flush_retry.exhausted:
+                retry = opened.flush_retry
+                return UnitFailed(self._replica, opened.work, f"{retry.error} ({retry.failures} times)")
         now = self._clock()
         if now >= self._flush_at(opened):
             self.begin_flush(opened)
@@ -106,13 +106,13 @@ class Saver:
         except StorageError as error:
             opened.finished[:0] = rows
             self.failures += 1
-            if not opened.flush_tries.failures:
+            if not opened.flush_retry.failures:
                 self._tell(f"{name_of(opened.work)}: {len(rows)} finished rows stay in memory for now: {error}")
-            opened.flush_tries.failed(self._clock(), error)
+            opened.flush_retry.failed(self._clock(), error)
             return 0
-        if opened.flush_tries.failures:
+        if opened.flush_retry.failures:
             self._tell(f"{name_of(opened.work)}: its finished rows are saved again")
-        opened.flush_tries.succeeded()
+        opened.flush_retry.succeeded()
         return len(rows)
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class Saver:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _flush_at(self, opened: OpenUnit) -> float:
-        into_part = opened.complete and opened.work.rows is None and not opened.publish_tries.failures
+        into_part = opened.complete and opened.work.rows is None and not opened.publish_retry.failures
         if into_part or not opened.finished:
             return NEVER
         at = opened.flushed_at + self._settings.seconds
@@ -129,11 +129,11 @@ class Saver:
         # If the unit may kill replicas, or is complete but not published, its rows are saved as soon as possible.
         if opened.work.suspect or opened.complete or (most is not None and len(opened.finished) >= most):
             at = -NEVER
-        return max(at, opened.flush_tries.not_before)
+        return max(at, opened.flush_retry.not_before)
 
     def _publish_at(self, opened: OpenUnit) -> float:
         ready = opened.complete and opened.work.rows is None
-        return opened.publish_tries.not_before if ready else NEVER
+        return opened.publish_retry.not_before if ready else NEVER
 
     def _flush(self, opened: OpenUnit, rows: Sequence[RowResult], number: int) -> pa.Table:
         """Write the rows as a segment and return them as a table. Runs in the flush thread."""
@@ -161,15 +161,15 @@ class Saver:
         assert publishing is not None
         opened.publishing = None
         self.ended += 1
-        tries, work = opened.publish_tries, opened.work
+        retry, work = opened.publish_retry, opened.work
         try:
             result = publishing.result()
         except StorageError as error:
             self.failures += 1
-            tries.failed(self._clock(), error)
-            if tries.exhausted:
-                return UnitFailed(self._replica, work, f"{error} ({tries.failures} times)")
-            self._tell(f"unit {work.unit.id}: its part is tried again in {tries.pause:g} s: {error}")
+            retry.failed(self._clock(), error)
+            if retry.exhausted:
+                return UnitFailed(self._replica, work, f"{error} ({retry.failures} times)")
+            self._tell(f"unit {work.unit.id}: its part is tried again in {retry.pause:g} s: {error}")
             return None
         except TwoTowerError as error:
             return UnitFailed(self._replica, work, str(error))

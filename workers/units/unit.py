@@ -122,9 +122,9 @@ class OpenUnit:
         self.flushes = 0
         self.flushed_at = now
         """Time at which the last flush began; before the first flush, the time at which the unit was opened."""
-        self.flush_tries = StorageRetry()
+        self.flush_retry = StorageRetry()
         self.publishing: Future[UnitResult] | None = None
-        self.publish_tries = StorageRetry()
+        self.publish_retry = StorageRetry()
         self._wanted, self._params, self._replica = rows, params, replica
 
     @property
