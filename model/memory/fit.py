@@ -16,7 +16,7 @@ from model.checkpoint.reader import open_checkpoint
 from model.checkpoint.released import RELEASED_CONFIG
 from model.errors import RequestError, TwoTowerError
 from model.memory.plan import MemoryPlan
-from model.memory.planner import make_plan
+from model.memory.planner import Planner
 from model.network.two_tower import DTYPES, Stage, TwoTower
 from model.requests import EngineLimits
 
@@ -39,7 +39,7 @@ def plan_for(
                 "devices, or larger ones"
             )
     free = {name: total - need for name, need, total in zip(names, weights, totals, strict=True)}
-    return make_plan(config, dtype, stages, dict(zip(names, weights, strict=True)), free, limits)
+    return Planner(config, dtype, stages, dict(zip(names, weights, strict=True)), free, limits).plan()
 
 
 def stage_weights(

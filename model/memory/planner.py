@@ -48,26 +48,13 @@ def plan_memory(pair: TwoTower, limits: EngineLimits, free: Mapping[str, int] | 
         weights[name] = weights.get(name, 0) + tensor.nbytes
     if free is None:
         free = {name: free_memory(name) for name in {_name(stage.device) for stage in pair.stages}}
-    return make_plan(pair.config, pair.dtype, pair.stages, weights, free, limits)
-
-
-def make_plan(
-    config: TwoTowerConfig,
-    dtype: torch.dtype,
-    stages: Sequence[Stage],
-    weights: Mapping[str, int],
-    free: Mapping[str, int],
-    limits: EngineLimits,
-) -> MemoryPlan:
-    """Return the plan that follows from the sizes alone. weights, free: device name -> bytes.
-
-    Raises RequestError if the limits do not fit.
-    """
-    return _Planner(config, dtype, stages, weights, free, limits).plan()
+    return Planner(pair.config, pair.dtype, pair.stages, weights, free, limits).plan()
 
 
 @dataclass(frozen=True)
-class _Planner:
+class Planner:
+    """A planner that needs the sizes alone. weights, free: device name -> bytes."""
+
     config: TwoTowerConfig
     dtype: torch.dtype
     stages: Sequence[Stage]
@@ -81,6 +68,7 @@ class _Planner:
         return self.limits.context_tokens(self.config.max_position_embeddings)
 
     def plan(self) -> MemoryPlan:
+        """Return the plan. Raises RequestError if the limits do not fit."""
         asked = self.limits.max_rows
         rows = self._auto_rows() if asked == "auto" else asked
         devices = self.devices(rows)

@@ -84,7 +84,7 @@ def check_plan(job: Job) -> Iterator[Finding]:
     from model.checkpoint.loader import check_memory, free_memory
     from model.checkpoint.reader import open_checkpoint
     from model.memory.fit import stage_weights
-    from model.memory.planner import make_plan
+    from model.memory.planner import Planner
     from model.network.two_tower import DTYPES
 
     gpus, found = job.workers.gpus, torch.cuda.device_count()
@@ -103,7 +103,7 @@ def check_plan(job: Job) -> Iterator[Finding]:
     check_memory(checkpoint, towers, dtype, names, weights)
     free = {name: free_memory(name) - need for name, need in zip(names, weights, strict=True)}
     held = dict(zip(names, weights, strict=True))
-    plan = make_plan(checkpoint.config, dtype, stages, held, free, job.engine.limits())
+    plan = Planner(checkpoint.config, dtype, stages, held, free, job.engine.limits()).plan()
     left = min(device.left(plan.max_rows, plan.kv_tokens) for device in plan.devices)
     yield ok(
         f"{max(weights) / GIB:.2f} GiB of weights at most on each of {', '.join(names)}; max_rows {plan.max_rows}, "

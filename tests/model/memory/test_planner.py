@@ -19,7 +19,7 @@ from model.checkpoint.released import RELEASED_CONFIG
 from model.memory import fit, workspace
 from model.memory.fit import plan_for, stage_weights
 from model.memory.plan import MemoryPlan
-from model.memory.planner import AUTO_CONTEXT_TOKENS, AUTO_MAX_ROWS, BLOCK_TOKENS, KEPT_BACK, make_plan, plan_memory
+from model.memory.planner import AUTO_CONTEXT_TOKENS, AUTO_MAX_ROWS, BLOCK_TOKENS, KEPT_BACK, Planner, plan_memory
 from model.network.context_cache import ContextCache
 from model.network.layers.attention import AttentionState
 from model.network.layers.mamba2 import MambaState
@@ -45,9 +45,8 @@ def released(total: int, gpus: int, limits: EngineLimits) -> MemoryPlan:
     stages = [Stage(torch.device(f"cuda:{i}"), *ranges) for i, ranges in enumerate(partition(RELEASED_CONFIG, gpus))]
     names = [str(stage.device) for stage in stages]
     weights = dict.fromkeys(names, WEIGHTS // gpus)
-    return make_plan(
-        RELEASED_CONFIG, torch.bfloat16, stages, weights, dict.fromkeys(names, total - WEIGHTS // gpus), limits
-    )
+    free = dict.fromkeys(names, total - WEIGHTS // gpus)
+    return Planner(RELEASED_CONFIG, torch.bfloat16, stages, weights, free, limits).plan()
 
 
 def needed(plan: MemoryPlan, rows: int, kv_tokens: int) -> list[int]:
@@ -202,7 +201,7 @@ def test_the_tightest_device_decides() -> None:
 
     def rows(*free: int) -> int:
         names = {f"cuda:{i}": count for i, count in enumerate(free)}
-        return make_plan(RELEASED_CONFIG, torch.bfloat16, stages, {}, names, limits).max_rows
+        return Planner(RELEASED_CONFIG, torch.bfloat16, stages, {}, names, limits).plan().max_rows
 
     assert rows(5 * GIB, 30 * GIB) < rows(30 * GIB, 30 * GIB)
     assert rows(30 * GIB, 5 * GIB) < rows(30 * GIB, 30 * GIB)
@@ -332,7 +331,7 @@ def test_forwards_with_the_kernels_of_a_gpu_stay_within_its_workspace(monkeypatc
     monkeypatch.setattr(torch, "empty", torch.zeros)  # later operations need valid indices
     rows, limits = 4, EngineLimits(max_rows=4, max_prefill_tokens=64, max_context_tokens=256)
     stage = Stage(torch.device("cuda:0"), range(3), range(3))
-    device = make_plan(config, torch.bfloat16, [stage], {}, {"cuda:0": GIB}, limits).devices[0]
+    device = Planner(config, torch.bfloat16, [stage], {}, {"cuda:0": GIB}, limits).plan().devices[0]
     cache = pair.new_cache(slots=rows + 1, kv_tokens=128 * rows + 64)
     slots = [cache.allocator.acquire(128) or 0 for _ in range(rows)]
     with torch.inference_mode():
