@@ -14,7 +14,7 @@ import torch
 
 from model.engine.backend import BlockReport
 from model.engine.sequence import ActiveRow
-from model.network.sampling import Draws
+from model.kernels.logits import Draws
 from model.runtime.transfer import Array, send
 
 _SETTINGS = np.dtype(

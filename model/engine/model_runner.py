@@ -20,7 +20,6 @@ from model.engine.denoising import DenoisingState, Filling, Targets
 from model.engine.sequence import ActiveRow
 from model.engine.unmasking import commit, commit_in_order
 from model.network.context_cache import ContextCache
-from model.network.sampling import choose
 from model.network.tower import Tower
 from model.network.two_tower import TwoTower
 from model.runtime.device_errors import out_of_memory
@@ -129,13 +128,12 @@ class ModelRunner:
         """Run the forwards in `steps` and return their tokens, which are still being copied to the host. A denoiser
         forward is a single step. In the AR modes each further step reads the tokens that the step before it
         predicted."""
-        config, device = self.pair.config, tower.devices[-1]
+        device = tower.devices[-1]
         places, predicted = list[Array](), list[tuple[Tensor, Tensor]]()
         for step in steps:
             hidden = step.part(x)
             token, suppress, draws = step.targets.on(device)
-            head = tower.head_on(hidden.index_select(0, token))
-            tokens, confidence = choose(head, len(token), config.vocab_size, suppress, config.mask_token_id, draws)
+            tokens, confidence = tower.choose(hidden.index_select(0, token), suppress, draws)
             places.append(step.targets.place)
             predicted.append((tokens, confidence))
             x = tokens if step.again is None else tokens.index_select(0, to_device(step.again, device))

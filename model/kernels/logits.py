@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Head = Callable[[slice | Tensor, slice], Tensor]
+"""The function (positions, columns) -> contiguous logits in float32 or bfloat16, which may be overwritten."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draws:
@@ -32,14 +35,14 @@ class Draws:
 class Logits:
     """The logits of M positions, computed on demand, and how many of them may be in memory at once."""
 
-    head: Callable[[slice | Tensor, slice], Tensor]  # (positions, columns) -> float32/bfloat16; may be overwritten
+    head: Head
     count: int  # M
     vocab: int  # V
     suppress: Tensor  # (M,) bool: True if the mask id's logit counts as -inf
     mask_id: int
     dtype: torch.dtype  # dtype of the head's results
     workspace: int  # bytes that the logits and their temporaries may take; only a single row may exceed it
-    width: int  # columns of a slice of the vocabulary
+    width: int  # columns of a slice of the vocabulary, a power of two on CUDA
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model.checkpoint.config import TwoTowerConfig
 from model.kernels import kernels_for
+from model.kernels.logits import Draws, Head, Logits
 from model.kernels.protocol import Kernels
 from model.network.context_cache import LayerState
 from model.network.layers.attention import Attention
@@ -19,7 +20,7 @@ from model.network.layers.mamba2 import Mamba2
 from model.network.layers.moe import MoE
 from model.network.layers.norm import RMSNorm
 from model.network.layers.time import Conditioning
-from model.network.sampling import Head
+from model.network.sampling import choose
 from model.runtime.ragged_batch import RaggedBatch
 
 
@@ -64,6 +65,7 @@ class Tower(nn.Module):
         super().__init__()
         self.devices = tuple(devices)
         self.causal = causal
+        self.mask_id = config.mask_token_id
         with devices[0]:
             # made from a tensor, because the initialization by nn.Embedding imports a compiler, which is slow
             table = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
@@ -100,16 +102,26 @@ class Tower(nn.Module):
 
     def logits(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
         """Return the logits (M, V) float32 of hidden (M, H) before the final norm, or only some columns of them."""
-        return self.head_on(hidden).logits(slice(None), slice(None) if columns is None else columns).float()
+        return self.head_on(hidden)(slice(None), slice(None) if columns is None else columns).float()
 
     def head_on(self, hidden: Tensor) -> Head:
-        """Return a head for `model.network.sampling.choose` from hidden (M, H) before the final norm.
+        """Return the head over hidden (M, H) before the final norm.
 
         hidden is normalised once. Every call of the head returns a new tensor, in the model's dtype.
         """
         normed: Tensor = self.norm_f(hidden)
         kernels, weight = self.head.kernels, self.head.weight
-        return Head(lambda rows, columns: kernels.linear(normed[rows], weight[columns]), weight.dtype, kernels)
+        return lambda rows, columns: kernels.linear(normed[rows], weight[columns])
+
+    def choose(self, hidden: Tensor, suppress: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
+        """Choose the tokens that hidden (M, H) before the final norm predicts; see model.network.sampling.choose.
+
+        suppress (M,) bool: True for positions at which the mask id must not be chosen and gets no probability.
+        """
+        kernels, (vocab, _), dtype = self.head.kernels, self.head.weight.shape, self.head.weight.dtype
+        room, width = kernels.head_workspace, kernels.vocab_slice
+        head = self.head_on(hidden)
+        return choose(kernels, Logits(head, len(hidden), vocab, suppress, self.mask_id, dtype, room, width), draws)
 
     def checkpoint_targets(self, tower: str, head: str) -> dict[str, Tensor]:
         """Return, by checkpoint name, the tensor or slice of a tensor into which each stored tensor is loaded."""

@@ -31,7 +31,6 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -118,14 +117,15 @@ class Clock:
 
 
 class NoTower:
-    """A tower whose forwards return their input."""
+    """A tower without layers that chooses the same token everywhere, with a random confidence."""
 
     def __init__(self, pair: TwoTower, *, causal: bool) -> None:
         self.causal, self.devices = causal, pair.context.devices
+        self._generator = torch.Generator().manual_seed(0)
 
-    def head_on(self, hidden: Tensor) -> Tensor:
-        """Return `hidden` (see Tower). `drawn` in `measure` chooses the tokens that go with it."""
-        return hidden
+    def choose(self, hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        """See Tower."""
+        return torch.full((len(hidden),), TOKEN), torch.rand(len(hidden), generator=self._generator)
 
 
 class NoModel:
@@ -214,12 +214,7 @@ class TimedModelRunner(ModelRunner):
 @torch.inference_mode()
 def measure(pair: TwoTower, mode: Mode, rows: int, *, turns: int, profile: cProfile.Profile | None = None) -> Turn:
     """Measure a turn with `rows` running rows: the mean over the best of WINDOWS windows, judged by time per token."""
-    clock, generator = Clock(), torch.Generator().manual_seed(0)
-
-    def drawn(head: Any, count: int, *_: Any) -> tuple[Tensor, Tensor]:
-        del head
-        return torch.full((count,), TOKEN), torch.rand(count, generator=generator)
-
+    clock = Clock()
     cache = pair.new_cache(slots=rows + PREFIX_SLOTS, kv_tokens=rows * LONGEST)
     loop = Loop(
         TimedModelRunner(pair, cache, clock),
@@ -242,19 +237,18 @@ def measure(pair: TwoTower, mode: Mode, rows: int, *, turns: int, profile: cProf
         return tokens + _held(loop)
 
     best = None
-    with patch("model.engine.model_runner.choose", drawn):
-        run(EXTEND_EVERY * rows * PROMPT // PREFILL_TOKENS + WARM_UP)
-        window = max(1, turns // WINDOWS)
-        for _ in range(WINDOWS):
-            clock.spent.clear()
-            clock.critical.clear()
-            with profile or nullcontext():
-                tokens = run(window)
-            spent = {part: 1e3 * clock.spent[part] / window for part in PARTS}
-            total = sum(spent.values()) - spent["device"]
-            turn = Turn(1e3 * statistics.median(clock.critical), total, spent, tokens / window)
-            if best is None or turn.total * best.tokens < best.total * turn.tokens:
-                best = turn
+    run(EXTEND_EVERY * rows * PROMPT // PREFILL_TOKENS + WARM_UP)
+    window = max(1, turns // WINDOWS)
+    for _ in range(WINDOWS):
+        clock.spent.clear()
+        clock.critical.clear()
+        with profile or nullcontext():
+            tokens = run(window)
+        spent = {part: 1e3 * clock.spent[part] / window for part in PARTS}
+        total = sum(spent.values()) - spent["device"]
+        turn = Turn(1e3 * statistics.median(clock.critical), total, spent, tokens / window)
+        if best is None or turn.total * best.tokens < best.total * turn.tokens:
+            best = turn
     assert best is not None
     return best
 

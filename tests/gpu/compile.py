@@ -28,9 +28,10 @@ from triton.runtime.jit import JITFunction
 import model.network.tower
 import model.network.two_tower
 from model.checkpoint.released import RELEASED_CONFIG
+from model.kernels.logits import Draws
 from model.kernels.triton.kernels import CudaKernels
-from model.network.sampling import Draws, Head, choose
 from model.network.two_tower import TwoTower
+from tests.model.kernels.draws import choose_from
 
 SHAPE = replace(
     RELEASED_CONFIG,
@@ -111,12 +112,12 @@ def _forwards(pair: TwoTower) -> None:
 def _choose(dtype: torch.dtype) -> None:
     """Choose tokens once with all rows greedy, and once with sampled rows."""
     rows, vocab = 4, RELEASED_CONFIG.vocab_size
-    head = Head(lambda rows, columns: torch.zeros(4, vocab, dtype=dtype)[rows, columns], dtype, CudaKernels())
+    logits, suppress = torch.zeros(rows, vocab, dtype=dtype), torch.ones(rows, dtype=torch.bool)
     places = torch.arange(rows)
     whole, floats = torch.zeros(rows, 3, dtype=torch.int64), torch.ones(rows)
     draws = Draws(floats, places, floats.double(), whole[:, :2], whole, places, places)
     for given in (None, draws):
-        choose(head, rows, vocab, torch.ones(rows, dtype=torch.bool), 3, given)
+        choose_from(logits, suppress, given, CudaKernels())
 
 
 def resources(kernel: Any) -> Compiled:

@@ -7,7 +7,6 @@ import torch
 from model.network.context_cache import ContextCache
 from model.network.layers.attention import AttentionState
 from model.network.layers.mamba2 import MambaState
-from model.network.sampling import choose
 from model.network.tower import Tower
 from model.network.two_tower import TwoTower
 from model.runtime.page_allocator import PAGE_SIZE, pages_for
@@ -79,11 +78,8 @@ class Bench:
         self._choose(self.pair.context, x)
 
     def _choose(self, tower: Tower, hidden: torch.Tensor) -> None:
-        config = self.pair.config
         suppress = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-        tokens, confidence = choose(
-            tower.head_on(hidden), len(hidden), config.vocab_size, suppress, config.mask_token_id, None
-        )
+        tokens, confidence = tower.choose(hidden, suppress, None)
         tokens.cpu(), confidence.cpu()
 
     def _floor(self, kind: str) -> float:

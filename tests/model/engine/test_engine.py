@@ -12,12 +12,11 @@ import torch
 
 from model import Completion, Engine, EngineError, EngineLimits, GenerationParams, Request, RequestError, load_model
 from model.network.context_cache import ContextCache
-from model.network.sampling import choose_from
 from model.network.two_tower import TwoTower
 from model.requests import Mode
 from model.runtime.ragged_batch import RaggedBatch
 from tests.model.golden_cases import relative_error
-from tests.model.kernels.draws import make_draws
+from tests.model.kernels.draws import choose_from, make_draws
 from tests.model.reference import Reference
 
 pytestmark = pytest.mark.slow
@@ -53,7 +52,7 @@ def reference_ids(request: Request) -> list[int]:
             key=torch.tensor([request.sampling_key]),
             counter=torch.tensor([[block, step, position]]),
         )
-        return int(choose_from(logits[None].float(), torch.tensor([blocks]), 3, draws)[0])
+        return int(choose_from(logits[None].float(), torch.tensor([blocks]), draws)[0])
 
     ids = list(reference().generate(request.prompt_ids, params, sampler).token_ids)
     ends = [ids.index(eos) + 1 for eos in params.eos_ids if eos in ids]

@@ -1,10 +1,16 @@
-"""Makes draws whose groups follow from their settings, as the engine does."""
+"""Makes draws whose groups follow from their settings, as the engine does, and chooses tokens from existing logits."""
 
 import dataclasses
 
 import torch
+from torch import Tensor
 
-from model.network.sampling import Draws
+from model.kernels import kernels_for
+from model.kernels.logits import Draws, Logits
+from model.kernels.protocol import Kernels
+from model.network.sampling import choose
+
+MASK = 3
 
 
 def grouped(draws: Draws) -> Draws:
@@ -20,3 +26,24 @@ def make_draws(
     """Return draws made from these settings."""
     nothing = torch.empty(0, dtype=torch.int64)
     return grouped(Draws(temperature, top_k, top_p.double(), key, counter, nothing, nothing))
+
+
+def logits_of(x: Tensor, suppress: Tensor, workspace: int, width: int) -> Logits:
+    """Return logits x (M, V), which stay unchanged, as kernels take them."""
+    count, vocab = x.shape
+    return Logits(lambda p, c: x[p, c].clone(), count, vocab, suppress, MASK, x.dtype, workspace, width)
+
+
+def choose_from(
+    x: Tensor,
+    suppress: Tensor,
+    draws: Draws | None,
+    kernels: Kernels | None = None,
+    *,
+    workspace: int | None = None,
+    width: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose tokens from logits x (M, V), which stay unchanged."""
+    kernels = kernels or kernels_for(x.device)
+    logits = logits_of(x, suppress, workspace or kernels.head_workspace, width or kernels.vocab_slice)
+    return choose(kernels, logits, draws)

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.kernels.logits import Logits, Parts
+from model.kernels.logits import Draws, Parts
 from model.kernels.plain import PlainKernels
 from model.kernels.plain_sampling import survey_slice, uniforms
-from model.kernels.protocol import Kernels
-from model.network.sampling import Draws, Head, choose
-from tests.model.kernels.draws import make_draws
+from tests.model.kernels.draws import MASK, choose_from, logits_of, make_draws
 
 pytest.importorskip("triton")
 from model.kernels.triton import sampling as triton_head
@@ -22,7 +20,6 @@ from model.kernels.triton.kernels import CudaKernels
 # the interpreter computes with NumPy, which warns of infinities and overflows that are intended
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MASK = 3
 V = 50
 SLICE = 32  # V is one whole slice and a part
 TINY = 1e-44
@@ -32,14 +29,6 @@ def random(rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
     """Return random logits in steps of a quarter, so that some are equal."""
     x = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(vocab)) * 12
     return (x.round() / 4).to(DEVICE, dtype)
-
-
-def logits_of(x: Tensor, suppress: Tensor, width: int) -> Logits:
-    def head(rows: slice | Tensor, columns: slice) -> Tensor:
-        return x[rows, columns].clone()
-
-    count, vocab = x.shape
-    return Logits(head, count, vocab, suppress, MASK, x.dtype, 2**30, width)
 
 
 SETTINGS = [  # temperature, top_k, top_p
@@ -74,20 +63,6 @@ def mixed(count: int, kind: str = "mixed") -> Draws:
 
 def on_device(draws: Draws) -> Draws:
     return Draws(*(getattr(draws, name).to(DEVICE) for name in Draws.__slots__))
-
-
-def chosen(
-    x: Tensor,
-    suppress: Tensor,
-    draws: Draws | None,
-    kernels: Kernels,
-    *,
-    workspace: int | None = None,
-    width: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    head = Head(lambda rows, columns: x[rows, columns].clone(), x.dtype, kernels)
-    count, vocab = x.shape
-    return choose(head, count, vocab, suppress, MASK, draws, workspace, width)
 
 
 def cdf_of(row: Tensor, draws: Draws, i: int) -> Tensor:
@@ -131,7 +106,7 @@ def test_slices_are_surveyed_as_by_the_plain_code(rows: int, vocab: int, heated:
 
 
 def compare(x: Tensor, begin: int, suppress: Tensor, heat: Tensor | None) -> None:
-    logits = logits_of(x, suppress, SLICE)
+    logits = logits_of(x, suppress, 2**30, SLICE)
     got = triton_head.survey(x, begin, logits, heat)
     right = Parts.empty(len(x), got.best.shape[1], x.device, mass=heat is not None)
     wide = x.float().clone()
@@ -183,9 +158,9 @@ def test_tokens_are_those_of_the_plain_kernels(count: int, vocab: int, dtype: to
     x, draws = random(count, vocab, dtype), mixed(count)
     suppress = torch.arange(count, device=DEVICE) % 2 == 0
     room = (count // 2 + 1) * vocab * x.element_size()
-    tokens, confidence = chosen(x, suppress, draws, CudaKernels(), width=SLICE, workspace=room)
+    tokens, confidence = choose_from(x, suppress, draws, CudaKernels(), width=SLICE, workspace=room)
     assert_drawn(x, suppress, draws, tokens)
-    right, sure = chosen(x, suppress, draws, PlainKernels(), width=SLICE)
+    right, sure = choose_from(x, suppress, draws, PlainKernels(), width=SLICE)
     assert torch.equal(tokens, right)
     assert torch.allclose(confidence, sure, rtol=1e-6, atol=0)
 
@@ -197,8 +172,8 @@ def test_each_kind_by_itself(kind: str) -> None:
     x, suppress = random(4, V, torch.bfloat16), torch.ones(4, dtype=torch.bool, device=DEVICE)
     draws = None if kind == "greedy" else mixed(4, kind)
     assert draws is None or len(draws.free if kind == "free" else draws.limited) == (3 if kind == "free" else 4)
-    tokens, confidence = chosen(x, suppress, draws, CudaKernels(), width=SLICE)
-    right, sure = chosen(x, suppress, draws, PlainKernels(), width=SLICE)
+    tokens, confidence = choose_from(x, suppress, draws, CudaKernels(), width=SLICE)
+    right, sure = choose_from(x, suppress, draws, PlainKernels(), width=SLICE)
     assert torch.equal(tokens, right)
     assert torch.allclose(confidence, sure, rtol=1e-6, atol=0)
 
@@ -215,7 +190,7 @@ def test_an_id_without_probability_is_never_drawn(uniform: float, top_k: int, to
     place = torch.zeros(1, 3, dtype=torch.int64)
     settings = (torch.tensor([1.0]), torch.tensor([top_k]), torch.tensor([top_p]))
     draws = on_device(make_draws(*settings, place[:, :2], place))
-    logits = logits_of(x, torch.tensor([True], device=DEVICE), SLICE)
+    logits = logits_of(x, torch.tensor([True], device=DEVICE), 2**30, SLICE)
     choice = CudaKernels().choose_tokens(logits, draws, torch.tensor([uniform], dtype=torch.float64, device=DEVICE))
     assert choice.tokens.item() == possible[0 if uniform == 0 else -1]
     assert choice.logit == x[0, choice.tokens]
@@ -232,8 +207,8 @@ def test_rows_that_are_not_finite_get_an_id_and_no_probability() -> None:
     ).to(x)
     x[2::3] = -torch.inf
     suppress = torch.zeros(12, dtype=torch.bool, device=DEVICE)
-    tokens, confidence = chosen(x, suppress, draws, CudaKernels(), width=SLICE)
-    right, sure = chosen(fine, suppress, draws, PlainKernels(), width=SLICE)
+    tokens, confidence = choose_from(x, suppress, draws, CudaKernels(), width=SLICE)
+    right, sure = choose_from(fine, suppress, draws, PlainKernels(), width=SLICE)
     assert ((tokens >= 0) & (tokens < V)).all()
     assert (confidence[1::3].isnan() & confidence[2::3].isnan()).all()
     assert torch.equal(tokens[::3], right[::3])
@@ -270,10 +245,10 @@ def test_nothing_waits_for_the_device() -> None:
     x, suppress, draws = random(3, 20, torch.bfloat16), torch.ones(3, dtype=torch.bool, device=DEVICE), mixed(3)
     assert len(draws.free) == len(draws.limited) == 1
     with NoWaiting():
-        chosen(x, suppress, draws, CudaKernels(), width=SLICE)
-        chosen(x, suppress, None, CudaKernels(), width=SLICE)
+        choose_from(x, suppress, draws, CudaKernels(), width=SLICE)
+        choose_from(x, suppress, None, CudaKernels(), width=SLICE)
     with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
-        chosen(x, suppress, draws, PlainKernels(), width=SLICE)
+        choose_from(x, suppress, draws, PlainKernels(), width=SLICE)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the released vocabulary is too much for the interpreter")
@@ -285,10 +260,10 @@ def test_released_vocabulary(rows: int, dtype: torch.dtype) -> None:
     vocab = 131_072
     x = (torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0)) * 3).to(DEVICE, dtype)
     suppress, draws = torch.ones(rows, dtype=torch.bool, device=DEVICE), mixed(rows)
-    chosen(x, suppress, draws, CudaKernels())  # compiles
+    choose_from(x, suppress, draws, CudaKernels())  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got, again = (chosen(x, suppress, draws, CudaKernels()) for _ in range(2))
+        got, again = (choose_from(x, suppress, draws, CudaKernels()) for _ in range(2))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got[0], again[0])

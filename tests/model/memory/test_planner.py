@@ -24,10 +24,9 @@ from model.network.context_cache import ContextCache
 from model.network.layers.attention import AttentionState
 from model.network.layers.mamba2 import MambaState
 from model.network.partition import partition
-from model.network.sampling import choose_from
 from model.network.two_tower import Stage
 from model.runtime.page_allocator import PAGE_SIZE, PREFIX_SLOTS, pages_for
-from tests.model.kernels.draws import make_draws
+from tests.model.kernels.draws import choose_from, make_draws
 from tests.model.memory.meter import MemoryMeter
 
 pytestmark = pytest.mark.slow
@@ -367,5 +366,5 @@ def test_choosing_tokens_stays_within_the_planned_logits(pair: TwoTower) -> None
     )
     logits = torch.randn(count, pair.config.vocab_size, generator=torch.Generator().manual_seed(0))
     with MemoryMeter() as meter:
-        choose_from(logits, torch.ones(count, dtype=torch.bool), 3, draws)
+        choose_from(logits, torch.ones(count, dtype=torch.bool), draws)
     assert plan.devices[0].logits / 8 < meter.peak < plan.devices[0].logits

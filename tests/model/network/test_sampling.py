@@ -9,16 +9,15 @@ from torch import Tensor
 
 from model import GenerationParams, Request
 from model.checkpoint.reader import open_checkpoint
-from model.kernels import kernels_for
+from model.kernels.logits import Draws, Logits
 from model.kernels.plain import VOCAB_SLICE, PlainKernels
 from model.kernels.plain_sampling import invert, philox, uniforms
-from model.network.sampling import Draws, Head, choose, choose_from
+from model.network.sampling import choose
 from model.network.tower import Tower
-from tests.model.kernels.draws import grouped, make_draws
+from tests.model.kernels.draws import MASK, choose_from, grouped, make_draws
 from tests.model.memory.meter import MemoryMeter
 
 V = 50
-MASK = 3
 SLICE = 16  # slice width for tests that need several slices of a small vocabulary
 
 
@@ -50,16 +49,10 @@ def row_of(all_draws: Draws, i: int) -> Draws:
     return grouped(Draws(*(getattr(all_draws, name)[i : i + 1] for name in Draws.__slots__)))
 
 
-def head_of(logits: Tensor) -> Head:
-    kernels = kernels_for(logits.device)
-    return Head(lambda positions, columns: logits[positions, columns].clone(), logits.dtype, kernels)
-
-
 def sliced(
     logits: Tensor, suppress: Tensor, given: Draws | None, width: int = SLICE, workspace: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    count, vocab = logits.shape
-    return choose(head_of(logits), count, vocab, suppress, MASK, given, workspace, width)
+    return choose_from(logits, suppress, given, workspace=workspace, width=width)
 
 
 def free(count: int) -> Tensor:
@@ -142,12 +135,12 @@ def test_top_k_and_top_p_keep_what_they_say() -> None:
     order = logits.argsort(descending=True).tolist()
     n = 20_000
     many = logits.repeat(n, 1)
-    assert set(choose_from(many, free(n), MASK, draws(n, top_k=4))[0].tolist()) == set(order[:4])
+    assert set(choose_from(many, free(n), draws(n, top_k=4))[0].tolist()) == set(order[:4])
     reach = logits.softmax(-1)[order].cumsum(0)
     nucleus = order[: int((reach < 0.6).sum()) + 1]
-    assert set(choose_from(many, free(n), MASK, draws(n, top_p=0.6))[0].tolist()) == set(nucleus)
-    assert set(choose_from(many, free(n), MASK, draws(n, top_p=1e-9))[0].tolist()) == {order[0]}
-    assert set(choose_from(many, free(n), MASK, draws(n, temperature=1e-6))[0].tolist()) == {order[0]}
+    assert set(choose_from(many, free(n), draws(n, top_p=0.6))[0].tolist()) == set(nucleus)
+    assert set(choose_from(many, free(n), draws(n, top_p=1e-9))[0].tolist()) == {order[0]}
+    assert set(choose_from(many, free(n), draws(n, temperature=1e-6))[0].tolist()) == {order[0]}
 
 
 def test_greedy_confidence_and_the_mask_id() -> None:
@@ -155,7 +148,7 @@ def test_greedy_confidence_and_the_mask_id() -> None:
     logits = torch.zeros(2, V)
     logits[:, MASK] = 9.0
     logits[:, 7] = 2.0
-    tokens, confidence = choose_from(logits, torch.tensor([True, False]), MASK, None)
+    tokens, confidence = choose_from(logits, torch.tensor([True, False]), None)
     assert tokens.tolist() == [7, MASK]
     others = V - 2
     e2, e9 = torch.tensor([2.0, 9.0]).exp()
@@ -165,7 +158,7 @@ def test_greedy_confidence_and_the_mask_id() -> None:
 
 def test_confidence_ignores_temperature_and_limits() -> None:
     logits = torch.randn(1, V, generator=torch.Generator().manual_seed(2)).repeat(100, 1)
-    tokens, confidence = choose_from(logits, free(100), MASK, draws(100, temperature=3.0, top_k=10))
+    tokens, confidence = choose_from(logits, free(100), draws(100, temperature=3.0, top_k=10))
     assert len(set(tokens.tolist())) > 3
     assert torch.allclose(confidence, logits[0].softmax(-1)[tokens])
 
@@ -290,7 +283,7 @@ def test_no_positions_and_logits_left_as_they_were() -> None:
     assert tokens.shape == confidence.shape == (0,)
     logits = torch.randn(6, V, generator=torch.Generator().manual_seed(5))
     before = logits.clone()
-    choose_from(logits, ~free(6), MASK, mixed_draws(6))
+    choose_from(logits, ~free(6), mixed_draws(6))
     assert torch.equal(logits, before)
 
 
@@ -309,8 +302,9 @@ def test_memory_stays_within_the_workspace(kind: str, workspace: int) -> None:
     weight[VOCAB_SLICE : 2 * VOCAB_SLICE] += 4
     given = {"greedy": None, "free": draws(rows), "limited": draws(rows, top_k=9, top_p=0.9)}[kind]
     with MemoryMeter() as meter:
-        head = Head(lambda p, c: hidden[p] @ weight[c].T, torch.float32, PlainKernels())
-        choose(head, rows, vocab, free(rows), MASK, given, workspace)
+        sizes = torch.float32, workspace, VOCAB_SLICE
+        logits = Logits(lambda p, c: hidden[p] @ weight[c].T, rows, vocab, free(rows), MASK, *sizes)
+        choose(PlainKernels(), logits, given)
     assert rows * vocab * 4 > 1.3 * workspace  # bytes
     assert meter.peak <= workspace + 100 * len(range(0, vocab, VOCAB_SLICE)) * rows
 
@@ -345,7 +339,7 @@ def test_the_head_of_a_tower_gives_its_logits_slice_by_slice() -> None:
     logits = tower.logits(hidden)
     assert logits.shape == (40, 3 * SLICE + 1)
     assert torch.allclose(logits, tower.norm_f(hidden) @ tower.head.weight.T, atol=1e-4)
-    head = tower.head_on(hidden).logits
+    head = tower.head_on(hidden)
     for columns in (slice(0, SLICE), slice(3 * SLICE, 3 * SLICE + 1)):
         together = head(slice(0, 40), columns)
         assert torch.allclose(together, logits[:, columns], atol=1e-4)
