@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels import plain_sampling
-from model.kernels.formulas import gated_group_norm, modulate, rms_norm, sigmoid, softplus
+from model.kernels import formulas, plain_sampling
 from model.kernels.plain_attention import Pieces, place_tokens, plan_pieces
 from model.kernels.protocol import HEAD_WORKSPACE, ScanInputs
 from model.runtime.ragged_batch import RaggedBatch
@@ -62,6 +61,8 @@ class PlainKernels:
 
     head_workspace = HEAD_WORKSPACE["cpu"]
     vocab_slice = VOCAB_SLICE
+    rms_norm = staticmethod(formulas.rms_norm)
+    gated_norm = staticmethod(formulas.gated_group_norm)
     uniforms = staticmethod(plain_sampling.uniforms)
     choose_tokens = staticmethod(plain_sampling.choose_tokens)
     recurrence = staticmethod(selective_scan)  # `_scan` calls it; a GPU may have a faster one
@@ -77,9 +78,6 @@ class PlainKernels:
             return F.linear(F.pad(x, (0, more_in, 0, more_rows)), weight)[:rows, :size_out]
         return F.linear(F.pad(x, (0, 0, 0, more_rows)), weight)[:rows] if more_rows else F.linear(x, weight)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rms_norm(x, weight, eps)
-
     def modulated_norm(
         self,
         x: Tensor,
@@ -92,14 +90,11 @@ class PlainKernels:
     ) -> Tensor:
         shift, scale = conditioning[:, :2].index_select(0, row_of_token).unbind(1)  # (N, H) each
         if norm_first:
-            return modulate(rms_norm(x, weight, eps), shift, scale)
-        return rms_norm(modulate(x, shift, scale), weight, eps)
+            return formulas.modulate(formulas.rms_norm(x, weight, eps), shift, scale)
+        return formulas.rms_norm(formulas.modulate(x, shift, scale), weight, eps)
 
     def gated_add(self, x: Tensor, mixed: Tensor, conditioning: Tensor, row_of_token: Tensor) -> Tensor:
         return x + conditioning[:, 2].index_select(0, row_of_token) * mixed
-
-    def gated_norm(self, y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-        return gated_group_norm(y, gate, weight, groups, eps)
 
     def mamba_scan(self, inputs: ScanInputs) -> Tensor:
         rows, xbc, states = inputs.rows, inputs.xbc, inputs.ssm_states
@@ -129,7 +124,7 @@ class PlainKernels:
 
         heads, head_dim, state = ssm_states.shape[1:]
         x, B, C = mixed.split([heads * head_dim, weights.groups * state, weights.groups * state], dim=-1)
-        dt = softplus(rows.padded(inputs.dt).float() + weights.dt_bias).clamp(*weights.dt_limit)
+        dt = formulas.softplus(rows.padded(inputs.dt).float() + weights.dt_bias).clamp(*weights.dt_limit)
         if rows.padding(xbc.device) is not None:  # padding must not change the state
             dt = dt * (torch.arange(dt.shape[1], device=dt.device) < index.lengths[:, None])[..., None]
         y, states = self.recurrence(
@@ -172,7 +167,7 @@ class PlainKernels:
     def choose_experts(
         self, logits: Tensor, bias: Tensor, per_token: int, scale: float, *, normalise: bool
     ) -> tuple[Tensor, Tensor]:
-        scores = sigmoid(logits)
+        scores = formulas.sigmoid(logits)
         choice = (scores + bias).topk(per_token, dim=-1, sorted=True).indices
         weight = scores.gather(-1, choice)
         if normalise:

@@ -57,10 +57,10 @@ class RowKernels(CudaKernels):
     are plain, which is faster."""
 
     linear = PlainKernels.linear
-    rms_norm = PlainKernels.rms_norm
+    rms_norm = staticmethod(PlainKernels.rms_norm)
     modulated_norm = PlainKernels.modulated_norm
     gated_add = PlainKernels.gated_add
-    gated_norm = PlainKernels.gated_norm
+    gated_norm = staticmethod(PlainKernels.gated_norm)
     choose_experts = PlainKernels.choose_experts
     experts = PlainKernels.experts
     squared_relu = PlainKernels.squared_relu
