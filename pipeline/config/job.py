@@ -1,7 +1,9 @@
-"""Defines the settings of a job file and refuses unknown keys and wrong types. Each field is explained below it.
+"""Defines every setting of a job, and refuses unknown keys, wrong types and impossible values.
 
-The limits of generation settings and engine limits are defined only in `model.requests`. The sections here build those
-objects to have them checked, and pass their messages on.
+The text below a field explains it; pipeline.config.reference makes docs/configuration.md of these texts.
+
+The allowed values of `generation` and `engine` are defined only in `model.requests`. The sections here build the
+objects of that module, which check the values, and pass their messages on.
 """
 
 from collections.abc import Mapping
@@ -13,12 +15,12 @@ from model.checkpoint.config import Towers
 from model.requests import EngineLimits, GenerationParams, Mode
 from pipeline.prompts.template import template_columns
 
-Text = Annotated[StrictStr, Field(min_length=1)]
+Text = Annotated[StrictStr, Field(min_length=1)]  # not empty
 Names = Annotated[tuple[Text, ...], Field(strict=False)]  # YAML has only lists: accept them as tuples
 Ids = Annotated[tuple[StrictInt, ...], Field(strict=False)]
 
 OLD_KEYS: Mapping[str, str] = {"checkpoint": "flush"}
-"""Top-level keys that had a different name in earlier versions, which still works: old name -> current name."""
+"""Top-level keys that had another name in earlier versions: old name -> current name. The old names still work."""
 
 
 def rename_old_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,8 +44,8 @@ def _check_max_rows(value: object) -> object:
 
 
 class Section(BaseModel):
-    """The base of all sections of a job: frozen, without unknown keys, without conversion of types ("16" is not a
-    number)."""
+    """The base of all sections of a job. Its objects are frozen. Unknown keys are refused, and types are not converted:
+    "16" is not a number."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -71,12 +73,12 @@ class RowSettingsSection(Section):
 
     @property
     def columns(self) -> dict[str, str]:
-        """Return the column of each setting that has one, by setting."""
+        """Return the name of the column of each setting that has one, by the name of the setting."""
         return self.model_dump(exclude_none=True)
 
 
 class InputSection(Section):
-    """The source of the prompts."""
+    """The input files, and what their columns are used for."""
 
     path: Text
     """The Parquet file, the folder (all *.parquet files below it) or the glob to read: a local path or any fsspec URL,
@@ -97,14 +99,14 @@ class InputSection(Section):
     row_settings: RowSettingsSection = RowSettingsSection()
     """The columns of the input that hold generation settings."""
     on_change: Literal["error", "extend"] = "error"
-    """The reaction to an input that has changed since the output folder was first planned. error: the job is refused
-    with the names of the files. extend: added files are taken as well, but the job is refused if planned files were
-    removed or rewritten; this is meant for scheduled jobs."""
+    """The reaction to an input whose files differ from those in the plan of the output folder, if the folder holds
+    finished rows. error: the job is refused, with the names of the files. extend: added files are taken as well, but
+    the job is refused if planned files were removed or rewritten; this is meant for scheduled jobs."""
 
     @property
     def columns(self) -> list[str]:
-        """Return each column that is read, once: those of the prompt, the id, the carried columns and the row
-        settings."""
+        """Return the names of all input columns that the job reads, each once: those of the prompt, the id column, the
+        carried columns and those of the row settings."""
         prompt = template_columns(self.template) if self.template is not None else (self.prompt_column,)
         names = [*prompt, self.id_column, *self.carry, *self.row_settings.columns.values()]
         return [name for name in dict.fromkeys(names) if name is not None]
@@ -126,11 +128,11 @@ class InputSection(Section):
 
 
 class OutputSection(Section):
-    """The destination of the completions."""
+    """The output folder, and the size of the files in it."""
 
     path: Text
     """The folder for the output of this job alone: a local path or any fsspec URL. Submitting the same job again
-    resumes from what is there. The output of another job is refused."""
+    resumes from what is there. A folder with finished rows of another job is refused."""
     rows_per_file: int | None = Field(default=None, ge=1)
     """The largest number of rows in one output file, which is the unit of work, of retry and of resume; null: target_mb
     is used, or 10,000 rows if that is null too."""
@@ -142,7 +144,7 @@ class OutputSection(Section):
 
     @property
     def part_limit(self) -> str:
-        """Return the limit on the size of a part in words."""
+        """Return the limit on the size of a part for people to read: `at most 10,000 rows` or `about 256 MB`."""
         return f"at most {self.rows_per_file:,} rows" if self.rows_per_file else f"about {self.target_mb:,g} MB"
 
     @model_validator(mode="before")
@@ -198,8 +200,8 @@ class GenerationSection(Section):
     """The probability, above 0 and at most 1, that the tokens to sample from must reach together: the fewest likeliest
     tokens that do so are taken. null or 1: all tokens."""
     seed: int = 0
-    """The seed of the sampling, 0 to 2**63 - 1. A sampled token depends on the seed, the file and row, and the
-    position, but not on the batch, the replica or the attempt."""
+    """The seed of the sampling, 0 to 2**63 - 1. A sampled token depends on the seed, the file and row, the block,
+    the step and the position, but not on the batch, the replica or the attempt."""
     eos_ids: Ids | None = None
     """The token ids that end a completion; null: those of the checkpoint; []: none."""
     stop: Names = ()
@@ -209,7 +211,7 @@ class GenerationSection(Section):
     """The treatment of a completion of which a quarter or more is a loop (column `repetition`). keep: it is written
     like any other. retry: the row is generated again, in mode diffusion with a confidence_threshold half way to 1, then
     in mode ar. The first completion below a quarter is kept, else the one with the smallest share of loop. In mode
-    mock_ar only ar is left to try, in mode ar nothing."""
+    mock_ar, it is generated again only in mode ar; in mode ar, it is not."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -218,12 +220,14 @@ class GenerationSection(Section):
 
     @property
     def towers(self) -> Towers:
-        """Return the towers that a replica needs. Mode ar runs on the context tower alone, which is half of the
-        weights."""
+        """Return the towers that a replica must load: only the context tower in mode ar, else both."""
         return "context" if self.mode == "ar" else "both"
 
     def params(self, default_eos: tuple[int, ...]) -> GenerationParams:
-        """Return the settings for the engine, with `default_eos` if the job names no EOS ids. Raises RequestError."""
+        """Return these settings in the form that the engine takes, with `default_eos` if eos_ids is null.
+
+        Raises RequestError if a value is impossible.
+        """
         fields = self.model_dump(exclude={"on_degenerate"})
         if fields["eos_ids"] is None:
             fields["eos_ids"] = default_eos
@@ -240,15 +244,15 @@ class EngineSection(Section):
     fewer."""
     max_prefill_tokens: int = 4096
     """The largest number of prompt tokens, with padding, in one forward of the context tower; at least 64, one page of
-    the KV cache. A longer prompt is split over several forwards."""
+    the context cache. A longer prompt is split over several forwards."""
     max_context_tokens: int | None = None
     """The largest number of tokens in prompt and completion of one row together, at least 2; null: as many as the
     checkpoint allows. A row whose prompt and max_new_tokens exceed it becomes an error row. The job is refused if it is
     above what the checkpoint allows or leaves no room for a prompt."""
     kv_tokens: int | None = None
-    """The number of tokens in the KV cache for all rows together, at least 2 and at least max_context_tokens; null:
-    enough for max_rows rows of full length, or as many as fit in memory. If the pages run out, the youngest row is
-    preempted and generated again later. A row that needs more tokens than this becomes an error row."""
+    """The number of tokens in the context cache for all rows together, at least 2 and at least max_context_tokens;
+    null: enough for max_rows rows of full length, or as many as fit in memory. If the pages run out, the youngest row
+    is preempted and generated again later. A row that needs more tokens than this becomes an error row."""
     lanes: int | None = None
     """The number of lanes, at least 1 and at most max_rows: groups of rows that take turns, so that each stage has work
     while the others compute. null: one for each stage."""
@@ -262,7 +266,7 @@ class EngineSection(Section):
         return self
 
     def limits(self) -> EngineLimits:
-        """Return the limits for the engine. Raises RequestError if they are impossible."""
+        """Return these limits in the form that the engine takes. Raises RequestError if one is impossible."""
         return EngineLimits(**self.model_dump())
 
 
@@ -308,7 +312,7 @@ class RetrySection(Section):
 
 
 class Job(Section):
-    """The settings of a job."""
+    """All settings of a job. They are the content of a job file."""
 
     name: Text | None = None
     """The name of the job in progress lines, reports and the manifest; null: the name of the job file without its
@@ -325,5 +329,6 @@ class Job(Section):
     @model_validator(mode="before")
     @classmethod
     def _rename_old_keys(cls, data: Any) -> Any:
-        # for the plan.json of an older output and for settings made in Python, which the loader does not see
+        # The loader has renamed the keys of a job file. This is for plan.json of an older output and for settings that
+        # are made in Python.
         return rename_old_keys(data) if isinstance(data, dict) else data

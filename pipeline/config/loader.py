@@ -1,6 +1,6 @@
-"""Loads a job file: YAML with `${VAR}` from the environment and `--set` overrides.
+"""Loads a job file: YAML with variables (`${VAR}`) from the environment, and `--set` overrides from the command line.
 
-Every error is reported in one line that names the key.
+Every error is a JobError of one line that names the file and, if the error is about a setting, its key.
 """
 
 import os
@@ -24,13 +24,14 @@ _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.inf|\.nan", r
 _INT = re.compile(r"[-+]?\d+")
 _LEADING_ZERO = re.compile(r"[-+]?0[\d_]+")
 MAX_FILE_CHARS, MAX_VALUES = 4_000_000, 10_000
-"""The largest job file. The number of values is limited because YAML aliases of aliases can turn a few lines into
-billions of values."""
+"""The most characters and the most values in a job file. Values are limited because YAML aliases of aliases can turn a
+few lines into billions of them."""
 _PATHS = frozenset(("input.path", "output.path", "model.checkpoint"))
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe YAML loader that reads no dates (no setting is a date), 1e-3 as a number and 1:30 as text, as YAML 1.2."""
+    """A safe YAML loader that reads 1e-3 as a number and 1:30 as text, as YAML 1.2 says, and not as YAML 1.1. It reads
+    dates as text, because no setting is a date."""
 
     values = 0
     """The number of values built so far."""
@@ -49,10 +50,10 @@ _Loader.add_implicit_resolver(
 
 
 def load_job(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Job:
-    """Return the job in a local YAML file with the `a.b=value` overrides applied (their values are YAML).
+    """Return the checked job in a local YAML file, with `a.b=value` overrides applied (their values are YAML).
 
-    Relative paths of input, output and checkpoint become absolute. Raises JobError with one line that names the file,
-    the dotted key, the value and the rule.
+    Local paths of input, output and checkpoint become absolute, and a job without a name gets the name of the file
+    without its ending. Raises JobError with one line that names the file, the dotted key, the value and the rule.
     """
     file = os.fspath(path)
     settings, origins = _read(file, overrides)
@@ -74,13 +75,15 @@ def read_settings(path: str | PathLike[str], overrides: Sequence[str] = ()) -> d
     """Return the settings in the file with the overrides applied and the variables not filled in.
 
     Text without quotes is Plain, and old keys have their current names. Raises JobError if the file cannot be read or
-    is not YAML, or if a section is given under both its old and its current name; the values are not checked.
+    is not YAML, if an override is malformed, or if a section is given under both its old and its current name. The
+    values are not checked.
     """
     return _read(os.fspath(path), overrides)[0]
 
 
 def _read(file: str, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the settings under their current keys, and by dotted key the names that the user wrote differently."""
+    """Return the settings under their current keys, and for each setting with an old name or an override a name for
+    messages, by dotted key: the name that the user wrote."""
     stands = _parse_file(file)
     try:
         settings = rename_old_keys(stands)
@@ -92,14 +95,14 @@ def _read(file: str, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str
             origins |= _names(new, old, stands[old])
     for override in overrides:
         key, written, value = _apply(settings, override)
-        # an override replaces everything below its key
+        # An override replaces everything below its key.
         origins = {name: origin for name, origin in origins.items() if not name.startswith(f"{key}.")}
         origins |= {**_names(key, written, value), key: f"--set {written}"}
     return settings, origins
 
 
 def _names(key: str, written: str, value: Any) -> dict[str, str]:
-    """Return by dotted key the name that the user wrote for a setting, and for each key in it if it is a section."""
+    """Return the name that the user wrote for a setting and, if it is a section, for each key in it, by dotted key."""
     inner = value if isinstance(value, dict) else {}
     return {key: written, **{f"{key}.{name}": f"{written}.{name}" for name in inner}}
 
@@ -171,19 +174,19 @@ def _build(loader: _Loader, node: yaml.Node, key: str, where: str) -> Any:
             raise JobError(f"{where}, line {line}: a key must be text")
         full = f"{key}.{name}" if key else name
         if name in built:
-            raise JobError(f"{where}, line {line}: {full} stands twice: keep one of them")
+            raise JobError(f"{where}, line {line}: {full} is given twice: keep one of them")
         built[name] = _build(loader, value_node, full, where)
     return built
 
 
 def _check_number(text: str, where: str) -> None:
-    """Raise JobError if the number has leading zeros: YAML 1.1 reads 010 as 8, other readers as 10."""
+    """Raise JobError if the text is a number with leading zeros: YAML 1.1 reads 010 as 8, other readers as 10."""
     if _LEADING_ZERO.fullmatch(text):
         raise JobError(f"{where} is {shown(text)}: write the number without leading zeros, or text in quotes")
 
 
 class Plain(str):
-    """A string that was written without quotes. Once its variables are filled in, it may turn out to be a number."""
+    """Text that was written without quotes. Once its variables are filled in, it may turn out to be a number."""
 
     __slots__ = ()
 

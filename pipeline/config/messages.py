@@ -12,12 +12,16 @@ from pipeline.core.text import shorten
 from pipeline.storage.urls import safe_url
 
 MAX_VALUE_CHARS = 80
+"""The most characters of a user's own text, such as a value, that a message quotes; a longer text is cut off."""
 _LONG_WORD = re.compile(rf"\S{{{MAX_VALUE_CHARS + 1},}}")
 
 
 def explain(error: ValidationError, file: str, origins: Mapping[str, str]) -> str:
-    """Return the errors of a job in one line, the first three in full. `origins` maps a key to the name that the user
-    wrote for it, if that is a different one."""
+    """Return the message about a job file that is refused: one line with three errors and the number of the others.
+
+    `origins` maps the dotted key of a setting to the name that the user wrote for it, such as `--set a.b`, where the
+    two differ.
+    """
     faults = [
         _LONG_WORD.sub(lambda word: shorten(word[0], MAX_VALUE_CHARS), _explain_one(f, origins)) for f in error.errors()
     ]
@@ -85,12 +89,12 @@ def _section_of(location: list[str]) -> type[BaseModel] | None:
 
 
 def kind_of(value: object) -> str:
-    """Return the kind of a YAML value in one word."""
+    """Return the kind of a YAML value in one word for a message: list, text, or the name of its Python type."""
     return "list" if isinstance(value, list) else "text" if isinstance(value, str) else type(value).__name__
 
 
 def shown(value: object) -> str:
-    """Return the value in the form used in messages: text in quotes, URLs without credentials, not too long."""
+    """Return a value for a message: text in quotes, URLs without credentials, at most MAX_VALUE_CHARS characters."""
     text = repr(str(value)) if isinstance(value, str) else repr(value)
     if "://" in text and isinstance(value, str):
         text = repr(safe_url(value))

@@ -16,14 +16,15 @@ A key that is not listed here, or a value of another type, is refused before any
 given on the command line as `--set SECTION.KEY=VALUE`, and a value may hold `${VARIABLE}` or `${VARIABLE:-default}`.
 """
 LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-"""Keyword of a JSON schema -> how a limit is called on the page."""
+"""The keyword of a JSON schema that sets a limit -> the words for it on the page."""
 TYPES = {"integer": "whole number", "number": "number", "string": "text", "array": "list", "null": "null"}
+"""The type in a JSON schema -> the words for it on the page."""
 Schema = Mapping[str, Any]
 """A JSON schema, or the schemas that it defines by name."""
 
 
 def make_reference() -> str:
-    """Return the page: a table for each section of a job file."""
+    """Return docs/configuration.md: a table of settings for the top level and each section of a job file."""
     schema = Job.model_json_schema()
     lines = [HEAD, *_table("The top level", schema, schema["$defs"])]
     for path, section in _sections(schema, schema["$defs"]):
@@ -48,7 +49,7 @@ def _section(field: Schema, defs: Schema) -> Schema | None:
 
 
 def _table(title: str, section: Schema, defs: Schema) -> Iterator[str]:
-    """Yield the lines of a section's heading and table; settings that are sections themselves get their own."""
+    """Yield the lines of a section's heading and table. For a setting that is a section, the table only names it."""
     yield from (f"## {title}", "", _cell(section["description"]), "")
     yield from ("| key | value | default | meaning |", "|---|---|---|---|")
     for key, field in section["properties"].items():

@@ -14,6 +14,7 @@ _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 DATE = "DATE"
 """The name of the variable whose value is a day: YYYY-MM-DD, or one of the words in DAYS_AGO."""
 DAYS_AGO = {"today": 0, "yesterday": 1}
+"""The words that DATE may be instead of a day -> the number of days before today (in UTC)."""
 
 
 def utc_today() -> date:
@@ -22,7 +23,10 @@ def utc_today() -> date:
 
 
 class Variables:
-    """The variables for one load of a job file. `today` stays the same, and DATE must be the same day everywhere."""
+    """The values for the variables of one job file, which is filled in with one object of this class.
+
+    All its texts see the same `today`, also if midnight passes, and a file in which DATE is two days is refused.
+    """
 
     def __init__(self, values: Mapping[str, str], today: date) -> None:
         self._values, self._today = values, today
@@ -33,7 +37,8 @@ class Variables:
 
         In a path, a value loses its final slash if a slash follows. `s3://bucket/in/` and `s3://bucket/in` therefore
         mean the same in `${INPUT}/2026`; for an object store `in//2026` would be a different folder. Raises JobError,
-        with a message that begins with `where`, if a variable is not set or malformed.
+        with a message that begins with `where`, if a variable is malformed or not set and without a default, or if
+        DATE is no day or a second day.
         """
 
         def fill_one(match: re.Match[str]) -> str:
@@ -74,7 +79,10 @@ class Variables:
 
 
 def day_of(text: str, today: date) -> str | None:
-    """Return the day, as YYYY-MM-DD, that a date or a word such as yesterday stands for; None if it is neither."""
+    """Return the day, as YYYY-MM-DD, that the text means: itself, or a word of DAYS_AGO counted from `today`.
+
+    Returns None if it is neither, or a day that does not exist.
+    """
     if text in DAYS_AGO:
         return (today - timedelta(days=DAYS_AGO[text])).isoformat()
     try:  # fromisoformat also accepts other spellings, but each of them would name a different folder

@@ -9,8 +9,8 @@ from pipeline.config.loader import Plain
 
 
 class _Dumper(yaml.SafeDumper):
-    """A safe YAML dumper that writes text in quotes, so that it is never read as a number, but keys and Plain text
-    without."""
+    """A safe YAML dumper that writes text in quotes, so that the loader never reads it as a number. Keys and Plain text
+    are written without quotes where YAML allows it."""
 
     def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
         plain = [(Plain(key), value) for key, value in mapping.items()]
@@ -22,14 +22,17 @@ _Dumper.add_representer(Plain, lambda dumper, text: dumper.represent_scalar("tag
 
 
 def to_yaml(settings: Mapping[str, Any], comments: Sequence[str]) -> bytes:
-    """Return the content of a job file, with the comments first. Values may contain variables. Only text that is Plain
-    is written without quotes."""
+    """Return the content of a job file with these settings, after one line for each comment.
+
+    `${` in a text is written as it is, so the loader takes it for a variable; without_variables prevents this. Text is
+    written in quotes unless it is Plain.
+    """
     text = yaml.dump(dict(settings), Dumper=_Dumper, sort_keys=False, width=1 << 30, allow_unicode=True)
     return ("".join(f"# {comment}\n" for comment in comments) + text).encode()
 
 
 def without_variables(value: Any) -> Any:
-    """Return the settings with every `${` in a text escaped, so that it is not read as a variable."""
+    """Return a copy of the settings with each `${` in a text replaced by `$${`, which the loader reads as `${`."""
     if isinstance(value, dict):
         return {key: without_variables(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,7 @@
-"""Defines the events that replicas send to the driver through a Pool. They hold counts and short texts, never rows."""
+"""Defines the events that tell the driver of a job what happens on its replicas.
+
+The pool of replicas delivers them. They hold counts and short texts, never rows.
+"""
 
 from dataclasses import dataclass
 
@@ -6,7 +9,7 @@ from pipeline.core.error_kinds import ErrorCount
 from pipeline.core.types import Assignment, UnitResult, WorkKey
 
 WARNING = "warning: "
-"""The prefix that marks the text of a note as a warning, which the manifest lists."""
+"""The prefix of a ReplicaNote's text that makes it a warning, which the manifest lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,7 @@ class ReplicaReady:
 
 @dataclass(frozen=True, slots=True)
 class UnitProgress:
-    """The progress of an assignment, in counts since its attempt began, not since the last report.
+    """The progress of a replica with one assignment, in counts since its attempt began, not since the last report.
 
     A report that is repeated or lost therefore changes nothing, and the counts of a lost replica can be taken back.
     """
@@ -28,11 +31,13 @@ class UnitProgress:
     rows: int
     """Finished rows, including those that an earlier attempt left in segments."""
     errors: int
+    """The error rows among them."""
     tokens: int
     """Completion tokens of the finished rows."""
     kept_rows: int = 0
-    """The part of `rows` that was found in segments of earlier attempts and not generated again."""
+    """The number of these rows that were found in segments of earlier attempts and are not generated again."""
     kept_tokens: int = 0
+    """The completion tokens of the kept rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +46,15 @@ class UnitDone:
 
     result: UnitResult
     kept_rows: int = 0
-    """Rows of the unit that this attempt found in segments and did not generate."""
+    """Rows that this attempt did not generate: those that it found in segments, or all if the unit had its part
+    already when the attempt began."""
     kept_tokens: int = 0
+    """The completion tokens of the kept rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class RangeDone:
-    """All rows of a range are in segments."""
+    """All rows of a range are in segments, or the unit of the range has its part already."""
 
     replica: str
     key: WorkKey
@@ -55,7 +62,8 @@ class RangeDone:
 
 @dataclass(frozen=True, slots=True)
 class UnitFailed:
-    """A unit could not be read or published. The replica is still alive and no longer holds the unit."""
+    """A replica could not read a unit or a range of it, publish the unit or save the range. The replica is still alive
+    and no longer holds the work."""
 
     replica: str
     work: Assignment
@@ -64,95 +72,106 @@ class UnitFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRoom:
-    """The capacity of an engine, the amount of it in use, and counts of its work since its start."""
+    """The slots and pages of an engine, how many of them are in use, and counts of its work since its start."""
 
     slots_used: int = 0
     slots: int = 0
-    """All slots, including those for common prefixes; 0 if not known."""
+    """All slots, including those for prefixes that prompts have in common; 0 if not known."""
     pages_used: int = 0
     pages: int = 0
-    """All pages of the KV cache."""
+    """All pages of the context cache; 0 if not known."""
     prefill_tokens: int = 0
+    """Prompt tokens that were computed; those of a common prefix count once."""
     padded_tokens: int = 0
-    """Prefill tokens including padding, that is, with every row of a forward as long as the longest."""
+    """The same tokens with padding: every row of a forward counts as many tokens as the longest row in it."""
     preemptions: int = 0
-    """The number of times that a row was put back to the queue because pages ran out."""
+    """The number of times that a row was preempted because pages or memory ran out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStats:
     """Counts of the work that a replica has done since its start and of the work that it holds now.
 
-    A row counts when it ends; rows that were already in segments do not count. Counts of work done therefore only grow.
-    Prompts and completions are never included.
+    A row counts when it ends on this replica; rows that it found in segments do not count. Counts of work done
+    therefore only grow. Prompts and completions are never included.
     """
 
     rows: int = 0
+    """Rows that ended, error rows included."""
     errors: int = 0
+    """Error rows among them."""
     prompt_tokens: int = 0
     tokens: int = 0
     """Completion tokens."""
     forwards: int = 0
     """Denoiser forwards, each counted once for every row that took part in it."""
     batched: int = 0
-    """Rows that the engine computed. A row that was bad from the start is not among them."""
+    """Rows that took part in a forward after their prefill. A row without a usable prompt is not among them."""
     batch_rows: float = 0.0
-    """The sum of Completion.batch_rows over the `batched` rows; divided by `batched` it is the mean batch size."""
+    """The sum of Completion.batch_rows over the `batched` rows; divided by `batched` it is the mean number of rows in a
+    forward."""
     error_kinds: tuple[ErrorCount, ...] = ()
+    """The error rows by kind of error."""
     forward_retries: int = 0
-    """Rows submitted again because a forward failed."""
+    """The number of times that a row was submitted again because its forward failed."""
     loop_retries: int = 0
-    """Rows generated again because their completion was a loop."""
+    """The number of times that a row was generated again because its completion was a loop. A row counts once for each
+    further try."""
     storage_retries: int = 0
-    """The number of times that reading, flushing or publishing failed at the storage, which is then usually retried."""
+    """The number of reads of units, flushes and publications that failed at the storage. Most of them are tried
+    again."""
     queue: int = 0
     """Rows that have been read but hold no slot of the engine yet."""
     active: int = 0
     """Rows that hold a slot."""
     max_rows: int = 0
+    """The largest number of rows that the engine generates together now; it is lowered if memory runs out."""
     unsaved_rows: int = 0
-    """Finished rows that are neither in a segment nor part of a flush under way."""
+    """Finished rows that are neither in a segment nor in a flush that is in progress."""
     unsaved_s: float = 0.0
-    """The longest time, in seconds, that such a row may have been finished: counted from the last flush of its unit."""
+    """The longest time, in seconds, that such a row may have been finished: the time since the last flush of its unit,
+    or since the unit was read if there was none. 0 if no row is unsaved."""
     room: EngineRoom = EngineRoom()
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaActive:
-    """The activity of a replica, sent with every report."""
+    """The activity of a replica, sent with every report. From `beats` the driver sees whether it makes progress."""
 
     replica: str
     beats: int
-    """A number that changes whenever an engine step, a read, a flush or a publication has ended."""
+    """A number that changes whenever an engine step, a read, a flush or a publication has ended, even if it failed."""
     doing: str
-    """A few words about the current work, for the operator of a job that makes no progress."""
+    """A text for the operator about the units that the replica reads, generates or publishes now, or `idle`."""
     stats: ReplicaStats | None = None
+    """The counts of the replica; None if the report has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaNote:
-    """A message from a replica to the operator."""
+    """A message to the operator, from a replica or from the driver about its work. It changes no state of the job."""
 
     replica: str
     text: str
 
     @property
     def warning(self) -> str | None:
-        """Return the warning that the manifest is to list; None if the note is only for the operator."""
+        """Return the text without WARNING, for the list in the manifest; None if the note is no warning."""
         return self.text.removeprefix(WARNING) if self.text.startswith(WARNING) else None
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLost:
-    """A replica is gone, with all the work that it held."""
+    """A replica has died, has left or did not start. The work that it held must be given to another one."""
 
     replica: str
     reason: str
+    """Text of the error that ended it, or of the way in which it ended."""
     refused: bool = False
-    """Whether it failed to start with one of the project's own errors, so that another replica would fail as well."""
+    """True if it failed to start with one of the project's own errors, so that another replica would fail as well."""
     excused: bool = False
-    """Whether it was asked to leave (SIGTERM, for example before a spot instance ends) and did so. None of its rows is
-    suspected of killing it."""
+    """True if it was asked to leave (SIGTERM, for example before a spot instance ends) and did so. None of its rows is
+    then suspected of killing it."""
 
 
 Event = ReplicaReady | UnitProgress | UnitDone | RangeDone | UnitFailed | ReplicaActive | ReplicaNote | ReplicaLost

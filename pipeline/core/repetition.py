@@ -1,11 +1,12 @@
-"""Measures the share of a completion that is a loop: the `repetition` of a row. It does not import torch.
+"""Measures the share of a completion that is a loop: the column `repetition`. Does not import torch.
 
 Holtzman et al., "The Curious Case of Neural Text Degeneration" (ICLR 2020, arXiv 1904.09751; metrics/repetition.py of
 their code) call a generation repetitive if it ends with a phrase of up to 90 tokens several times in a row. That is a
 yes or no about the end of a text. This module looks for the same pattern, a phrase that follows itself directly, in the
-whole completion and measures it as a share: a loop that the model leaves again counts, and so does a last cycle that is
-cut off. Passages that differ in a single token are no loop: rows of a table, records of a list, refrains with text
-between them. (Measures on n-grams, such as seq-rep-n of Welleck et al., ICLR 2020, arXiv 1908.04319, count those too.)
+whole completion, and measures it as a share. A loop that the model leaves again therefore counts, and so does a last
+cycle that is cut off. Passages that differ in a single token are no loop, such as rows of a table, records of a list or
+refrains with text between them. (Measures on n-grams, such as seq-rep-n of Welleck et al., ICLR 2020, arXiv 1908.04319,
+count those too.)
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_CYCLE = 32
-"""Length in tokens of the longest cycle that is looked for, about one long sentence."""
+"""The length in tokens of the longest cycle (the phrase that repeats) that is found: about one long sentence."""
 MIN_CYCLES = 3
 """The smallest number of cycles in a loop. Two are not enough, because people do say things twice."""
 MIN_TOKENS = 16
@@ -38,10 +39,11 @@ places before them."""
 
 
 def repetition(token_ids: Sequence[int], eos_ids: Collection[int] = ()) -> float:
-    """Return the share (0 to 1) of the tokens that belong to a loop; 0.0 if there are no tokens.
+    """Return the share (0 to 1) of a completion's tokens that belong to a loop; 0.0 if there are no tokens.
 
     A loop is a stretch of at least MIN_CYCLES * n and at least MIN_TOKENS tokens in which each token but the first n
-    equals the token n places before it, for some n from 1 to MAX_CYCLE. A last token in `eos_ids` is left out.
+    equals the token n places before it, for some n from 1 to MAX_CYCLE. If the last token is one of `eos_ids`, it is
+    not counted.
     """
     if token_ids and token_ids[-1] in eos_ids:
         token_ids = token_ids[:-1]

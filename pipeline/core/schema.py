@@ -1,4 +1,4 @@
-"""Defines the columns of the output, with a version, and the types that its id and carried columns may have."""
+"""Defines the columns of the output and their version, and converts types of input columns to types of the output."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
+"""The version of RESULT_COLUMNS and their types. It is part of the fingerprint, of each commit record and of each
+segment."""
 
 _RESULT_FIELDS: tuple[tuple[str, pa.DataType], ...] = (
     ("completion", pa.string()),
@@ -44,10 +46,11 @@ def output_schema(id_type: pa.DataType, carried_fields: "Sequence[pa.Field[Any]]
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """Return the type that a column has in the output: without dictionary, large_, _view and not null, which depend on
-    the tool that wrote the file.
+    """Return the Arrow type that an input column of type `kind` gets in the output.
 
-    Files written by different tools can therefore form one input.
+    Dictionary, large_ and _view types, also nested ones, become the type of their values without these, and nested
+    fields may be null. These details depend on the tool that wrote a file, so files of different tools can form one
+    input.
     """
     if pa.types.is_struct(kind):
         return pa.struct([pa.field(field.name, plain_type(field.type)) for field in kind])
@@ -70,7 +73,11 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def merge_types(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """Return the plain type that holds both types, or None if there is none. A null type fits any other."""
+    """Return a type for a column that has type `one` in one file and `other` in another; None if there is none.
+
+    Both must be results of plain_type. The types must be equal, but a null type fits any other one, also as the type of
+    a list's items or of a struct's field.
+    """
     if one == other or pa.types.is_null(other):
         return one
     if pa.types.is_null(one):
@@ -86,10 +93,10 @@ def merge_types(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return True if the column holds strings, in any encoding."""
+    """Return True if a column of this type holds strings: string, large_string, string_view or a dictionary of them."""
     return bool(pa.types.is_string(plain_type(kind)))
 
 
 def is_id(kind: pa.DataType) -> bool:
-    """Return True if the column can be used as an id: it holds integers or strings."""
+    """Return True if a column of this type can be the id column: it holds integers or strings (see is_text)."""
     return is_text(kind) or bool(pa.types.is_integer(plain_type(kind)))

@@ -6,8 +6,9 @@ import math
 def number(value: float | None) -> str:
     """Return the number as a short text, or "-" if it is None or not finite.
 
-    It has three significant digits, and k, M, G or T from 10,000 on. Below 10,000, whole numbers are written in full
-    and numbers from 100 on are rounded to a whole one.
+    The text has three significant digits, and k, M, G or T from 10,000 on: `12.3k`. Below 10,000, whole numbers are
+    written in full, and other numbers from 100 on are rounded to a whole one: `1,235`. Numbers below 0.001 have an
+    exponent: `1.2e-05`.
     """
     if value is None or not math.isfinite(value):
         return "-"
@@ -20,7 +21,10 @@ def number(value: float | None) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """Return a percentage, or "-" if `whole` is 0. Only a share of exactly 0 is shown as 0%, only exactly 1 as 100%."""
+    """Return part / whole as a percentage with two decimals, or "-" if `whole` is 0.
+
+    Only a share of exactly 0 becomes `0%`, and only one of exactly 1 becomes `100%`.
+    """
     if not whole:
         return "-"
     found = part / whole
@@ -30,14 +34,15 @@ def share(part: float, whole: float) -> str:
 
 
 def when(iso: str) -> str:
-    """Return a time from a record (ISO 8601 in UTC) in a form for people to read."""
+    """Return a time from a record (ISO 8601 in UTC) in a form for people to read: `2026-01-31 12:00:00 UTC`."""
     return iso.replace("T", " ").replace("+00:00", " UTC")
 
 
 class TimeScale:
-    """The unit for showing a span of so many seconds: seconds, minutes, hours or days."""
+    """The unit of a time axis that is `seconds` long: seconds, minutes, hours or days. `unit` is its name."""
 
     def __init__(self, seconds: float) -> None:
+        """Choose minutes from 2 minutes on, hours from 2 hours on, days from 2 days on."""
         sizes = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (120, 60, "minutes"))
         found = next(((size, unit) for least, size, unit in sizes if seconds >= least), (1, "seconds"))
         self._size, self.unit = found
@@ -62,15 +67,18 @@ def counted(number: int, noun: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """Return the text, or the text of an error, with each run of white space as one blank."""
+    """Return the text of an object, such as an error, in one line: each run of white space becomes one blank."""
     return " ".join(str(text).split())
 
 
 def shorten(text: str, chars: int) -> str:
-    """Return the text, cut off with an ellipsis if it has more than `chars` characters."""
+    """Return the text if it has at most `chars` characters, else its first `chars` - 1 characters and an ellipsis."""
     return text if len(text) <= chars else text[: chars - 1] + "…"
 
 
 def printable(text: str) -> str:
-    """Return the text with control characters replaced, for a terminal: anybody may have written what is read."""
+    """Return the text with ? for each character that is not printable, such as a control character or a line break.
+
+    It is for texts from files that anybody may have written: a terminal would obey control characters in them.
+    """
     return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -1,4 +1,4 @@
-"""Defines the plain, frozen data classes that the packages of the pipeline hand to each other."""
+"""Defines the units, rows and totals of a job, as frozen data classes that the folders of the pipeline share."""
 
 from dataclasses import dataclass, field
 
@@ -10,15 +10,16 @@ class WorkUnit:
     """A range of rows of one input file that is dispatched, retried and published as one part."""
 
     id: str
-    """A stable id that depends only on the file's relative name and the first row. The part's name contains it."""
+    """A stable id that depends only on `name` and `first_row`. The name of the unit's part contains it."""
     file: str
     """The path or URL that opens the file."""
     name: str
     """The file's path relative to the input root, with forward slashes. Column `source_file` and row keys hold it."""
     first_row: int
+    """The number of the unit's first row in the file, from 0."""
     row_count: int
     size: int = -1
-    """The size of the file in bytes when the plan was made. -1 means unknown: a change of the file is not noticed."""
+    """The size of the file in bytes when the plan was made. -1 if unknown: then a change of the file is not noticed."""
     stamp: str = ""
     """The FileInfo.stamp of the file when the plan was made."""
     expected_work: float = 0.0
@@ -27,43 +28,45 @@ class WorkUnit:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A unit, or a range of its rows, that is given to a replica."""
+    """Work for a replica: a unit or a range of its rows, with what happened to it before."""
 
     unit: WorkUnit
     attempt: int = 1
-    """The number of this attempt at the unit, from 1. Rows made by it carry it in `attempt`."""
+    """The number of this attempt at the unit, from 1. It gives column `attempt` of the rows that are generated."""
     rows: tuple[int, int] | None = None
-    """First and end position of a range inside the unit, end excluded; None for the whole unit. The rows of a range go
-    to segments only (RangeDone), while a whole unit is published as a part."""
+    """First and end position (from 0) of a range inside the unit, end excluded; None for the whole unit. The rows of a
+    range go to segments only (RangeDone); a whole unit is published as a part."""
     losses: int = 0
-    """The number of replicas that were lost while they held exactly these rows."""
+    """The number of replicas that were lost while they held exactly these rows, without excused losses
+    (ReplicaLost.excused) and `early_losses`."""
     early_losses: int = 0
-    """If this is a range of one row: the number of replicas that were lost before they began to generate it."""
+    """If this is a range of one row: the number of replicas that were lost before they had read it."""
     failures: int = 0
-    """The number of times that reading or publishing failed on a replica that stayed alive."""
+    """The number of attempts at the unit that ended because it could not be read, published or saved, while the replica
+    stayed alive (UnitFailed)."""
     condemned: str | None = None
     """The error text of the single row in this range if it is given up: it becomes an error row without being
     generated. None for all other work."""
 
     @property
     def key(self) -> "WorkKey":
-        """Return the key that distinguishes it from all other assignments under way."""
+        """Return the key that distinguishes this assignment from all others that are in progress."""
         return self.unit.id, self.rows
 
     @property
     def span(self) -> tuple[int, int]:
-        """Return the first and end position of its rows inside the unit, end excluded."""
+        """Return the first and end position (from 0) of its rows inside the unit, end excluded."""
         return self.rows or (0, self.unit.row_count)
 
     @property
     def lone(self) -> bool:
-        """Return True if it is a range of one row, which is alone on its replica. A whole unit of one row is not."""
+        """Return True if this is a range of one row. A whole unit of one row is none."""
         return self.rows is not None and self.rows[1] - self.rows[0] == 1
 
     @property
     def suspect(self) -> bool:
-        """Return True if one of its rows may be killing replicas. It then gets a replica of its own, and its finished
-        rows are flushed at once."""
+        """Return True if one of its rows may be killing replicas: a replica was lost with it, or it is a range. It then
+        gets a replica without other work, and its finished rows are flushed at once."""
         return self.losses > 0 or self.rows is not None
 
 
@@ -73,43 +76,47 @@ WorkKey = tuple[str, tuple[int, int] | None]
 
 @dataclass(frozen=True, slots=True)
 class RowSetting:
-    """A generation setting that comes from the row instead of the job."""
+    """A generation setting of one row, from a column of the input. It replaces the job's setting for this row."""
 
     name: str
     """The name of the field of model.requests.GenerationParams."""
     column: str
-    """The input column that holds it; error texts name this column."""
+    """The input column that the value comes from; error texts name it."""
     value: int | float | tuple[str, ...]
-    """The value, which GenerationParams accepts."""
+    """The value from the cell. `read_settings` returns only values that GenerationParams accepts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One input row, ready to generate or known to be bad (then `error` gives the reason and `prompt` is None)."""
+    """One input row as it is read: either with a prompt, or unusable, and then `error` gives the reason."""
 
     key: str
-    """`<source_file>#<source_row>`. It is unique in the job, seeds the row's sampling and is the default id."""
+    """The row key, `<source_file>#<source_row>`. It is unique in the job, part of the seed of the row's sampling, and
+    the default id."""
     index: int
     """The position inside the unit, from 0."""
     source_row: int
     """The row number in the source file, from 0."""
     prompt: str | None
+    """The text of the prompt; None if the row cannot be used."""
     error: str | None = None
+    """The reason why the row cannot be used; None if it can."""
     settings: tuple[RowSetting, ...] = ()
     """The settings that replace those of the job for this row."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """One output row before its id and carried columns are added by `index`."""
+    """One finished row without its id and carried columns, which are added when its part is built."""
 
     index: int
+    """The position inside the unit, from 0."""
     completion: Completion
-    """The completion. If the row was generated several times, it is the one that is kept, with the seconds of all."""
+    """The completion. If the row was generated several times, it is the best one, with the summed seconds of all."""
     mode: str
     """The generation mode that made the completion."""
     attempt: int
-    """The attempt of the unit, plus one for each time that the row was generated again."""
+    """The number of the unit's attempt, plus one for each further try of the row (`on_degenerate: retry`)."""
     replica: str
     repetition: float | None = None
     """The share of the completion that is a loop (pipeline.core.repetition); None for an error row without tokens."""
@@ -117,20 +124,24 @@ class RowResult:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """The counts of a unit, a replica or a job; they can be added up."""
+    """The counts of finished rows of a unit, a replica or a job. Totals can be added with `+`."""
 
     rows: int = 0
     ok: int = 0
+    """Rows without an error."""
     errors: int = 0
+    """Error rows."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     denoiser_forwards: int = 0
     duplicate_ids: int = 0
     """Rows that repeat the id of another row in the same unit. Only the manifest also compares ids across units."""
     null_ids: int = 0
+    """Rows whose id is null."""
     degenerate: int = 0
     """Rows whose `repetition` is at least pipeline.core.repetition.DEGENERATE."""
     finish_reasons: dict[str, int] = field(default_factory=dict)
+    """The number of rows with each `finish_reason`."""
 
     def __add__(self, other: "Totals") -> "Totals":
         reasons = {
@@ -153,16 +164,18 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class UnitResult:
-    """The report of a replica on a published unit. The commit record holds the same values."""
+    """The result of a unit that is published as a part. Its commit record holds all these values but the last one."""
 
     unit_id: str
     totals: Totals
     seconds: float
     """Seconds from when the replica had read the unit until its part was published."""
     sha256: str
-    """The SHA-256 of the part's bytes; "" if only the footer of the part was read (Ledger.finished)."""
+    """The SHA-256 (hex) of the part's bytes; "" if only the footer of the part was read (Ledger.finished)."""
     replica: str
+    """The name of the replica that made the part."""
     attempt: int
+    """The number of the attempt that made the part."""
     published_by_other: bool = False
-    """Whether another attempt had published the part first. This attempt's part was then dropped, and all values
-    describe the published one."""
+    """True if another attempt had published the part first. This attempt's part, if it made one, was then dropped, and
+    all values describe the published one."""
