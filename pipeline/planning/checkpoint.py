@@ -1,4 +1,4 @@
-"""Checks, without loading the job's checkpoint, that a replica could load it."""
+"""Checks that a replica could load the job's checkpoint, from its headers, without loading the weights."""
 
 from model.checkpoint.reader import Checkpoint, open_checkpoint
 from model.checkpoint.tokenizer import Tokenizer
@@ -8,9 +8,10 @@ from pipeline.storage.urls import safe_url
 
 
 def check_checkpoint(job: Job) -> Checkpoint:
-    """Open the job's checkpoint and check, without loading it, that a replica could load it.
+    """Open the job's checkpoint, check from its headers that a replica could load it, and return it.
 
-    Raises CheckpointError if it could not, JobError if the job's limits do not fit the checkpoint's context.
+    Raises CheckpointError if a replica could not load it, JobError if a limit of the job is above what the checkpoint's
+    context allows or leaves no room for a prompt.
     """
     checkpoint = open_checkpoint(job.model.checkpoint)
     checkpoint.validate(job.generation.towers)
@@ -18,7 +19,7 @@ def check_checkpoint(job: Job) -> Checkpoint:
     limits = job.engine.limits()
     try:
         room, remedy = limits.context_tokens(checkpoint.config.max_position_embeddings), "lower it"
-    except RequestError as error:  # its message begins with the name of the field
+    except RequestError as error:  # its message begins with the name of the setting
         raise JobError(f"engine.{error}") from None
     if limits.kv_tokens is not None and limits.kv_tokens < room:
         room, remedy = limits.kv_tokens, "lower it or raise engine.kv_tokens"

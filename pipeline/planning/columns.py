@@ -1,4 +1,4 @@
-"""Checks that the input has the columns that the job reads, and derives the schema of the output from them."""
+"""Checks that every input file has the columns that the job reads, and derives the schema of the parts from them."""
 
 import pyarrow as pa
 
@@ -12,7 +12,12 @@ from pipeline.storage.storage import FileInfo
 
 
 def check_columns(settings: InputSection, footers: list[tuple[FileInfo, Footer]]) -> pa.Schema:
-    """Return the output schema. Raises InputError if a column is missing, has a wrong type or varies between files."""
+    """Return the schema of the parts, from the schemas of all input files.
+
+    Raises InputError if a column that the job reads is missing, is in a file twice, has a wrong type or has different
+    types in two files, if the prompt or id column is null in every file, or if a carried column is named twice or like
+    a column of the output.
+    """
     _check_names(settings)
     prompt = settings.prompt_column
     prompts = template_columns(settings.template) if settings.template is not None else ()
@@ -58,7 +63,7 @@ def _column_type(file: str, schema: pa.Schema, name: str, settings: InputSection
     where = schema.get_all_field_indices(name)
     if len(where) != 1:
         if where:
-            raise InputError(f"{file}: column '{name}' stands {len(where)} times in the file")
+            raise InputError(f"{file}: column '{name}' is in the file {len(where)} times; rename or drop all but one")
         if settings.template and name in template_columns(settings.template):
             text = f"the template reads column '{name}', which is not there"
         else:

@@ -1,7 +1,7 @@
 """Estimates which units take longest, from footers and settings, so that these units are handed out first.
 
-Then the replicas of a job end at about the same time. A long unit that begins last would keep one replica busy while
-all others are idle. Only the order of the units depends on the estimate.
+Then the replicas of a job end at about the same time: a long unit that began last would keep one replica busy while all
+others are idle. Only the order of the units depends on the estimate.
 """
 
 from bisect import bisect_right
@@ -19,14 +19,17 @@ prompts have longer completions, and each generated token reads the prompt."""
 
 
 def prompt_columns(settings: InputSection) -> tuple[str, ...]:
-    """Return the columns that prompts are made of."""
+    """Return the input columns that prompts are made of: those that the template reads, or the prompt column."""
     if settings.template is not None:
         return tuple(template_columns(settings.template))
     return (settings.prompt_column,) if settings.prompt_column else ()
 
 
 def prompt_bytes(metadata: pq.FileMetaData, columns: Collection[str]) -> tuple[int, ...]:
-    """Return the uncompressed bytes of these columns in each row group, as stated by the footer, which may be wrong."""
+    """Return the uncompressed bytes of these columns together in each row group of a file, as its footer states them.
+
+    A footer may be wrong; a negative size counts as 0.
+    """
     sizes = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -37,18 +40,19 @@ def prompt_bytes(metadata: pq.FileMetaData, columns: Collection[str]) -> tuple[i
 
 
 class ExpectedWork:
-    """The expected work of the rows of one file, in tokens.
+    """The expected work of the rows of one input file, in generated tokens, to compare its units with others.
 
-    Prompt tokens are estimated from bytes, which are assumed to be spread evenly over the rows of a row group.
+    A row counts max_new_tokens, and one token per BYTES_A_TOKEN bytes of its prompt. The bytes of a row group are
+    assumed to be spread evenly over its rows.
     """
 
     def __init__(self, groups: Sequence[int], sizes: Sequence[int], max_new_tokens: int) -> None:
-        """Add up the row groups. `groups`: rows of each row group. `sizes`: the result of prompt_bytes."""
+        """Take the file's number of rows in each row group (`groups`), and the result of prompt_bytes (`sizes`)."""
         self._rows, self._bytes = [0, *accumulate(groups)], [0, *accumulate(sizes)]
         self._max_new_tokens = max_new_tokens
 
     def of(self, first: int, count: int) -> float:
-        """Return the expected work of `count` rows from row `first` on."""
+        """Return the expected work of `count` rows from row `first` of the file on."""
         size = self._before(first + count) - self._before(first)
         return count * self._max_new_tokens + size / BYTES_A_TOKEN
 

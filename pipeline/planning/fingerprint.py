@@ -1,7 +1,8 @@
 """Makes the fingerprint of a job, which covers every setting that changes the output, and compares input listings.
 
-Two jobs are the same if their fingerprints and listings are. The listing is not part of the fingerprint: an output may
-grow with its input (`input.on_change: extend`), and no row of it depends on which other files there are.
+Two jobs are the same if they have the same fingerprint and the same listing. The listing is not part of the
+fingerprint: an output may grow with its input (`input.on_change: extend`), and no row of it depends on which other
+files there are.
 """
 
 import hashlib
@@ -18,24 +19,27 @@ from pipeline.core.text import shorten
 from pipeline.planning.part_size import ESTIMATE
 
 NAMED_AT_MOST = 3
+"""The most files that the text of a ListingChange names."""
 Listing = Mapping[str, tuple[int, str, int]]
-"""Input files by name: (size in bytes, stamp, rows)."""
+"""The input files: name relative to the input root -> (size in bytes, stamp, number of rows)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """The settings that determine the output, by name, and one digest over all of them."""
+    """Everything in a job but its input files that determines its output, by name, and one digest over all of it."""
 
     fields: dict[str, Any]
-    """JSON values by name; settings are named by their dotted keys in the job file."""
+    """The JSON values by name. The name of a setting is its dotted key in the job file."""
     digest: str
-    """sha256 (hex) of the fields as canonical JSON."""
+    """The SHA-256 (hex) of the fields as JSON with sorted keys (see digest_of)."""
 
 
 def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str) -> Fingerprint:
-    """Return the fingerprint of a job whose parts have this schema.
+    """Return the fingerprint of a job.
 
-    Replicas, GPUs and engine limits are left out: they change the speed of the job, never its output.
+    `schema`: that of its parts. `checkpoint_identity`: the hash of the checkpoint's content (Checkpoint.identity).
+    Settings of replicas, GPUs, flushes, retries and the engine are left out: they change the speed of the job, but not
+    its output.
     """
     # Converted to JSON and back, so that the fields equal those read from plan.json (tuples become lists).
     fields: dict[str, Any] = json.loads(
@@ -60,29 +64,33 @@ def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str) -> F
 
 
 def _part_size(job: Job) -> dict[str, Any]:
-    """Return the settings of the part size, or nothing if units are cut by rows. So jobs from before there was a choice
-    keep their fingerprint."""
+    """Return the fields for a part size in MB. There are none if output.target_mb is null, so that outputs from before
+    this setting existed keep their fingerprint."""
     if job.output.target_mb is None:
         return {}
     return {"output.target_mb": job.output.target_mb, "estimate of part sizes": ESTIMATE}
 
 
 def column_types(schema: pa.Schema) -> dict[str, str]:
-    """Return the types of the id and the carried columns of a part, by name, equal for a planned and a stored schema.
+    """Return the types of the id and the carried columns in a part's schema: name -> type as text.
 
-    The types of all other columns follow from `output schema version`.
+    They are plain types, so a planned schema and that of the stored part give the same. The types of all other columns
+    follow from SCHEMA_VERSION.
     """
     return {field.name: str(plain_type(field.type)) for field in schema if field.name not in RESULT_COLUMNS}
 
 
 def digest_of(value: Any) -> str:
-    """Return the sha256 (hex) of a JSON value; the order of its keys does not matter."""
+    """Return the SHA-256 (hex) of a JSON value. The order of keys in its objects makes no difference."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return a text `name: old -> new` for each field that differs."""
+    """Return a text `name: old -> new` for each field whose values differ; long values are cut off.
+
+    A field that is missing on one side counts as null.
+    """
     return [
         f"{name}: {_shown(old.get(name))} -> {_shown(new.get(name))}"
         for name in dict.fromkeys([*old, *new])
@@ -92,12 +100,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class ListingChange:
-    """The differences between the input and the listing that an output was planned over; names are sorted."""
+    """The differences between the input files now and those in the plan of an output folder. Names are sorted."""
 
     added: tuple[str, ...]
+    """Files that are not in the plan."""
     removed: tuple[str, ...]
+    """Planned files that are gone."""
     rewritten: tuple[str, ...]
-    """Files whose size, stamp or number of rows has changed."""
+    """Planned files whose size, stamp or number of rows has changed."""
 
     @property
     def any(self) -> bool:
@@ -106,11 +116,12 @@ class ListingChange:
 
     @property
     def only_added(self) -> bool:
-        """Return whether there are new files and all planned files are unchanged."""
+        """Return whether there are added files and all planned files are unchanged."""
         return bool(self.added) and not self.removed and not self.rewritten
 
     def __str__(self) -> str:
-        """Return a text such as `a.parquet has changed, b.parquet is gone, c.parquet is new and 4 more`."""
+        """Return a text such as `a.parquet has changed, b.parquet is gone, c.parquet is new and 4 more`; at most
+        NAMED_AT_MOST files are named."""
         said = [
             *(f"{name} has changed" for name in self.rewritten),
             *(f"{name} is gone" for name in self.removed),
@@ -121,7 +132,7 @@ class ListingChange:
 
 
 def listing_change(old: Listing, new: Listing) -> ListingChange:
-    """Return the differences between two listings of the input."""
+    """Return the change from `old`, the listing in a plan, to `new`, the listing now."""
     return ListingChange(
         added=tuple(sorted(new.keys() - old.keys())),
         removed=tuple(sorted(old.keys() - new.keys())),

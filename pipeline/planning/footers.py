@@ -8,30 +8,40 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import StorageError
+from pipeline.core.text import counted
 from pipeline.input.limits import check_footer
 from pipeline.planning.cost import prompt_bytes
 from pipeline.planning.part_size import carried_bytes
 from pipeline.storage.storage import FileInfo, Storage
 
 FOOTER_THREADS = 16
-
+"""The number of footers that are read at the same time."""
 NAMED_AT_MOST = 3
+"""The most unreadable files that an error message names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footer:
+    """The facts from the footer of one input file that a plan is made of."""
+
     groups: tuple[int, ...]
-    """Number of rows in each row group."""
+    """The number of rows in each row group."""
     schema: pa.Schema
+    """The Arrow schema of the file."""
     carried_bytes: float
-    """Estimated bytes, in the output, of the columns that are copied there; 0 if no columns are measured."""
+    """The estimated bytes that the measured columns of all rows take in the output; 0 if none are measured."""
     prompt_bytes: tuple[int, ...]
-    """Uncompressed bytes of the prompt columns in each row group."""
+    """The uncompressed bytes of the prompt columns in each row group."""
 
 
 def read_footers(
     root: str, listing: list[FileInfo], measured: Sequence[str], prompts: Sequence[str]
 ) -> tuple[list[tuple[FileInfo, Footer]], list[tuple[str, str]]]:
+    """Read the footers of all files of a listing below `root`, in parallel and in the order of the listing.
+
+    Returns the readable files with their footers, and (name, reason) of each file that cannot be read. `measured`: the
+    columns for Footer.carried_bytes. `prompts`: the columns for Footer.prompt_bytes.
+    """
     storage = Storage(root)
 
     def read(info: FileInfo) -> Footer | str:
@@ -58,7 +68,11 @@ def read_footers(
 
 
 def name_unreadable(shown: str, total: int, unreadable: list[tuple[str, str]]) -> str:
+    """Return the error message about unreadable input files, which names the first NAMED_AT_MOST with their reasons.
+
+    `shown`: the input path as messages show it. `total`: the number of all input files.
+    """
     named = "; ".join(f"{name}: {reason}" for name, reason in unreadable[:NAMED_AT_MOST])
     more = len(unreadable) - NAMED_AT_MOST
     rest = f"; and {more} more" if more > 0 else ""
-    return f"input {shown}: {len(unreadable)} of {total} file(s) cannot be read: {named}{rest}"
+    return f"input {shown}: {len(unreadable)} of {counted(total, 'file')} cannot be read: {named}{rest}"

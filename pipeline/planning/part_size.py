@@ -10,21 +10,24 @@ import pyarrow.parquet as pq
 from pipeline.config.job import Job
 
 ESTIMATE = "1"
-"""Version of the estimate, part of the fingerprint: with other constants below, other units would be cut."""
+"""The version of the estimate, which is part of the fingerprint. It must change with each constant below, because then
+other units are cut."""
 MB = 1_000_000
 STATISTICS_BYTES = 60.0
-"""Bytes of a row beside its id, carried columns and completion, including its share of the footers; measured."""
+"""The bytes of a row in a part beside its id, carried columns and completion, including its share of the footer;
+measured."""
 TOKEN_BYTES = 1.0
-"""Bytes of completion for each token of max_new_tokens: 4 bytes of text per token, 0.4 of them left by zstd, and
-completions of 0.6 of the limit on average."""
+"""The bytes of a completion in a part per token of max_new_tokens. It assumes 4 bytes of text per token, of which zstd
+leaves 0.4, and completions with 0.6 of the allowed tokens on average."""
 STORED_SHARE = 0.4
-"""Share of a column's bytes that zstd leaves, if the input holds the column uncompressed."""
+"""The share (0 to 1) of a column's bytes that zstd leaves in the part, if the input holds the column uncompressed."""
 MAX_ROWS = 1_000_000
-"""Maximum rows of a unit, because a replica holds a unit's rows in memory."""
+"""The most rows of a unit whose size follows from output.target_mb, because a replica holds a unit's rows in memory."""
 
 
 def measured_columns(job: Job) -> tuple[str, ...]:
-    """Return the columns whose sizes a plan needs: the id and the carried columns, or none without output.target_mb."""
+    """Return the input columns whose sizes the estimate needs: the id column and the carried columns. Returns none if
+    output.target_mb is null."""
     if job.output.target_mb is None:
         return ()
     ids = (job.input.id_column,) if job.input.id_column else ()
@@ -32,8 +35,10 @@ def measured_columns(job: Job) -> tuple[str, ...]:
 
 
 def carried_bytes(metadata: pq.FileMetaData, columns: Collection[str], size: int) -> float:
-    """Return the estimated bytes of these columns in the output, for all rows of a file of `size` bytes, from its
-    footer."""
+    """Return the estimated bytes that these columns of a whole input file take in the output, from the file's footer.
+
+    `size`: the bytes of the file, which the result does not exceed.
+    """
     total = 0.0
     for number in range(metadata.num_row_groups if columns else 0):
         group = metadata.row_group(number)
@@ -46,7 +51,10 @@ def carried_bytes(metadata: pq.FileMetaData, columns: Collection[str], size: int
 
 
 def rows_per_unit(job: Job, rows: int, carried: float) -> int:
-    """Return the maximum rows of a unit, for an input file with `rows` rows and `carried` bytes in carried columns."""
+    """Return the most rows of a unit of one input file: output.rows_per_file, or the estimate for output.target_mb.
+
+    `rows`: the rows of the file. `carried`: the result of carried_bytes.
+    """
     if job.output.rows_per_file is not None:
         return job.output.rows_per_file
     row_bytes = STATISTICS_BYTES + TOKEN_BYTES * job.generation.max_new_tokens + carried / max(rows, 1)

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from pipeline.config.job import Job
 from pipeline.core.errors import InputError
+from pipeline.core.text import counted
 from pipeline.core.types import WorkUnit
 from pipeline.input.files import list_input, would_read
 from pipeline.planning.columns import check_columns
@@ -19,49 +20,54 @@ from pipeline.storage.storage import FileInfo
 from pipeline.storage.urls import safe_url
 
 MAX_UNITS = 1_000_000
-"""Maximum number of units of a job, because the driver holds them all in memory."""
+"""The most units of a job, because the driver holds them all in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """An input file at the time of planning."""
+    """An input file as it was when the plan was made."""
 
     name: str
-    """Path relative to the input root."""
+    """The path relative to the input root."""
     url: str
-    """Path or URL that opens the file."""
+    """The path or URL that opens the file."""
     size: int
-    """Size in bytes."""
+    """The size in bytes."""
     stamp: str
-    """Text that changes when the content of the file changes."""
+    """The FileInfo.stamp, which changes when the content does."""
     rows: int
+    """The number of rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The plan of a job."""
+    """What a job sets out to do: its input files, cut into work units, and what identifies it at a resume."""
 
     files: tuple[InputFile, ...]
+    """The readable input files."""
     units: tuple[WorkUnit, ...]
+    """All units of these files, in the order of files and rows."""
     rows: int
+    """The number of rows in all files."""
     fingerprint: Fingerprint
     schema: pa.Schema
-    """Schema of every part."""
+    """The schema of every part."""
     unreadable: tuple[tuple[str, str], ...] = ()
-    """(name, reason) of files that cannot be read; empty unless make_plan was called with allow_unreadable."""
+    """(name, reason) of input files that cannot be read; empty unless make_plan was called with allow_unreadable."""
 
     @property
     def listing(self) -> Listing:
-        """Return the input files in the form of a listing, as they are compared with those in plan.json."""
+        """Return the files in the form in which they are compared with those in plan.json."""
         return {file.name: (file.size, file.stamp, file.rows) for file in self.files}
 
 
 def make_plan(job: Job, *, checkpoint_identity: str, allow_unreadable: bool = False) -> Plan:
-    """List the input, read all footers in parallel and cut the units.
+    """Return the plan of a job: list its input, read all footers in parallel and cut the files into units.
 
-    With `allow_unreadable`, files that cannot be read are left out if others can be read. Raises InputError (one line,
-    naming the file and column) if there is nothing to do or a file or column cannot be used, StorageError if the
-    listing fails.
+    `checkpoint_identity`: the hash of the checkpoint's content, for the fingerprint. With `allow_unreadable`, files
+    that cannot be read are left out if others can be read. Raises InputError (one line that names the file or column)
+    if there are no rows or too many units, if the output lies in the input, or if a file or column cannot be used;
+    raises StorageError if the listing fails.
     """
     root, listing = list_input(job.input.path)
     shown = safe_url(job.input.path)
@@ -86,15 +92,16 @@ def make_plan(job: Job, *, checkpoint_identity: str, allow_unreadable: bool = Fa
                 raise InputError(f"input {shown} makes more than {MAX_UNITS} units: raise output.{setting}")
     rows = sum(file.rows for file in files)
     if rows == 0:
-        raise InputError(f"input {shown} has no rows: {len(files)} file(s), all empty")
+        raise InputError(f"input {shown} has no rows: {counted(len(files), 'file')} without a row")
     fingerprint = make_fingerprint(job, schema, checkpoint_identity)
     return Plan(tuple(files), tuple(units), rows, fingerprint, schema, tuple(unreadable))
 
 
 def cut(groups: Sequence[int], rows_per_unit: int) -> Iterator[tuple[int, int]]:
-    """Yield (first row, number of rows) of each unit of a file whose row groups have these sizes.
+    """Yield (first row, number of rows) of each unit of a file. `groups`: the number of rows in each row group.
 
-    Whole row groups are put together up to the limit. A group above the limit is cut into pieces of about equal size.
+    Whole row groups are put together up to `rows_per_unit`. A group with more rows is cut into pieces of about equal
+    size.
     """
     first = count = 0
     for rows in groups:
@@ -114,7 +121,8 @@ def cut(groups: Sequence[int], rows_per_unit: int) -> Iterator[tuple[int, int]]:
 
 
 def unit_id(name: str, first_row: int) -> str:
-    """Return the stable id of the unit that begins at this row of a file, given the file's relative name."""
+    """Return the id of the unit that begins at this row of a file. It depends on nothing else, so it is the same at a
+    resume. `name`: the file's path relative to the input root."""
     return f"{hashlib.sha256(name.encode()).hexdigest()[:12]}-{first_row:010d}"
 
 

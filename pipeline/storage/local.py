@@ -1,4 +1,4 @@
-"""Lists local files, following links, and writes a local file either as a whole or not at all."""
+"""Lists local files and follows links in doing so; writes a local file either as a whole or not at all."""
 
 import errno
 import os
@@ -10,18 +10,20 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 DANGLING = -1
+"""The size that a listing gives for a link whose target does not exist."""
 
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 class LocalFiles(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """A local file system that also follows links to files and folders in listings.
+    """A local file system whose listings also follow links to files and folders.
 
-    It leaves out a link that leads to a folder which contains the link. A folder that cannot be read is an error, not
-    an empty folder, because otherwise its rows would be missing unnoticed.
+    A link to a folder that contains the link is left out; otherwise the listing would never end. A folder that cannot
+    be read is an error, not an empty folder; otherwise its rows would be missing unnoticed.
     """
 
     def info(self, path: Any, **kwargs: Any) -> Any:
+        """Return the entry of a file for a listing; for a link that of its target, or one with size DANGLING."""
         if not isinstance(path, os.DirEntry) or not path.is_symlink():
             return super().info(path, **kwargs)
         try:
@@ -30,6 +32,7 @@ class LocalFiles(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
             return {"name": path.path, "size": DANGLING, "type": "dangling"}
 
     def walk(self, path: str, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any, Any]]:  # recursive in fsspec
+        """Yield (folder, folders in it, files in it) for each folder from `path` downwards."""
         for folder, dirs, files in super().walk(path, *args, **{"on_error": "raise", **kwargs}):
             for name, info in list(dirs.items()) if isinstance(dirs, dict) else []:
                 if info["islink"] and os.path.realpath(info["name"]) in _real_ancestors(folder):
@@ -43,7 +46,11 @@ def _real_ancestors(folder: str) -> set[str]:
 
 
 def write_local(path: str, data: bytes, publish: Callable[[str, str], object]) -> None:
-    """Write a hidden file beside the path, then call `publish(hidden, path)`, so that a crash leaves no half file."""
+    """Write the data to a hidden file in the same folder, then call `publish(hidden, path)` to give it its name.
+
+    A crash therefore leaves no half file at `path`. The folder is created if it is missing, the data is synced to the
+    disk, and the hidden name is removed in the end. Errors of the system and of `publish` are raised unchanged.
+    """
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     hidden = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
@@ -60,6 +67,10 @@ def write_local(path: str, data: bytes, publish: Callable[[str, str], object]) -
 
 
 def create_local(path: str, data: bytes) -> bool:
+    """Write the file unless it exists, and return whether this call wrote it.
+
+    On a file system without hard links, the file exists empty for a moment before it has its content.
+    """
     try:
         write_local(path, data, _link)
     except FileExistsError:
@@ -73,7 +84,7 @@ def _link(hidden: str, path: str) -> None:
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        # The file system has no hard links: claim the name first, then replace the empty file by the content.
+        # The file system has no hard links: take the name with an empty file, then replace that by the content.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         os.replace(hidden, path)
 

@@ -1,4 +1,4 @@
-"""Retries failing storage operations with backoff and jitter, logs a warning, and raises a clear error in the end.
+"""Retries failing storage operations after random, growing waits, logs a warning, and raises a clear error in the end.
 
 Only this module retries: the retries of the storage libraries are off.
 """
@@ -14,24 +14,26 @@ from pipeline.storage.urls import cause, is_storage_failure, is_transient
 
 T = TypeVar("T")
 PATIENCE_S, LOCAL_PATIENCE_S = 300.0, 10.0
-"""Seconds for which a failing operation is retried: on a store behind a network, and on a local disk."""
+"""Seconds for which a failing operation is retried: on a store behind a URL, and on a local disk."""
 STRANGER_PATIENCE_S = 30.0
 """Seconds for which an operation is retried on a store that has not answered this process yet.
 
 It is shorter because a wrong address is more likely there than an outage.
 """
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 20.0
+"""The wait before a retry is random, from 0 to a limit in seconds that begins at FIRST_WAIT_S and doubles with each
+retry, up to LONGEST_WAIT_S."""
 NOTICE_S = 10.0
-"""Seconds after which an operation that keeps failing is logged, once."""
+"""Seconds after which a warning is logged about an operation that keeps failing, once per operation."""
 _BROKEN_ON_THE_WAY = ("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch")  # S3's codes for damaged uploads
 _log = logging.getLogger(__name__)
 
 
 def call_with_retries(what: str, patience_s: float, call: Callable[[], T]) -> T:
-    """Call `call` until it succeeds, for at most `patience_s` seconds, and return its result.
+    """Call `call` until it succeeds and return its result. After `patience_s` seconds it is not called again.
 
-    `what` begins the error message, such as "cannot read s3://…". Raises StorageError if a retry cannot help or did not
-    help. An error that is a fault of the program is raised unchanged.
+    `what` begins the error message, such as "cannot read s3://…". Raises StorageError if the storage fails and a retry
+    cannot help or did not help, or for a ValueError. Any other error is a fault of the program and is raised unchanged.
     """
     retrying = Retrying(
         stop=stop_after_delay(patience_s),
@@ -43,7 +45,7 @@ def call_with_retries(what: str, patience_s: float, call: Callable[[], T]) -> T:
     try:
         return retrying(call)
     except Exception as error:
-        # A ValueError is about the path: the file system cannot hold such a name.
+        # A ValueError is about the path: the file system does not allow such a name.
         if not is_storage_failure(error) and not isinstance(error, ValueError):
             raise
         tried = f" (tried {retrying.statistics['attempt_number']} times in {patience_s:g} s)"
@@ -51,7 +53,7 @@ def call_with_retries(what: str, patience_s: float, call: Callable[[], T]) -> T:
 
 
 class _Notice:
-    """A callback that logs once that an operation keeps failing and is retried."""
+    """A callback for tenacity, called after each failed try. It logs once that the operation keeps failing."""
 
     def __init__(self, what: str, patience_s: float) -> None:
         self._what, self._patience_s, self._told = what, patience_s, False

@@ -1,4 +1,4 @@
-"""Creates temporary files on the local disk."""
+"""Keeps data that may be too much for memory in temporary files on the local disk."""
 
 import os
 import tempfile
@@ -7,18 +7,18 @@ from contextlib import contextmanager, suppress
 
 
 class Scratch:
-    """A set of numbered temporary local files. Data is appended to them, and then they are read as a whole."""
+    """A folder of temporary files that are known by number. Data is appended to a file, and later read as a whole."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
 
     def append(self, number: int, data: bytes) -> None:
-        """Append to the file of that number, which is created at the first call."""
+        """Append the data to the file of that number. The first call for a number creates its file."""
         with open(os.path.join(self._folder, str(number)), "ab") as file:
             file.write(data)
 
     def read(self, number: int) -> bytes:
-        """Return all data of the file of that number, or empty bytes if there is none."""
+        """Return all data of the file of that number; empty bytes if nothing was appended to it."""
         with suppress(FileNotFoundError), open(os.path.join(self._folder, str(number)), "rb") as file:
             return file.read()
         return b""
@@ -26,6 +26,6 @@ class Scratch:
 
 @contextmanager
 def scratch() -> Iterator[Scratch]:
-    """Open a set of temporary files on the local disk that are deleted at the end."""
+    """Open an empty set of temporary files. They are deleted at the end of the `with` block."""
     with tempfile.TemporaryDirectory(prefix="twotower-") as folder:
         yield Scratch(folder)

@@ -1,8 +1,8 @@
 """Reads, lists and writes files for the pipeline, local or behind any fsspec URL; no other folder opens paths.
 
-Transient failures are retried (pipeline.storage.retrying). A failure that remains becomes an error of one line with the
-operation, the path, the cause and what to do. Data is always complete: fewer bytes than the file has, or than were
-asked for, are a failure. No message contains credentials from a URL.
+Failures that may pass are retried (pipeline.storage.retrying). A failure that remains becomes a StorageError of one
+line with the operation, the path, the cause and, if known, what to do. Data is always complete: fewer bytes than the
+file has, or than were asked for, are a failure. No message contains credentials from a URL.
 """
 
 import errno
@@ -28,15 +28,18 @@ from pipeline.storage.urls import cause, is_local, safe_url
 
 T = TypeVar("T")
 CONNECT_S, SILENCE_S = 5.0, 20.0
-"""Seconds within which a server must accept a connection, and seconds that an answer may pause."""
+"""Seconds within which an S3 server must accept a connection, and seconds for which its answer may pause."""
 ANSWER_S, SLOWEST_BYTES_S = 60.0, 100_000
-"""A try may take ANSWER_S seconds, and one more for every SLOWEST_BYTES_S bytes, so that a very slow answer ends."""
+"""A request may take ANSWER_S seconds, and one second more for every SLOWEST_BYTES_S bytes that it moves; then it
+counts as failed. A very slow answer therefore ends."""
 LISTING_BYTES = 100_000_000
-"""The assumed bytes of all answers of the longest listing, from which its time limit follows."""
+"""The assumed size in bytes of the answers to the longest listing, from which the time limit of every listing
+follows."""
 S3_FILE_BYTES = 5 << 30
 """The most bytes that S3 takes in one request.
 
-An upload in several requests that is interrupted would leave parts behind, invisible but paid for.
+Every file is uploaded in one request, and a file of this size or more is refused, because an interrupted upload in
+several requests would leave pieces on the server that nobody sees but that cost money.
 """
 _S3_OPTIONS = {
     "config_kwargs": {
@@ -48,31 +51,38 @@ _S3_OPTIONS = {
     "max_concurrency": 1,  # otherwise s3fs reads a file in pieces and does not check their lengths
 }
 HASH_CHUNK_BYTES = 1 << 20
+"""The bytes that are read at once to compute a checksum."""
 _BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs")
 
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """A stored file as a listing shows it."""
+    """The facts about a stored file without its content, as a listing or `Storage.stat` gives them."""
 
     name: str
-    """The name relative to the listed root, with forward slashes."""
+    """The name relative to the root of the Storage, with forward slashes."""
     path: str
     """The path or URL that opens the file."""
     size: int
     """The size in bytes, or DANGLING for a link that leads to nothing."""
     stamp: str
-    """A text that changes when the content does: `etag:…`, `mtime:…` or `sha256:…`."""
+    """A text that changes when the content does: `etag:…` if the store has one, else `mtime:…`; `sha256:…` for input in
+    Ray's package (pipeline.input.files)."""
 
 
 class Storage:
-    """A folder, local or behind a URL. Names are relative to it, with forward slashes; "" is the folder itself.
+    """A folder, local or behind a URL, whose files are read, listed and written. It need not exist.
 
-    Methods raise StorageError if an operation fails for good. Several threads may use one object.
+    The names that methods take are relative to the folder, with forward slashes; "" is the folder itself. Methods raise
+    StorageError if an operation fails and retries could not help or did not help. Several threads may use one object.
     """
 
     def __init__(self, root: str) -> None:
-        """Raise StorageError if the URL cannot be used: an unknown protocol, or a missing library or archive."""
+        """Open the folder at a path or URL; nothing is created.
+
+        Raises StorageError if the URL cannot be used: an unknown protocol, a missing library or archive, no bucket or a
+        NUL byte.
+        """
         if "\0" in root:
             raise StorageError("cannot use {}: it holds a NUL byte".format(safe_url(root).replace("\0", "\\0")))
         self.root = root.rstrip("/") or "/"
@@ -80,7 +90,7 @@ class Storage:
             if is_local(root):
                 self._fs, path = LocalFiles(), str(LocalFileSystem._strip_protocol(root))
             else:
-                # Listings are not cached, because another process may have written files since.
+                # Listings are not cached, because another process may have written files in the meantime.
                 s3 = root.startswith(("s3://", "s3a://"))
                 self._fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False, **(_S3_OPTIONS if s3 else {}))
                 if s3:
@@ -99,26 +109,27 @@ class Storage:
         return self._call("look for", name, self._info) is not None
 
     def kind(self) -> str | None:
-        """Return what the root is: "file", "folder", "other" (a pipe, a device), or None if there is nothing."""
+        """Return the kind of the root: "file", "folder" or "other" (a pipe, a device); None if there is nothing."""
         info = self._call("look for", "", self._info)
         return None if info is None else {"file": "file", "directory": "folder"}.get(info["type"], "other")
 
     def stat(self, name: str) -> FileInfo | None:
-        """Return the size and stamp of one file, or None if there is no such file."""
+        """Return the facts about one file; None if there is none of that name, or if it is a folder."""
         info = self._call("look at", name, self._info)
         return None if info is None or info["type"] != "file" else self._file_info(info)
 
     def list_files(self, folder: str, pattern: str) -> list[FileInfo]:
-        """Return the files directly in a folder whose last part of the name matches the pattern, sorted by name.
+        """Return the files directly in a folder, sorted by name, without links to nothing.
 
-        Returns an empty list if there is no such folder.
+        `pattern` must match the file's name without its folder; it may contain `*`, `?` and `[…]`. Returns an empty
+        list if there is no such folder.
         """
         found = self._call("list", folder, partial(self._listing, self._fs.ls))
         files = [info for info in found if info.size != DANGLING]
         return [info for info in files if fnmatch.fnmatchcase(info.name.rpartition("/")[2], pattern)]
 
     def find(self) -> list[FileInfo]:
-        """Return all files below the root, and links to nothing, sorted by name; an empty list without a folder."""
+        """Return all files below the root, and links to nothing, sorted by name; an empty list if there is no root."""
         return self._call("list", "", partial(self._listing, self._fs.find))
 
     def glob(self, pattern: str) -> list[FileInfo]:
@@ -133,7 +144,8 @@ class Storage:
         return self._call("read", name, self._read_whole)
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
-        """Return the bytes from start up to, but not including, end. Raises StorageError if they are not all there."""
+        """Return the bytes of the file from `start` up to `end`, which is excluded. Raises StorageError if the file has
+        fewer."""
         return self._call("read", name, partial(self._read_range, start=start, end=end))
 
     def read_if_exists(self, name: str) -> bytes | None:
@@ -147,27 +159,31 @@ class Storage:
         return self._call("read", name, fetch)
 
     def sha256(self, name: str, size: int) -> str:
-        """Return the SHA-256 checksum (hex) of a file of `size` bytes, which is read in pieces."""
+        """Return the SHA-256 checksum (hex) of the first `size` bytes of the file, which is read in pieces."""
         digest = hashlib.sha256()
         for start in range(0, size, HASH_CHUNK_BYTES):
             digest.update(self.read_range(name, start, min(size, start + HASH_CHUNK_BYTES)))
         return digest.hexdigest()
 
     def open(self, name: str, size: int) -> pa.NativeFile:
-        """Return a seekable file of `size` bytes for pyarrow. It reads only the ranges asked for and caches nothing."""
+        """Return a seekable file for pyarrow.
+
+        Behind a URL, the file must have `size` bytes. Only the ranges that pyarrow asks for are read, and nothing is
+        cached. A missing file is noticed by the first read.
+        """
         if self._local:
             return self._call("open", name, lambda path: pa.OSFile(path, "rb"))
         return pa.PythonFile(_RangeFile(self, name, size), mode="r")
 
     def write(self, name: str, data: bytes) -> None:
-        """Write the whole file and replace an existing one. Readers see the old or the new file, never half of one."""
+        """Write a whole file, in place of an existing one. Readers see the old or the new file, never half of one."""
         if self._local:
             self._call("write", name, lambda path: write_local(path, data, os.replace))
         else:
             self._call("write", name, lambda path: self._upload(path, data))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write the whole file unless it exists, and return whether this call wrote it; the first writer wins.
+        """Write a whole file unless it exists, and return whether this call wrote it: the first writer wins.
 
         If the store's answer to a successful write is lost, the retry finds the file that this same call wrote and
         returns False. A caller that must know puts a writer id into the file and reads it back.
@@ -214,16 +230,16 @@ class Storage:
         except FileExistsError:
             return False
         except OSError as error:
-            # If a server does not say which precondition failed, the error is EINVAL.
+            # s3fs raises EINVAL if the server does not say which precondition failed.
             if error.errno == errno.EINVAL and self._info(path) is not None:
                 return False
             raise
         return True
 
     def _limit(self, size: int) -> dict[str, float]:
-        """Return the argument that limits the time of a try to move `size` bytes.
+        """Return the argument for fsspec that limits the time of one request that moves `size` bytes.
 
-        Only async file systems take one; for others it is empty.
+        It is empty for file systems that are not async, because they take no such argument.
         """
         return {"timeout": ANSWER_S + size / SLOWEST_BYTES_S} if self._fs.async_impl else {}
 
@@ -263,7 +279,7 @@ class Storage:
 
 
 class _RangeFile(io.RawIOBase):
-    """A remote object as a seekable file. Every read is one range request, with the retries of the storage."""
+    """A file behind a URL as a seekable Python file. Every read is one range request, which the storage retries."""
 
     def __init__(self, storage: Storage, name: str, size: int) -> None:
         super().__init__()
@@ -292,13 +308,16 @@ class _RangeFile(io.RawIOBase):
 
 
 def split_url(url: str) -> tuple[Storage, str]:
-    """Return the folder of a file's path or URL, and its name in it. Raises StorageError if the URL cannot be used."""
+    """Return the folder of a file, given the file's path or URL, and the name of the file in it.
+
+    Raises StorageError if the URL cannot be used.
+    """
     folder, _, name = url.rpartition("/")
     return Storage(folder or "/"), name
 
 
 def real_path(url: str) -> str:
-    """Return the local path without file:// and with its links resolved; any other URL is returned unchanged.
+    """Return a local path as an absolute path without file:// and links; return the URL of another store unchanged.
 
     Raises StorageError if the URL cannot be used.
     """
@@ -307,9 +326,9 @@ def real_path(url: str) -> str:
 
 
 def read_text(path: str, at_most: int = -1) -> str:
-    """Return the text of a local file, whole or only its first `at_most` characters.
+    """Return the text of a local file in UTF-8, or only its first `at_most` characters if that is not negative.
 
-    Raises OSError and UnicodeDecodeError unchanged, because the caller knows what the file was for.
+    Nothing is retried. Raises OSError and UnicodeDecodeError unchanged, because the caller knows what the file is for.
     """
     with open(path, encoding="utf-8") as file:
         return file.read(at_most)

@@ -18,20 +18,20 @@ _FINAL_NAMES = {*_NO_CREDENTIALS, "ProfileNotFound", "ParamValidationError", "No
 
 
 def is_local(path: str) -> bool:
-    """Return whether the path is a plain local path, not a URL."""
+    """Return whether the text is a plain local path and no URL. `file:///…` is a URL."""
     return "://" not in path
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Return whether a path or URL is the folder itself or lies below it."""
+    """Return whether a path or URL is the folder itself or lies below it. Only the texts are compared."""
     return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
 
 
 def flaw_of(path: str, *, chains: bool, pattern: bool) -> str | None:
-    """Return why a storage library or a reader would misunderstand the path, and what to do; None if none would.
+    """Return what a storage library or a reader of the files would misunderstand in the path, and what to do about it.
 
-    `chains`: whether `::` may be part of the name; otherwise it would mean a URL inside a URL. `pattern`: whether the
-    path may contain `*`, `?` and `[`.
+    Returns None if there is nothing. `chains`: `::` is allowed, as a part of the name; otherwise it would mean a URL
+    inside a URL. `pattern`: `*`, `?` and `[` are allowed.
     """
     if any(unicodedata.category(character) == "Cc" for character in path):
         return "it holds a control character: use another name"
@@ -45,7 +45,10 @@ def flaw_of(path: str, *, chains: bool, pattern: bool) -> str | None:
 
 
 def safe_url(url: str) -> str:
-    """Return the URL without user, password and query, for use in messages. Web addresses also lose the fragment."""
+    """Return the URL for messages: without user, password and query, which may be secret. A local path stays as it is.
+
+    http and https addresses also lose the fragment.
+    """
     if "://" not in url:
         return url
     bare = re.sub(r"(?<=://)[^/]*@", "", url).partition("?")[0]
@@ -54,31 +57,35 @@ def safe_url(url: str) -> str:
 
 
 def in_ray_package(path: str) -> bool:
-    """Return whether a local path is in Ray's temporary copy of the working directory, deleted after the job."""
+    """Return whether a path is in Ray's temporary copy of the working directory, which Ray deletes after the job."""
     parts = path.replace(os.sep, "/").split("/")
     return "working_dir_files" in parts and "runtime_resources" in parts
 
 
 def is_storage_failure(error: BaseException) -> bool:
-    """Return whether the error comes from the storage, not from a fault in the program."""
+    """Return whether the error comes from the storage: it is an OSError or an error of a network library."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK_MODULES
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether a retry can help."""
+    """Return whether retrying the operation that raised this error can help.
+
+    It cannot if the error is not one of the storage, or if it stays the same until somebody acts: a missing file,
+    missing rights, no space, no credentials.
+    """
     if isinstance(error, _FINAL_TYPES) or (isinstance(error, OSError) and error.errno in _FINAL_ERRNOS):
         return False
     return is_storage_failure(error) and type(error).__name__ not in _FINAL_NAMES
 
 
 def cause(error: BaseException) -> str:
-    """Return the error in one line, with what to do if that is known, and without credentials."""
+    """Return the text of an error of the storage in one line, without credentials, with what to do if that is known."""
     if isinstance(error, PermissionError):
         return "permission denied; check the rights of the user or of the credentials"
     if isinstance(error, FileNotFoundError):
         return "it does not exist"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "no space left on device; free some, it is tried again or goes on when the job is submitted again"
+        return "no space left on device; free some: it is tried again, or the job continues when it is submitted again"
     if type(error).__name__ in _NO_CREDENTIALS:
         return "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     text = error.strerror if isinstance(error, OSError) and error.strerror else f"{error}"

@@ -188,7 +188,7 @@ def test_files_that_are_not_parquet_are_all_counted(tmp_path: Path) -> None:
     (tmp_path / "in/wreck.parquet").write_bytes(b"PAR1" + bytes(40) + b"PAR1")
     job = make_job(tmp_path / "in", tmp_path / "out")
     message = refusal(job)
-    assert "4 of 5 file(s) cannot be read" in message
+    assert "4 of 5 files cannot be read" in message
     assert "cut.parquet: is not Parquet" in message
     assert "and 1 more" in message
     plan = make_plan(job, checkpoint_identity=CHECKPOINT, allow_unreadable=True)
@@ -225,7 +225,7 @@ def test_columns_that_cannot_be_used(tmp_path: Path, settings: dict[str, Any], s
 def test_a_column_that_stands_twice(tmp_path: Path) -> None:
     table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
     pq.write_table(table, tmp_path / "a.parquet")
-    assert "column 'prompt' stands 2 times" in refusal(make_job(tmp_path / "a.parquet", tmp_path / "out"))
+    assert "column 'prompt' is in the file 2 times" in refusal(make_job(tmp_path / "a.parquet", tmp_path / "out"))
 
 
 def test_types_that_differ_between_files_name_both(tmp_path: Path) -> None:
