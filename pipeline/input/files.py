@@ -15,8 +15,9 @@ from pipeline.storage.urls import in_ray_package, is_inside, safe_url
 def list_input(path: str) -> tuple[str, list[FileInfo]]:
     """Return the root and the files of an input path: a file, a folder (all *.parquet below it) or a glob.
 
-    File names are relative to the root. In a folder or glob, files and folders whose names begin with "_" or "." are
-    left out. Raises InputError if nothing matches or a file cannot be used, StorageError if the listing fails.
+    File names are relative to the root, which is the folder, the folder of the file, or the part of a glob before its
+    first wildcard. In a folder or glob, files and folders whose names begin with "_" or "." are left out. Raises
+    InputError if nothing is found, or if the path, a name or a link cannot be used; StorageError if the listing fails.
     """
     # The name of a local file may contain brackets, but a URL that contains such characters is always a pattern.
     kind = None if _has_magic(path) and "://" in path else Storage(path).kind()
@@ -42,7 +43,10 @@ def list_input(path: str) -> tuple[str, list[FileInfo]]:
 
 
 def would_read(path: str, root: str, output: str) -> bool:
-    """Return whether an input path that was listed under `root` would match the parts of an output folder."""
+    """Return whether the parts in an output folder would be read as input, because the input path covers the folder.
+
+    `path`: the input path. `root`: its root, from list_input.
+    """
     real_root, real_output = real_path(root), real_path(output)
     if _has_magic(path) and root != path:
         if not is_inside(real_output, real_root):
@@ -64,7 +68,7 @@ def _check_name(file: FileInfo, path: str) -> None:
 
 def _list_folder(path: str) -> list[FileInfo]:
     found = [info for info in Storage(path).find() if _is_visible(info.name)]
-    # A link whose target is gone counts whatever its name is: it may have led to a folder.
+    # A link whose target is gone is kept whatever its name is, because it may have led to a folder.
     files = [info for info in found if info.name.lower().endswith(".parquet") or info.size == DANGLING]
     if not files:
         has = ", ".join(_printable(info.name) for info in found[:3]) + (" …" if len(found) > 3 else "")
@@ -82,9 +86,9 @@ def _list_glob(path: str) -> list[FileInfo]:
 
 
 def _with_lasting_stamp(root: str, file: FileInfo) -> FileInfo:
-    """Return the file with a checksum as its stamp if it is in Ray's package, else unchanged.
+    """Return the file with a checksum as its stamp if it is in Ray's copy of the working directory, else unchanged.
 
-    Ray unpacks the package with new file times on each machine; with a checksum the job can resume on another one.
+    Ray unpacks this copy with new file times on each machine. With a checksum, the job can resume on another machine.
     """
     if not in_ray_package(file.path):
         return file
@@ -92,7 +96,7 @@ def _with_lasting_stamp(root: str, file: FileInfo) -> FileInfo:
 
 
 def _printable(name: str) -> str:
-    """Return the name in one line, with control characters and bytes that are not UTF-8 shown as escapes."""
+    """Return the name for a message: control characters and bytes that are not UTF-8 are shown as escapes."""
     shown = (c.encode("unicode_escape").decode() if unicodedata.category(c) == "Cc" else c for c in name)
     return "".join(shown).encode("utf-8", "backslashreplace").decode()
 

@@ -1,8 +1,8 @@
-"""Limits how much of a Parquet file is in memory at once, and refuses footers that cannot be true.
+"""Limits how much of a Parquet file is in memory at once, and refuses footers whose numbers cannot be true.
 
-These checks are needed because a file of a few KB can claim to hold, or can decode to, any amount of data. A footer is
-trusted if its numbers can be true. A handmade file whose pages contradict its footer is not detected: pyarrow may use
-any amount of memory for it.
+These checks are needed because a file of a few KB can claim to hold, or can decode to, any amount of data. A footer
+whose numbers can be true is trusted. A handmade file whose pages contradict its footer is therefore not detected:
+pyarrow may use any amount of memory for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,31 +13,34 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 MAX_COLUMNS = 20_000
+"""The most columns that a file may have; a nested column counts once per leaf."""
 MAX_CELL_BYTES = 64_000_000
-"""Largest size of a cell in bytes, far above any prompt. A longer cell makes only its own row an error row."""
+"""The largest size of a cell in bytes, far above any prompt. A larger cell makes only its own row an error row."""
 UNIT_BYTES = 2 << 30
-"""Memory limit for a unit's columns, in bytes. The same number limits the characters of its prompts."""
+"""The most bytes of memory for the columns of a unit, and the most characters of all its prompts together."""
 ROW_BYTES = 256
-"""Bytes of memory that a row is assumed to need in addition to its cells."""
+"""The bytes of memory that a row is assumed to need beside its cells."""
 BATCH_ROWS, BATCH_BYTES = 1024, 1 << 28
-"""Largest number of rows, and of bytes, to decode at once."""
+"""The most rows, and the most bytes, to decode at once."""
 SURELY_BYTES = 1 << 20
-"""Row groups up to this size in bytes are not examined: even if each of BATCH_ROWS rows repeated all of the group's
-data, a batch would take at most BATCH_ROWS times this size (1 GiB)."""
+"""The bytes up to which a row group is not examined: even if each of BATCH_ROWS rows repeated all of the group's data,
+a batch would take at most BATCH_ROWS times this size (1 GiB)."""
 MANY, PACKED = 1 << 27, 1000
-"""A count that is above MANY, and above PACKED for each stored byte, is refused: no real data is so dense."""
+"""A footer is refused if it states more than MANY rows or values and more than PACKED of them per stored byte: no real
+data is so dense."""
 RATIO = 100
-"""Highest compression ratio that is expected of text."""
+"""The highest compression ratio that is expected of text. Data with a higher one may be a single huge value."""
 PAGE_HEADER_BYTES = 64
+"""The bytes that are read of a page header; its first two fields are within them."""
 
 
 def check_footer(metadata: pq.FileMetaData, size: int) -> tuple[int, ...]:
-    """Return the number of rows of each row group. `size`: bytes of the file.
+    """Check the row counts in a footer and return the number of rows in each row group. `size`: the bytes of the file.
 
-    Raises ValueError if the footer cannot be true or the file has more than MAX_COLUMNS columns.
+    Raises ValueError if the numbers cannot be true or the file has more than MAX_COLUMNS columns.
     """
     if metadata.num_columns > MAX_COLUMNS:
-        raise ValueError(f"it has {metadata.num_columns} columns, above the {MAX_COLUMNS} that are read")
+        raise ValueError(f"it has {metadata.num_columns} columns, above the limit of {MAX_COLUMNS}")
     groups = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
     if any(rows < 0 for rows in groups) or sum(groups) != metadata.num_rows:
         raise ValueError(f"its footer promises {metadata.num_rows} rows but row groups of {sum(groups)}")
@@ -54,9 +57,9 @@ def batch_rows(
 ) -> int:
     """Return how many rows of these row groups to decode at once, so that a batch stays within BATCH_BYTES.
 
-    This holds even if every row repeats the longest value of a dictionary; row groups up to SURELY_BYTES are not
-    examined. `probe` reads one row of a row group. It is called first because pyarrow would crash on the column
-    metadata of a group that it cannot read.
+    It does so even if every row repeats the longest value of a dictionary. Row groups up to SURELY_BYTES are not
+    examined. `columns`: the names of the columns to read. `probe` reads one row of the row group with a given number.
+    It is called first because pyarrow would crash on the column metadata of a group that it cannot read.
 
     Raises ValueError if the footer cannot be true, and whatever `probe` raises.
     """
@@ -79,7 +82,8 @@ def batch_rows(
 
 
 def drop_long_cells(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, dict[int, str]]:
-    """Set cells above MAX_CELL_BYTES to null. Return the batch and the reasons by row index."""
+    """Return the batch with cells above MAX_CELL_BYTES set to null, and the reason for each row with such a cell, by
+    its position in the batch."""
     if batch.nbytes <= MAX_CELL_BYTES:
         return batch, {}
     errors: dict[int, str] = {}
@@ -89,7 +93,7 @@ def drop_long_cells(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, dict[int, st
         long = [size > MAX_CELL_BYTES for size in sizes]
         for index, size in enumerate(sizes):
             if long[index]:
-                errors[index] = f"column '{name}' holds {size} bytes, above the {MAX_CELL_BYTES} of a cell"
+                errors[index] = f"column '{name}' holds {size} bytes, above the limit of {MAX_CELL_BYTES} for a cell"
         columns.append(pc.if_else(pa.array(long), pa.scalar(None, column.type), column) if any(long) else column)
     return pa.RecordBatch.from_arrays(columns, schema=batch.schema), errors
 
@@ -100,7 +104,11 @@ def _check_count(count: int, stored: int, noun: str) -> None:
 
 
 def _row_width(source: pa.NativeFile, chunk: Any, leaf: Any, rows: int) -> int:
-    """Return the bytes of the widest row of a column chunk. Nested rows count with their mean number of values."""
+    """Return the estimated bytes of the widest row of a column chunk.
+
+    A row of a nested column counts as the mean number of values per row, each as wide as the widest. `leaf`: the schema
+    of the column. `rows`: the rows of its row group.
+    """
     _check_count(chunk.num_values, chunk.total_compressed_size, f"values of {leaf.path}")
     values: int = -(-chunk.num_values // max(rows, 1))
     width: int = max(8, leaf.length) if leaf.physical_type != "BYTE_ARRAY" else _widest(source, chunk)
@@ -117,10 +125,10 @@ def _widest(source: pa.NativeFile, chunk: Any) -> int:
 
 
 def _page_bytes(source: pa.NativeFile, offset: int) -> int:
-    """Return the uncompressed size in bytes that the page header at `offset` states.
+    """Return the uncompressed size in bytes that the page header at byte `offset` of the file states.
 
-    This is field 2 of the header, after the page type, in Thrift's compact protocol. Raises ValueError if there is no
-    page header at `offset`.
+    The size is field 2 of the header, after the page type, in Thrift's compact protocol. Raises ValueError if there is
+    no page header.
     """
     source.seek(offset)
     header = source.read(PAGE_HEADER_BYTES)

@@ -17,24 +17,29 @@ from pipeline.storage.urls import safe_url
 
 READ_BUFFER_BYTES = 1 << 20
 TAIL_BYTES = 8
-"""Bytes at the end of a Parquet file: the length of the footer and the magic word."""
+"""The number of bytes after the footer of a Parquet file: 4 for the footer's length and 4 for the magic word."""
 _BUILT_BADLY = ("dictionary<", "list_view<")
 """Stored Arrow types that are read as plain types instead: pyarrow fails on a whole batch if one value of a dictionary
 is not UTF-8, and it returns broken list views."""
 
 
 class RowStream:
-    """An open Parquet file, read forward in small batches. A jump starts again at the row group of its target."""
+    """An open Parquet file of the input whose rows are taken in small batches, usually from front to back.
+
+    A step back, or into another row group, starts again at the row group of the first row that is wanted.
+    """
 
     def __init__(self, unit: WorkUnit, columns: list[str]) -> None:
-        """Open the unit's file. The unit's range of rows does not matter here.
+        """Open the unit's file to read these columns. The unit's range of rows does not matter here.
 
         Raises InputError if the file is gone or has changed since it was planned, ValueError if its footer cannot be
-        true, and whatever pyarrow raises if it is not Parquet.
+        true, StorageError if the storage fails, and whatever pyarrow raises if the file is not Parquet.
         """
         self.path = unit.file
+        """The path or URL of the file."""
         self.too_long: dict[int, str] = {}
-        """For the rows of the last take, by position: why a cell is null (it was too long)."""
+        """The reason for each row of the last take that has a cell set to null because it was too large, by the row's
+        position in that take."""
         self._planned = unit
         self._storage, self._name = split_url(unit.file)
         size = self._check_unchanged()
@@ -53,10 +58,10 @@ class RowStream:
         self._position = self._end = 0  # the next row, and the row after the last batch
 
     def take(self, first_row: int, count: int) -> pa.Table:
-        """Return the rows first_row to first_row + count - 1, and set `too_long` for them.
+        """Return `count` rows from row `first_row` of the file on, with plain types, and set `too_long` for them.
 
         Raises InputError if the file has changed or the rows are too large together, ValueError if the footer cannot be
-        true, and whatever pyarrow raises.
+        true, StorageError if the storage fails, and whatever pyarrow raises.
         """
         end = first_row + count
         if end > self._group_starts[-1]:
@@ -92,7 +97,7 @@ class RowStream:
         self._source.close()
 
     def _check_unchanged(self) -> int:
-        """Return the file's size in bytes. Raises InputError if the file is not the one that was planned."""
+        """Return the file's size in bytes. Raises InputError if the file is gone or is not the one that was planned."""
         planned, info = self._planned, self._storage.stat(self._name)
         if info is None:
             raise InputError(f"input {safe_url(self.path)} is gone: it was there when the job was planned")
@@ -113,7 +118,7 @@ class RowStream:
             self._next_rows(row - self._position)
 
     def _start(self, row: int, last: int) -> None:
-        """Start new batches at the row group that holds `row`; they end with the row group that holds `last`."""
+        """Begin to read new batches: from the row group that holds `row` to the one that holds `last`, inclusive."""
         groups = range(self._group_of(row), self._group_of(last) + 1)
         batch_rows = limits.batch_rows(
             self._source, self._metadata, groups, self._columns, lambda group: next(self._iterate([group], 1), None)
@@ -129,7 +134,7 @@ class RowStream:
         return batches
 
     def _group_of(self, row: int) -> int:
-        return bisect_right(self._group_starts, row) - 1  # passes over empty groups that start at the same row
+        return bisect_right(self._group_starts, row) - 1  # groups before it that start at the same row are empty
 
     def _next_rows(self, at_most: int) -> pa.RecordBatch:
         batch: pa.RecordBatch | None = self._pending if self._pending is not None else next(self._batches, None)
@@ -142,7 +147,8 @@ class RowStream:
 
 
 def _without_arrow_schema(source: pa.NativeFile, size: int) -> pq.FileMetaData:
-    """Return the footer without the Arrow types that the writer of the file stored in it."""
+    """Return the footer without the Arrow schema that the writer of the file stored in it, so that pyarrow reads plain
+    types. `size`: the bytes of the file."""
     source.seek(size - TAIL_BYTES)
     tail = source.read(TAIL_BYTES)
     length = int.from_bytes(tail[:4], "little")

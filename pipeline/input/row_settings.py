@@ -1,6 +1,6 @@
 """Reads the generation settings of single rows from input columns (`input.row_settings`).
 
-It decides which column types can hold a setting; model.requests decides which values are allowed.
+This module decides which column types can hold a setting; model.requests decides which values are allowed.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,11 @@ from pipeline.prompts.values import CellError, error_line, read_cells
 _WHOLE = ("max_new_tokens", "seed")
 
 Settings = tuple[RowSetting, ...]
+"""The settings that one row has of its own; empty if the job's settings apply."""
 
 
 def misfit(setting: str, kind: pa.DataType) -> str | None:
-    """Return None if a column of type `kind` can hold the setting, else the kind of column that is needed."""
+    """Return None if a column of type `kind` can hold the setting, else the needed kind of column as a text."""
     whole = pa.types.is_integer(plain_type(kind))
     if setting in _WHOLE:
         return None if whole else "an integer column"
@@ -32,10 +33,10 @@ def misfit(setting: str, kind: pa.DataType) -> str | None:
 
 
 def read_settings(table: pa.Table, columns: Mapping[str, str]) -> list[tuple[Settings, str | None]]:
-    """Return for each row of the table (its settings, None), or ((), the reason) if a cell is wrong.
+    """Return for each row of the table (its settings, None), or ((), the reason) if the value of a cell is impossible.
 
-    `columns` maps each setting to its column, whose type must be suitable (see misfit). Rows with the same settings
-    share one object.
+    `columns` maps each setting to its column, whose type must be suitable (see misfit). A null cell gives no setting,
+    so the job's value applies. Rows with the same settings share one object.
     """
     if not columns:
         return [((), None)] * table.num_rows
@@ -49,7 +50,7 @@ def read_settings(table: pa.Table, columns: Mapping[str, str]) -> list[tuple[Set
 
 
 def with_settings(params: GenerationParams, settings: Settings) -> GenerationParams:
-    """Return the job's parameters with the settings of a row put in place of the job's."""
+    """Return the job's generation settings, `params`, with the settings of a row in place of the job's."""
     values: dict[str, Any] = {setting.name: setting.value for setting in settings}
     return replace(params, **values) if values else params
 
@@ -61,7 +62,7 @@ def _holds_texts(kind: pa.DataType) -> bool:
 
 
 def _judge(name: str, column: str, cells: "pa.ChunkedArray[Any]") -> list[RowSetting | str | None]:
-    """Return for each cell its setting, a text if its value is wrong, or None if it is null."""
+    """Return for each cell its setting, a text about what is wrong with its value, or None if the cell is null."""
     known: dict[Any, RowSetting | str | None] = {None: None}
     found: list[RowSetting | str | None] = []
     for value in _values(cells):
@@ -75,7 +76,10 @@ def _judge(name: str, column: str, cells: "pa.ChunkedArray[Any]") -> list[RowSet
 
 
 def _values(column: "pa.ChunkedArray[Any]") -> list[Any]:
-    """Return the cells as hashable Python values. Lists are cut to MAX_STOPS + 1 strings, enough to see too many."""
+    """Return the cells as hashable Python values; a string becomes a list of one.
+
+    Lists are cut to MAX_STOPS + 1 strings, which is enough to notice that there are too many.
+    """
     if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
         short: Any = pc.list_slice(column, 0, MAX_STOPS + 1, return_fixed_size_list=False)
         return [tuple(cell) if isinstance(cell, list) else cell for cell in read_cells(short)]

@@ -1,4 +1,4 @@
-"""Reads the rows of work units from Parquet files, with the rows of one unit in memory at a time."""
+"""Reads the rows of work units from the input files and makes their prompts, one unit at a time."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,18 +19,19 @@ from pipeline.storage.urls import safe_url
 
 @dataclass(frozen=True, slots=True)
 class UnitData:
-    """The data of a work unit: one Row per input row, in order, and the columns that are copied to the output."""
+    """The data of a work unit: its rows with their prompts, and the columns that are copied to the output."""
 
     unit: WorkUnit
     rows: list[Row]
+    """One Row per input row, in input order, unusable rows included."""
     columns: pa.Table
     """The `id` column and the carried columns, with one row for each of `rows`."""
 
 
 class UnitReader:
-    """A reader for the work units of one job.
+    """A reader of the work units of one job. Only one thread may use it.
 
-    It keeps the last file open, so that units taken in order are read in one pass over the file.
+    It keeps the last file open, so units that are read in order need one pass over the file.
     """
 
     def __init__(self, settings: InputSection) -> None:
@@ -41,10 +42,11 @@ class UnitReader:
         self._file: RowStream | None = None
 
     def read(self, unit: WorkUnit) -> UnitData:
-        """Return the rows and the output columns of the unit. A row that cannot be used gets a text in `Row.error`.
+        """Return the rows and the output columns of the unit. A row that cannot be used has the reason in `Row.error`.
 
-        Raises InputError if the file is gone, has changed since planning or cannot be decoded, or if the unit is too
-        large for the memory limits. Raises StorageError if the file cannot be reached.
+        Raises InputError if the file is gone, has changed since it was planned or cannot be decoded, if the unit is too
+        large for the memory limits, or if templates cannot be rendered at all. Raises StorageError if the storage
+        fails.
         """
         table, too_long = self._read_table(unit)
         columns, errors = self._output_columns(unit, table)
@@ -73,7 +75,8 @@ class UnitReader:
             self._file = None
 
     def _read_table(self, unit: WorkUnit) -> tuple[pa.Table, dict[int, str]]:
-        """Return the unit's columns, and the reasons for cells set to null because of their size, by row index."""
+        """Return the columns that the job needs for the rows of the unit. Cells that are too large become null; the
+        dict gives the reason for each such row, by its position in the unit."""
         try:
             if self._file is None or self._file.path != unit.file:
                 self._close_file()
@@ -88,7 +91,8 @@ class UnitReader:
             raise InputError(f"{_rows_of(unit)}: cannot be decoded: {error_line(error)}") from error
 
     def _output_columns(self, unit: WorkUnit, table: pa.Table) -> tuple[pa.Table, dict[int, str]]:
-        """Return the cleaned `id` and carried columns, and the errors of rows with an unusable cell, by row index."""
+        """Return the `id` column and the carried columns of the unit, with cells that could not be written to a part
+        replaced; the dict gives the reason for each row with such a cell, by its position in the unit."""
         names = [f"{unit.name}#{unit.first_row + i}" for i in range(table.num_rows)] if not self._id_column else []
         columns: dict[str, Any] = {"id": pa.chunked_array([pa.array(names, pa.string())])}
         errors: dict[int, str] = {}
@@ -104,7 +108,8 @@ def _rows_of(unit: WorkUnit) -> str:
 
 
 def _clean(column: "pa.ChunkedArray[Any]") -> tuple["pa.ChunkedArray[Any]", dict[int, str]]:
-    """Replace the cells that would make a part unreadable. Return the column and the reasons by row index."""
+    """Return the column with the cells replaced that would make a part unreadable, such as text that is not UTF-8; the
+    dict gives the reason for each of them, by its position."""
     try:
         column.validate(full=True)  # also finds nested strings that are not UTF-8
     except pa.ArrowInvalid:

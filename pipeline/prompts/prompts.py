@@ -1,4 +1,4 @@
-"""Makes a prompt from the columns of a row. A row without a prompt gets a reason instead; it raises no exception."""
+"""Makes the prompts of rows from their columns. A row without a usable prompt gets a reason, not an exception."""
 
 from collections.abc import Iterator
 
@@ -9,21 +9,19 @@ from pipeline.prompts.values import CellError, Prompt, judge, read_cells
 
 
 class PromptMaker:
-    """A maker of prompts for a job's rows, from one column or from a template over several columns.
-
-    Only one thread may use it.
-    """
+    """Makes the prompts of a job's rows, from the prompt column or from the template. Only one thread may use it."""
 
     def __init__(self, prompt_column: str | None, template: str | None) -> None:
-        """Take either a column or a template. Raises ValueError if the template is wrong."""
+        """Take the prompt column or the template; the other one is None. Raises ValueError if the template is wrong."""
         self._renderer = Renderer(template) if template is not None else None
         self._column = prompt_column or ""
         self.columns = self._renderer.columns if self._renderer else (self._column,)
+        """The input columns that prompts are made of."""
 
     def make(self, table: pa.Table) -> Iterator[Prompt]:
         """Yield (prompt, None) or (None, reason) for each row of a table that has `columns`.
 
-        Raises InputError if templates cannot be rendered at all.
+        Raises InputError if the process that renders templates does not start or is ended by too many rows.
         """
         return self._renderer.make(table) if self._renderer else self._read(table)
 

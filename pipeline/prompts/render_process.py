@@ -1,8 +1,8 @@
-"""Renders templates in its own process: `python -m pipeline.prompts.render_process SECONDS`.
+"""The process that renders templates: `python -m pipeline.prompts.render_process SECONDS`.
 
-pipeline.prompts.renderer starts the process and talks to it:
+pipeline.prompts.renderer starts it and exchanges these messages with it over its standard input and output:
 
-in    the template, then record batches as Arrow streams, each preceded by its length
+in    the template, then record batches as Arrow streams, each preceded by its length in bytes
 out   READY, then one frame for each row: PROMPT with the prompt, or REASON with the reason why there is none
 """
 
@@ -20,17 +20,21 @@ from pipeline.prompts.template import Template
 from pipeline.prompts.values import CellError, error_line, judge, read_cells
 
 SEND_BYTES, SEND_SECONDS = 1 << 16, 1.0
-"""Finished frames are sent if they exceed this many bytes, or this many seconds after the last ones."""
+"""Finished frames are sent if they have more than SEND_BYTES bytes together, SEND_SECONDS after the last ones were
+sent, and at the end of a batch."""
 LENGTH, FRAME = struct.Struct("<Q"), struct.Struct("<BQ")
+"""The head of a message to the process (length in bytes), and of a frame from it (kind, length in bytes)."""
 READY, PROMPT, REASON = range(3)
+"""The kinds of frames."""
 NO_MEMORY = 3
-"""The exit status if the process runs out of memory."""
+"""The exit status of the process if it runs out of memory."""
 
 
 def main() -> None:
-    """Render batches until the input ends. SECONDS is the CPU time that a row may take before the process is ended."""
+    """Render batches until the input ends. SECONDS, the argument of the command, is the CPU time that a row may take;
+    then SIGPROF ends the process."""
     out = os.dup(1)
-    os.dup2(2, 1)  # so that nothing that a library prints gets among the frames
+    os.dup2(2, 1)  # what a library prints goes to stderr and not among the frames
     # With the default action, this signal ends the process even in the middle of a long call into C.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
@@ -44,7 +48,8 @@ def main() -> None:
 
 def _serve(source: BinaryIO, out: int, row_seconds: float) -> None:
     template = Template(_receive(source).decode())
-    # Arrow and jinja2 load some of their code on first use. This must happen before READY: then memory gets limited.
+    # Arrow and jinja2 load some of their code on first use. This must happen before READY: the parent then limits the
+    # memory.
     table = pa.table({"a": ["x"]})
     _serialised(table)
     _send(out, FRAME.pack(READY, 0))
@@ -90,7 +95,7 @@ def _render(template: Template, table: pa.Table) -> Iterator[tuple[int, bytes]]:
 
 
 def _receive(source: BinaryIO) -> bytes:
-    """Return the next message, or empty bytes at the end of the input."""
+    """Return the next message without its length; empty bytes at the end of the input."""
     head = source.read(LENGTH.size)
     return source.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
 

@@ -2,8 +2,9 @@
 
 A row may take ROW_SECONDS of CPU time and MEMORY_BYTES of memory. If it takes more time, the operating system ends the
 process; if it needs more memory, the process ends itself. The rest of the batch is then sent to a new process, one row
-at a time. A row that ends this process as well gets no prompt. If the process did not end at a limit, the machine may
-be the cause, so the row is tried once more. The process ends when its parent ends, because its input pipe closes.
+at a time. A row that ends the process at a limit while it is alone gets no prompt. If the process ends in another way,
+the machine may be the cause, so the row is rendered once more, and gets no prompt if the process ends again. The
+process also ends when its parent ends, because its input pipe closes.
 """
 
 import os
@@ -26,33 +27,34 @@ from pipeline.prompts.values import Prompt
 from pipeline.storage.storage import read_text
 
 ROW_SECONDS = 2.0
-"""Seconds of CPU time that a row may take. Clock time does not count, so a busy machine makes no difference."""
+"""The seconds of CPU time that a row may take. Waiting does not count, so a busy machine makes no difference."""
 MEMORY_BYTES = 1 << 30
-"""Bytes that the process may take beyond those that it has when it is ready."""
+"""The bytes of memory that the process may take beyond those that it has when it is ready (on Linux)."""
 SILENT_SECONDS = 120.0
-"""Seconds without an answer, computing or not, after which the process is ended.
-
-This guards its start, and is the last resort for a row.
-"""
+"""The seconds of clock time without an answer after which the process is ended. This limits its start, and a row that
+takes long without computing."""
 ENDED_ROWS_AT_MOST = 50
-"""The number of rows of one table that may end the process. It is small because each of them takes seconds."""
+"""The most rows of one unit that may end the process; with one more, the unit fails. It is small because each of
+them takes seconds."""
 BATCH_ROWS, BATCH_BYTES = 256, 1 << 22
+"""The most rows, and about the most bytes, that are sent to the process at once."""
 READ_BYTES = 1 << 20
 _PASSED_ON = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 """The environment variables that the process gets; none of them holds credentials."""
 
 
 class Renderer:
-    """A renderer of one template for the rows of tables, for one thread. Its process starts with the first row."""
+    """Renders one template for the rows of tables. It starts its process at the first row. For one thread only."""
 
     def __init__(self, template: str) -> None:
         """Raise ValueError if the template is wrong."""
         self.columns = template_columns(template)
+        """The columns that the template reads, sorted."""
         self._template = template
         self._child: _Child | None = None
 
     def make(self, table: pa.Table) -> Iterator[Prompt]:
-        """Yield the prompt, or the reason why there is none, for each row of a table that has `columns`.
+        """Yield (prompt, None) or (None, reason) for each row of a table that has `columns`.
 
         Raises InputError if the process does not start, or if more than ENDED_ROWS_AT_MOST rows end it.
         """
@@ -99,13 +101,13 @@ class Renderer:
 
 
 class _Child:
-    """A process that runs pipeline.prompts.render_process."""
+    """A process that runs pipeline.prompts.render_process for one template. When it has ended, a new one is needed."""
 
     def __init__(self, template: str) -> None:
         self.ended: str | None = None
-        """The reason why the process ended; None until then."""
+        """The reason why the process ended, as a text that follows `template: `; None until then."""
         self.ended_by_itself = False
-        """Whether the process ended at one of its own limits, so that nothing else can be the cause."""
+        """True if the process ended at its limit of CPU time or memory: then the row is the cause, not the machine."""
         root = str(Path(__file__).parents[2])
         passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         # Other memory pools of Arrow reserve gigabytes of address space, which count towards the limit. The fixed hash
@@ -132,10 +134,8 @@ class _Child:
         _limit_memory(process.pid)
 
     def render(self, batch: pa.RecordBatch) -> Iterator[Prompt]:
-        """Yield the prompt or the reason for each row of the batch. If the process ends first, the rest is missing.
-
-        `ended` then says why.
-        """
+        """Yield (prompt, None) or (None, reason) for each row of the batch. If the process ends before the last row,
+        the rest is missing and `ended` says why."""
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, batch.schema) as stream:
             stream.write_batch(batch)
@@ -162,7 +162,7 @@ class _Child:
         return True
 
     def _frame(self) -> tuple[int, bytes] | None:
-        """Return (kind, content) of the next frame, or None if the process ends or gives no answer in time."""
+        """Return (kind, content) of the next frame; None if the process ends or gives no answer for SILENT_SECONDS."""
         while True:
             if len(self._buffer) >= FRAME.size:
                 kind, length = FRAME.unpack_from(self._buffer)

@@ -1,7 +1,7 @@
 """Compiles and renders prompt templates in the sandbox of jinja2.
 
-This module limits what a template can access. The process that renders it (pipeline.prompts.renderer) limits the time
-and memory that it can take; no other process evaluates any of its expressions.
+This module limits what a template can access. pipeline.prompts.renderer limits the time and memory that it can take, in
+a process of its own; no other process evaluates any expression of a template.
 """
 
 import re
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
 
 MAX_TEMPLATE_CHARS, MAX_EXPRESSIONS = 1_000_000, 2_000
-"""The limits of a template's size. A template within them compiles in seconds."""
+"""The most characters in a template, and the most `{{` and `{%`. A template within the limits compiles in seconds."""
 _CONVERSION = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?[hlL]?(.)", re.DOTALL)
 
 
@@ -27,7 +27,10 @@ def _environment() -> "SandboxedEnvironment":
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generator(CodeGenerator):
-        """A code generator that evaluates nothing. jinja2's own would replace `{{ 'x' * 10 ** 10 }}` by its value."""
+        """A code generator that evaluates no expression and collects the names of the columns that a template reads.
+
+        jinja2's own generator would replace `{{ 'x' * 10 ** 10 }}` by its value.
+        """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -51,7 +54,7 @@ def _environment() -> "SandboxedEnvironment":
             self.fail("autoescape is not for prompts", node.lineno)
 
     class Environment(ImmutableSandboxedEnvironment):
-        """A sandbox that refuses operations that make a huge value from small ones, before they run."""
+        """A sandbox that refuses `*` and `%` before they run if they would make a huge value from small ones."""
 
         code_generator_class = Generator
         intercepted_binops = frozenset(("*", "%"))
@@ -72,16 +75,16 @@ def _environment() -> "SandboxedEnvironment":
 
 
 def template_columns(template: str) -> tuple[str, ...]:
-    """Return the columns that a template reads, sorted, without evaluating any of its expressions.
+    """Return the names of the columns that a template reads, sorted, without evaluating any of its expressions.
 
     Raises ValueError (one line) if the template does not compile, is too long or reads no column.
     """
     from jinja2 import TemplateSyntaxError
 
     if len(template) > MAX_TEMPLATE_CHARS:
-        raise ValueError(f"template has {len(template)} characters, above the {MAX_TEMPLATE_CHARS} of a template")
+        raise ValueError(f"template has {len(template)} characters, above the limit of {MAX_TEMPLATE_CHARS}")
     if (expressions := template.count("{{") + template.count("{%")) > MAX_EXPRESSIONS:
-        raise ValueError(f"template has {expressions} expressions, above the {MAX_EXPRESSIONS} of a template")
+        raise ValueError(f"template has {expressions} expressions, above the limit of {MAX_EXPRESSIONS}")
     try:
         environment = _environment()
         generator: CodeGenerator = environment.code_generator_class(environment, None, None)
@@ -98,17 +101,19 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 
 class Template:
-    """A compiled template. It may take any time and memory, so only pipeline.prompts.renderer's process renders it."""
+    """A compiled template. Rendering may take any time and memory, so only pipeline.prompts.render_process does it."""
 
     def __init__(self, template: str) -> None:
-        """Raise ValueError if the template is wrong."""
+        """Compile the template. Raises ValueError if it is wrong (see template_columns)."""
         self.columns = template_columns(template)
+        """The names of the columns that the template reads, sorted."""
         self._template = _environment().from_string(template)
 
     def render(self, cells: Sequence[Any]) -> str:
-        """Return the text for a row's cells, which are in the order of `columns`.
+        """Return the text for a row. `cells`: the row's values in the order of `columns`.
 
-        The text ends after the piece that makes it too long. Raises any error that the template raises.
+        A text above MAX_PROMPT_CHARS is not complete: it ends after the piece that exceeds the limit. Raises any error
+        that the template raises.
         """
         return _join(self._template.generate(zip(self.columns, cells, strict=True)))
 
@@ -124,7 +129,7 @@ def _join(pieces: Iterator[str]) -> str:
 
 
 def _format(text: str, *values: Any, **named: Any) -> str:
-    """Check the widths in the format, then apply jinja2's format filter."""
+    """Return the result of jinja2's filter `format`. Raises ValueError first if the text has a huge width."""
     from jinja2.filters import do_format
 
     _check_widths(str(text), values)
