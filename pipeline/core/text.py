@@ -12,8 +12,9 @@ def number(value: float | None) -> str:
     """
     if value is None or not math.isfinite(value):
         return "-"
+    rounded = abs(float(f"{value:.3g}")) if abs(value) >= 1e4 else abs(value)  # 999,999 is 1M, not 1000k
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
+        if rounded >= size:
             return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
     if value == round(value) or abs(value) >= 100:
         return f"{value:,.0f}"

@@ -108,7 +108,17 @@ def test_counted_numbers_say_what_the_numbers_themselves_would() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (12.345, "12.3"), (9999, "9,999"), (21985, "22k"), (1.5e9, "1.5G"), (0.00012, "1.2e-04"), (None, "-")],
+    [
+        (0, "0"),
+        (12.345, "12.3"),
+        (9999, "9,999"),
+        (21985, "22k"),
+        (999_499, "999k"),
+        (999_500, "1M"),
+        (1.5e9, "1.5G"),
+        (0.00012, "1.2e-04"),
+        (None, "-"),
+    ],
 )
 def test_numbers_are_short(value: float | None, text: str) -> None:
     assert number(value) == text
