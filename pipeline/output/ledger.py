@@ -25,7 +25,6 @@ from pipeline.output.layout import (
     part_name,
     record_name,
 )
-from pipeline.output.publisher import check_part, write_record
 from pipeline.output.records import (
     NotOursError,
     PlanRecord,
@@ -39,6 +38,7 @@ from pipeline.output.records import (
     warnings_in,
 )
 from pipeline.output.segments import read_record
+from pipeline.output.unit_store import check_part, write_record
 from pipeline.planning.fingerprint import differences, listing_change
 from pipeline.planning.plan import Plan
 from pipeline.storage.storage import FileInfo, Storage

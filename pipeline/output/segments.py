@@ -1,35 +1,21 @@
-"""Saves the finished rows of a unit that has no part yet in small files, from which a later attempt continues.
-
-    _job/segments/<unit id>/<writer>-<number>-<checksum>.parquet
-
-A segment is written once, as a whole, under a unique name, so attempts of one unit never disturb each other. A segment
-that is damaged or not of this job and unit is left out and reported; its rows are generated again.
-"""
+"""Converts finished rows of a unit that has no part yet to a segment and back; a later attempt continues from it."""
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import StorageError
 from pipeline.core.schema import RESULT_SCHEMA, SCHEMA_VERSION
 from pipeline.core.types import WorkUnit
 from pipeline.output.layout import SEGMENTS
 from pipeline.output.part import to_parquet
 from pipeline.output.records import NotOursError, from_json
-from pipeline.storage.storage import Storage
 
 RECORD_KEY = "twotower.segment"
-IO_THREADS = 8
-"""Number of segments of one unit that are read or removed at the same time."""
 _NAME = re.compile(r"[0-9a-f]{32}-[0-9]{6,}-(?P<checksum>[0-9a-f]{64})\.parquet")
 
 
@@ -71,41 +57,6 @@ class SegmentRows:
     """Table with RESULT_SCHEMA: each row once, ordered by source_row."""
     ignored: tuple[str, ...] = ()
     """Segments that were left out and the reason, one line each."""
-
-
-class Segments:
-    """The segments of one job. Methods raise StorageError if the storage fails, and nothing else."""
-
-    def __init__(self, storage: Storage, fingerprint_digest: str) -> None:
-        """Use the segments in `storage`, the output folder."""
-        self._storage, self._digest = storage, fingerprint_digest
-
-    def write(self, unit: WorkUnit, rows: pa.Table, *, writer: str, number: int, attempt: int) -> None:
-        """Write rows (RESULT_SCHEMA) as one segment. `writer` (32 hex digits) and `number` together must be unique."""
-        data = to_segment(unit, self._digest, rows, writer=writer, attempt=attempt)
-        # If the name exists already, it is this same segment: an earlier try succeeded, but its answer was lost.
-        self._storage.create(f"{folder_of(unit.id)}/{segment_name(writer, number, data)}", data)
-
-    def read(self, unit: WorkUnit) -> SegmentRows:
-        """Return the rows of all segments of the unit. If several segments hold a row, the first by name counts."""
-        tables, ignored = [RESULT_SCHEMA.empty_table()], []
-        files = self._storage.list_files(folder_of(unit.id), "*.parquet")
-        with ThreadPoolExecutor(IO_THREADS, "segments") as pool:
-            for file, data in zip(files, pool.map(self._storage.read_if_exists, (f.name for f in files)), strict=True):
-                if data is None:  # another attempt has published the part and removed the segment
-                    continue
-                try:
-                    tables.append(from_segment(file.name.rpartition("/")[2], data, unit, self._digest))
-                except NotOursError as error:
-                    ignored.append(f"segment {file.name} is left out: {error}; its rows are generated again")
-        return SegmentRows(_union(tables), tuple(ignored))
-
-    def remove(self, unit: WorkUnit) -> None:
-        """Remove the segments of a unit that has its part. A failure here does not fail the unit: leftovers do no
-        harm."""
-        with suppress(StorageError), ThreadPoolExecutor(IO_THREADS, "segments") as pool:
-            names = [file.name for file in self._storage.list_files(folder_of(unit.id), "*.parquet")]
-            list(pool.map(self._storage.remove, names))
 
 
 def folder_of(unit_id: str) -> str:
@@ -187,9 +138,3 @@ def _check_rows(table: pa.Table, unit: WorkUnit) -> None:
     positions = rows.to_numpy() - unit.first_row
     if not known or not ((positions >= 0) & (positions < unit.row_count)).all():
         raise NotOursError("it has rows that are not in the unit")
-
-
-def _union(tables: Iterable[pa.Table]) -> pa.Table:
-    rows = pa.concat_tables(tables)
-    _, first = np.unique(rows["source_row"].to_numpy(), return_index=True)
-    return rows.take(first)

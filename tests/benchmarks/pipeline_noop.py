@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from model.requests import Completion, GenerationParams, Request
 from tests.workers.fakes import FakeTokenizer
-from workers.replica.build import PartStore, ReplicaSpec
+from workers.replica.build import ReplicaSpec
 from workers.units.runner import UnitRunner
 
 MAX_ROWS = 256
@@ -43,7 +43,7 @@ class NoOpMaker:
 
     def __call__(self, replica: str) -> UnitRunner:
         """See workers.replica.replica.MakeRunner."""
-        store, flush = PartStore(self.spec, replica), self.spec.job.flush
+        store, flush = self.spec.open_store(replica), self.spec.job.flush
         return UnitRunner(NoOpEngine(), FakeTokenizer(), store, GenerationParams(), replica=replica, flush=flush)
 
 

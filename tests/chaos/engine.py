@@ -21,7 +21,7 @@ from model.engine.sequence import ActiveRow
 from model.errors import RequestError
 from model.requests import Completion, GenerationParams, Request
 from model.runtime.page_allocator import PREFIX_SLOTS, PageAllocator
-from workers.replica.build import PartStore, ReplicaSpec
+from workers.replica.build import ReplicaSpec
 from workers.units.runner import UnitRunner
 
 BLOCK, EOS, MAX_TOKENS = 16, 0, 48
@@ -203,7 +203,7 @@ class Maker:
         return UnitRunner(
             Engine(log, self.turn_s),
             Tokenizer(),
-            PartStore(self.spec, replica),
+            self.spec.open_store(replica),
             params_of(self.spec),
             replica=replica,
             flush=self.spec.job.flush,

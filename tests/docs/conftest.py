@@ -19,7 +19,7 @@ from pipeline.monitoring.progress import LineDisplay
 from pipeline.planning.plan import Plan
 from tests.end_to_end.s3.server import aws_variables, s3_server, weed_binary
 from tests.workers.fakes import FakeEngine, FakeTokenizer
-from workers.replica.build import PartStore, ReplicaSpec
+from workers.replica.build import ReplicaSpec
 from workers.replica.local_pool import LocalPool
 from workers.units.runner import UnitRunner
 
@@ -81,7 +81,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
             def make_runner(replica: str) -> UnitRunner:
                 engine, params = VariedEngine(max_rows=64), job.generation.params(())
-                store = PartStore(spec, replica)
+                store = spec.open_store(replica)
                 return UnitRunner(engine, ShortTokenizer(), store, params, replica=replica, flush=job.flush)
 
             return LocalPool(make_runner)

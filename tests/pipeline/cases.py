@@ -1,6 +1,7 @@
 """Provides small inputs, jobs over them, and runs of them with made-up completions, for the tests of the pipeline."""
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pyarrow.parquet as pq
 from model.requests import Completion
 from pipeline.config.job import Job
 from pipeline.core.types import Row, RowResult, Totals, UnitResult, WorkUnit
-from pipeline.input.unit_reader import UnitData, UnitReader
+from pipeline.input.unit_reader import UnitData
 from pipeline.output.ledger import Ledger
-from pipeline.output.part import build_part, result_table
-from pipeline.output.publisher import UnitOutput
+from pipeline.output.part import result_table
+from pipeline.output.unit_store import UnitStore
 from pipeline.planning.plan import Plan, make_plan
 
 CHECKPOINT = "checkpoint-1"
@@ -71,14 +72,14 @@ def complete_row(row: Row, attempt: int = 1) -> RowResult:
 
 
 def part_of(data: UnitData, plan: Plan, attempt: int = 1) -> bytes:
-    output = UnitOutput("/nowhere", plan.fingerprint.digest)
-    header = output.header(data.unit, attempt=attempt, replica="replica-0", seconds=1.0)
     results = result_table(data.unit, [complete_row(row, attempt) for row in data.rows])
-    return build_part(data, [results], plan.schema, header)[0]
+    store = store_of(make_job("/nowhere", "/nowhere"), plan)
+    return store.make_part(data, [results], writer=uuid.uuid4().hex, attempt=attempt, seconds=1.0)
 
 
-def output_of(job: Job, plan: Plan) -> UnitOutput:
-    return UnitOutput(job.output.path, plan.fingerprint.digest)
+def store_of(job: Job, plan: Plan, digest: str | None = None) -> UnitStore:
+    """Return the job's store; `digest`: the fingerprint of another job."""
+    return UnitStore(job, digest or plan.fingerprint.digest, plan.schema, "replica-0")
 
 
 def open_ledger(job: Job, plan: Plan) -> Ledger:
@@ -89,12 +90,11 @@ def open_ledger(job: Job, plan: Plan) -> Ledger:
 
 def publish(job: Job, plan: Plan, units: tuple[WorkUnit, ...] | None = None) -> list[UnitResult]:
     """Publish the parts of these units, or of all units of the plan if none are given."""
-    reader = UnitReader(job.input)
-    output = output_of(job, plan)
+    store = store_of(job, plan)
     results = [
-        output.publish(unit, part_of(reader.read(unit), plan)) for unit in (plan.units if units is None else units)
+        store.publish(unit, part_of(store.input.read(unit), plan)) for unit in (plan.units if units is None else units)
     ]
-    reader.close()
+    store.input.close()
     return results
 
 

@@ -18,9 +18,10 @@ from pipeline.core.types import UnitResult
 from pipeline.driver.dispatcher import dispatch
 from pipeline.driver.retry import RetryPolicy
 from pipeline.monitoring.progress import LineDisplay
+from pipeline.output.unit_store import UnitStore
 from tests.waiting import PATIENCE_S, wait_until
 from tests.workers.jobs import SmallJob
-from workers.replica.build import PartStore, ReplicaSpec
+from workers.replica.build import ReplicaSpec
 from workers.replica.local_pool import LocalPool
 from workers.units.protocols import EngineLike
 from workers.units.runner import UnitRunner
@@ -181,7 +182,7 @@ class FakeMaker:
         return UnitRunner(
             engine,
             FakeTokenizer(),
-            PartStore(self.spec, replica),
+            self.spec.open_store(replica),
             GenerationParams(),
             replica=replica,
             flush=self.spec.job.flush,
@@ -213,9 +214,9 @@ def run_locally(small: SmallJob, pool: LocalPool, attempts: int = 3) -> dict[str
         pool.close()
 
 
-def make_runner(small: SmallJob, engine: EngineLike, store: PartStore | None = None, replica: str = "r0") -> UnitRunner:
+def make_runner(small: SmallJob, engine: EngineLike, store: UnitStore | None = None, replica: str = "r0") -> UnitRunner:
     """Make a runner with this engine for the units of the job."""
-    store = store or PartStore(small.spec, replica)
+    store = store or small.spec.open_store(replica)
     params, flush = GenerationParams(), small.job.flush
     return UnitRunner(engine, FakeTokenizer(), store, params, replica=replica, flush=flush)
 

@@ -1,7 +1,6 @@
-"""Builds the parts of a replica from a job: the model, the engine, the reader of units and the writer of parts."""
+"""Builds the parts of a replica from a job: the model, the engine and the store of units."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,12 +11,8 @@ from model.errors import CheckpointError
 from model.runtime.device_errors import device_lost
 from pipeline.config.job import Job
 from pipeline.core.errors import JobError
-from pipeline.core.types import UnitResult, WorkUnit
-from pipeline.input.unit_reader import UnitData, UnitReader
 from pipeline.monitoring.logs import is_json, use_json
-from pipeline.output.part import build_part
-from pipeline.output.publisher import UnitOutput
-from pipeline.output.segments import SegmentRows
+from pipeline.output.unit_store import UnitStore
 from workers.checks.self_check import self_check
 from workers.units.counts import engine_room
 from workers.units.runner import UnitRunner
@@ -39,42 +34,9 @@ class ReplicaSpec:
     json_logs: bool = False
     """Whether replicas log JSON (pipeline.monitoring.logs)."""
 
-
-class PartStore:
-    """The runner's UnitStore for one job: it reads units, writes segments and publishes parts."""
-
-    def __init__(self, spec: ReplicaSpec, replica: str) -> None:
-        self._reader = UnitReader(spec.job.input)
-        self._output = UnitOutput(spec.job.output.path, spec.fingerprint)
-        self._schema, self._replica = spec.schema, replica
-
-    def close(self) -> None:
-        """See UnitStore."""
-        self._reader.close()
-
-    def published(self, unit: WorkUnit) -> UnitResult | None:
-        """See UnitStore."""
-        return self._output.published(unit)
-
-    def read(self, unit: WorkUnit) -> UnitData:
-        """See UnitStore."""
-        return self._reader.read(unit)
-
-    def read_segments(self, unit: WorkUnit) -> SegmentRows:
-        """See UnitStore."""
-        return self._output.read_segments(unit)
-
-    def write_segment(self, unit: WorkUnit, rows: pa.Table, *, writer: str, number: int, attempt: int) -> None:
-        """See UnitStore."""
-        self._output.write_segment(unit, rows, writer=writer, number=number, attempt=attempt)
-
-    def publish(
-        self, data: UnitData, rows: Sequence[pa.Table], *, writer: str, attempt: int, seconds: float
-    ) -> UnitResult:
-        """See UnitStore. Raises ValueError, which ends the replica, if a row has no result or more than one."""
-        header = self._output.header(data.unit, attempt=attempt, replica=self._replica, seconds=seconds, writer=writer)
-        part, _ = build_part(data, rows, self._schema, header)
-        return self._output.publish(data.unit, part)
+    def open_store(self, replica: str) -> UnitStore:
+        """Return the store of a replica."""
+        return UnitStore(self.job, self.fingerprint, self.schema, replica)
 
 
 def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
@@ -91,7 +53,7 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
     return UnitRunner(
         engine,
         tokenizer,
-        PartStore(spec, replica),
+        spec.open_store(replica),
         job.generation.params(tuple(pair.eos_ids)),
         replica=replica,
         flush=job.flush,

@@ -16,8 +16,9 @@ from model.requests import GenerationParams
 from model.runtime.page_allocator import PREFIX_SLOTS
 from pipeline.core.types import Assignment, Row, UnitResult
 from pipeline.input.row_settings import with_settings
+from pipeline.output.unit_store import UnitStore
 from workers.units.prefix import best_prefix, has_prefix
-from workers.units.protocols import TokenizerLike, UnitStore
+from workers.units.protocols import TokenizerLike
 from workers.units.unit import OpenUnit, QueuedRow, name_of
 
 TOKENISE_ROWS = 1000
@@ -45,7 +46,7 @@ class UnitLoader:
     def open(self, work: Assignment) -> OpenUnit | UnitResult:
         """Return the assignment ready to generate, or the result of its unit if its part is published already.
 
-        Raises what the store raises.
+        Raises what the store and its input raise.
         """
         unit = work.unit
         if (result := self._store.published(unit)) is not None:
@@ -63,7 +64,7 @@ class UnitLoader:
         wanted = np.setdiff1d(np.arange(first, end), kept["source_row"].to_numpy() - unit.first_row).tolist()
         # The file of a condemned row is not opened, because reading it may be what kills the replicas.
         needed = work.rows is None or (wanted and not work.condemned)
-        data = self._store.read(unit) if needed else None
+        data = self._store.input.read(unit) if needed else None
         opened = OpenUnit(
             work,
             replace(data, rows=[]) if data and work.rows is None else None,  # drop the text: prompts are kept as tokens

@@ -1,14 +1,9 @@
-"""Defines protocols for what the unit runner needs from engine, tokenizer and storage, so that tests can use fakes."""
+"""Defines protocols for what the unit runner needs from engine and tokenizer, so that tests can use fakes."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
-import pyarrow as pa
-
 from model.requests import Completion, Request
-from pipeline.core.types import UnitResult, WorkUnit
-from pipeline.input.unit_reader import UnitData
-from pipeline.output.segments import SegmentRows
 
 
 class EngineLike(Protocol):
@@ -36,31 +31,3 @@ class TokenizerLike(Protocol):
     """The part of a checkpoint's tokenizer that the unit loader uses."""
 
     def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]: ...
-
-
-class UnitStore(Protocol):
-    """The reader of units and writer of segments and parts. Its methods are called from several threads.
-
-    All of them raise StorageError if the storage fails. `read`, `published` and `publish` raise another TwoTowerError
-    if a retry of the unit cannot help.
-    """
-
-    def close(self) -> None:
-        """Release what reading keeps open, such as the input file."""
-
-    def published(self, unit: WorkUnit) -> UnitResult | None:
-        """Return the result of the unit's part, or None if no attempt has published it yet."""
-
-    def read(self, unit: WorkUnit) -> UnitData: ...
-
-    def read_segments(self, unit: WorkUnit) -> SegmentRows: ...
-
-    def write_segment(self, unit: WorkUnit, rows: pa.Table, *, writer: str, number: int, attempt: int) -> None: ...
-
-    def publish(
-        self, data: UnitData, rows: Sequence[pa.Table], *, writer: str, attempt: int, seconds: float
-    ) -> UnitResult:
-        """Publish the unit's part, remove its segments and return the result.
-
-        `rows` are tables with RESULT_SCHEMA that hold each row of the unit exactly once.
-        """

@@ -28,10 +28,11 @@ from pipeline.core.events import EngineRoom, RangeDone, ReplicaStats, UnitDone, 
 from pipeline.core.types import Assignment, UnitResult
 from pipeline.monitoring.efficiency import ForwardsWatch
 from pipeline.output.part import row_key
+from pipeline.output.unit_store import UnitStore
 from pipeline.storage.urls import is_transient
 from workers.units.counts import RowCounts
 from workers.units.loader import UnitLoader
-from workers.units.protocols import EngineLike, TokenizerLike, UnitStore
+from workers.units.protocols import EngineLike, TokenizerLike
 from workers.units.saver import Outcome, Saver
 from workers.units.tries import judge, next_params
 from workers.units.unit import OpenUnit, QueuedRow, StorageRetry, name_of
@@ -210,7 +211,7 @@ class UnitRunner:
         self._closed = True
         for future in self._reading.values():
             future.cancel()
-        self._reader.submit(self._store.close)  # runs after the read in progress
+        self._reader.submit(self._store.input.close)  # runs after the read in progress
         self._reader.shutdown(wait=False)
         self._saver.close()
 

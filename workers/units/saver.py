@@ -16,7 +16,7 @@ from pipeline.core.errors import StorageError
 from pipeline.core.events import RangeDone, UnitDone, UnitFailed
 from pipeline.core.types import RowResult, UnitResult
 from pipeline.output.part import result_table
-from workers.units.protocols import UnitStore
+from pipeline.output.unit_store import UnitStore
 from workers.units.unit import OpenUnit, name_of
 
 Outcome = UnitDone | RangeDone | UnitFailed
@@ -150,11 +150,10 @@ class Saver:
     def _publish(self, opened: OpenUnit, saved: Sequence[pa.Table], finished: Sequence[RowResult]) -> UnitResult:
         """Publish the unit's part and return its result. Runs in the publish thread."""
         assert opened.data is not None
-        rows = [*saved, result_table(opened.work.unit, finished)]
+        work, rows = opened.work, [*saved, result_table(opened.work.unit, finished)]
         seconds = self._clock() - opened.started
-        return self._store.publish(
-            opened.data, rows, writer=opened.writer, attempt=opened.work.attempt, seconds=seconds
-        )
+        part = self._store.make_part(opened.data, rows, writer=opened.writer, attempt=work.attempt, seconds=seconds)
+        return self._store.publish(work.unit, part)
 
     def _end_publishing(self, opened: OpenUnit) -> Outcome | None:
         publishing: Future[UnitResult] | None = opened.publishing

@@ -12,16 +12,15 @@ import pipeline.maintenance.clean
 from pipeline.config.job import Job
 from pipeline.core.errors import OutputError
 from pipeline.core.types import WorkUnit
-from pipeline.input.unit_reader import UnitReader
 from pipeline.maintenance.clean import find_leftovers, remove_leftovers
 from pipeline.maintenance.inventory import Inventory, list_inventory
 from pipeline.maintenance.verify import verify
 from pipeline.output.ledger import Ledger
 from pipeline.output.part import result_table
-from pipeline.output.publisher import UnitOutput
+from pipeline.output.unit_store import UnitStore
 from pipeline.planning.plan import Plan
 from pipeline.storage.storage import Storage
-from tests.pipeline.cases import complete_row, make_job, open_ledger, output_of, plan_of, prompts, publish, write
+from tests.pipeline.cases import complete_row, make_job, open_ledger, plan_of, prompts, publish, store_of, write
 
 
 @pytest.fixture
@@ -44,13 +43,12 @@ def add(job: Job, name: str, age_s: float = 0.0) -> str:
     return name
 
 
-def add_segment(job: Job, output: UnitOutput, unit: WorkUnit) -> str:
+def add_segment(job: Job, store: UnitStore, unit: WorkUnit) -> str:
     """Write a real segment with five of the unit's rows, and return its name."""
     before = files_of(job)
-    reader = UnitReader(job.input)
-    rows = result_table(unit, [complete_row(row) for row in reader.read(replace(unit, size=-1)).rows[:5]])
-    reader.close()
-    output.write_segment(unit, rows, writer=uuid.uuid4().hex, number=1, attempt=1)
+    rows = result_table(unit, [complete_row(row) for row in store.input.read(replace(unit, size=-1)).rows[:5]])
+    store.input.close()
+    store.write_segment(unit, rows, writer=uuid.uuid4().hex, number=1, attempt=1)
     [name] = files_of(job).keys() - before.keys()
     return name
 
@@ -65,19 +63,19 @@ def begun(job: Job) -> Plan:
 
 def test_leftovers_go_and_all_else_stays(job: Job) -> None:
     plan = begun(job)
-    other = UnitOutput(job.output.path, "f" * 64)
+    other = store_of(job, plan, "f" * 64)
     hidden = f".{plan.units[0].id}.json.{'0' * 32}.tmp"
     goes = {
-        add_segment(job, output_of(job, plan), plan.units[0]),
+        add_segment(job, store_of(job, plan), plan.units[0]),
         add_segment(job, other, plan.units[2]),
-        add_segment(job, output_of(job, plan), replace(plan.units[2], stamp="mtime:1")),
+        add_segment(job, store_of(job, plan), replace(plan.units[2], stamp="mtime:1")),
         add(job, f"_job/units/{hidden}", age_s=4000),
         add(job, "_writable"),
         add(job, "_job/drivers/1.json"),
         add(job, "_job/drivers/9.json"),
     }
     stays = {
-        add_segment(job, output_of(job, plan), plan.units[2]),
+        add_segment(job, store_of(job, plan), plan.units[2]),
         add(job, f"_job/segments/{plan.units[2].id}/broken.parquet"),
         add(job, f"_job/units/{hidden.replace('0', '1')}", age_s=60),
         add(job, "_job/drivers/10.json"),
@@ -130,7 +128,7 @@ def test_segments_of_a_run_that_takes_more_files_meanwhile_stay(job: Job, monkey
         extending = job.model_copy(update={"input": job.input.model_copy(update={"on_change": "extend"})})
         longer = plan_of(extending)
         open_ledger(extending, longer)
-        late.append(add_segment(job, output_of(job, longer), longer.units[-1]))
+        late.append(add_segment(job, store_of(job, longer), longer.units[-1]))
         return list_inventory(storage)
 
     monkeypatch.setattr(pipeline.maintenance.clean, "list_inventory", list_late)

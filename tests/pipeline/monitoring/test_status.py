@@ -9,14 +9,11 @@ import pytest
 from pipeline.config.job import Job
 from pipeline.core.errors import OutputError
 from pipeline.core.types import Totals
-from pipeline.input.unit_reader import UnitReader
 from pipeline.output.claim import Claim
 from pipeline.output.layout import part_name
 from pipeline.output.ledger import read_status
 from pipeline.output.part import result_table
-from pipeline.output.segments import Segments
-from pipeline.storage.storage import Storage
-from tests.pipeline.cases import complete_row, open_ledger, out, plan_of, publish, run, two_files
+from tests.pipeline.cases import complete_row, open_ledger, out, plan_of, publish, run, store_of, two_files
 
 
 @pytest.fixture
@@ -46,13 +43,11 @@ def test_status_says_what_is_saved_of_units_under_way_and_who_runs(job: Job) -> 
     assert read_status(job.output.path).driver is None
     claim = Claim(job.output.path)
     publish(job, plan, plan.units[:1])
-    for unit, digest, rows in [(0, "ours", 4), (1, "ours", 3), (1, "ours", 2), (2, "other", 5)]:
-        digest = plan.fingerprint.digest if digest == "ours" else digest
-        data = UnitReader(job.input).read(plan.units[unit])
-        table = result_table(plan.units[unit], [complete_row(row) for row in data.rows[:rows]])
-        Segments(Storage(job.output.path), digest).write(
-            plan.units[unit], table, writer=uuid.uuid4().hex, number=1, attempt=1
-        )
+    for unit, digest, rows in [(0, None, 4), (1, None, 3), (1, None, 2), (2, "other", 5)]:
+        store = store_of(job, plan, digest)
+        data = store.input.read(plan.units[unit])
+        table = result_table(data.unit, [complete_row(row) for row in data.rows[:rows]])
+        store.write_segment(data.unit, table, writer=uuid.uuid4().hex, number=1, attempt=1)
     status = read_status(job.output.path)
     assert (status.rows_done, status.rows_saved) == (10, 5)
     assert status.driver is not None

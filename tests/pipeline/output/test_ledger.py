@@ -22,12 +22,12 @@ from tests.pipeline.cases import (
     make_job,
     open_ledger,
     out,
-    output_of,
     part_of,
     plan_of,
     prompts,
     publish,
     run,
+    store_of,
     two_files,
     write,
 )
@@ -378,9 +378,9 @@ def test_the_first_writer_wins(job: Job) -> None:
     plan = plan_of(job)
     open_ledger(job, plan)
     data = UnitReader(job.input).read(plan.units[0])
-    first = output_of(job, plan).publish(plan.units[0], part_of(data, plan, attempt=1))
+    first = store_of(job, plan).publish(plan.units[0], part_of(data, plan, attempt=1))
     part = out(job, part_name(plan.units[0].id)).read_bytes()
-    second = output_of(job, plan).publish(plan.units[0], part_of(data, plan, attempt=2))
+    second = store_of(job, plan).publish(plan.units[0], part_of(data, plan, attempt=2))
     assert (first.published_by_other, second.published_by_other) == (False, True)
     assert (second.attempt, second.totals, second.sha256) == (1, first.totals, first.sha256)
     assert out(job, part_name(plan.units[0].id)).read_bytes() == part
@@ -427,7 +427,7 @@ def test_nothing_is_published_under_a_wrong_name(job: Job) -> None:
     ledger = open_ledger(job, plan)
     data = UnitReader(job.input).read(plan.units[0])
     with pytest.raises(OutputError, match=f"holds unit {plan.units[0].id}, not {plan.units[1].id}"):
-        output_of(job, plan).publish(plan.units[1], part_of(data, plan))
+        store_of(job, plan).publish(plan.units[1], part_of(data, plan))
     assert ledger.finished(plan) == {}
 
 

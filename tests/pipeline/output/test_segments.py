@@ -21,15 +21,15 @@ from pipeline.output.records import NotOursError
 from pipeline.output.segments import (
     RECORD_KEY,
     SegmentRecord,
-    Segments,
     folder_of,
     from_segment,
     read_record,
     segment_name,
     to_segment,
 )
+from pipeline.output.unit_store import UnitStore
 from pipeline.storage.storage import Storage
-from tests.pipeline.cases import not_utf8
+from tests.pipeline.cases import make_job, not_utf8
 
 ROWS = 12
 UNIT = WorkUnit("a-000100", "/in/a.parquet", "a.parquet", 100, ROWS, 4096, "mtime:1")
@@ -44,6 +44,10 @@ def rows_of(indexes: list[int], text: str, attempt: int = 1) -> pa.Table:
         for i in indexes
     ]
     return result_table(UNIT, results)
+
+
+def store_in(folder: Path) -> UnitStore:
+    return UnitStore(make_job("/in", folder), DIGEST, pa.schema([]), "r")
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def test_any_flushes_of_two_attempts_with_any_damage(
     """Each row that an intact segment holds is read once, from the first such segment by name. All other segments are
     reported."""
     root = tmp_path_factory.mktemp("out")
-    segments = Segments(Storage(str(root)), DIGEST)
+    store = store_in(root)
     folder = root / folder_of(UNIT.id)
     texts: dict[str, tuple[list[int], str]] = {}
     spoilt = 0
@@ -113,24 +117,24 @@ def test_any_flushes_of_two_attempts_with_any_damage(
     for _, (indexes, text) in sorted(texts.items()):
         for index in indexes:
             expected.setdefault(index, f"{text} {index}")
-    found = segments.read(UNIT)
+    found = store.read_segments(UNIT)
     assert len(found.ignored) == spoilt
     assert found.table.schema.equals(RESULT_SCHEMA)
     read = found.table.to_pylist()
     assert [row["source_row"] for row in read] == [UNIT.first_row + index for index in sorted(expected)]
     assert {row["source_row"] - UNIT.first_row: row["completion"] for row in read} == expected
-    segments.remove(UNIT)
+    store.remove_segments(UNIT)
     assert not list(folder.iterdir() if folder.exists() else [])
 
 
 def test_what_was_written_is_read_as_it_was(tmp_path: Path) -> None:
     """All columns are the same after the calls that a replica makes. A second write after a lost answer adds
     nothing."""
-    segments = Segments(Storage(str(tmp_path)), DIGEST)
+    store = store_in(tmp_path)
     rows = rows_of([3, 1], "x", attempt=4)
     for _ in range(2):
-        segments.write(UNIT, rows, writer=WRITERS[0], number=1, attempt=4)
-    found = segments.read(UNIT)
+        store.write_segment(UNIT, rows, writer=WRITERS[0], number=1, attempt=4)
+    found = store.read_segments(UNIT)
     assert found.table == rows.take([1, 0])
     assert not found.ignored
     assert len(list((tmp_path / folder_of(UNIT.id)).iterdir())) == 1
@@ -183,7 +187,7 @@ def test_a_foreign_segment_is_left_out_and_named(tmp_path: Path, digest: str, un
         from_segment(name, data, UNIT, DIGEST)
     assert read_record(pa.BufferReader(data))[0] == SegmentRecord.of(unit, digest)
     Storage(str(tmp_path)).write(f"{folder_of(UNIT.id)}/{name}", data)
-    (note,) = Segments(Storage(str(tmp_path)), DIGEST).read(UNIT).ignored
+    (note,) = store_in(tmp_path).read_segments(UNIT).ignored
     assert note.startswith(f"segment _job/segments/a-000100/{name} is left out: its ")
     assert note.endswith("its rows are generated again")
 
@@ -230,7 +234,7 @@ def test_strange_files_in_the_folder_do_not_matter(tmp_path: Path) -> None:
     (folder / f".{WRITERS[0]}-000001.parquet.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
     (folder / "notes.txt").write_text("x")
     pq.write_table(rows_of([1], "x"), folder / "mine.parquet")
-    found = Segments(Storage(str(tmp_path)), DIGEST).read(UNIT)
+    found = store_in(tmp_path).read_segments(UNIT)
     assert found.table.num_rows == 0
     (note,) = found.ignored
     assert "mine.parquet is left out: it has no segment's name" in note
@@ -241,8 +245,8 @@ def test_a_store_that_fails_is_a_storage_error(tmp_path: Path) -> None:
     segments."""
     (tmp_path / "_job").mkdir()
     (tmp_path / "_job" / "segments").write_text("a file where the folder should be")
-    segments = Segments(Storage(str(tmp_path)), DIGEST)
+    store = store_in(tmp_path)
     with pytest.raises(StorageError, match="cannot create"):
-        segments.write(UNIT, rows_of([1], "x"), writer=WRITERS[0], number=1, attempt=1)
-    segments.remove(UNIT)
-    assert segments.read(UNIT).table.num_rows == 0
+        store.write_segment(UNIT, rows_of([1], "x"), writer=WRITERS[0], number=1, attempt=1)
+    store.remove_segments(UNIT)
+    assert store.read_segments(UNIT).table.num_rows == 0

@@ -23,9 +23,9 @@ from pipeline.maintenance.verify import verify
 from pipeline.monitoring.live import Live, LiveReplica
 from pipeline.output.layout import LIVE
 from pipeline.output.ledger import read_status
-from pipeline.output.part import build_part, result_table
-from pipeline.output.publisher import UnitOutput
+from pipeline.output.part import result_table
 from pipeline.output.records import RECORD_KEY, read_part, to_json
+from pipeline.output.unit_store import UnitStore
 from pipeline.report import rows
 from pipeline.report.facts import read_facts
 from pipeline.report.html import make_html
@@ -99,11 +99,11 @@ def test_hostile_texts_are_shown_and_do_nothing(tmp_path: Path) -> None:
     plan = plan_of(job)
     open_ledger(job, plan)
     data = UnitReader(job.input).read(plan.units[0])
-    output = UnitOutput(job.output.path, plan.fingerprint.digest)
-    header = output.header(data.unit, attempt=1, replica=HOSTILE, seconds=1.0)
+    store = UnitStore(job, plan.fingerprint.digest, plan.schema, HOSTILE)
     results: list[RowResult] = [complete_row(row) for row in data.rows]
     results[0] = replace(results[0], completion=replace(results[0].completion, error=f"row is bad: {HOSTILE}"))
-    output.publish(data.unit, build_part(data, [result_table(data.unit, results)], plan.schema, header)[0])
+    table = result_table(data.unit, results)
+    store.publish(data.unit, store.make_part(data, [table], writer="0" * 32, attempt=1, seconds=1.0))
     page = Page(text := page_of(job))
     assert page.open == []
     assert not {tag for tag, _ in page.tags} & {"script", "img"}

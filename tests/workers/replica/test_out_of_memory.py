@@ -15,7 +15,6 @@ from tests.waiting import PATIENCE_S
 from tests.workers.fakes import FakeEngine, make_runner, work_all
 from tests.workers.jobs import SmallJob, open_job, prompts_of
 from tests.workers.units.resume_cases import NEVER, WatchedStore
-from workers.replica.build import PartStore
 from workers.units.runner import UnitRunner
 
 
@@ -30,7 +29,7 @@ def scripted_runner(small: SmallJob, faults: dict[int, Fault]) -> tuple[UnitRunn
     scripts = {f"a.parquet#{i}": Script((1 + i % 3,)) for i in range(20)}
     loop, backend = make_loop(scripts, rows=8, faults=faults)
     params = GenerationParams(max_new_tokens=20, block_size=8, steps_per_block=8)
-    flush, store = small.job.flush, PartStore(small.spec, "r0")
+    flush, store = small.job.flush, small.spec.open_store("r0")
     return UnitRunner(loop, FixedTokenizer(), store, params, replica="r0", flush=flush), backend
 
 

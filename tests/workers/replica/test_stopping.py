@@ -14,7 +14,6 @@ from tests.waiting import PATIENCE_S, wait_until
 from tests.workers.fakes import FakeEngine, make_runner, work_all
 from tests.workers.jobs import open_job, prompts_of
 from tests.workers.units.resume_cases import NEVER, WatchedStore, work_units, work_until
-from workers.replica.build import PartStore
 from workers.units.runner import UnitRunner
 
 
@@ -90,7 +89,7 @@ def test_stop_does_not_wait_for_a_step_that_hangs(tmp_path: Path) -> None:
     hang.set()
     worker.join()
     runner.close()
-    assert PartStore(small.spec, "r1").read_segments(small.plan.units[0]).table.num_rows == progress.rows
+    assert small.spec.open_store("r1").read_segments(small.plan.units[0]).table.num_rows == progress.rows
 
 
 def test_stop_waits_for_the_step_under_way(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pyarrow as pa
 from pipeline.core.errors import StorageError
 from pipeline.core.types import Assignment, UnitResult, WorkUnit
 from pipeline.output.segments import SegmentRows
+from pipeline.output.unit_store import UnitStore
 from tests.waiting import PATIENCE_S
 from tests.workers.fakes import TOO_LONG, FakeEngine, make_runner, work_all
 from tests.workers.jobs import SmallJob, prompts_of
-from workers.replica.build import PartStore
 from workers.units.runner import UnitRunner
 
 NEVER: dict[str, Any] = {"flush": {"seconds": 3600.0}}
@@ -22,11 +22,11 @@ EACH_ROW: dict[str, Any] = {"flush": {"seconds": 3600.0, "rows": 1}}
 SAME = ("id", "completion", "finish_reason", "error", "prompt_tokens", "completion_tokens", "denoiser_forwards")
 
 
-class WatchedStore(PartStore):
+class WatchedStore(UnitStore):
     """A store that knows which rows were in segments when a unit was opened, and that fails as often as it is told."""
 
     def __init__(self, small: SmallJob, replica: str = "r0") -> None:
-        super().__init__(small.spec, replica)
+        super().__init__(small.job, small.plan.fingerprint.digest, small.plan.schema, replica)
         self.held: set[str] = set()
         self.refuse_segments = self.refuse_parts = 0
         self.answers_lost = False
@@ -45,14 +45,14 @@ class WatchedStore(PartStore):
             raise StorageError("cannot create it: no route to the store")
         super().write_segment(unit, rows, **of_attempt)
 
-    def publish(self, *args: Any, **of_attempt: Any) -> UnitResult:
+    def publish(self, unit: WorkUnit, part: bytes) -> UnitResult:
         self.tried["part"] += 1
         if self.refuse_parts:
             self.refuse_parts -= 1
             if self.answers_lost:
-                super().publish(*args, **of_attempt)
+                super().publish(unit, part)
             raise StorageError("cannot create it: no route to the store")
-        return super().publish(*args, **of_attempt)
+        return super().publish(unit, part)
 
 
 def same(rows: list[dict[str, Any]]) -> list[list[Any]]:

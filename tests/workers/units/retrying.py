@@ -6,7 +6,6 @@ from model.requests import GenerationParams
 from pipeline.core.types import Assignment
 from tests.workers.fakes import FakeTokenizer, work_all
 from tests.workers.jobs import SmallJob
-from workers.replica.build import PartStore
 from workers.units.protocols import EngineLike
 from workers.units.runner import UnitRunner
 
@@ -17,7 +16,7 @@ def runner_of(
     return UnitRunner(
         engine,
         tokenizer or FakeTokenizer(),
-        PartStore(small.spec, "r0"),
+        small.spec.open_store("r0"),
         params,
         replica="r0",
         flush=small.job.flush,

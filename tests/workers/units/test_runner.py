@@ -7,12 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
-import pyarrow as pa
 import pytest
 
 from model.requests import Completion, EngineError
@@ -20,33 +18,27 @@ from pipeline.core.errors import OutputError
 from pipeline.core.events import UnitDone, UnitFailed
 from pipeline.core.types import Assignment, UnitResult, WorkUnit
 from pipeline.input.unit_reader import UnitData
+from pipeline.output.unit_store import UnitStore
 from tests import memory
 from tests.waiting import PATIENCE_S
 from tests.workers.fakes import TOO_LONG, FakeEngine, make_runner, work_all
-from tests.workers.jobs import SmallJob, open_job, prompts_of
+from tests.workers.jobs import open_job, prompts_of
 from workers.replica import build
-from workers.replica.build import PartStore
 from workers.replica.replica import Replica
 from workers.units.runner import QUEUE_FACTOR
 
 
-class SlowStore(PartStore):
-    """A store whose reads and publications can be held up or made to fail."""
+def hold_up(store: UnitStore, held: WorkUnit) -> threading.Event:
+    """Make reads of one unit wait for the event that is returned."""
+    gate, read = threading.Event(), store.input.read
 
-    def __init__(self, small: SmallJob) -> None:
-        super().__init__(small.spec, "r0")
-        self.gates: dict[str, threading.Event] = {}
-        self.refuse: set[str] = set()
-
-    def read(self, unit: WorkUnit) -> UnitData:
-        if gate := self.gates.get(unit.id):
+    def held_up(unit: WorkUnit) -> UnitData:
+        if unit == held:
             assert gate.wait(PATIENCE_S)
-        return super().read(unit)
+        return read(unit)
 
-    def publish(self, data: UnitData, rows: Sequence[pa.Table], **of_attempt: Any) -> UnitResult:
-        if data.unit.id in self.refuse:
-            raise OutputError("the part is broken")
-        return super().publish(data, rows, **of_attempt)
+    store.input.read = held_up  # type: ignore[method-assign]
+    return gate
 
 
 def test_every_row_leaves_once_as_a_completion_or_an_error_row(tmp_path: Path) -> None:
@@ -136,8 +128,8 @@ def watch(event: threading.Event) -> list[tuple[float | None, bool]]:
 
 def test_reading_the_next_unit_does_not_hold_up_the_engine(tmp_path: Path) -> None:
     small = open_job(tmp_path, prompts_of(20))
-    store, (first, second) = SlowStore(small), small.plan.units
-    gate = store.gates[second.id] = threading.Event()
+    store, (first, second) = small.spec.open_store("r0"), small.plan.units
+    gate = hold_up(store, second)
     runner = make_runner(small, FakeEngine(), store)
     runner.add(Assignment(first, 1))
     runner.add(Assignment(second, 1))
@@ -160,8 +152,8 @@ def test_reading_the_next_unit_does_not_hold_up_the_engine(tmp_path: Path) -> No
 def test_waiting_for_files_costs_nothing(tmp_path: Path) -> None:
     """The runner sleeps until something has ended; it does not ask again and again."""
     small = open_job(tmp_path, prompts_of(10))
-    store, (unit,) = SlowStore(small), small.plan.units
-    gate = store.gates[unit.id] = threading.Event()
+    store, (unit,) = small.spec.open_store("r0"), small.plan.units
+    gate = hold_up(store, unit)
     runner = make_runner(small, FakeEngine(), store)
     asked = 0
 
@@ -188,12 +180,18 @@ def test_a_unit_cannot_be_in_twice(tmp_path: Path) -> None:
     runner.close()
 
 
-def test_a_unit_that_cannot_be_read_or_published_fails_alone(tmp_path: Path) -> None:
+def test_a_unit_that_cannot_be_read_or_published_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = open_job(tmp_path, prompts_of(30))
-    store, units = SlowStore(small), small.plan.units
+    units, publish = small.plan.units, UnitStore.publish
     gone = WorkUnit("gone", str(tmp_path / "in" / "gone.parquet"), "gone.parquet", 0, 10)
-    store.refuse.add(units[1].id)
-    runner = make_runner(small, FakeEngine(), store)
+
+    def refuse(self: UnitStore, unit: WorkUnit, part: bytes) -> UnitResult:
+        if unit == units[1]:
+            raise OutputError("the part is broken")
+        return publish(self, unit, part)
+
+    monkeypatch.setattr(UnitStore, "publish", refuse)
+    runner = make_runner(small, FakeEngine())
     for unit in (gone, *units):
         runner.add(Assignment(unit, 1))
     outcomes = work_all(runner)

@@ -7,10 +7,10 @@ import pytest
 from pipeline.core.errors import StorageError
 from pipeline.core.events import RangeDone, UnitDone, UnitFailed
 from pipeline.core.types import Assignment, UnitResult, WorkUnit
+from pipeline.output.unit_store import UnitStore
 from tests.workers.fakes import FakeEngine, make_runner, work_all
 from tests.workers.jobs import SmallJob, open_job, prompts_of
 from tests.workers.units.resume_cases import NEVER, WatchedStore, segments_of, work_until
-from workers.replica.build import PartStore
 from workers.units import unit as open_unit
 
 
@@ -125,11 +125,11 @@ def test_what_failed_waits_before_it_is_tried_again(tmp_path: Path, monkeypatch:
     runner.close()
 
 
-class ResetStore(PartStore):
+class ResetStore(UnitStore):
     """A store in which the first reads of a unit break off."""
 
     def __init__(self, small: SmallJob, failures: int, cause: OSError) -> None:
-        super().__init__(small.spec, "r0")
+        super().__init__(small.job, small.plan.fingerprint.digest, small.plan.schema, "r0")
         self.failures, self.cause = failures, cause
 
     def published(self, unit: WorkUnit) -> UnitResult | None:

@@ -1,0 +1,171 @@
+"""Saves what replicas finish in the output folder: rows in segments first, then the part and its commit record.
+
+    _job/segments/<unit id>/<writer>-<number>-<checksum>.parquet
+    part-<unit id>.parquet
+
+Parts are the authoritative record: the first writer wins, and the commit record is written after the part, as an aid
+only. The segments are removed once the part exists. A segment is written once, as a whole, under a unique name, so
+attempts of one unit never disturb each other.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config.job import Job
+from pipeline.core.errors import OutputError, StorageError
+from pipeline.core.schema import RESULT_SCHEMA
+from pipeline.core.types import Totals, UnitResult, WorkUnit
+from pipeline.input.unit_reader import UnitData, UnitReader
+from pipeline.output.layout import part_name, record_name
+from pipeline.output.part import build_part
+from pipeline.output.records import RECORD_KEY, NotOursError, PartRecord, commit_record, now, read_part, to_json
+from pipeline.output.segments import SegmentRows, folder_of, from_segment, segment_name, to_segment
+from pipeline.storage.storage import Storage
+from pipeline.storage.urls import safe_url
+
+IO_THREADS = 8
+"""Number of segments of one unit that are read or removed at the same time."""
+
+
+class UnitStore:
+    """The rows of one job's units, as a replica reads, saves and publishes them.
+
+    The methods may be called from several threads; `input` belongs to one of them. They raise StorageError if the
+    storage fails. `published` and `publish` raise OutputError if the unit's part is broken or of another job: a retry
+    of the unit cannot help then.
+    """
+
+    def __init__(self, job: Job, fingerprint_digest: str, schema: pa.Schema, replica: str) -> None:
+        """Open the input and the output folder of a job. `schema`: that of every part."""
+        self.input = UnitReader(job.input)
+        self._digest, self._schema, self._replica = fingerprint_digest, schema, replica
+        self._storage = Storage(job.output.path)
+        self._shown = safe_url(job.output.path)
+
+    def write_segment(self, unit: WorkUnit, rows: pa.Table, *, writer: str, number: int, attempt: int) -> None:
+        """Write rows (RESULT_SCHEMA) as one segment. `writer` (32 hex digits) and `number` together must be unique."""
+        data = to_segment(unit, self._digest, rows, writer=writer, attempt=attempt)
+        # If the name exists already, it is this same segment: an earlier try succeeded, but its answer was lost.
+        self._storage.create(f"{folder_of(unit.id)}/{segment_name(writer, number, data)}", data)
+
+    def read_segments(self, unit: WorkUnit) -> SegmentRows:
+        """Return the rows of all segments of the unit. If several segments hold a row, the first by name counts.
+
+        A segment that is damaged or not of this job and unit is left out and reported; its rows are generated again.
+        """
+        tables, ignored = [RESULT_SCHEMA.empty_table()], []
+        files = self._storage.list_files(folder_of(unit.id), "*.parquet")
+        with ThreadPoolExecutor(IO_THREADS, "segments") as pool:
+            for file, data in zip(files, pool.map(self._storage.read_if_exists, (f.name for f in files)), strict=True):
+                if data is None:  # another attempt has published the part and removed the segment
+                    continue
+                try:
+                    tables.append(from_segment(file.name.rpartition("/")[2], data, unit, self._digest))
+                except NotOursError as error:
+                    ignored.append(f"segment {file.name} is left out: {error}; its rows are generated again")
+        rows = pa.concat_tables(tables)
+        _, first = np.unique(rows["source_row"].to_numpy(), return_index=True)
+        return SegmentRows(rows.take(first), tuple(ignored))
+
+    def remove_segments(self, unit: WorkUnit) -> None:
+        """Remove the segments of a unit that has its part. A failure here does not fail the unit: leftovers do no
+        harm."""
+        with contextlib.suppress(StorageError), ThreadPoolExecutor(IO_THREADS, "segments") as pool:
+            names = [file.name for file in self._storage.list_files(folder_of(unit.id), "*.parquet")]
+            list(pool.map(self._storage.remove, names))
+
+    def make_part(
+        self, data: UnitData, rows: Sequence[pa.Table], *, writer: str, attempt: int, seconds: float
+    ) -> bytes:
+        """Return the part of a unit, for `publish`.
+
+        `rows` are tables with RESULT_SCHEMA that hold each row of the unit exactly once. `writer` must be the same for
+        each try to publish the part of one attempt. `seconds`: time from the unit's start until now. Raises ValueError,
+        which ends the replica, if a row has no result or more than one.
+        """
+        unit = data.unit
+        record = PartRecord(
+            unit=unit.id,
+            file=unit.name,
+            first_row=unit.first_row,
+            rows=unit.row_count,
+            fingerprint=self._digest,
+            writer=writer,
+            replica=self._replica,
+            attempt=attempt,
+            seconds=seconds,
+            size=unit.size,
+            stamp=unit.stamp,
+            published=now("milliseconds"),
+        )
+        return build_part(data, rows, self._schema, {RECORD_KEY: json.dumps(asdict(record))})[0]
+
+    def publish(self, unit: WorkUnit, part: bytes) -> UnitResult:
+        """Publish a part that was made by `make_part`, remove the unit's segments and return the result.
+
+        The first writer wins: if another attempt's part exists already, this one is dropped and the result describes
+        the existing one, with `published_by_other` set. May be called again after a StorageError.
+        """
+        started = time.monotonic()
+        ours, _ = check_part(self._shown, self._digest, unit, pa.BufferReader(part))
+        if not self._storage.create(part_name(unit.id), part):
+            part = self._storage.read(part_name(unit.id))
+        return self._settle(unit, part, ours.writer, started)
+
+    def published(self, unit: WorkUnit) -> UnitResult | None:
+        """Return the result of a part that exists already, with `published_by_other` set; None if there is no part."""
+        data = self._storage.read_if_exists(part_name(unit.id))
+        return None if data is None else self._settle(unit, data, None, time.monotonic())
+
+    def _settle(self, unit: WorkUnit, stored: bytes, writer: str | None, started: float) -> UnitResult:
+        """Return the result of the stored part, whoever wrote it. Its commit record is written and its segments are
+        removed."""
+        record, totals = check_part(self._shown, self._digest, unit, pa.BufferReader(stored))
+        # If the part has our own writer id, our first try to create it succeeded and only its answer was lost.
+        by_other = record.writer != writer
+        seconds = record.seconds + (0 if by_other else time.monotonic() - started)
+        sha256 = hashlib.sha256(stored).hexdigest()
+        result = UnitResult(unit.id, totals, seconds, sha256, record.replica, record.attempt, by_other)
+        write_record(self._storage, record, result, len(stored))
+        self.remove_segments(unit)
+        return result
+
+
+def check_part(shown: str, digest: str | None, unit: WorkUnit, source: pa.NativeFile) -> tuple[PartRecord, Totals]:
+    """Return a part's record and totals.
+
+    Raises OutputError if the part is broken, or is not the part of this unit in the job with fingerprint `digest`.
+    `shown`: name of the output folder in messages.
+    """
+    name = part_name(unit.id)
+    try:
+        record, totals = read_part(source)
+    except NotOursError as error:
+        raise OutputError(
+            f"output {shown}: {name} is broken: {error}; delete it to have its rows generated again"
+        ) from None
+    if record.fingerprint != digest:
+        raise OutputError(f"output {shown}: {name} is another job's part: delete it")
+    if (record.unit, record.rows) != (unit.id, unit.row_count):
+        raise OutputError(f"output {shown}: {name} holds unit {record.unit}, not {unit.id}: delete it")
+    if (record.size, record.stamp) != (unit.size, unit.stamp):
+        raise OutputError(
+            f"output {shown}: {name} was made of another version of {unit.name}: delete it to have its rows "
+            "generated again"
+        )
+    return record, totals
+
+
+def write_record(storage: Storage, record: PartRecord, result: UnitResult, part_bytes: int) -> None:
+    """Write a unit's commit record. A failure here does not fail the unit: its part exists, and the next resume writes
+    the record."""
+    with contextlib.suppress(StorageError):
+        storage.write(record_name(result.unit_id), to_json(commit_record(record, result, part_bytes)))
