@@ -125,7 +125,7 @@ def _done(job: Job, plan: Plan) -> tuple[int, int, int, tuple[str, ...]]:
     old = ledger.check(plan, job)
     results = ledger.finished(plan, repair=False).values()
     same_job = old is not None and old.fingerprint == plan.fingerprint
-    added = listing_change(old.files, plan.listing).added if old is not None and same_job else ()
+    added = listing_change(old.listing, plan.listing).added if old is not None and same_job else ()
     saved = ledger.count_saved(plan.fingerprint.digest)
     return len(results), sum(result.totals.rows for result in results), saved, added
 

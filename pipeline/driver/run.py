@@ -75,9 +75,9 @@ def run_job(
     claim = None if ledger.is_complete() else Claim(job.output.path)
     results = ledger.finished(plan)
     ran_units = len(plan.units) - len(results)
-    if not ran_units and ledger.is_complete() and ledger.finished_at() is not None:
+    if not ran_units and ledger.is_complete() and (last := ledger.read_manifest()).finished is not None:
         totals = sum((result.totals for result in results.values()), Totals())
-        return Outcome(totals, len(plan.units), 0, 0, time.monotonic() - started, None, ledger.warnings())
+        return Outcome(totals, len(plan.units), 0, 0, time.monotonic() - started, None, last.warnings)
     claim = claim or Claim(job.output.path)
     telemetry = Telemetry(plan.rows, results.values(), total_units=len(plan.units), fingerprint=plan.fingerprint.digest)
     policy = RetryPolicy(job.retry.attempts, job.retry.max_error_rate)

@@ -74,7 +74,7 @@ def _foreign(storage: Storage, segments: Sequence[FileInfo], plan: PlanRecord) -
                 record, _ = read_record(source)
         except (NotOursError, StorageError):  # StorageError: the segment is gone, because its unit was finished
             return False
-        digest, version = plan.fingerprint.digest, plan.files.get(record.file, (None, None))[:2]
+        digest, version = plan.fingerprint.digest, plan.listing.get(record.file, (None, None))[:2]
         return (record.fingerprint, (record.size, record.stamp)) != (digest, version)
 
     with ThreadPoolExecutor(THREADS) as pool:

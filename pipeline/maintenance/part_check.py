@@ -17,7 +17,7 @@ from pipeline.core.types import Totals
 from pipeline.output.duplicate_ids import Hashes, IdCounter, hash_ids
 from pipeline.output.layout import part_name, record_name
 from pipeline.output.part import tally
-from pipeline.output.records import ADDED_LATER, NotOursError, PartRecord, PlanRecord, from_json, read_commit, read_part
+from pipeline.output.records import CommitRecord, NotOursError, PartRecord, PlanRecord, read_part
 from pipeline.planning.fingerprint import column_types
 from pipeline.planning.plan import unit_id
 from pipeline.storage.storage import FileInfo, Storage
@@ -95,7 +95,7 @@ class PartChecker:
 
     def _check_record(self, part: FileInfo, record: PartRecord) -> Iterator[str]:
         """Yield a problem if the part's record does not agree with its file name or the plan."""
-        planned = self._plan.files.get(record.file)
+        planned = self._plan.listing.get(record.file)
         if record.fingerprint != self._plan.fingerprint.digest:
             yield f"{part.name} is another job's part: its fingerprint is {record.fingerprint[:12]}…; {AGAIN}"
         elif part.name != part_name(record.unit):
@@ -118,17 +118,15 @@ class PartChecker:
             yield f"{name} is missing: submit the job again to have it written"
             return
         try:
-            fields = {**ADDED_LATER, **from_json(data)}
-            read_commit(data)
+            commit = CommitRecord.read(data)
         except NotOursError as error:
             yield f"{name} is damaged: {error}; {AGAIN}"
             return
-        # `seconds` in the commit record is measured again, after the part is published.
-        said = {key: value for key, value in fields.items() if key not in ("seconds", "sha256", "part_bytes")}
-        found = {key: value for key, value in {**asdict(record), **asdict(totals)}.items() if key != "seconds"}
-        if (fields["sha256"], fields["part_bytes"]) != (digest, part.size):
+        said = commit.model_dump(exclude={"seconds", "sha256", "part_bytes"})
+        found = {**record.model_dump(exclude={"seconds"}), **asdict(totals)}
+        if (commit.sha256, commit.part_bytes) != (digest, part.size):
             yield f"{part.name} is not what was published: its sha256 or size is not that in {name}; {AGAIN}"
-        elif said != found or fields["seconds"] < record.seconds:
+        elif said != found or commit.seconds < record.seconds:
             yield f"{name} says {_differing(said, found)}, which the part does not; {AGAIN}"
 
     def _check_schema(self, schema: pa.Schema) -> list[str]:

@@ -160,7 +160,7 @@ def _plan_again(job: Job, record: PlanRecord, folder: str, needed: Collection[st
     """
     identity = str(record.fingerprint.fields.get("model.checkpoint"))
     plan = make_plan(job, checkpoint_identity=identity, allow_unreadable=True)
-    change = listing_change(record.files, plan.listing)
+    change = listing_change(record.listing, plan.listing)
     if lost := [name for name in (*change.rewritten, *change.removed) if name in needed]:
         raise InputError(
             f"input {safe_url(job.input.path)}: {len(lost)} file(s) such as {lost[0]} are not what the job was planned "

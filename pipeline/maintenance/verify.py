@@ -17,7 +17,7 @@ from pipeline.maintenance.part_check import CheckedPart, PartChecker
 from pipeline.output.duplicate_ids import IdCounter
 from pipeline.output.layout import MANIFEST, SUCCESS, part_name, record_name
 from pipeline.output.ledger import Ledger
-from pipeline.output.records import ADDED_LATER, NotOursError, PlanRecord, from_json
+from pipeline.output.records import NotOursError, PlanRecord, from_json
 from pipeline.storage.scratch import scratch
 from pipeline.storage.storage import Storage
 
@@ -82,10 +82,10 @@ def _check_cover(plan: PlanRecord, inventory: Inventory, parts: Sequence[Checked
     ranges: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
     for checked in parts:
         record = checked.record
-        if record is not None and record.file in plan.files and checked.name == part_name(record.unit):
+        if record is not None and record.file in plan.listing and checked.name == part_name(record.unit):
             ranges[record.file].append((record.first_row, record.rows, checked.name))
     gaps = []
-    for name, (_, _, rows) in plan.files.items():
+    for name, (_, _, rows) in plan.listing.items():
         end, before = 0, ""
         for first, count, part in sorted(ranges[name]):
             if first > end:
@@ -112,7 +112,7 @@ def _check_end(storage: Storage, plan: PlanRecord, inventory: Inventory, totals:
         yield f"{MANIFEST} is missing: submit the job again to have it written"
         return
     try:
-        said = {**ADDED_LATER, **from_json(storage.read(MANIFEST))}
+        said = {"degenerate": 0, **from_json(storage.read(MANIFEST))}  # earlier versions did not count it
     except NotOursError as error:
         yield f"{MANIFEST} is damaged: {error}; delete it and submit the job again"
         return

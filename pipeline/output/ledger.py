@@ -26,16 +26,14 @@ from pipeline.output.layout import (
     record_name,
 )
 from pipeline.output.records import (
+    ManifestRecord,
     NotOursError,
     PlanRecord,
     Status,
-    finished_at,
     manifest_fields,
     plan_fields,
     read_part,
-    read_plan,
     to_json,
-    warnings_in,
 )
 from pipeline.output.segments import read_record
 from pipeline.output.unit_store import check_part, write_record
@@ -171,17 +169,11 @@ class Ledger:
         if self.is_complete():
             self._storage.remove(SUCCESS)
 
-    def finished_at(self) -> str | None:
-        """Return the time when the job completed, from its manifest; None if that is missing or cannot be read."""
+    def read_manifest(self) -> ManifestRecord:
+        """Return the manifest, or one without content if it is missing or cannot be read."""
         with contextlib.suppress(NotOursError):
-            return finished_at(self._storage.read_if_exists(MANIFEST) or b"")
-        return None
-
-    def warnings(self) -> tuple[str, ...]:
-        """Return the warnings in the manifest; none if it is missing or cannot be read."""
-        with contextlib.suppress(NotOursError):
-            return warnings_in(self._storage.read_if_exists(MANIFEST) or b"")
-        return ()
+            return ManifestRecord.read(self._storage.read_if_exists(MANIFEST) or b"")
+        return ManifestRecord()
 
     def read_plan(self) -> PlanRecord:
         """Return the folder's plan.json. Raises OutputError if the folder is not a job's output."""
@@ -208,7 +200,7 @@ class Ledger:
         parts = self._read_totals(digest) if parts is None else parts
         totals = sum(parts.values(), Totals())
         complete = (totals.rows, len(parts)) == (plan.rows, plan.units) and self.is_complete()
-        finished = self.finished_at() if complete else None
+        manifest = self.read_manifest() if complete else ManifestRecord()
         return Status(
             totals.rows,
             plan.rows,
@@ -218,10 +210,10 @@ class Ledger:
             complete,
             digest,
             plan.created,
-            finished,
+            manifest.finished,
             rows_saved=self.count_saved(digest),
             driver=newest_driver(self._storage),
-            warnings=self.warnings() if complete else (),
+            warnings=manifest.warnings,
         )
 
     # Helpers.
@@ -277,7 +269,7 @@ class Ledger:
 
     def _parse_plan(self, data: bytes) -> PlanRecord:
         try:
-            return read_plan(data)
+            return PlanRecord.read(data)
         except NotOursError as error:
             raise OutputError(
                 f"output {self._shown}: {PLAN} cannot be read: {error}; use another output.path or delete it"
@@ -289,7 +281,7 @@ class Ledger:
         if data is None:
             return
         self._refuse_settings(there := self._parse_plan(data), plan)
-        if (change := listing_change(there.files, plan.listing)).any:
+        if (change := listing_change(there.listing, plan.listing)).any:
             raise OutputError(
                 f"output {self._shown} is another run's by now, whose input files differ: {change}; "
                 "submit the job again"
@@ -298,7 +290,7 @@ class Ledger:
     def _refuse_settings(self, old: PlanRecord, plan: Plan) -> None:
         """Raise OutputError if the folder's plan has other settings."""
         if found := differences(old.fingerprint.fields, plan.fingerprint.fields):
-            listing = listing_change(old.files, plan.listing)
+            listing = listing_change(old.listing, plan.listing)
             said = "; ".join([*([f"input files: {listing}"] if listing.any else []), *found])
             raise OutputError(
                 f"output {self._shown} belongs to another job; what differs (there -> here): {said}. "
@@ -307,7 +299,7 @@ class Ledger:
 
     def _refuse_input(self, old: PlanRecord, plan: Plan, *, extend: bool) -> None:
         """Raise OutputError if the folder's plan has other input files; with `extend`, new files are allowed."""
-        change = listing_change(old.files, plan.listing)
+        change = listing_change(old.listing, plan.listing)
         if change.any and not (extend and change.only_added):
             remedy = "set input.on_change: extend to take them" if change.only_added else "put the input back"
             raise OutputError(
@@ -337,7 +329,7 @@ class Ledger:
 
 
 def _same(old: PlanRecord, plan: Plan) -> bool:
-    return old.fingerprint.digest == plan.fingerprint.digest and old.files == plan.listing
+    return old.fingerprint.digest == plan.fingerprint.digest and old.listing == plan.listing
 
 
 def read_status(output_path: str) -> Status:

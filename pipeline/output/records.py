@@ -1,68 +1,158 @@
 """Converts the records of the output folder (parts, commit records, plan, manifest) to and from Python values."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Annotated, Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.config.job import Job, rename_old_keys
+from pipeline.config.messages import shown
 from pipeline.core.schema import SCHEMA_VERSION
-from pipeline.core.text import one_line
-from pipeline.core.types import Totals, UnitResult
+from pipeline.core.text import one_line, printable
+from pipeline.core.types import Totals, UnitResult, WorkUnit
 from pipeline.output.part import TOTALS_KEY
-from pipeline.planning.fingerprint import Fingerprint, digest_of
+from pipeline.planning.fingerprint import Fingerprint, Listing, digest_of
 from pipeline.planning.plan import Plan
 from pipeline.storage.urls import safe_url
 
-T = TypeVar("T")
 RECORD_KEY = "twotower.unit"
-ADDED_LATER: Mapping[str, int | str] = {"degenerate": 0, "published": ""}
-"""Fields that records of earlier versions do not have, with the value to use instead."""
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class NotOursError(ValueError):
     """A file whose content is not what this project writes under that name."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartRecord:
+class Record(BaseModel):
+    """The base of all records: frozen, and read without conversion of types ("1" and true are not numbers).
+
+    A field with a default is missing in records of earlier versions. Unknown keys are ignored.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    @classmethod
+    def read(cls, data: bytes) -> Self:
+        """Return the record in these JSON bytes. Raises NotOursError if they hold no such record."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise NotOursError(_first_fault(error)) from None
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Return the first thing that is wrong with a record, in one line that names the key."""
+    fault = error.errors(include_url=False)[0]
+    key = printable(".".join(map(str, fault["loc"])))
+    if fault["type"] == "missing":
+        return f"it has no {key}"
+    if fault["type"] == "json_invalid":
+        return f"not JSON: {fault['ctx']['error']}"
+    if fault["type"] == "value_error":  # raised by a validator of this project
+        return f"{key}: {fault['ctx']['error']}" if key else str(fault["ctx"]["error"])
+    return f"{key} is {shown(fault['input'])}" if key else "not a JSON object"
+
+
+class PartRecord(Record):
     """A part's record about itself, kept in its key-value metadata."""
 
     unit: str
     file: str
-    first_row: int
-    rows: int
+    first_row: Count
+    rows: Count
     fingerprint: str
     writer: str
     """Unique id of the attempt that wrote the part. It shows whether a part that already exists was written by this
     attempt, whose success was not acknowledged, or by another one."""
     replica: str
-    attempt: int
+    attempt: Count
     seconds: float
     size: int
     """Size of the input file in bytes; with `stamp`, it tells which version of the file the rows were read from."""
     stamp: str
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Count
     published: str = ""
     """Time just before the publication, ISO 8601 in UTC by the replica's clock; "" in parts of earlier versions."""
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRecord:
+class TotalsRecord(Record):
+    """The totals of a part, kept in its key-value metadata beside its PartRecord. The fields are those of Totals."""
+
+    rows: Count
+    ok: Count
+    errors: Count
+    prompt_tokens: Count
+    completion_tokens: Count
+    denoiser_forwards: Count
+    duplicate_ids: Count
+    null_ids: Count
+    degenerate: Count = 0
+    finish_reasons: dict[str, Count]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.ok + self.errors == sum(self.finish_reasons.values()) == self.rows:
+            raise ValueError(f"{self.rows} rows are not {self.ok} ok and {self.errors} errors")
+        return self
+
+
+class CommitRecord(TotalsRecord, PartRecord):
+    """A unit's commit record: its part's own record and totals, and the part's checksum and size in bytes. `seconds`
+    is measured again, after the part is published."""
+
+    model_config = ConfigDict(extra="allow")  # so that `verify` names keys that the part does not have
+
+    sha256: str
+    part_bytes: Count
+
+
+class ManifestRecord(Record):
+    """The fields of manifest.json that are read back."""
+
+    finished: str | None = None
+    """Time when the job completed, ISO 8601 in UTC; None if the manifest does not say."""
+    warnings: tuple[str, ...] = ()
+
+
+class PlannedFile(Record):
+    """An input file in plan.json, with its size in bytes."""
+
+    name: str
+    size: Count
+    stamp: str
+    rows: Count
+
+
+class PlanRecord(Record):
     """The content of plan.json."""
 
     fingerprint: Fingerprint
-    rows: int
-    units: int
-    files: dict[str, tuple[int, str, int]]
-    """(size in bytes, stamp, rows) of each input file, by name."""
+    rows: Count
+    units: Count
+    files: Annotated[tuple[PlannedFile, ...], Field(fail_fast=True)]
     created: str
-    job: dict[str, Any]
+    job: Annotated[dict[str, Any], AfterValidator(rename_old_keys)]
     """Settings of the job without credentials, under today's names of the keys."""
+
+    @cached_property
+    def listing(self) -> Listing:
+        """Return the input files in the form of a listing, as they are compared with those of a Plan."""
+        return {file.name: (file.size, file.stamp, file.rows) for file in self.files}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fingerprint.digest != digest_of(self.fingerprint.fields):
+            raise ValueError("fingerprint.digest is not that of fingerprint.fields")
+        if (promised := sum(rows for _, _, rows in self.listing.values())) != self.rows:
+            raise ValueError(f"rows is {self.rows}, its files have {promised}")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,37 +202,17 @@ def from_json(data: bytes) -> dict[str, Any]:
     return value
 
 
-def totals_from(fields: Mapping[str, Any]) -> Totals:
-    """Return the totals in a record that holds their fields. Raises NotOursError if they are missing or do not add
-    up."""
-    reasons = fields.get("finish_reasons")
-    if not isinstance(reasons, dict):
-        raise NotOursError(f"finish_reasons is {reasons!r}")
-    known = {**ADDED_LATER, **fields}
-    counts = {name: _count(known, name) for name in Totals.__dataclass_fields__ if name != "finish_reasons"}
-    totals = Totals(**counts, finish_reasons={name: _count(reasons, name) for name in reasons})
-    if not totals.ok + totals.errors == sum(totals.finish_reasons.values()) == totals.rows:
-        raise NotOursError(f"{totals.rows} rows are not {totals.ok} ok and {totals.errors} errors")
-    return totals
-
-
-def _count(fields: Mapping[str, Any], name: str) -> int:
-    value = _typed(fields, name, int)
-    if not 0 <= value < 2**63:
-        raise NotOursError(f"{name} is {value}")
-    return value
-
-
-def _number(fields: Mapping[str, Any], name: str) -> float:
-    value = fields.get(name)
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else _typed(fields, name, float)
-
-
-def _typed(fields: Mapping[str, Any], name: str, kind: type[T]) -> T:
-    value = fields.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise NotOursError(f"{name} is {value!r}" if name in fields else f"it has no {name}")
-    return value
+def unit_fields(unit: WorkUnit) -> dict[str, Any]:
+    """Return the fields that say in the record of a part or a segment which rows of which input file it holds."""
+    return {
+        "unit": unit.id,
+        "file": unit.name,
+        "first_row": unit.first_row,
+        "rows": unit.row_count,
+        "size": unit.size,
+        "stamp": unit.stamp,
+        "schema_version": SCHEMA_VERSION,
+    }
 
 
 def read_part(source: pa.NativeFile) -> tuple[PartRecord, Totals]:
@@ -154,52 +224,19 @@ def read_part(source: pa.NativeFile) -> tuple[PartRecord, Totals]:
         raise NotOursError(one_line(error)) from error
     pairs = metadata.metadata or {}
     try:
-        record = _part_record(from_json(pairs[RECORD_KEY.encode()]))
-        totals = totals_from(from_json(pairs[TOTALS_KEY.encode()]))
+        record = PartRecord.read(pairs[RECORD_KEY.encode()])
+        totals = TotalsRecord.read(pairs[TOTALS_KEY.encode()])
     except (KeyError, NotOursError) as error:
         raise NotOursError("its footer has no unit record of this project") from error
     if not record.rows == totals.rows == metadata.num_rows:
         raise NotOursError(f"it holds {metadata.num_rows} rows, its record says {record.rows}")
-    return record, totals
-
-
-def _part_record(fields: Mapping[str, Any]) -> PartRecord:
-    return PartRecord(
-        unit=_typed(fields, "unit", str),
-        file=_typed(fields, "file", str),
-        first_row=_count(fields, "first_row"),
-        rows=_count(fields, "rows"),
-        fingerprint=_typed(fields, "fingerprint", str),
-        writer=_typed(fields, "writer", str),
-        replica=_typed(fields, "replica", str),
-        attempt=_count(fields, "attempt"),
-        seconds=_number(fields, "seconds"),
-        size=_typed(fields, "size", int),
-        stamp=_typed(fields, "stamp", str),
-        schema_version=_count(fields, "schema_version"),
-        published=_typed({**ADDED_LATER, **fields}, "published", str),
-    )
+    return record, Totals(**totals.model_dump())
 
 
 def commit_record(record: PartRecord, result: UnitResult, part_bytes: int) -> dict[str, Any]:
-    """Return the commit record of a published part: its own record and totals, its checksum and its size in bytes."""
-    fields = {**asdict(record), **asdict(result.totals)}
+    """Return the content of the commit record of a published part, as CommitRecord reads it."""
+    fields = {**record.model_dump(), **asdict(result.totals)}
     return {**fields, "seconds": result.seconds, "sha256": result.sha256, "part_bytes": part_bytes}
-
-
-def read_commit(data: bytes) -> tuple[UnitResult, int]:
-    """Return the unit's result and the size of its part in bytes, read from its commit record. Raises NotOursError if
-    the bytes are not a commit record."""
-    fields = from_json(data)
-    result = UnitResult(
-        unit_id=_typed(fields, "unit", str),
-        totals=totals_from(fields),
-        seconds=_number(fields, "seconds"),
-        sha256=_typed(fields, "sha256", str),
-        replica=_typed(fields, "replica", str),
-        attempt=_count(fields, "attempt"),
-    )
-    return result, _count(fields, "part_bytes")
 
 
 def manifest_fields(
@@ -255,38 +292,3 @@ def plan_fields(plan: Plan, job: Job) -> dict[str, Any]:
         "created": now(),
         "job": _job_settings(job),
     }
-
-
-def read_plan(data: bytes) -> PlanRecord:
-    """Return the content of a plan.json as a record. Raises NotOursError if it is not as plan_fields makes it."""
-    value = from_json(data)
-    fingerprint: dict[str, Any] = _typed(value, "fingerprint", dict)
-    fields: dict[str, Any] = _typed(fingerprint, "fields", dict)
-    digest = _typed(fingerprint, "digest", str)
-    if digest != digest_of(fields):
-        raise NotOursError("fingerprint.digest is not that of fingerprint.fields")
-    files: dict[str, tuple[int, str, int]] = {}
-    for entry in _typed(value, "files", list):
-        if not isinstance(entry, dict):
-            raise NotOursError(f"files holds {entry!r}")
-        sizes = _count(entry, "size"), _typed(entry, "stamp", str), _count(entry, "rows")
-        files[_typed(entry, "name", str)] = sizes
-    rows, units = _count(value, "rows"), _count(value, "units")
-    created = _typed(value, "created", str)
-    try:
-        job = rename_old_keys(_typed(value, "job", dict))
-    except ValueError as error:
-        raise NotOursError(f"job: {error}") from None
-    if (promised := sum(file_rows for _, _, file_rows in files.values())) != rows:
-        raise NotOursError(f"rows is {rows}, its files have {promised}")
-    return PlanRecord(Fingerprint(fields, digest), rows, units, files, created, job)
-
-
-def finished_at(data: bytes) -> str:
-    """Return the time when the job of a manifest.json completed. Raises NotOursError if the manifest is not valid."""
-    return _typed(from_json(data), "finished", str)
-
-
-def warnings_in(data: bytes) -> tuple[str, ...]:
-    """Return the warnings in a manifest.json (earlier versions have none). Raises NotOursError if it is not valid."""
-    return tuple(str(warning) for warning in _typed({"warnings": [], **from_json(data)}, "warnings", list))

@@ -3,24 +3,23 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.schema import RESULT_SCHEMA, SCHEMA_VERSION
+from pipeline.core.schema import RESULT_SCHEMA
 from pipeline.core.types import WorkUnit
 from pipeline.output.layout import SEGMENTS
 from pipeline.output.part import to_parquet
-from pipeline.output.records import NotOursError, from_json
+from pipeline.output.records import NotOursError, Record, unit_fields
 
 RECORD_KEY = "twotower.segment"
 _NAME = re.compile(r"[0-9a-f]{32}-[0-9]{6,}-(?P<checksum>[0-9a-f]{64})\.parquet")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentRecord:
+class SegmentRecord(Record):
     """The unit and job of a segment's rows, kept in its key-value metadata beside the writer and the attempt."""
 
     unit: str
@@ -33,20 +32,12 @@ class SegmentRecord:
     stamp: str
     """Stamp of the input file, as in WorkUnit. Rows of an older version of the file are not used."""
     fingerprint: str
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int
 
     @classmethod
     def of(cls, unit: WorkUnit, fingerprint: str) -> Self:
         """Return the record for segments of this unit."""
-        return cls(
-            unit=unit.id,
-            file=unit.name,
-            first_row=unit.first_row,
-            rows=unit.row_count,
-            size=unit.size,
-            stamp=unit.stamp,
-            fingerprint=fingerprint,
-        )
+        return cls(**unit_fields(unit), fingerprint=fingerprint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +63,7 @@ def segment_name(writer: str, number: int, data: bytes) -> str:
 
 def to_segment(unit: WorkUnit, fingerprint: str, rows: pa.Table, *, writer: str, attempt: int) -> bytes:
     """Return the rows as the Parquet bytes of a segment, whose metadata has unit, fingerprint, writer and attempt."""
-    record = {**asdict(SegmentRecord.of(unit, fingerprint)), "writer": writer, "attempt": attempt}
+    record = {**SegmentRecord.of(unit, fingerprint).model_dump(), "writer": writer, "attempt": attempt}
     return to_parquet(rows.replace_schema_metadata({RECORD_KEY: json.dumps(record)}))
 
 
@@ -118,16 +109,12 @@ def _record_in(footer: pq.FileMetaData) -> SegmentRecord:
     pairs = footer.metadata or {}
     if RECORD_KEY.encode() not in pairs:
         raise NotOursError("its footer has no segment's record")
-    fields = from_json(pairs[RECORD_KEY.encode()])
-    for name, kind in SegmentRecord.__annotations__.items():
-        if type(fields.get(name)) is not kind:
-            raise NotOursError(f"its {name} is {fields.get(name)!r}")
-    return SegmentRecord(**{name: fields[name] for name in SegmentRecord.__annotations__})
+    return SegmentRecord.read(pairs[RECORD_KEY.encode()])
 
 
 def _check_record(found: SegmentRecord, wanted: SegmentRecord) -> None:
     """Raise NotOursError with the first field that differs."""
-    for name, value in asdict(wanted).items():
+    for name, value in wanted.model_dump().items():
         if (there := getattr(found, name)) != value:
             raise NotOursError(f"its {name} is {there!r}, not {value!r}")
 

@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +25,16 @@ from pipeline.core.types import Totals, UnitResult, WorkUnit
 from pipeline.input.unit_reader import UnitData, UnitReader
 from pipeline.output.layout import part_name, record_name
 from pipeline.output.part import build_part
-from pipeline.output.records import RECORD_KEY, NotOursError, PartRecord, commit_record, now, read_part, to_json
+from pipeline.output.records import (
+    RECORD_KEY,
+    NotOursError,
+    PartRecord,
+    commit_record,
+    now,
+    read_part,
+    to_json,
+    unit_fields,
+)
 from pipeline.output.segments import SegmentRows, folder_of, from_segment, segment_name, to_segment
 from pipeline.storage.storage import Storage
 from pipeline.storage.urls import safe_url
@@ -91,22 +99,16 @@ class UnitStore:
         each try to publish the part of one attempt. `seconds`: time from the unit's start until now. Raises ValueError,
         which ends the replica, if a row has no result or more than one.
         """
-        unit = data.unit
         record = PartRecord(
-            unit=unit.id,
-            file=unit.name,
-            first_row=unit.first_row,
-            rows=unit.row_count,
+            **unit_fields(data.unit),
             fingerprint=self._digest,
             writer=writer,
             replica=self._replica,
             attempt=attempt,
             seconds=seconds,
-            size=unit.size,
-            stamp=unit.stamp,
             published=now("milliseconds"),
         )
-        return build_part(data, rows, self._schema, {RECORD_KEY: json.dumps(asdict(record))})[0]
+        return build_part(data, rows, self._schema, {RECORD_KEY: json.dumps(record.model_dump())})[0]
 
     def publish(self, unit: WorkUnit, part: bytes) -> UnitResult:
         """Publish a part that was made by `make_part`, remove the unit's segments and return the result.

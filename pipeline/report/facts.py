@@ -12,7 +12,7 @@ from pipeline.core.types import Totals
 from pipeline.monitoring.live import Live, read_live
 from pipeline.output.layout import PARTS, part_name
 from pipeline.output.ledger import Ledger
-from pipeline.output.records import NotOursError, PartRecord, PlanRecord, read_part
+from pipeline.output.records import ManifestRecord, NotOursError, PartRecord, PlanRecord, read_part
 from pipeline.storage.storage import FileInfo, Storage
 
 THREADS = 16
@@ -86,13 +86,14 @@ def read_facts(output_path: str) -> Facts:
         units = tuple(unit for unit in found if unit is not None)
     totals = sum((unit.totals for unit in units), Totals())
     complete = (totals.rows, len(units)) == (plan.rows, plan.units) and ledger.is_complete()
+    manifest = ledger.read_manifest() if complete else ManifestRecord()
     return Facts(
         plan,
         units,
         totals,
         complete,
-        finished=ledger.finished_at() if complete else None,
-        warnings=ledger.warnings() if complete else (),
+        finished=manifest.finished,
+        warnings=manifest.warnings,
         strange_parts=len(parts) - len(units),
         live=read_live(storage, plan.fingerprint.digest),
     )

@@ -30,7 +30,7 @@ from pipeline.maintenance.verify import verify
 from pipeline.output.layout import REPORT
 from pipeline.output.ledger import Ledger
 from pipeline.output.part import TOTALS_KEY, to_parquet
-from pipeline.output.records import RECORD_KEY, PartRecord, commit_record, to_json
+from pipeline.output.records import RECORD_KEY, PartRecord, commit_record, to_json, unit_fields
 from pipeline.planning.fingerprint import listing_change
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.report.write import write_report
@@ -79,20 +79,15 @@ def make_part(unit: WorkUnit, plan: Plan) -> tuple[bytes, PartRecord, Totals]:
     table = pa.table({"id": [f"{unit.name}#{number}" for number in numbers], **columns}).cast(plan.schema)
     totals = Totals(rows, rows, 0, rows, rows, rows, finish_reasons={"length": rows})
     record = PartRecord(
-        unit=unit.id,
-        file=unit.name,
-        first_row=unit.first_row,
-        rows=rows,
+        **unit_fields(unit),
         fingerprint=plan.fingerprint.digest,
         writer="w",
         replica=f"r{number % REPLICAS}",
         attempt=1,
         seconds=float(REPLICAS),
-        size=unit.size,
-        stamp=unit.stamp,
         published=f"2026-01-01T00:{number // 60:02}:{number % 60:02}+00:00",
     )
-    header = {RECORD_KEY: json.dumps(asdict(record)), TOTALS_KEY: json.dumps(asdict(totals))}
+    header = {RECORD_KEY: json.dumps(record.model_dump()), TOTALS_KEY: json.dumps(asdict(totals))}
     return to_parquet(table.replace_schema_metadata(header)), record, totals
 
 

@@ -24,7 +24,7 @@ from pipeline.input import limits
 from pipeline.input.unit_reader import UnitReader
 from pipeline.output.claim import read_driver
 from pipeline.output.part import result_table
-from pipeline.output.records import NotOursError, plan_fields, read_commit, read_part, read_plan, to_json
+from pipeline.output.records import CommitRecord, NotOursError, PlanRecord, plan_fields, read_part, to_json
 from pipeline.output.segments import from_segment, segment_name, to_segment
 from pipeline.prompts.prompts import PromptMaker
 from pipeline.prompts.template import template_columns
@@ -110,12 +110,12 @@ def run_prompt(data: bytes) -> None:
 
 def run_plan(data: bytes) -> None:
     """Read a plan.json."""
-    _only_not_ours(lambda: read_plan(data))
+    _only_not_ours(lambda: PlanRecord.read(data))
 
 
 def run_record(data: bytes) -> None:
     """Read the commit record of a unit."""
-    _only_not_ours(lambda: read_commit(data))
+    _only_not_ours(lambda: CommitRecord.read(data))
 
 
 def run_driver(data: bytes) -> None:

@@ -70,7 +70,7 @@ def test_status_counts_the_jobs_own_parts_alone(job: Job) -> None:
 @pytest.mark.parametrize("text", [None, "", "{}", '{"finished": 1}'])
 def test_status_without_a_manifest(job: Job, text: str | None) -> None:
     _, ledger, manifest = run(job)
-    assert ledger.finished_at() == manifest["finished"]
+    assert ledger.read_manifest().finished == manifest["finished"]
     out(job, "_job/manifest.json").unlink()
     if text is not None:
         out(job, "_job/manifest.json").write_text(text)

@@ -15,6 +15,7 @@ from pipeline.input.unit_reader import UnitReader
 from pipeline.maintenance.verify import verify
 from pipeline.output.layout import SEGMENTS, part_name
 from pipeline.output.ledger import Ledger, read_status
+from pipeline.output.records import TotalsRecord
 from pipeline.planning.plan import Plan
 from pipeline.storage.storage import Storage
 from tests.pipeline.cases import (
@@ -137,7 +138,11 @@ def test_a_part_without_its_record_is_read_back_and_the_record_written(job: Job,
 
 
 @pytest.mark.parametrize(
-    "damage", [b"{", b"[" * 200_000, b"{}", {"rows": 9999}, {"errors": -5, "ok": 15}, {"unit": "z"}]
+    "damage",
+    [
+        *(b"{", b"[" * 200_000, b"{}", {"rows": 9999}, {"errors": -5, "ok": 15}, {"unit": "z"}, {"another": 1}),
+        *({"attempt": "1"}, {"attempt": True}, {"attempt": 1.0}, {"seconds": "1"}, {"null_ids": 2**63}),
+    ],
 )
 def test_a_record_that_is_wrong_counts_for_nothing(job: Job, damage: bytes | dict[str, Any]) -> None:
     """The part itself says what it holds. `verify` names the record, and after it is deleted, it is written again."""
@@ -154,6 +159,10 @@ def test_a_record_that_is_wrong_counts_for_nothing(job: Job, damage: bytes | dic
     ledger.finished(plan)
     assert verify(job.output.path).problems == ()
     assert {**load(record), "seconds": 0} == {**before, "seconds": 0}
+
+
+def test_all_totals_are_in_their_record() -> None:
+    assert TotalsRecord.model_fields.keys() == Totals.__dataclass_fields__.keys()
 
 
 def test_damage_of_the_same_size_to_a_footer_is_found(job: Job) -> None:
@@ -313,6 +322,9 @@ def test_a_job_whose_folder_was_taken_does_not_complete_it(job: Job) -> None:
         ("files", [{"name": "a.parquet", "stamp": "", "rows": 1}]),
         ("rows", "x"),
         ("units", -1),
+        ("units", "3"),
+        ("units", True),
+        ("units", 3.0),
         ("created", None),
         ("job", []),
         ("job.checkpoint", {}),  # the old name of job.flush, which is there too

@@ -212,7 +212,7 @@ def test_a_segment_with_other_contents_than_rows_of_its_unit_is_refused() -> Non
     records = [b"x", b"[]", b"[" * 99999, b"{}", b'{"unit": 3}']
     no_record = [to_parquet(rows.replace_schema_metadata({RECORD_KEY: record})) for record in records]
     for data in (b"", b"PAR1", to_parquet(rows), *no_record):
-        with pytest.raises(NotOursError, match=r"cannot be read|no segment's record|not JSON|its unit is|not a JSON"):
+        with pytest.raises(NotOursError, match=r"cannot be read|no segment's|not JSON|no unit|unit is 3|not a JSON"):
             from_segment(segment_name(WRITERS[0], 1, data), data, UNIT, DIGEST)
         with pytest.raises(NotOursError):
             read_record(pa.BufferReader(data))

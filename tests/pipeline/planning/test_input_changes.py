@@ -3,7 +3,7 @@
 import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.input.unit_reader import UnitReader
 from pipeline.output.layout import part_name
 from pipeline.output.ledger import Ledger, read_status
 from pipeline.output.part import build_part, result_table
-from pipeline.output.records import RECORD_KEY, PartRecord, read_plan
+from pipeline.output.records import RECORD_KEY, PartRecord, PlanRecord, unit_fields
 from tests.pipeline.cases import complete_row, load, open_ledger, out, plan_of, prompts, publish, run, two_files, write
 
 
@@ -167,8 +167,8 @@ def test_runs_that_race_for_a_folder_leave_one_plan(job: Job) -> None:
         for future in [pool.submit(open_ledger, settings, plan) for settings, plan in tries]:
             with contextlib.suppress(OutputError):
                 future.result()
-    record = read_plan(out(job, "_job/plan.json").read_bytes())
-    assert (record.fingerprint, record.files) in [(plan.fingerprint, plan.listing) for _, plan in tries]
+    record = PlanRecord.read(out(job, "_job/plan.json").read_bytes())
+    assert (record.fingerprint, record.listing) in [(plan.fingerprint, plan.listing) for _, plan in tries]
 
 
 def test_a_part_of_an_older_version_of_its_file_is_named(job: Job) -> None:
@@ -178,21 +178,11 @@ def test_a_part_of_an_older_version_of_its_file_is_named(job: Job) -> None:
     ledger = open_ledger(job, plan)
     unit = units[0]
     record = PartRecord(
-        unit=unit.id,
-        file=unit.name,
-        first_row=unit.first_row,
-        rows=unit.row_count,
-        fingerprint=plan.fingerprint.digest,
-        writer="w",
-        replica="r",
-        attempt=1,
-        seconds=1.0,
-        size=unit.size,
-        stamp=unit.stamp,
+        **unit_fields(unit), fingerprint=plan.fingerprint.digest, writer="w", replica="r", attempt=1, seconds=1.0
     )
     data = replace(UnitReader(job.input).read(plan.units[0]), unit=unit)
     results = result_table(unit, [complete_row(row) for row in data.rows])
-    part, _ = build_part(data, [results], plan.schema, {RECORD_KEY: json.dumps(asdict(record))})
+    part, _ = build_part(data, [results], plan.schema, {RECORD_KEY: json.dumps(record.model_dump())})
     out(job, part_name(unit.id)).write_bytes(part)
     with pytest.raises(OutputError, match=r"part-.* was made of another version of a\.parquet: delete it"):
         ledger.finished(plan)
