@@ -1,6 +1,7 @@
 """Draws charts as SVG for the HTML pages of the report and of `calibrate`.
 
-Text in a chart stays text. The classes of STYLE give all colours, so that a chart is light or dark as its page is.
+Text in a chart is SVG text, which readers can select and search. All colours come from the CSS classes in STYLE, so
+that a chart is light or dark as its page is.
 """
 
 import math
@@ -11,9 +12,9 @@ from pipeline.core.text import number
 
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 26, 40
 SMALL, LARGE, TALL = (360, 208), (560, 288), (560, 404)
-"""Margins of a chart, and sizes of charts with the margins, in units of the SVG."""
+"""Margins of a chart, and the sizes (width, height) of charts, margins included. All are in units of the SVG."""
 SERIES = 6
-"""Number of different colours for series: the classes s0 to s5."""
+"""Number of colours for series of a chart: the CSS classes s0 to s5."""
 MARKS = (
     "m-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",  # circle
     "m-3.5,-3.5h7v7h-7z",  # square
@@ -22,14 +23,15 @@ MARKS = (
     "m0,4.5l4.5,-8h-9z",  # triangle that stands on its tip
     "m-1.5,-4.5h3v3h3v3h-3v3h-3v-3h-3v-3h3z",  # plus
 )
-"""Shapes of marks as SVG paths from their centre, as are STAR, RING and DASH."""
+"""Shapes of the marks of series: SVG path data relative to the centre of the mark. STAR, RING and DASH are such shapes,
+too."""
 STAR = "m0,-7l1.7,4.7l5,0.1l-3.9,3.1l1.3,4.8l-4.1,-2.8l-4.1,2.8l1.3,-4.8l-3.9,-3.1l5,-0.1z"
 RING = "m-10,0a10,10 0 1,0 20,0a10,10 0 1,0 -20,0z"
 DASH = "m-7,0h14"
 Box = tuple[float, float, float, float]
-"""Left, top, right and bottom of something drawn, in units of the SVG."""
+"""A rectangle (left, top, right, bottom) in units of the SVG; y grows downwards."""
 Key = tuple[str, ...]
-"""An entry of a legend: the CSS classes of its mark, its text, and the shape of its mark if that is not a square."""
+"""An entry of a legend: (CSS classes of its mark, text) for a square mark, else (CSS classes, text, shape)."""
 
 STYLE = """
 figure > svg { display: block; width: 100%; height: auto; max-width: 620px; overflow: visible; }
@@ -55,20 +57,27 @@ svg .label { fill: var(--text); stroke: var(--page); stroke-width: 3px; paint-or
 
 
 class Scale:
-    """The values along an axis, from `low` to `high`. `log`: equal ratios have equal lengths; `low` must be above 0."""
+    """The scale of an axis: maps the values from `low` to `high` to places from 0 to 1.
+
+    It is linear, or logarithmic if `log`; `low` must be above 0 then. A `high` that is not above `low` becomes
+    `low` + 1.
+    """
 
     def __init__(self, low: float, high: float, *, log: bool = False) -> None:
         self.low, self.high, self._log = low, high if high > low else low + 1, log
 
     def share(self, value: float) -> float:
-        """Return the place of a value: 0 for `low` or less, 1 for `high` or more."""
+        """Return the place of a value on the axis: 0 for `low` or less, 1 for `high` or more."""
         inside = min(max(value, self.low), self.high)
         if self._log:
             return math.log(inside / self.low) / math.log(self.high / self.low)
         return (inside - self.low) / (self.high - self.low)
 
     def ticks(self, about: int) -> list[float]:
-        """Return roughly `about` round numbers within the scale; if `log`, powers of ten and 2 and 5 times these."""
+        """Return roughly `about` round numbers within the scale.
+
+        If the scale is logarithmic, these are the powers of ten, and 2 and 5 times these if the powers alone are few.
+        """
         if not self._log:
             return ticks(self.low, self.high, about)
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)))
@@ -78,35 +87,41 @@ class Scale:
 
 
 class Chart:
-    """A chart: its two scales and the SVG elements drawn so far."""
+    """A chart under construction: its two scales and the SVG elements drawn so far.
+
+    Methods place what they draw by values on the scales, except `text`. Later elements cover earlier ones.
+    """
 
     def __init__(self, size: tuple[int, int], x: Scale, y: Scale, about: str) -> None:
-        """Start an empty chart. `about`: its description for readers who cannot see it."""
+        """Start an empty chart of (width, height) `size`. `about`: its description for readers who cannot see it."""
         self.width, self.height = size
         self._x, self._y, self._about = x, y, about
         self._made: list[str] = []
-        self._taken: list[Box] = []  # by marks and labels
+        self._taken: list[Box] = []  # the places of marks and labels, which a new label must not cover
 
     def x(self, value: float) -> float:
-        """Return the horizontal position of an x value, in units of the SVG."""
+        """Return the horizontal position of an x value in units of the SVG; one outside the scale is moved to its end."""
         return LEFT + self._x.share(value) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """Return the vertical position of a y value, in units of the SVG."""
+        """Return the vertical position of a y value in units of the SVG; one outside the scale is moved to its end."""
         return self.height - BOTTOM - self._y.share(value) * (self.height - TOP - BOTTOM)
 
     def text(self, x: float, y: float, text: str, anchor: str = "middle", css: str = "") -> None:
-        """Add a text, which is escaped, at a position in units of the SVG."""
+        """Add a text at a position in units of the SVG; the text is escaped here.
+
+        `anchor` is SVG's `text-anchor`: the point of the text (start, middle or end) that is at `x`.
+        """
         self._made.append(f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
 
     def bar(self, x0: float, x1: float, value: float, title: str) -> None:
-        """Add a bar up to `value`, between two x values. A pointer that rests on the bar shows the title."""
+        """Add a bar from the bottom up to `value`, between two x values. A pointer that rests on it shows the title."""
         left, width, top = self.x(x0), max(0.5, self.x(x1) - self.x(x0) - 0.7), self.y(value)
         path = f"M{left:.1f},{top:.1f}h{width:.1f}V{self.height - BOTTOM}h-{width:.1f}z"
         self._made.append(f'<path class="s0 fill" d="{path}"><title>{escape(title)}</title></path>')
 
     def area(self, x: Iterable[float], low: Iterable[float], high: Iterable[float], css: str, title: str) -> None:
-        """Add the filled area between two lines through the given values."""
+        """Add the filled area between the lines (x, low) and (x, high). A pointer that rests on it shows the title."""
         x = list(x)
         outline = self._points(zip(x, high, strict=True)) + self._points(zip(x, low, strict=True))[::-1]
         self._made.append(
@@ -114,19 +129,19 @@ class Chart:
         )
 
     def path(self, points: Iterable[tuple[float, float]], css: str) -> None:
-        """Add a line through points, each an x and a y value."""
+        """Add a line through points, each an (x, y) pair of values. `css`: its CSS classes."""
         self._made.append(f'<polyline class="{css}" points="{" ".join(self._points(points))}"/>')
 
     def vertical(self, x: float, css: str) -> None:
-        """Add a line from the bottom to the top at an x value."""
+        """Add a line from the bottom to the top of the axes at an x value."""
         self.path([(x, self._y.low), (x, self._y.high)], css)
 
     def horizontal(self, y: float, css: str) -> None:
-        """Add a line from the left to the right at a y value."""
+        """Add a line from the left to the right end of the axes at a y value."""
         self.path([(self._x.low, y), (self._x.high, y)], css)
 
     def mark(self, x: float, y: float, shape: str, css: str, title: str) -> None:
-        """Add a mark at an x and a y value. A pointer that rests on the mark shows the title."""
+        """Add a mark at (x, y), of a shape such as those in MARKS. A pointer that rests on it shows the title."""
         across, down = self.x(x), self.y(y)
         half = 11 if shape == RING else 4
         self._taken.append((across - half, down - half, across + half, down + half))
@@ -134,9 +149,10 @@ class Chart:
         self._made.append(f'<path class="{css}" d="{path}"><title>{escape(title)}</title></path>')
 
     def label(self, x: float, y: float, text: str, *, must: bool = False) -> None:
-        """Write a text beside the mark at an x and a y value, once all marks are drawn.
+        """Add a text beside the mark at (x, y). Call this after all marks are drawn.
 
-        It covers no mark and no other label. If there is no such place, it is left out, or `must` be written anyway.
+        The text covers no mark and no earlier label. If there is no such place, the text is left out; if `must`, it is
+        written at the place at which it covers the fewest.
         """
         best = min(_boxes_beside(self.x(x), self.y(y), text), key=self._covered)
         if must or not self._covered(best):
@@ -144,7 +160,7 @@ class Chart:
             self.text((best[0] + best[2]) / 2, best[3] - 3, text, css="label")
 
     def axes(self, x_label: str, y_label: str, *, whole: bool = False) -> None:
-        """Add grid lines, ticks and labels for both axes. `whole`: x shows only whole numbers."""
+        """Add the grid lines, ticks and labels of both axes. If `whole`, the x axis has ticks at whole numbers only."""
         bottom = self.height - BOTTOM
         for tick in self._y.ticks(max(4, (bottom - TOP) // 36)):
             self.horizontal(tick, "grid")
@@ -158,7 +174,7 @@ class Chart:
         self.text(0, 12, y_label, "start")
 
     def svg(self) -> str:
-        """Return the chart as SVG text."""
+        """Return the chart as an `svg` element for a page that includes STYLE."""
         css, about = "small" if self.width == SMALL[0] else "large", escape(self._about)
         start = f'<svg class="{css}" viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{about}">'
         return f"{start}{''.join(self._made)}</svg>"
@@ -167,14 +183,17 @@ class Chart:
         return [f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in values]
 
     def _covered(self, box: Box) -> int:
-        """Return how many marks and labels the box would cover; one more if it is not inside the axes."""
+        """Return the number of marks and labels that the box would cover; one more if it is not inside the axes."""
         left, top, right, bottom = box
         outside = left < LEFT or right > self.width or top < TOP - 8 or bottom > self.height - BOTTOM
         return outside + sum(left < x1 and right > x0 and top < y1 and bottom > y0 for x0, y0, x1, y1 in self._taken)
 
 
 def _boxes_beside(x: float, y: float, text: str) -> Iterator[Box]:
-    """Yield boxes for a text around a position, the best first. The page enlarges texts on small screens to this."""
+    """Yield boxes in which a text could stand beside a position in units of the SVG, the preferred box first.
+
+    A box has room for the text at the larger size that it has on small screens.
+    """
     width, height = 8.5 * len(text), 13
     for gap in (6, 14):
         for right, down in ((-1, 0), (1, 0), (-0.5, 1), (0.5, -1), (-0.5, -1), (0.5, 1)):
@@ -184,7 +203,10 @@ def _boxes_beside(x: float, y: float, text: str) -> Iterator[Box]:
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Return roughly `about` round numbers between `low` and `high`."""
+    """Return roughly `about` round numbers from `low` to `high`, evenly spaced by 1, 2 or 5 times a power of ten.
+
+    If `high` is not above `low`, or the range is not finite, return `low` alone.
+    """
     raw = (high - low) / about
     if not (raw > 0 and math.isfinite(raw)):
         return [low]

@@ -1,4 +1,7 @@
-"""Renders the HTML pages of the report and of `calibrate`. A page is one file that runs no script and loads nothing."""
+"""Renders the HTML pages of the report and of `calibrate` from templates, and makes foreign texts safe to show.
+
+A page is one file that runs no script and loads nothing.
+"""
 
 import unicodedata
 from collections.abc import Mapping
@@ -75,17 +78,19 @@ _MACROS = """{% macro key(css, label, mark="m-5,-5h10v10h-10z") -%}
 {%- endfor %}</tr>
 {% endfor %}</table></div>{% endmacro %}
 """
-"""Macros for the bodies of all pages: an entry of a legend; a chart with its caption and legend; a table, in which
-`texts` are the indexes of the columns with text."""
+"""Jinja2 macros for the bodies of all pages. key: an entry of a legend. figure: a chart with its legend and caption.
+table: a table; `texts` are the indexes of the columns with text, which are aligned to the left."""
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that change the direction in which the text around them is shown."""
 
 
 def render(body: str, context: Mapping[str, Any], *, title: str, style: str = "", complete: bool = True) -> bytes:
-    """Return a page as UTF-8 HTML. `body`: a jinja2 template. `style`: CSS in addition to that of all pages.
+    """Return a page as UTF-8 HTML.
 
-    The context has the values of the body, and the heading, verdict, tiles and notes that every page begins with.
-    `complete`: whether the verdict is final. All texts of the context are escaped, except charts and those that the
-    template marks as `safe`.
+    `body`: a jinja2 template, which follows the heading, the verdict, the tiles and the notes that every page begins
+    with. `context`: the values for all of these; texts among them are escaped, except charts and what the template
+    marks as `safe`. `title`: the title of the browser's tab. `style`: CSS in addition to that of all pages. `complete`:
+    whether the verdict is final; if not, its colour says so. Raises jinja2.UndefinedError if a value is missing.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -96,7 +101,12 @@ def render(body: str, context: Mapping[str, Any], *, title: str, style: str = ""
 
 
 def shown(text: str, at_most: int) -> str:
-    """Return the text with control characters and direction marks made visible, cut to `at_most` characters."""
+    """Return a text that anybody may have written so that it is safe and fully visible on a page or a terminal.
+
+    Control characters, direction marks, and characters without a meaning of their own in Unicode are replaced by
+    visible ones; tabs and newlines stay. After `at_most` characters the text is cut, and the result says how many more
+    there were.
+    """
     cut = text if len(text) <= at_most else text[:at_most]
     visible = "".join(map(_visible, cut))
     return visible if cut is text else f"{visible}… ({len(text) - at_most:,} more characters)"
