@@ -100,11 +100,11 @@ class Chart:
         self._taken: list[Box] = []  # the places of marks and labels, which a new label must not cover
 
     def x(self, value: float) -> float:
-        """Return the horizontal position of an x value in units of the SVG; one outside the scale is moved to its end."""
+        """Return the horizontal position of an x value in units of the SVG; one outside the scale goes to its end."""
         return LEFT + self._x.share(value) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """Return the vertical position of a y value in units of the SVG; one outside the scale is moved to its end."""
+        """Return the vertical position of a y value in units of the SVG; one outside the scale goes to its end."""
         return self.height - BOTTOM - self._y.share(value) * (self.height - TOP - BOTTOM)
 
     def text(self, x: float, y: float, text: str, anchor: str = "middle", css: str = "") -> None:

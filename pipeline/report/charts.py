@@ -1,4 +1,4 @@
-"""Draws the charts of the report."""
+"""Draws the charts of report.html as SVG: histograms of measures, and throughput over time."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,10 @@ from pipeline.report.timeline import Array, Timeline
 
 
 def histogram_chart(found: Histogram, label: str) -> str:
-    """Return a chart with one bar for each bin, as high as the bin's share of the values, and a line at the median."""
+    """Return a chart with one bar for each bin, as high as the bin's share of all values, and a line at the median.
+
+    `label`: the name of the measure, for the x axis.
+    """
     total = int(found.counts.sum())
     shares = found.counts / total
     x = Scale(float(found.edges[0]), float(found.edges[-1]))
@@ -32,7 +35,10 @@ def histogram_chart(found: Histogram, label: str) -> str:
 
 
 def throughput_chart(timeline: Timeline, legend: Sequence[tuple[str, Array]]) -> str:
-    """Return a chart of completion tokens/s over time, with the series of `legend` stacked on top of each other."""
+    """Return a chart of completion tokens/s over time, in which the series are stacked on top of each other.
+
+    `legend`: (name, tokens/s in each bin) of each series, the lowest first.
+    """
     areas, below = [], np.zeros(len(timeline.rates))
     for index, (name, rates) in enumerate(legend):
         areas.append((below, below + rates, f"s{index} fill", name))
@@ -41,9 +47,10 @@ def throughput_chart(timeline: Timeline, legend: Sequence[tuple[str, Array]]) ->
 
 
 def spread_chart(timeline: Timeline) -> str:
-    """Return a chart of the tokens/s of one place over time, taken over the places that are at work.
+    """Return a chart that shows how much the places differ in their completion tokens/s, over time.
 
-    It shows the median and a band from the 10th to the 90th percentile.
+    For each bin it shows the median, and a band from the 10th to the 90th percentile, of the places that generated
+    tokens in that bin; 0 if none did.
     """
     rates = np.array([place.rates for place in timeline.places])  # (places, bins)
     low, middle, high = (
@@ -57,9 +64,10 @@ def spread_chart(timeline: Timeline) -> str:
 def _over_time(
     timeline: Timeline, measure: str, areas: Sequence[tuple[Array, Array, str, str]], line: Array | None = None
 ) -> str:
-    """Return a chart of a measure over time, with filled areas (low, high, CSS classes, title) and at most one line.
+    """Return a chart of a measure over the time at work, with filled areas and, if given, one line.
 
-    All values are those of the timeline's bins, shape (bins,).
+    `areas`: (low, high, CSS classes, title) of each area, at least one. All arrays have one value for each bin, shape
+    (bins,). A dashed line stands at each idle time that was cut out.
     """
     scale = TimeScale(timeline.seconds)
     end, most = scale.of(timeline.seconds), max(float(high.max()) for _, high, *_ in areas)

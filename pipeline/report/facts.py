@@ -1,4 +1,7 @@
-"""Reads the facts about a whole job from its plan, the footers of its parts and its manifest, without reading rows."""
+"""Reads the facts about a whole job from its plan, the footers of its parts, its manifest and `live.json`.
+
+No row is read.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,65 +19,74 @@ from pipeline.output.records import ManifestRecord, NotOursError, PartRecord, Pl
 from pipeline.storage.storage import FileInfo, Storage
 
 THREADS = 16
+"""Number of footers that are read at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A work unit whose part is published."""
+    """A work unit whose part is published, as the footer of the part describes it."""
 
     part: FileInfo
     id: str
     file: str
+    """Path of the input file relative to the input root."""
     first_row: int
     totals: Totals
     replica: str
+    """Name of the replica that published the part."""
     attempt: int
+    """Number of the attempt that published the part, from 1."""
     seconds: float
-    """Seconds that the unit took on the replica that published it. The totals also count rows that earlier attempts had
-    finished."""
+    """Seconds from when the replica that published the part had read the unit until the publication; 0 if the part has
+    no valid number. `totals` also counts the rows that earlier attempts had saved."""
     ended: float | None
-    """Time at which it was published, in seconds since 1970; None if the part does not say, as in earlier versions."""
+    """Time of the publication, in seconds since 1970; None if the part does not say, as in earlier versions."""
 
     @property
     def place(self) -> str:
-        """Return the replica's name without the number of its process: r3 for r3.2, which replaced r3."""
+        """Return the name of the replica without the number of its process: `r3` for `r3.2`, which replaced `r3`."""
         return self.replica.partition(".")[0]
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Return the completion tokens per second, or None if the seconds are 0."""
+        """Return the completion tokens of all rows of the unit divided by `seconds`, or None if `seconds` is 0."""
         return self.totals.completion_tokens / self.seconds if self.seconds > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The facts about a job, which may be finished or not."""
+    """The facts about a job that need no reading of rows; the job may be finished or not."""
 
     plan: PlanRecord
     units: tuple[Unit, ...]
+    """The units whose parts are published, in the order of the names of the parts."""
     totals: Totals
+    """The sums over these units."""
     complete: bool
+    """Whether all rows and units of the plan are in parts, and `_SUCCESS` exists."""
     finished: str | None
     """Time of completion, ISO 8601 in UTC; None if the job is not complete or its manifest cannot be read."""
     warnings: tuple[str, ...]
+    """Warnings in the manifest; empty if the job is not complete."""
     strange_parts: int
-    """Number of files with a part's name that are broken or belong to another job."""
+    """Number of files that have the name of a part but are broken or belong to another job; `units` leaves them out."""
     live: Live | None
-    """The last state that the driver of the last run wrote; None if there is none or this version cannot read it."""
+    """The last state that the driver of the last run wrote to `live.json`; None if there is none, if it belongs to
+    another job, or if this version cannot read it."""
 
     @property
     def name(self) -> str:
-        """Return the name of the job, or `job` if it has none."""
+        """Return the name of the job in its plan, or `job` if the plan has none."""
         return str(self.plan.job.get("name") or "job")
 
     def setting(self, section: str, name: str) -> Any:
-        """Return one setting of the job from plan.json, or None if it is not there."""
+        """Return the setting `section.name` of the job from plan.json, or None if it is not there."""
         found = self.plan.job.get(section)
         return found.get(name) if isinstance(found, Mapping) else None
 
 
 def read_facts(output_path: str) -> Facts:
-    """Read the facts about the job, with one request for the footer of each part.
+    """Return the facts about the job with this output. Only the footer of each part is read, by THREADS threads.
 
     Raises OutputError if the folder is not a job's output, StorageError if the storage fails.
     """
@@ -100,6 +112,8 @@ def read_facts(output_path: str) -> Facts:
 
 
 def _reader(storage: Storage, digest: str) -> Callable[[FileInfo], Unit | None]:
+    """Return a function that reads the unit of a part. It returns None if the part is broken or of another job."""
+
     def read(part: FileInfo) -> Unit | None:
         with suppress(NotOursError), storage.open(part.name, part.size) as source:
             record, totals = read_part(source)

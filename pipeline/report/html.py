@@ -1,4 +1,4 @@
-"""Builds the page report.html."""
+"""Builds the page report.html of a job: its template, its charts, and the values for both."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ _BODY = """{% macro stack(parts) %}<div class="stack">
 {% if throughput %}<h2>Throughput</h2>
 <div class="pair">
 {{ figure(throughput, "", legend) }}
-{% if spread %}{{ figure(spread, "The median of the replicas at work, and from the 10th to the 90th percentile.") }}
+{% if spread %}{{ figure(spread, "Median of the replicas at work, with a band from the 10th to the 90th percentile.") }}
 {% endif %}
 </div>
 {% for line in about_time %}<p class="soft">{{ line }}</p>
@@ -44,38 +44,40 @@ _BODY = """{% macro stack(parts) %}<div class="stack">
 {% endfor %}</div>
 {% if spent %}<h3>Where a row's time went</h3>
 {{ stack(spent) }}
-<p class="soft">Shares of the sum of all latencies, from submission to end; seconds in forwards that a row took part in
-are counted whole, the other rows of the forward notwithstanding.</p>{% endif %}
+<p class="soft">Shares of the sum of all latencies, which last from submission to end. A row counts the whole time of
+each forward that it took part in, although other rows shared that forward.</p>{% endif %}
 {{ table(measure_heads, measures) }}
 {% endif %}
 <h2>Errors</h2>
 <p>{{ about_errors }}</p>
-{% if errors %}{{ table(["rows", "error", "such as"], errors, (1, 2)) }}{% endif %}
+{% if errors %}{{ table(["rows", "error", "example"], errors, (1, 2)) }}{% endif %}
 {% if slowest %}<h2>Slowest units</h2>
 <p class="soft">{{ about_slowest }}</p>
 {{ table(slowest_heads, slowest, (8,)) }}{% endif %}
 {% if last_run %}<h2>The last run</h2>
-<p class="soft">These are figures of the last driver, with the replicas that it had at its end.</p>
-{{ table(["what", "how much"], last_run, (1,), "settings") }}{% endif %}
+<p class="soft">These figures are from the last driver, about the replicas that it had at its end.</p>
+{{ table(["figure", "value"], last_run, (1,), "settings") }}{% endif %}
 <h2>The job</h2>
 {{ table(["setting", "value"], settings, (1,), "settings") }}
 """
 REPLICAS_SHOWN = 16
+"""Maximum number of replicas in the table of replicas."""
 _CHARTS = {
-    "tokens_per_forward": "Tokens of a row for each of its denoiser forwards. A forward commits at least one token.",
-    "steps_per_block": "Denoiser forwards until a block was complete.",
+    "tokens_per_forward": "Completion tokens of a row per denoiser forward. Each forward commits at least one token.",
+    "steps_per_block": "Number of denoiser forwards until a block was complete.",
     "latency_s": "Seconds from the submission of a row in its replica to its end, waiting included.",
     "prompt_tokens": "",
     "completion_tokens": "",
-    "batch_rows": "Rows computed together, as the mean over the forwards of a row.",
+    "batch_rows": "Number of rows computed together: the mean over the forwards of a row after its prefill.",
     "tokens_per_s": "Completion tokens divided by latency.",
     "mean_confidence": "Mean probability of the tokens of a row when they were committed.",
-    "forced_commits": "Tokens of a row that were committed at or below the confidence threshold.",
+    "forced_commits": "Number of tokens of a row that were committed at or below the confidence threshold.",
 }
+"""The measures that have a chart, with their captions, in the order on the page."""
 
 
 def make_html(report: Report) -> bytes:
-    """Return the page as UTF-8 HTML."""
+    """Return report.html as UTF-8 HTML. A section without values, such as throughput without units, is left out."""
     facts, time = report.facts, report.timeline
     name = shown(facts.name, NAME_CHARS)
     legend = _legend(time)
@@ -109,28 +111,28 @@ def make_html(report: Report) -> bytes:
 
 
 def _legend(time: Timeline) -> list[tuple[str, Array]]:
-    """Return (name, tokens/s by bin) of each place, or of all together if there are more places than colours."""
+    """Return (name, tokens/s in each bin) of each replica, or of all together if they are more than the colours."""
     if len(time.places) > SERIES:
         return [(f"all {len(time.places):,} replicas", time.rates)]
     return [(shown(place.name, NAME_CHARS), place.rates) for place in time.places]
 
 
 def _replicas(time: Timeline) -> dict[str, Any]:
-    """Return the template values for the table of the slowest replicas: up to REPLICAS_SHOWN of them."""
+    """Return the template values for the table of replicas: the REPLICAS_SHOWN slowest, the slowest first."""
     ordered = sorted(time.places, key=lambda place: (place.tokens_per_s, place.name))
     more = len(ordered) - REPLICAS_SHOWN
-    said = f"The {REPLICAS_SHOWN} slowest; {more:,} others are faster." if more > 0 else ""
+    said = f"Shown are the {REPLICAS_SHOWN} slowest; {more:,} more were faster." if more > 0 else ""
     return {"replicas": [summary.place_cells(place) for place in ordered[:REPLICAS_SHOWN]], "more_replicas": said}
 
 
 def _charts(sample: Sample) -> list[tuple[str, str]]:
-    """Return (SVG, caption) of each measure that has values."""
+    """Return (SVG, caption) of a histogram for each measure of _CHARTS that has values."""
     found: list[tuple[str, str]] = []
     for name, caption in _CHARTS.items():
         counted = name == "steps_per_block"
         one = histogram_of_counts(sample.steps) if counted else histogram(sample.values[name])
         if one is not None:
-            rest = " The last bar is of all that is above it, too." if one.cut else ""
+            rest = " The last bar also counts all larger values." if one.cut else ""
             found.append((charts.histogram_chart(one, LABELS[name]), (caption + rest).strip()))
     return found
 

@@ -1,4 +1,4 @@
-"""Computes histograms and summary numbers of distributions."""
+"""Computes histograms and summary numbers (mean, quantiles, largest value) of the measures of rows."""
 
 from dataclasses import dataclass
 
@@ -8,42 +8,46 @@ import numpy.typing as npt
 from pipeline.report.rows import Counts, Floats
 
 BINS = 32
+"""Number of bins of a histogram; a histogram of whole numbers may have fewer."""
 TAIL, NEAR = 0.995, 0.1
 """Values above the TAIL quantile go into the last bin, so that one outlier does not flatten the rest. This is not done
-if the largest value is near, which means above that quantile by at most NEAR times the range."""
+if the largest value is above that quantile by at most NEAR times the distance from the smallest value to it."""
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
+"""The quantiles in a Summary, each as the share of the values that are not larger."""
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """A histogram: the counts of values between edges."""
+    """A histogram of a measure: how many of its values lie in each of several adjacent bins."""
 
     edges: npt.NDArray[np.float64]
-    """Edges of the bins, shape (bins + 1,)."""
+    """Edges of the bins in ascending order, shape (bins + 1,)."""
     counts: Counts
     """Number of values in each bin, shape (bins,)."""
     median: float
+    """Median of all values."""
     cut: bool
-    """Whether the last bin also counts all values above it."""
+    """Whether the last bin also counts the values above its upper edge."""
     whole: bool
     """Whether all values are whole numbers. The edges are then halfway between them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The summary numbers of a distribution."""
+    """The mean, some quantiles and the largest of the values of a measure."""
 
     mean: float
     quantiles: tuple[float, ...]
-    """The quantiles named in QUANTILES."""
+    """The quantiles for the shares in QUANTILES, in the same order."""
     most: float
+    """The largest value."""
 
 
 def histogram(values: Floats) -> Histogram | None:
-    """Return a histogram of the values, or None if there are no values.
+    """Return a histogram of finite values, or None if there are no values.
 
-    If all values are whole numbers, each bin covers one of them, or several if the range is wider than BINS. Otherwise
-    there are BINS bins of equal width.
+    If all values are whole numbers, each bin covers one whole number, or several if there would be more than BINS bins.
+    Otherwise there are BINS bins of equal width. The last bin may also count larger values (see TAIL).
     """
     if not len(values):
         return None
@@ -64,9 +68,10 @@ def histogram(values: Floats) -> Histogram | None:
 
 
 def histogram_of_counts(counts: Counts) -> Histogram | None:
-    """Return a histogram of whole numbers, or None if all counts are 0.
+    """Return a histogram of whole numbers that were counted, or None if all counts are 0.
 
-    `counts[n]`: how often n occurs, shape (values,). There is one bin for each number from the smallest to the largest
+    `counts[n]`: how often n occurs, shape (values,). The last of the counts stands for its number and all larger ones,
+    so the histogram is `cut` if that number occurs. There is one bin for each number from the smallest to the largest
     that occurs.
     """
     present = np.flatnonzero(counts)
@@ -79,7 +84,7 @@ def histogram_of_counts(counts: Counts) -> Histogram | None:
 
 
 def summary(values: Floats) -> Summary | None:
-    """Return the mean, the quantiles and the largest of the values, or None if there are no values."""
+    """Return the summary of the values, or None if there are no values."""
     if not len(values):
         return None
     quantiles = tuple(float(value) for value in np.quantile(values, QUANTILES))
@@ -87,7 +92,10 @@ def summary(values: Floats) -> Summary | None:
 
 
 def summary_of_counts(counts: Counts) -> Summary | None:
-    """Return the summary of whole numbers, or None if all counts are 0. `counts[n]`: how often n occurs."""
+    """Return the summary of whole numbers that were counted, or None if all counts are 0.
+
+    `counts[n]`: how often n occurs, shape (values,).
+    """
     total = int(counts.sum())
     if not total:
         return None

@@ -1,7 +1,8 @@
-"""Reads the statistics of rows from a bounded sample of parts, and the reasons why rows failed.
+"""Reads the statistics of rows, and the reasons why rows failed, each from a bounded random sample of parts.
 
-For the statistics, one row group of each sampled part is read, and only the columns that are needed. The parts are
-drawn with a fixed seed, so that a second report of the same output says the same.
+For the statistics, one row group of each sampled part is read; for the reasons, all rows of each sampled part. Only the
+columns that are needed are read. The samples are drawn with a fixed seed, so that a second report of the same output
+says the same.
 """
 
 import random
@@ -26,14 +27,18 @@ PARTS_READ, ROWS_READ = 200, 1_000_000
 """Largest number of parts, and of rows, in a sample; a part counts with at most GROUP_ROWS rows. The limit that is
 reached first bounds the time and the memory of a report."""
 THREADS = 4
+"""Number of parts that are read at the same time."""
 BATCH_ROWS = 16_384
+"""Number of rows that are decoded at a time."""
 SEED = 0
+"""Seed of the random choice of parts and row groups."""
 STEPS_SHOWN = 64
-"""Largest number of steps of a block that is counted; a block with more steps counts as one with this many."""
+"""Largest number of steps per block that is counted; a block with more steps counts as one with this many."""
 MEASURES = (
     *("tokens_per_forward", "prompt_tokens", "completion_tokens", "latency_s", "tokens_per_s", "batch_rows"),
     *("mean_confidence", "forced_commits", "repetition", "queue_s", "prefill_s", "denoise_s", "commit_s"),
 )
+"""Columns of the output that are measures of a row: the report shows their distributions over the sampled rows."""
 _READ = ("finish_reason", "steps_per_block", *MEASURES)
 Floats = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
@@ -42,32 +47,39 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The statistics of sampled rows that are not error rows."""
+    """The statistics of sampled rows. Error rows are left out."""
 
     values: dict[str, Floats]
-    """Values of the rows by measure, without nulls."""
+    """Values by measure (see MEASURES): one for each row in which the measure is neither null nor infinite nor NaN."""
     steps: Counts
-    """Number of blocks for each number of steps, shape (STEPS_SHOWN + 1,)."""
+    """`steps[n]`: number of blocks that took n steps, shape (STEPS_SHOWN + 1,)."""
     rows: int
+    """Number of rows without errors that were read."""
     parts: int
+    """Number of parts that they were read from."""
     of_parts: int
-    """Number of all parts that have such rows."""
+    """Number of all parts that have rows without errors."""
     unreadable: int
     """Number of sampled parts that could not be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """The reasons why rows failed, the most frequent first."""
+    """The reasons why rows failed, counted in all parts with error rows or in a sample of them."""
 
     kinds: tuple[ErrorCount, ...]
+    """The kinds of errors with their numbers of rows, the most frequent kind first."""
     parts: int
+    """Number of parts that were read."""
     of_parts: int
     """Number of all parts that have error rows."""
 
 
 def read_sample(storage: Storage, units: Sequence[Unit]) -> Sample:
-    """Return the statistics of one row group of each sampled part. Unreadable parts are left out and counted."""
+    """Return the statistics of rows without errors, from one row group of each sampled part.
+
+    Parts that cannot be read are left out and counted (see Sample.unreadable).
+    """
     good = [unit for unit in units if unit.totals.ok]
     drawn = _draw(good)
     found = _each(lambda unit: _read_statistics(storage, unit), drawn)
@@ -79,7 +91,10 @@ def read_sample(storage: Storage, units: Sequence[Unit]) -> Sample:
 
 
 def read_errors(storage: Storage, units: Sequence[Unit]) -> Errors:
-    """Return the kinds of errors in the parts that have error rows, or in a sample of these parts."""
+    """Return the kinds of errors in the parts that have error rows, or in a sample of these parts if they are many.
+
+    Parts that cannot be read are left out.
+    """
     failed = [unit for unit in units if unit.totals.errors]
     drawn = _draw(failed)
     found = _each(lambda unit: _read_kinds(storage, unit), drawn)
@@ -90,7 +105,7 @@ def read_errors(storage: Storage, units: Sequence[Unit]) -> Errors:
 
 
 def _draw(units: Sequence[Unit]) -> list[Unit]:
-    """Return a random sample of the units, within the limits PARTS_READ and ROWS_READ."""
+    """Return a random sample of the units within the limits PARTS_READ and ROWS_READ; all units if they are few."""
     mixed = random.Random(SEED).sample(units, min(len(units), PARTS_READ))
     drawn: list[Unit] = []
     rows = 0
@@ -103,7 +118,7 @@ def _draw(units: Sequence[Unit]) -> list[Unit]:
 
 
 def _each(read: Callable[[Unit], T], units: Sequence[Unit]) -> list[T]:
-    """Return the results of `read` for the units, without the units whose part cannot be read."""
+    """Return the results of `read` for the units in their order, without those whose part cannot be read."""
 
     def try_one(unit: Unit) -> list[T]:
         # the part is damaged or lacks columns: `verify` reports that
@@ -126,7 +141,7 @@ def _open(storage: Storage, unit: Unit) -> Iterator[pq.ParquetFile]:
 
 
 def _read_statistics(storage: Storage, unit: Unit) -> tuple[dict[str, Floats], Counts, int]:
-    """Return (values by measure, number of blocks by steps, number of rows) of one row group, without error rows."""
+    """Return (values by measure, blocks by number of steps, rows) of a random row group, without error rows."""
     values: dict[str, list[Floats]] = {name: [np.zeros(0, np.float32)] for name in MEASURES}
     steps, rows = np.zeros(STEPS_SHOWN + 1, np.int64), 0
     with _open(storage, unit) as file:
@@ -143,7 +158,7 @@ def _read_statistics(storage: Storage, unit: Unit) -> tuple[dict[str, Floats], C
 
 
 def _read_kinds(storage: Storage, unit: Unit) -> tuple[ErrorCount, ...]:
-    """Return the kinds of errors in one part."""
+    """Return the kinds of errors in all rows of a part, each with an example `file#row: text`."""
     kinds, columns = ErrorKinds(), ["error", "source_row"]
     with _open(storage, unit) as file:
         for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):

@@ -13,11 +13,13 @@ from pipeline.report.summary import LABELS, Report
 from pipeline.report.timeline import Array
 
 BARS = " ▁▂▃▄▅▆▇█"
+"""Characters of a sparkline, from nothing to the full height."""
 REPLICAS, UNITS, KINDS = 8, 5, 5
+"""Maximum number of replicas, of the slowest units, and of kinds of errors that are shown."""
 
 
 def lines(report: Report) -> Iterator[str]:
-    """Yield the lines of the report."""
+    """Yield the lines of the report: what report.html shows, with sparklines for charts and without the settings."""
     facts, time = report.facts, report.timeline
     yield f"{shown(facts.name, summary.NAME_CHARS)}: {summary.verdict(facts)}"
     yield from (f"- {_one_line(note)}" for note in summary.notes(report))
@@ -31,7 +33,7 @@ def lines(report: Report) -> Iterator[str]:
         slow = sorted(time.places, key=lambda place: (place.tokens_per_s, place.name))
         yield from _aligned([summary.PLACE_HEADS, *map(summary.place_cells, slow[:REPLICAS])])
         if len(slow) > REPLICAS:
-            yield f"  the {REPLICAS} slowest of {len(slow):,}"
+            yield f"  the {REPLICAS} slowest of {len(slow):,} replicas"
     if report.sample.rows:
         yield ""
         yield summary.about_sample(facts, report.sample)
@@ -51,7 +53,7 @@ def lines(report: Report) -> Iterator[str]:
 
 
 def sparkline(values: Array) -> str:
-    """Return a bar character for each value, as high as its share of the largest. Any value above 0 is visible."""
+    """Return one of BARS for each value, as high as its share of the largest value. Any value above 0 is visible."""
     most = float(values.max()) if len(values) else 0.0
     if most <= 0:
         return " " * len(values)
@@ -59,7 +61,7 @@ def sparkline(values: Array) -> str:
 
 
 def _measures(sample: Sample) -> Iterator[list[str]]:
-    """Yield for each measure the cells under MEASURE_HEADS and its distribution as a sparkline."""
+    """Yield for each measure the cells under MEASURE_HEADS, and its histogram as a sparkline."""
     found: dict[str, Histogram | None] = {LABELS[name]: histogram(sample.values[name]) for name in MEASURES}
     found[LABELS["steps_per_block"]] = histogram_of_counts(sample.steps)
     for label, numbers in summary.summaries(sample):
@@ -68,9 +70,9 @@ def _measures(sample: Sample) -> Iterator[list[str]]:
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Iterable[str]:
-    """Yield the rows as lines whose columns have equal widths. Spaces at the end of a line are removed.
+    """Yield the rows of a table as indented lines with aligned columns. Spaces at the end of a line are removed.
 
-    `left`: indexes of the columns that are aligned to the left; if it is empty, the last column is.
+    `left`: indexes of the columns that are aligned to the left, -1 being the last; if it is empty, the last column is.
     """
     if not rows:
         return

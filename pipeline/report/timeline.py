@@ -1,4 +1,4 @@
-"""Computes the throughput over time from the times at which units began and ended.
+"""Computes the throughput of a job over time from the times at which its units began and ended.
 
 A unit's tokens are spread evenly over its seconds. Long times without any unit in progress (the job was stopped or
 waited in a queue) are cut out of the time axis, so that a job that was resumed after a week looks like one that ran
@@ -14,44 +14,50 @@ import numpy.typing as npt
 from pipeline.report.facts import Unit
 
 BINS = 60
+"""Number of equal bins that the time axis is divided into."""
 GAP_S, GAP_SHARE = 60.0, 0.05
-"""Idle time is cut out if it is longer than GAP_S seconds and longer than GAP_SHARE of the time at work."""
+"""A time without any unit in progress is cut out if it is longer than GAP_S seconds and longer than GAP_SHARE of the
+seconds in which at least one unit was in progress."""
 Array = npt.NDArray[np.float64]
+"""Mostly one number for each bin of the time axis."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The work of one replica and of the replicas that replaced it after it was lost."""
+    """The work of one replica and of the replicas that replaced it after it was lost: they count as one in a report."""
 
     name: str
+    """Name of the first of these replicas, such as `r3`."""
     units: int
+    """Number of units that were published here. `rows` and `tokens` are those of these units."""
     rows: int
     tokens: int
+    """Number of completion tokens."""
     processes: int
-    """Number of replicas in this place that published a unit."""
+    """Number of different replicas that published a unit here."""
     work_s: float
     """Seconds during which at least one unit was in progress here."""
     rates: Array
-    """Completion tokens/s in each bin, shape (bins,)."""
+    """Completion tokens/s in each bin of the timeline, shape (bins,)."""
 
     @property
     def tokens_per_s(self) -> float:
-        """Return the completion tokens/s over the time at work."""
+        """Return the completion tokens divided by `work_s`; 0 if `work_s` is 0."""
         return self.tokens / self.work_s if self.work_s > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """The job's time at work, divided into equal bins."""
+    """The time in which a job was at work, divided into equal bins, and the work in each bin."""
 
     seconds: float
-    """Length of the time axis in seconds, without the idle times that were cut out."""
+    """Length of the time axis in seconds, without the idle times that were cut out; 0 if no unit has a time."""
     gaps: tuple[tuple[float, float], ...]
-    """(position on the axis, length) of each idle time that was cut out, both in seconds."""
+    """(position on the time axis, length) of each idle time that was cut out, both in seconds."""
     places: tuple[Place, ...]
-    """The places, sorted so that the one with the most tokens is first."""
+    """The places; the place with the most tokens is first."""
     undated: int
-    """Number of units whose parts say no time, as in earlier versions. They are in no bin and in no place."""
+    """Number of units whose parts say no time, as in earlier versions. They count in no bin and in no place."""
     working: Array
     """Number of places that generated tokens in each bin, shape (bins,)."""
 
@@ -63,7 +69,7 @@ class Timeline:
 
 
 def timeline_of(units: Sequence[Unit]) -> Timeline:
-    """Return the timeline of a job's units."""
+    """Return the timeline of the published units of a job."""
     dated = [(unit.ended - max(unit.seconds, 1e-3), unit.ended, unit) for unit in units if unit.ended is not None]
     if not dated:
         return Timeline(0.0, (), (), len(units), np.zeros(BINS))
@@ -95,9 +101,10 @@ def timeline_of(units: Sequence[Unit]) -> Timeline:
 
 
 def _place(name: str, done: Sequence[tuple[float, float, Unit]], spans: Array, edges: Array) -> Place:
-    """Return the place for its units, which are in `done`.
+    """Return the place with this name.
 
-    `spans`: start and end of each unit on the axis, shape (units, 2). `edges`: edges of the bins, shape (bins + 1,).
+    `done`: (start, end, unit) of each of its units, in seconds since 1970. `spans`: start and end of the same units on
+    the time axis, shape (units, 2). `edges`: edges of the bins on that axis, shape (bins + 1,).
     """
     tokens = np.array([unit.totals.completion_tokens for *_, unit in done], np.float64)
     began, lengths = spans[:, 0], np.maximum(spans[:, 1] - spans[:, 0], 1e-9)
@@ -126,7 +133,7 @@ def _union(spans: Sequence[tuple[float, float, Unit]]) -> list[tuple[float, floa
 
 
 def _sessions(busy: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Join the busy periods that only a short idle time separates, and return the longer periods."""
+    """Return the busy periods (start, end), those joined that only a short idle time separates (see GAP_S)."""
     longest = max(GAP_S, GAP_SHARE * sum(end - start for start, end in busy))
     sessions = [busy[0]]
     for start, end in busy[1:]:

@@ -12,10 +12,11 @@ from pipeline.storage.urls import is_local, safe_url
 
 
 def write_report(output_path: str, to: str | None = None) -> str:
-    """Write the page and return its path or URL without credentials.
+    """Write the HTML report of the job with this output, and return its path or URL without credentials.
 
-    The page goes into the output folder, or to `to`: the path or URL of a file or folder. Raises OutputError if
-    the output is not a job's output or `to` is empty, StorageError if the storage fails.
+    `to`: the path or URL of the file, or of a folder that exists or ends with `/` and gets a report.html; None means
+    `_job/report.html` in the output. Raises OutputError if the output is not a job's output or `to` is empty,
+    StorageError if the storage fails.
     """
     target = f"{output_path.rstrip('/')}/{REPORT}" if to is None else _target(to)
     storage, name = split_url(target)
@@ -24,7 +25,7 @@ def write_report(output_path: str, to: str | None = None) -> str:
 
 
 def _target(to: str) -> str:
-    if not to.strip():  # an unset shell variable would else mean the current directory
+    if not to.strip():  # from an unset shell variable; it would mean the current directory
         raise OutputError("--to is empty: name a file")
     path = os.path.abspath(os.path.expanduser(to)) if is_local(to) else to
     folder = to.endswith("/") or Storage(path).kind() == "folder"
@@ -32,9 +33,9 @@ def _target(to: str) -> str:
 
 
 def report_line(output_path: str) -> str:
-    """Write the page of a job that has just ended, and return a line for the operator.
+    """Write the HTML report of a job that has just ended. Return its path or URL, or a line that says why it failed.
 
-    If writing fails, the line says why and nothing is raised: the job is done, and `report` can be run again.
+    Nothing is raised: the job is done, and the command `report` can write the page later.
     """
     try:
         return write_report(output_path)

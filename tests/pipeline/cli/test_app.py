@@ -114,7 +114,7 @@ def test_run_ends_with_a_summary_and_a_second_run_does_nothing(job: Path) -> Non
     assert f"output   {out}" in first.stdout
     assert f"manifest {out}/_job/manifest.json" in first.stdout
     assert f"report   {out}/_job/report.html" in first.stdout
-    assert "35 rows, 34 ok, 1 errors" in (out / "_job/report.html").read_text()
+    assert "35 rows, 34 ok, 1 error." in (out / "_job/report.html").read_text()
     assert f"FROM '{out}/part-*.parquet' GROUP BY 1" in first.stdout
     assert "35/35 rows (100.0%)" in first.stderr
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}

@@ -68,8 +68,8 @@ def test_a_complete_job_has_a_page_that_fetches_and_runs_nothing(tmp_path: Path)
     words = said(page)
     assert words.index("Complete, finished ") < words.index("Throughput") < words.index("Distributions")
     for part in (
-        "20 rows, 19 ok, 1 errors",
-        "From all 19 rows that are no error rows",
+        "20 rows, 19 ok, 1 error.",
+        "From all 19 rows without errors",
         "replica-0",
         read_status(str(out(job))).fingerprint,
     ):
@@ -134,7 +134,7 @@ def test_a_report_reads_a_bounded_part_of_a_large_output_and_says_so(
     assert (sample.parts, sample.of_parts, sample.rows, len(opened)) == (4, 12, 20, 4)
     monkeypatch.setattr(rows, "ROWS_READ", 12)
     assert read_sample(Storage(job.output.path), units).parts == 2
-    assert "From 10 of 60 rows that are no error rows: one row group of each of 2 of 12 parts, drawn" in said(
+    assert "From 10 of the 60 rows without errors: one row group per part, from 2 of 12 parts, drawn" in said(
         Page(page_of(job))
     )
     # the same parts are drawn each time
@@ -177,8 +177,8 @@ def test_damaged_parts_are_left_out_and_named(tmp_path: Path) -> None:
     data[4:pages] = bytes(reversed(data[4:pages]))
     second.write_bytes(data)
     words = said(Page(page_of(job)))
-    assert "1 part(s), broken or another job's, are left out: run twotower verify" in words
-    assert "1 part(s) drawn for distributions cannot be read" in words
+    assert "Left out: 1 part (broken, or of another job). To see which, run twotower verify" in words
+    assert "Left out of the distributions: 1 part that cannot be read" in words
     assert "Not complete: 20 of 30 rows" in words
 
 
@@ -215,7 +215,7 @@ def test_parts_of_earlier_versions_have_a_report_without_their_times(tmp_path: P
     pq.write_table(table.replace_schema_metadata(metadata), part)
     assert read_part(pa.OSFile(str(part), "rb"))[0].published == ""
     words = said(Page(page_of(job)))
-    assert "1 unit(s), published by an earlier version" in words
+    assert "Left out here: 1 unit of an earlier version" in words
     assert "Complete" in words
 
 
@@ -234,8 +234,8 @@ def test_what_the_driver_said_last_is_there(tmp_path: Path) -> None:
     Storage(job.output.path).write(LIVE, to_json(asdict(live)))
     words = said(page := Page(page_of(job)))
     assert page.open == []
-    assert "padding, of the tokens in prefill forwards 25.00%" in words
-    assert "units that went back to the queue 11 replicas lost 3 lost, such as out of memory" in words
+    assert "padding, as a share of the tokens in prefill forwards 25.00%" in words
+    assert "units put back into the queue 11 replicas lost 3 a lost replica out of memory" in words
 
 
 def test_a_report_that_cannot_be_written_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
