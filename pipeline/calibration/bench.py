@@ -1,4 +1,5 @@
-"""Defines the interface between a calibration and the replica that it measures: a protocol and its data types."""
+"""Defines the interface between a calibration and the replica that it measures: the protocol Bench and its data
+types."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,40 +10,42 @@ from pipeline.calibration.points import Point
 from pipeline.calibration.sample import SampleRow
 
 RowLimit = int | Literal["auto"]
-"""Maximum number of rows to generate together; `auto` means as many as the replica's memory holds."""
+"""The largest number of rows to generate together; `auto` means as many as fit in the memory of the replica."""
 Tick = Callable[[int, int], None]
-"""A callback for progress: it is called repeatedly with (rows done, rows expected). An exception that it raises ends
-the measurement."""
+"""A callback for progress: it is called repeatedly with (rows done, rows expected), or (0, 0) while neither is known.
+An exception that it raises ends the measurement."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A replica that was started, and the row limits that it can hold."""
+    """The description of a replica that was started: its device, its software, and the row limits that fit in its
+    memory."""
 
     device: str
-    """`2 x NVIDIA H100`, or the kind of processor with the number of threads in use."""
+    """The GPUs, such as `2 x NVIDIA H100`, or the kind of processor with the number of threads in use."""
     row_limits: tuple[tuple[RowLimit, int], ...]
-    """The row limits that fit: each as it was asked for, and the number of rows that it means."""
+    """The row limits that fit: each as it was asked for, with the number of rows that it means."""
     refused: tuple[tuple[RowLimit, str], ...]
     """The row limits that do not fit, each with the reason."""
     versions: tuple[tuple[str, str], ...]
-    """Versions of the software that computes, as pairs of name and version."""
+    """(name, version) of twotower, torch and Python on the replica."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A point to measure, and how long to measure it."""
+    """A point to measure, with how many rows and how long it is to be measured."""
 
     point: Point
     whole: bool
-    """Whether every row of the sample must run to its end. If not, only as many rows run as the speed needs."""
+    """Whether every row of the sample must run to its end and be returned. If not, only as many rows run as measuring
+    the speed needs."""
     window_s: float
     """Minimum time to measure at full speed, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """The speed of a replica while all its slots are taken.
+    """The speed of a replica while all slots of its engine are taken.
 
     The rows of the sample are submitted again and again, so that no slot stays empty. The window of the measurement
     opens when as many rows have ended as there are slots: from then on rows are at different positions, as in a long
@@ -52,18 +55,22 @@ class Speed:
 
     tokens_per_s: float
     error: float
-    """Standard error of tokens_per_s as a share of it, computed from equal pieces of the window."""
+    """Standard error of tokens_per_s as a share of it, computed from equal pieces of the window; 1 if there are no
+    tokens."""
     window_s: float
+    """Length of the window in seconds."""
     window_tokens: int
+    """Completion tokens of the window."""
     window_rows: int
     """Rows that ended in the window."""
     seconds: float
-    """Seconds that the point took in all."""
+    """Seconds from the first row submitted to the last row ended. The run at temperature 0 (Run.greedy) and the making
+    of an engine are not included."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The result of a task."""
+    """The result of a task: the speed at its point and, if the task is whole, the completions."""
 
     speed: Speed | None
     """The speed; None if memory ran out, so that fewer rows ran together than the point asks for."""
@@ -71,18 +78,23 @@ class Run:
     """The completions of all rows of the sample, in its order, as the job would make them; empty if the task is not
     whole."""
     greedy: tuple[Completion, ...] = ()
-    """The same completions at temperature 0. Empty if the task is not whole, or if the job does not sample: then `rows`
-    are made at temperature 0 already."""
+    """Completions of the same rows at temperature 0. Empty if the task is not whole, or if the job does not sample:
+    `rows` are made at temperature 0 then."""
 
 
 class Bench(Protocol):
-    """A replica that measures points. Its methods raise TwoTowerError if it cannot continue, and pass on what a tick
-    raises."""
+    """A loaded replica that measures points. Its methods raise TwoTowerError if the replica cannot continue, and
+    whatever a tick raises."""
 
     def start(self, rows: Sequence[SampleRow], limits: Sequence[RowLimit], tick: Tick) -> Replica:
-        """Load the model and find out which row limits fit. Call this once, before `measure`."""
+        """Load the model, check it, and find out which row limits fit. Call this once, before `measure`.
 
-    def measure(self, task: Task, tick: Tick) -> Run: ...
+        `rows`: the sample, which all points are measured with.
+        """
+
+    def measure(self, task: Task, tick: Tick) -> Run:
+        """Measure one point and return its speed, with completions if the task is whole; no speed if memory ran out."""
 
     def close(self) -> None:
-        """Release all resources. This may be called after an error, and more than once."""
+        """Release the model and everything else. This may be called before `start`, after an error, and more than
+        once."""

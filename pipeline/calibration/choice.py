@@ -1,4 +1,4 @@
-"""Chooses the point that a job should run at, and computes what the job costs at a point. All functions are pure."""
+"""Chooses the point that a job should run at, from measurements, and computes what the job costs at a point."""
 
 import math
 from collections.abc import Sequence
@@ -9,22 +9,23 @@ from pipeline.calibration.points import AR, Point
 from pipeline.calibration.quality import Quality
 
 MIN_AGREEMENT = 0.95
-"""Default for the minimum mean agreement with AR that a point needs. The published operating point keeps 98.7% of AR's
-quality. A text that differs from AR's is seldom worse, so the share of different tokens may be a few times as large as
-the loss of quality."""
+"""Default for the smallest mean agreement with AR at which a point may be chosen. The published operating point keeps
+98.7% of AR's quality. A text that differs from AR's is seldom worse, so the share of different tokens may be a few
+times as large as the loss of quality."""
 MORE_REPETITION = 0.02
-"""Maximum by which the mean repetition may exceed AR's: about one text in fifty that is a loop."""
+"""The most by which the mean repetition of a point may exceed AR's: as if one more text in fifty were all loop."""
 LEAST_NOISE, MOST_NOISE = 0.02, 0.10
-"""Speeds that differ by at most LEAST_NOISE (as a share) always count as equal, and speeds that differ by more than
-MOST_NOISE never do. Between these limits the measured noise of the two speeds decides."""
+"""Two speeds that differ by at most LEAST_NOISE, as a share of the larger one, always count as equal. Speeds that
+differ by more than MOST_NOISE never do. In between, the measured noise of the two speeds decides."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The size of the whole job and the resources it runs on."""
+    """The size of the whole job, its replicas and their price: what its cost at a point is computed from."""
 
     rows: int
-    """Rows of the whole job that can be generated, estimated from the sample."""
+    """Number of rows of the whole job that can be generated: all rows times the share of usable rows among those read
+    for the sample."""
     replicas: int | None
     """Number of replicas; None means as many as fit."""
     gpus: int
@@ -33,12 +34,12 @@ class Workload:
     """Price of an hour of one GPU, or of one replica on CPUs; None if it is unknown."""
     currency: str
     extra_tokens: int = 0
-    """Tokens by which max_new_tokens was lowered for the calibration."""
+    """Number of tokens by which max_new_tokens was lowered for the calibration; 0 if it was not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A point that was measured, with its speed and quality."""
+    """A point that was measured, with its speed and the quality of its setting."""
 
     point: Point
     speed: Speed
@@ -48,38 +49,42 @@ class Result:
 
     @property
     def seconds_per_row(self) -> float:
-        """Return the seconds that one replica takes for a row on average, or infinity if its speed is 0."""
+        """Return the mean seconds per row of one replica with all slots taken; infinity if its speed is 0."""
         rate = self.speed.tokens_per_s
         return self.quality.tokens_per_row / rate if rate > 0 else math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The cost of the whole job at a point."""
+    """The cost of the whole job at a point, without the loading of the model."""
 
     replica_hours: float
+    """Hours of all replicas together."""
     hours: float
-    """Wall-clock hours with the job's replicas, or with one replica if their number is open."""
+    """Wall-clock hours with the replicas of the job, or with one replica if their number is open."""
     gpu_hours: float | None
     """GPU-hours of all replicas together; None on CPUs."""
     money: float | None
+    """Price of these hours in Workload.currency; None if no price is known."""
     most: float
-    """Factor by which all of these can be higher at most, because rows were cut at a lowered max_new_tokens; 1 if it
-    was not lowered."""
+    """Factor by which all of these can be higher at most, because rows were cut at a lowered max_new_tokens; 1 if none
+    were."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The point to run at, and the results it was chosen from."""
+    """The point that a job should run at, and the results that it was chosen from (see `choose`)."""
 
     best: Result
+    """The result whose point is chosen."""
     reference: Result
     """AR at the row limit at which it is fastest."""
     fastest: Result
     """The fastest result that qualifies. `best` is about as fast."""
     results: tuple[Result, ...]
+    """All results, whether they qualify or not."""
     good: tuple[Result, ...]
-    """The results that qualify."""
+    """The results that qualify: AR, and those that agree with AR well enough and hardly loop more than AR."""
     min_agreement: float
 
     @property
@@ -89,7 +94,7 @@ class Choice:
 
 
 def cost_of(result: Result, workload: Workload) -> Cost:
-    """Return the cost of the whole job at this point, if every row has the mean number of tokens of the sample."""
+    """Return the cost of the whole job at a point, if its rows have the mean number of tokens of the sample."""
     replica_hours = workload.rows * result.seconds_per_row / 3600
     gpu_hours = replica_hours * workload.gpus if workload.gpus else None
     priced = replica_hours if gpu_hours is None else gpu_hours
@@ -100,10 +105,11 @@ def cost_of(result: Result, workload: Workload) -> Cost:
 
 
 def choose(results: Sequence[Result], min_agreement: float) -> Choice:
-    """Choose the fastest point that agrees with AR and does not repeat itself much more than AR does.
+    """Choose the fastest point that qualifies; among points that are about as fast, the most careful one (Point.care).
 
-    If several points are about as fast, the most careful one is chosen (see Point.care). `results` must hold AR at one
-    row limit at least.
+    AR qualifies always. Any other point qualifies if its mean agreement with AR is at least `min_agreement`, its
+    mean repetition is above AR's by at most MORE_REPETITION, and its speed is not 0. `results` must hold AR at one row
+    limit at least.
     """
     reference = min((r for r in results if r.point.setting == AR), key=lambda r: r.seconds_per_row)
     good = [result for result in results if _qualifies(result, reference, min_agreement)]
@@ -113,7 +119,7 @@ def choose(results: Sequence[Result], min_agreement: float) -> Choice:
 
 
 def about_as_fast(one: Result, other: Result) -> bool:
-    """Return True if the two speeds differ by no more than the noise of the measurements."""
+    """Return True if the seconds per row differ only by the noise of the measurements; False if a speed is 0."""
     noise = 2 * math.hypot(one.speed.error, other.speed.error)
     gap = abs(one.seconds_per_row - other.seconds_per_row) / max(one.seconds_per_row, other.seconds_per_row)
     return gap <= min(max(noise, LEAST_NOISE), MOST_NOISE) if math.isfinite(gap) else False

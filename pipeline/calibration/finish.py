@@ -1,4 +1,4 @@
-"""Finishes a calibration: writes the report, the job file and the record, and sums up the result in a few lines."""
+"""Finishes a calibration: writes report.html, job.yaml and calibration.json, and sums up the result in a few lines."""
 
 import shlex
 from collections.abc import Sequence
@@ -20,11 +20,16 @@ from pipeline.pages.page import shown
 from pipeline.storage.urls import is_local
 
 ROWS_SHOWN = 12
+"""Maximum number of points in the table that the command prints."""
 
 
 def finish(outcome: Outcome, job_file: str, overrides: Sequence[str]) -> list[str]:
-    """Write the report, the job file and the record. Return the lines for the operator. Raises JobError and
-    StorageError."""
+    """Write report.html, job.yaml and calibration.json into the folder. Return the lines that the command prints.
+
+    The lines are a table of points, the verdict with notes, and what was chosen, at which cost, in which files.
+    `job_file`, `overrides`: the job as the command names it, from which job.yaml is made. Raises JobError if job.yaml
+    would be no valid job, StorageError if the storage fails.
+    """
     setup, choice = outcome.setup, outcome.choice
     said, remarked = verdict(choice), [*notes(choice), *remarks(outcome)]
     limit = row_limit_to_say(setup.job, choice.best.point, dict(outcome.replica.row_limits).get("auto"))
@@ -71,8 +76,8 @@ def _hours(hours: float) -> str:
 
 
 def _table(outcome: Outcome) -> list[str]:
-    """Return the lines of a table of the most useful points: AR, the job's own, the chosen one, and points that no
-    other point beats in both speed and agreement."""
+    """Return the lines of a table of the most useful points: the chosen one, the fastest AR, the job's own, and points
+    that no other point beats in both speed and agreement. `*` marks the chosen point, `job` the job's own."""
     choice = outcome.choice
     rows = [("", "point", "tokens/s", "x AR", "agreement", "exact", "tokens/forward", "repetition")]
     for result in _worth_a_look(outcome):
@@ -102,7 +107,7 @@ def _worth_a_look(outcome: Outcome) -> list[Result]:
     choice = outcome.choice
     own = [result for result in choice.results if result.point == outcome.own]
     must = dict.fromkeys(result.point for result in (choice.best, choice.reference, *own))
-    front: list[Result] = []  # fastest first; each agrees better with AR than the one before, or is in `must`
+    front: list[Result] = []  # the fastest first; each agrees better with AR than the one before it, or is in `must`
     for result in sorted(choice.results, key=lambda r: r.seconds_per_row):
         better = not front or result.quality.agreement.mean > front[-1].quality.agreement.mean
         if better or result.point in must:
@@ -112,10 +117,11 @@ def _worth_a_look(outcome: Outcome) -> list[Result]:
 
 
 def chosen_job(file: str, overrides: Sequence[str], best: Point, max_rows: RowLimit, comments: Sequence[str]) -> bytes:
-    """Return the job file with its overrides and the best point applied. Keys keep their order; comments are lost.
+    """Return the job file as YAML, with its overrides and the best point applied. Keys keep their order; its comments
+    are lost.
 
-    Variables are not replaced by their values, so that no secret is written that is not in the file itself. max_rows:
-    the row limit to write. comments: lines for the top of the new file. Raises JobError if the result is not a valid
+    Variables are not replaced by their values, so that no secret is written that is not in the file itself. `max_rows`:
+    the row limit to write. `comments`: lines for the top of the new file. Raises JobError if the result is not a valid
     job.
     """
     sets = [*overrides, f"generation.mode={best.setting.mode}", f"engine.max_rows={max_rows}"]

@@ -1,5 +1,7 @@
-"""Defines the options of `calibrate` and parses the lists of its command line. An error message is one line that names
-the option."""
+"""Defines the options of `calibrate`, and parses those that are lists on the command line.
+
+An error message is one line that names the option, its value and what the value must be.
+"""
 
 import math
 from collections.abc import Callable
@@ -17,23 +19,29 @@ GPU_PRICE = 2.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The options of `calibrate`. Raises JobError if a value is impossible."""
+    """The options of `calibrate`, checked when they are made. Raises JobError if a value is impossible."""
 
     to: str | None = None
-    """Folder of the calibration; None means beside the job's output."""
+    """Folder for the results; None means the folder beside the job's output."""
     sample: int = 64
-    """Rows of the sample."""
+    """Number of rows of the sample, if the input has as many usable rows."""
     minutes: float = 30.0
-    """Minutes for measuring, not counting the loading of the model."""
+    """Time limit for measuring in minutes, without the loading of the model."""
     price: float | None = None
     """Price of an hour of one GPU, or of one replica on CPUs. None means GPU_PRICE with GPUs, unknown on CPUs."""
     currency: str = "USD"
+    """Name of the currency of the price, as it is shown."""
     thresholds: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.99)
+    """Confidence thresholds to measure, each with every one of `steps`."""
     steps: tuple[int, ...] = (4, 8, 16)
+    """Limits of denoiser forwards per block to measure."""
     rows: tuple[RowLimit, ...] = (1, 16, "auto")
+    """Row limits to measure every setting at."""
     max_new_tokens: int | None = None
-    """Limit of new tokens per row, if lower than the job's. It makes the calibration quicker."""
+    """Limit of new tokens per row; None, or more than the job's limit, means that limit. A lower limit makes the
+    calibration quicker."""
     min_agreement: float = MIN_AGREEMENT
+    """Smallest mean agreement with AR, from 0 to 1, at which a point may be chosen."""
 
     def __post_init__(self) -> None:
         _require("--sample", self.sample, self.sample >= 1, "a whole number of at least 1")
@@ -51,17 +59,26 @@ class Options:
 
 
 def numbers(option: str, text: str) -> tuple[float, ...]:
-    """Parse a list of numbers: `0.7,0.8` gives (0.7, 0.8). Raises JobError if an item is not a number."""
+    """Return the numbers in an option's text, each once: `0.7,0.8` gives (0.7, 0.8).
+
+    Raises JobError if an item is not a number.
+    """
     return _list(option, text, float, "numbers such as 0.8,0.9")
 
 
 def whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Parse a list of whole numbers: `4,16` gives (4, 16). Raises JobError if an item is not a whole number."""
+    """Return the whole numbers in an option's text, each once: `4,16` gives (4, 16).
+
+    Raises JobError if an item is not a whole number.
+    """
     return _list(option, text, int, "whole numbers such as 4,16")
 
 
 def row_limits(option: str, text: str) -> tuple[RowLimit, ...]:
-    """Parse a list of row limits: `1,16,max` gives (1, 16, "auto"). Raises JobError if an item is not a row limit."""
+    """Return the row limits in an option's text, each once: `1,16,max` gives (1, 16, "auto").
+
+    Raises JobError if an item is not a row limit.
+    """
     return _list(option, text, _row_limit, "whole numbers or max, such as 1,16,max")
 
 

@@ -1,4 +1,5 @@
-"""Defines the points of a calibration (settings at row limits), and the order in which they are measured."""
+"""Defines the points that a calibration measures (a setting at a row limit), and the order in which it measures
+them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The settings that decide the text of a row. The quality of a point is that of its setting, whatever its row limit
-    is."""
+    """The generation settings that a calibration varies and that decide the text of a row.
+
+    The row limit does not change the text, so the quality of a point is that of its setting.
+    """
 
     mode: Literal["ar", "diffusion"]
     threshold: float | None = None
@@ -20,12 +23,12 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Return a unique name that can be part of a file name: ar, diffusion-g0.8-t16."""
+        """Return a unique name that can be part of a file name: `ar`, or `diffusion-g0.8-t16`."""
         return self.mode if self.threshold is None else f"{self.mode}-g{self.threshold!r}-t{self.steps}"
 
     @property
     def label(self) -> str:
-        """Return the name that users see."""
+        """Return the setting as readable text: `threshold 0.8, 16 steps`, or `AR`."""
         if self.threshold is None:
             return "AR"
         return f"threshold {self.threshold!r}, {self.steps} {'step' if self.steps == 1 else 'steps'}"
@@ -37,19 +40,20 @@ AR = Setting("ar")
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A setting together with a row limit. A calibration measures points, and a job can run at one."""
+    """A setting together with a row limit: what a calibration measures, and what a job can run at."""
 
     setting: Setting
     max_rows: int
+    """The row limit: the largest number of rows that are generated together."""
 
     @property
     def name(self) -> str:
-        """Return a unique name: diffusion-g0.8-t16-r256."""
+        """Return a unique name for use in files: `ar-r256`, or `diffusion-g0.8-t16-r256`."""
         return f"{self.setting.name}-r{self.max_rows}"
 
     @property
     def label(self) -> str:
-        """Return the name that users see."""
+        """Return the point as readable text: `threshold 0.8, 16 steps, 256 rows`, or `AR, 256 rows`."""
         return f"{self.setting.label}, {self.max_rows} {'row' if self.max_rows == 1 else 'rows'}"
 
     @property
@@ -65,10 +69,11 @@ def order_points(
 ) -> tuple[Point, ...]:
     """Return all points of the grid and the job's own point, each once, in the order in which they are measured.
 
-    AR and the job's setting come first, at the largest row limit and at the job's own. The other points go from coarse
-    to fine: the ends of each list come before the values between them, and the most careful end comes first. So the
-    points that are measured when the time is up span the grid. Each setting comes first at the largest row limit,
-    because its quality is measured there.
+    The grid is AR, the job's setting, and every threshold with every number of steps, each at every row limit and at
+    that of `own`. AR and the job's setting come first, at the largest row limit and at the job's own. The other points
+    go from coarse to fine: the ends of each list come before the values between them, and the most careful end comes
+    first. So if the time is up early, the measured points still span the grid. Each setting comes first at the largest
+    row limit, because its quality is measured there.
     """
     limits = sorted({*row_limits, own.max_rows}, reverse=True)
     settings = {AR: 0, own.setting: 0}
@@ -86,8 +91,8 @@ def order_points(
 
 
 def _levels(ordered: Sequence[T]) -> list[tuple[T, int]]:
-    """Return each value with its level: 0 for the first, 1 for the last, and 2 and more for the values in the middle of
-    the gaps that are left. A finer grid holds more levels."""
+    """Return each value with its level: 0 for the first value, 1 for the last, 2 for the one in the middle, 3 for those
+    in the middle of the two gaps that are left, and so on. Values of the lowest levels make the coarsest grid."""
     levels = dict.fromkeys(range(len(ordered)), 0)
     if len(ordered) > 1:
         levels[len(ordered) - 1] = 1

@@ -1,5 +1,5 @@
-"""Measures the completions of a setting (agreement with AR, loops, lengths), and how certain the results of a sample
-are."""
+"""Measures the quality of a setting from its completions (agreement with AR, loops, lengths), with intervals that say
+how certain these results of a sample are."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -13,18 +13,19 @@ from pipeline.core.repetition import repetition
 
 Z = 1.96
 """Half the width of a 95% interval, in standard errors."""
-
 MOST_WORTH = 10.0
+"""The most rows with a value of 0 or 1 that one row with a value in between may count as (see `share_of`)."""
 
 Tokens = Sequence[int]
+"""Token ids of a completion."""
 
 
 def similarity(one: Tokens, other: Tokens) -> float:
     """Return 1 minus the edit distance of two token sequences divided by the length of the longer one.
 
-    1.0 means that they are the same, 0.0 that they share nothing. The distance is Levenshtein's: the number of tokens
-    to insert, delete or replace. Unlike the share of equal leading tokens, it does not count everything after the first
-    difference as lost.
+    1.0 means that they are the same, or both empty; 0.0 that they share nothing. The distance is Levenshtein's: the
+    smallest number of tokens to insert, delete or replace. Unlike the share of equal leading tokens, it does not count
+    everything after the first difference as lost.
     """
     longer = max(len(one), len(other))
     if not longer:
@@ -35,7 +36,7 @@ def similarity(one: Tokens, other: Tokens) -> float:
 
 
 def equal_start(one: Sequence[object], other: Sequence[object]) -> int:
-    """Return how many items are equal at the beginning of both sequences."""
+    """Return the number of items that are equal at the beginning of both sequences."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
@@ -56,7 +57,8 @@ def _distance(one: Tokens, other: Tokens) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A mean of values from 0 to 1, with an interval that holds the true mean in 95 of 100 samples."""
+    """A mean over the sample of values from 0 to 1, with its 95% interval: in 95 of 100 samples it holds the true
+    mean."""
 
     mean: float
     low: float
@@ -70,13 +72,13 @@ class Share:
 
 
 def percent(share: float) -> str:
-    """Return a text such as `97%` or, above 90%, `97.3%`. It is `100%` only if the share is exactly 1."""
+    """Return a text such as `87%` or, above 90%, `97.3%`. It is `100%` only if the share is exactly 1."""
     text = f"{share:.1%}" if share > 0.9 else f"{share:.0%}"
     return "99.9%" if text.startswith("100") and share < 1 else text.replace(".0%", "%")
 
 
 def share_of(values: Sequence[float], weights: Sequence[float]) -> Share:
-    """Return the weighted mean of values from 0 to 1, with Wilson's interval (1927).
+    """Return the weighted mean of one value from 0 to 1 per row, with Wilson's 95% interval (1927).
 
     The interval is computed for an effective number of rows (Kish 1965). Unequal weights lower this number. Values
     between 0 and 1 raise it, because they vary less than a proportion with the same mean, but not to more than
@@ -94,22 +96,27 @@ KNOWN = Share(1.0, 1.0, 1.0)
 
 
 def wilson(share: float, rows: float) -> tuple[float, float]:
-    """Return Wilson's 95% interval of a proportion that was observed in `rows` rows."""
+    """Return (low, high) of Wilson's 95% interval (1927) of a proportion that was observed in `rows` rows."""
     spread = Z * math.sqrt(share * (1 - share) / rows + Z**2 / (4 * rows**2))
     middle, scale = share + Z**2 / (2 * rows), 1 + Z**2 / rows
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
 def rows_to_tell(share: Share, limit: float, rows: int) -> int:
-    """Return about how many rows a sample needs so that its interval no longer holds `limit`. `share` was measured on
-    `rows` rows."""
+    """Return about how many rows a sample needs so that the interval of this share no longer holds `limit`.
+
+    `share` was measured on `rows` rows, and the result is at least that many. It assumes that the mean stays and the
+    interval narrows with the square root of the number of rows.
+    """
     gap = max(abs(share.mean - limit), 0.002)
     return math.ceil(rows * max(1.0, abs(share.mean - (share.low if share.mean > limit else share.high)) / gap) ** 2)
 
 
 def difference(one: Sequence[float], other: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of one - other over the same rows, and half the width of its 95% interval. Rows that are hard for
-    both do not widen the interval, because each row is compared with itself."""
+    """Return the weighted mean of `one` - `other`, two values of each row, and half the width of its 95% interval.
+
+    Rows that are hard for both do not widen the interval, because each row is compared with itself.
+    """
     gaps = [a - b for a, b in zip(one, other, strict=True)]
     mean = _mean(gaps, weights)
     variance = sum((weight * (gap - mean)) ** 2 for gap, weight in zip(gaps, weights, strict=True))
@@ -123,7 +130,7 @@ def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The parts of a completion that are kept."""
+    """The fields of a completion that a calibration saves, and its repetition."""
 
     text: str | None
     token_ids: tuple[int, ...]
@@ -133,44 +140,53 @@ class Answer:
     denoiser_forwards: int
     steps_per_block: tuple[int, ...]
     repetition: float
+    """Share of the tokens that belong to a loop (pipeline.core.repetition)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """The answers of a setting to the rows of the sample, in their order."""
+    """The answers of a setting to all rows of the sample, in the order of the rows."""
 
     rows: tuple[Answer, ...]
     """The answers as the job would make them."""
     greedy: tuple[Answer, ...]
-    """The answers at temperature 0; the same object as `rows` if the job does not sample."""
+    """The answers at temperature 0, which are compared with AR's; the same object as `rows` if the job does not
+    sample."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """The quality of a setting over the sample. Means over rows are weighted so that they represent all rows of the
-    job; tokens_per_forward and steps_per_block are not weighted."""
+    """The quality of a setting over the sample.
+
+    Agreement, exact and similarities are of the greedy completions; everything else is of the completions as the job
+    makes them. Means over rows are weighted, so that they represent all rows of the job; tokens_per_forward and
+    steps_per_block are not weighted.
+    """
 
     agreement: Share
-    """Mean similarity of the greedy completions to AR's (see `similarity`); 1.0 if all tokens are the same."""
+    """Mean similarity of the completions to AR's (see `agreement_of`); 1.0 if all tokens are the same."""
     exact: Share
-    """Share of rows whose greedy text is exactly AR's."""
+    """Share of rows whose text is exactly AR's; a failed row counts as different."""
     similarities: tuple[float, ...]
-    """The similarity of each row."""
+    """The similarity of each row of the sample, in its order."""
     repetition: float
+    """Mean share of a completion that is a loop."""
     tokens_per_row: float
     prompt_tokens_per_row: float
     tokens_per_forward: float | None
-    """Mean tokens per denoiser forward; None in AR mode."""
+    """Tokens of all rows divided by their denoiser forwards; None in AR mode."""
     steps_per_block: float | None
+    """Mean denoiser forwards per block; None in AR mode."""
     stopped: float
     """Share of rows that ended by themselves (finish reason `stop`)."""
     cut: float
     """Share of rows that used up max_new_tokens (finish reason `length`)."""
     errors: float
+    """Share of rows that failed (finish reason `error`)."""
 
 
 def to_answer(completion: Completion, eos_ids: Collection[int]) -> Answer:
-    """Return the parts of a completion that are kept, and its repetition."""
+    """Return the fields of a completion that are saved, and its repetition, which ignores a last token in `eos_ids`."""
     return Answer(
         completion.text,
         completion.token_ids,
@@ -184,7 +200,11 @@ def to_answer(completion: Completion, eos_ids: Collection[int]) -> Answer:
 
 
 def judge(answers: Answers, reference: Answers, weights: Sequence[float]) -> Quality:
-    """Return the quality of a setting. `reference` holds AR's answers to the same rows."""
+    """Return the quality of a setting from its answers and AR's answers to the same rows.
+
+    `weights`: the share of the job's rows that each row represents. If `answers` is `reference` itself, the agreement
+    is 1 without an interval, even if rows failed.
+    """
     rows, total = answers.rows, sum(weights)
 
     def mean(value: Callable[[Answer], float]) -> float:
@@ -210,7 +230,7 @@ def judge(answers: Answers, reference: Answers, weights: Sequence[float]) -> Qua
 
 
 def agreement_of(answer: Answer, reference: Answer) -> float:
-    """Return the similarity of the tokens of two answers, or 0 if one of the rows failed."""
+    """Return the similarity of the tokens of two answers to a row, or 0 if the row failed in one of them."""
     if answer.error is not None or reference.error is not None:
         return 0.0
     return similarity(answer.token_ids, reference.token_ids)

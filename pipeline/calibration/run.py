@@ -1,4 +1,4 @@
-"""Measures the points of a calibration one after another until the time is up, and saves each one at once."""
+"""Measures the points of a calibration one after another until the time limit, and saves the result of each at once."""
 
 import threading
 import time
@@ -22,35 +22,43 @@ from pipeline.storage.urls import safe_url
 WINDOW_S = 3.0
 """Minimum time to measure each point at full speed, in seconds."""
 TIME_IS_UP = "the time limit (--minutes)"
+"""Reason why a point was not measured: the time was up, or would have been before the end of the point."""
 NO_QUALITY = "its setting was not measured at the largest row limit"
 NO_MEMORY = "memory ran out with so many rows"
+"""Other reasons why a point was not measured: the quality of its setting is unknown, or its rows do not fit in
+memory."""
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the user asked for it)
-    """Raised if the user stops the calibration."""
+    """Raised by the ticks of a calibration to end a measurement that the user has stopped."""
 
 
 class _TimeIsUp(Exception):  # noqa: N818
-    """Raised if the time limit is reached while a point is measured."""
+    """Raised by the ticks of a calibration to end a measurement at the time limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The measurements of this run and of earlier runs, and the choice made from them."""
+    """The result of a calibration: the measurements of this run and of earlier runs, and the choice made from them."""
 
     setup: Setup
     replica: Replica
+    """The replica that all points were measured on, as started now or as recorded by an earlier run."""
     choice: Choice
+    """The choice among all points in the folder, also those that this run did not ask for."""
     own: Point
-    """The point that the job is set to. Its setting is AR if the job's mode is not diffusion."""
+    """The point that the job is set to. Its setting is AR if the job's mode is not diffusion; its row limit is the
+    largest that fits if the job's own does not fit."""
     answers: Mapping[Setting, Answers]
+    """The answers of each setting whose quality was measured."""
     missing: tuple[tuple[Point, str], ...]
-    """Points that were not measured, each with the reason."""
+    """The points that this run asked for and that are still not measured, each with the reason."""
     kept: int
-    """Number of points that an earlier run had measured."""
+    """Number of points of this run that an earlier run had measured."""
     stopped: bool
+    """Whether the user stopped the measuring."""
     failure: str | None = None
-    """The error that ended the work of the replica; None if there was none."""
+    """Text of the error that ended the measuring early; None if there was none."""
 
 
 def measure(
@@ -60,29 +68,33 @@ def measure(
     stop: threading.Event,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
-    """Measure the points that are not measured yet, and save each one at once. Setting `stop` ends this soon.
+    """Measure the points that are not measured yet, save each one at once, and choose among all of them.
 
-    No replica is started if all points are measured already. Raises what starting a replica raises, JobError if no row
-    limit fits, and JobFailed if not even AR could be measured. If the replica fails later, the error is the `failure`
-    of the outcome.
+    No replica is made if all points are measured already. Setting `stop` ends the measuring at the next tick; so does
+    the time limit of the options. Raises what starting a replica raises, OutputError if the folder holds the
+    measurements of another replica, JobError if no row limit fits, and JobFailed if not even AR could be measured. If
+    the replica fails later, the error is the `failure` of the outcome.
     """
     return _Measuring(setup, display, stop, clock).run(make_bench)
 
 
 class _Measuring:
+    """The state of a call of `measure`: what is measured already, what cannot be, and when the time is up."""
+
     def __init__(self, setup: Setup, display: Display, stop: threading.Event, clock: Callable[[], float]) -> None:
         self._setup, self._display, self._stop, self._clock = setup, display, stop, clock
         self._speeds: dict[Point, tuple[Speed, str]] = {}
         self._answers: dict[Setting, Answers] = {}
         self._qualities: dict[Setting, Quality] = {}
         self._missing: dict[Point, str] = {}
-        self._limits: dict[RowLimit, int] = {}  # limit as asked for -> rows; removed if memory runs out
+        self._limits: dict[RowLimit, int] = {}  # limit as asked for -> rows; without those at which memory ran out
         self._own = Point(AR, 0)
         self._deadline = float("inf")
-        self._work = ""  # the piece of work under way, as it is shown
-        self._shared: Mapping[str, Any] = {}
+        self._work = ""  # the piece of work in progress, as it is shown
+        self._shared: Mapping[str, Any] = {}  # the columns of the measurements that are the same in all rows
 
     def run(self, make_bench: Callable[[Job], Bench]) -> Outcome:
+        """See `measure`."""
         limits = tuple(dict.fromkeys([*self._setup.options.rows, self._setup.job.engine.max_rows]))
         replica = self._setup.folder.read_replica()
         if replica is not None and {*limits} <= {limit for limit, _ in (*replica.row_limits, *replica.refused)}:
@@ -113,7 +125,7 @@ class _Measuring:
         return self._outcome(replica, points, kept, self._measure_all(bench, points))
 
     def _begin(self, replica: Replica) -> tuple[Point, ...]:
-        """Read the row limits of the replica and the earlier measurements on it. Return all points, in order."""
+        """Take the replica's row limits, read the earlier measurements, and return the points of this run in order."""
         self._limits = dict(replica.row_limits)
         self._shared = record.shared_columns(self._setup.measured, replica)
         self._own = self._own_point()
@@ -127,7 +139,7 @@ class _Measuring:
         return order_points(options.thresholds, options.steps, rows, self._own_point()) if self._limits else ()
 
     def _own_point(self) -> Point:
-        """Return the point that the job is set to, with the largest row limit that fits if its own does not."""
+        """Return the point that the job is set to (see Outcome.own)."""
         job = self._setup.job
         rows = self._limits.get(job.engine.max_rows, max(self._limits.values()))
         if job.generation.mode != "diffusion":
@@ -135,8 +147,8 @@ class _Measuring:
         return Point(Setting("diffusion", job.generation.confidence_threshold, job.generation.steps_per_block), rows)
 
     def _read(self, points: tuple[Point, ...]) -> None:
-        """Read the measurements of earlier runs. Points that this run does not ask for are kept too, so that none is
-        lost."""
+        """Read the measurements of earlier runs. Points that this run does not ask for are read too, because the file
+        of measurements is written anew and must not lose them."""
         setup = self._setup
         speeds = setup.folder.read_points()
         for setting in dict.fromkeys(point.setting for point in [*speeds, *points]):
@@ -148,7 +160,7 @@ class _Measuring:
 
     def _measure_all(self, bench: Bench, points: tuple[Point, ...]) -> Exception | None:
         """Measure the points that are left. Return the exception that ended this early (Stopped, or an error of the
-        replica), or None."""
+        replica), or None if there was none. Points that the time limit or memory leaves out are noted as missing."""
         while left := [p for p in self._points() if p not in self._speeds and p not in self._missing]:
             point = left[0]
             whole = point.setting not in self._answers
@@ -162,7 +174,7 @@ class _Measuring:
                 self._missing[point] = TIME_IS_UP
                 continue
             except (Stopped, TwoTowerError) as error:
-                self._missing[point] = "stopped" if isinstance(error, Stopped) else str(error)
+                self._missing[point] = "stopped while it was measured" if isinstance(error, Stopped) else str(error)
                 return error
             if run.speed is not None:
                 self._keep(point, run, run.speed)
@@ -180,8 +192,8 @@ class _Measuring:
         return TIME_IS_UP if left <= 0 or self._estimate(point) > left else None
 
     def _estimate(self, point: Point) -> float:
-        """Return the seconds that the point will probably take: those of the slowest point so far with as many rows,
-        else of the slowest of all, else 0."""
+        """Return the seconds that the point will probably take: those of the slowest measured point with the same row
+        limit, else of the slowest measured point of all, else 0."""
         alike = [speed.seconds for known, (speed, _) in self._speeds.items() if known.max_rows == point.max_rows]
         return max(alike or [speed.seconds for speed, _ in self._speeds.values()], default=0.0)
 
@@ -223,7 +235,7 @@ class _Measuring:
             raise JobFailed(self._nothing_measured(self._missing[points[0]], ended_by))
         for point in points:
             if point not in self._speeds:
-                self._missing.setdefault(point, "stopped before")
+                self._missing.setdefault(point, "not begun before the end of the calibration")
         failure = str(ended_by) if isinstance(ended_by, TwoTowerError) else None
         missing = tuple(self._missing.items())
         stopped = isinstance(ended_by, Stopped)
@@ -240,7 +252,7 @@ class _Measuring:
         return f"AR could not be measured: {why}"
 
     def _show_work(self, what: str, left_s: float | None = None) -> None:
-        """Show the next piece of work. `left_s`: estimated seconds for all remaining work, None if not known."""
+        """Show the piece of work that begins now. `left_s`: estimated seconds for all work left; None if unknown."""
         self._work = what if left_s is None else f"{what} · about {duration(left_s)} left"
         self._display.show(Progress(self._work))
 

@@ -1,8 +1,8 @@
-"""Draws the sample of prompts that a calibration runs: a few rows of the job's input that represent all of its rows.
+"""Draws the sample that a calibration generates: a few rows of the job's input that represent all of its rows.
 
-Rows are read from random places of the input, and their prompts are tokenized. The rows are ordered by prompt length
+Rows are read from random places of the input, and their prompts are tokenised. The rows are ordered by prompt length
 and cut into strata of equal size, and the same number of rows is drawn from each stratum. So long prompts have their
-true share in the sample, and all rows have almost the same weight (the numbers differ by one row at most). The same
+true share in the sample. All rows have almost the same weight, because the numbers differ by at most one row. The same
 seed gives the same sample.
 """
 
@@ -28,64 +28,72 @@ from pipeline.storage.storage import split_url
 from pipeline.storage.urls import safe_url
 
 STRATA = 8
+"""Maximum number of strata; a sample of fewer rows has one stratum per row."""
 PLACES = 32
-"""Places in the input at which rows are read. Each place costs a few requests to the storage."""
+"""Maximum number of places in the input at which rows are read. Each place costs a few requests to the storage."""
 ROWS_READ, ROWS_READ_FOR_EACH = 1024, 8
-"""Minimum number of rows to read, and rows to read for each row of the sample; the larger number counts. So many are
-needed to know how prompt lengths are distributed."""
+"""Rows to read in all, and rows to read per row of the sample; the larger number counts. So many are needed to know the
+distribution of prompt lengths."""
 REACH_BYTES = 64 << 20
-"""Maximum size of the part of a row group that is decoded before the rows that are wanted, in uncompressed bytes. A row
-group is decoded from its beginning, so a place further into it is moved to an earlier row."""
+"""Maximum uncompressed bytes of a row group that are decoded before the rows that are wanted. A row group is decoded
+from its beginning, so a place further into it is moved to an earlier row."""
 READ_CHARS = 128 << 20
-"""Characters of prompts after which no further place is read."""
+"""Number of characters of usable prompts after which no further place is read, to limit the memory."""
 REASONS = 3
+"""Maximum number of reasons for unusable rows that are reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """One row of the sample."""
+    """A row of the sample: its prompt, its settings, and its weight."""
 
     key: str
-    """`<source_file>#<source_row>`, as in the job. It seeds the sampling of tokens."""
+    """`<source_file>#<source_row>`, as in the job. It is part of the seed with which tokens are sampled."""
     id: str
+    """The id that the row has in the output, as text."""
     prompt: str
     prompt_ids: tuple[int, ...]
     params: GenerationParams
-    """The generation settings that the job would use for this row."""
+    """The generation settings of the calibration for this row, with those that columns of the input set. The mode, the
+    steps and mostly the threshold are replaced by those of a point."""
     keeps_threshold: bool = False
-    """Whether a column of the input sets the confidence threshold of this row."""
+    """Whether a column of the input sets the confidence threshold of this row, so that points do not change it."""
     weight: float = 0.0
-    """The share of all rows that this row represents."""
+    """The share of all usable rows that this row represents."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stratum:
-    """A group of rows with prompts of similar length."""
+    """A group of the usable rows that were read, with prompts of similar length."""
 
     shortest: int
-    """Tokens of the shortest prompt."""
+    """Number of tokens of the shortest prompt."""
     longest: int
+    """Number of tokens of the longest prompt."""
     share: float
-    """Share that these rows have of all rows that can be generated."""
+    """Share of this group in all usable rows that were read."""
     rows: int
-    """Rows of the sample that were drawn from this group."""
+    """Number of rows of the sample that were drawn from this group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The rows of the sample in random order, and how they were found."""
+    """The sample, and how it was drawn."""
 
     rows: tuple[SampleRow, ...]
+    """The rows in random order."""
     strata: tuple[Stratum, ...]
+    """The strata, from the shortest prompts to the longest."""
     read: int
-    """Rows that were read."""
+    """Number of different rows that were read from the input to draw the sample from."""
     bad: int
-    """Number of the rows read that cannot be generated."""
+    """Number of these rows that cannot be generated, for example because they have no prompt."""
     reasons: tuple[tuple[str, int], ...]
     """The most frequent reasons why rows cannot be generated, each with its number of rows."""
     places: int
+    """Number of places in the input at which rows were read."""
     shifted: int
-    """Places that were moved towards the beginning of a large row group (see REACH_BYTES)."""
+    """Number of these places that were moved towards the beginning of a large row group (see REACH_BYTES)."""
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -99,24 +107,27 @@ class Sample:
 
 
 class TokenizerLike(Protocol):
-    """The part of a checkpoint's tokenizer that sampling needs."""
+    """The part of a checkpoint's tokenizer that drawing a sample needs."""
 
-    def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]: ...
+    def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]:
+        """Return the token ids of each text."""
 
 
 class _Draw:
-    """The rows that were read so far, separated into rows that can be generated and rows that cannot."""
+    """Collects the rows that are read, separated into rows that can be generated and rows that cannot."""
 
     def __init__(self, tokenizer: TokenizerLike, params: GenerationParams, room: int) -> None:
         self._tokenizer, self._params, self._room = tokenizer, params, room
         self.good: dict[str, SampleRow] = {}
+        """The rows that can be generated, by row key."""
         self.bad: dict[str, str] = {}
         """The reason why a row cannot be generated, by row key."""
         self.characters = 0
+        """Number of characters in the prompts of `good`."""
 
     def take(self, data: UnitData) -> None:
-        """Add the rows of one place. Some of them may be known already, because a place that was moved can overlap
-        another."""
+        """Add the rows that were read at one place. A row may be there already, because a place that was moved can
+        overlap another; it counts once."""
         ids = data.columns["id"]
         texts = [row.prompt or "" for row in data.rows]
         for row, tokens in zip(data.rows, self._tokenizer.encode_batch(texts), strict=True):
@@ -138,6 +149,7 @@ class _Draw:
             self.good[row.key] = SampleRow(row.key, row_id, prompt, tuple(tokens), params, keeps)
 
     def _flaw(self, tokens: Sequence[int], params: GenerationParams) -> str:
+        """Return the reason why a row with these prompt tokens cannot be generated, or "" if it can."""
         if not tokens:
             return "the prompt has no tokens"
         too_long = len(tokens) + params.max_new_tokens > self._room
@@ -147,11 +159,11 @@ class _Draw:
 def draw_sample(
     job: Job, plan: Plan, tokenizer: TokenizerLike, params: GenerationParams, room: int, size: int, seed: int = 0
 ) -> Sample:
-    """Return a sample of at most `size` rows of the job's input, or of all rows if there are fewer.
+    """Return a sample of `size` rows of the job's input, or of all usable rows that were read if these are fewer.
 
-    params: the job's settings; no row gets more new tokens than they allow. room: maximum number of tokens of a
+    `params`: the job's settings; no row gets more new tokens than they allow. `room`: maximum number of tokens of a
     prompt and its completion together. Raises InputError if none of the rows read can be generated or if the input
-    cannot be decoded, and StorageError if it cannot be reached.
+    cannot be decoded, StorageError if it cannot be reached.
     """
     rng = random.Random(seed)
     reader = UnitReader(job.input)
@@ -175,9 +187,11 @@ def draw_sample(
 
 
 def _places(plan: Plan, columns: Container[str], wanted: int, rng: random.Random) -> Iterator[tuple[WorkUnit, bool]]:
-    """Yield up to PLACES different ranges of rows, each equally likely, as a work unit and whether it was moved. A
-    range is moved to an earlier place in its row group if reaching it would decode too much. If the plan has at most
-    `wanted` rows, yield all of its units whole instead."""
+    """Yield (range of rows as a work unit, whether it was moved) for up to PLACES ranges drawn at random.
+
+    Together the ranges have about `wanted` rows. A range is moved to an earlier place in its row group if reaching it
+    would decode too much. If the plan has at most `wanted` rows, all of its units are yielded whole.
+    """
     if plan.rows <= wanted:
         yield from ((unit, False) for unit in plan.units)
         return
@@ -193,8 +207,8 @@ def _places(plan: Plan, columns: Container[str], wanted: int, rng: random.Random
 
 
 def _within_reach(unit: WorkUnit, columns: Container[str], first: int, count: int, rng: random.Random) -> int:
-    """Return the row to start reading at: `first`, or a random earlier row of its row group if too much would have to
-    be decoded before `first`."""
+    """Return the row of the file to start reading at: `first`, or a random earlier row of its row group if more than
+    REACH_BYTES would have to be decoded before `first`. If the footer cannot be read, return `first`."""
     storage, name = split_url(unit.file)
     try:
         with storage.open(name, unit.size) as source:
@@ -219,7 +233,10 @@ def _within_reach(unit: WorkUnit, columns: Container[str], first: int, count: in
 def _stratify(
     rows: list[SampleRow], size: int, rng: random.Random
 ) -> tuple[tuple[SampleRow, ...], tuple[Stratum, ...]]:
-    """Return rows drawn at random from strata of equal size by prompt length, and the strata."""
+    """Cut the rows into strata of equal size by prompt length. Return `size` rows drawn from them, and the strata.
+
+    The rows are in random order and have their weights.
+    """
     size = min(size, len(rows))
     ranked = sorted(rows, key=lambda row: (len(row.prompt_ids), rng.random()))
     count = min(STRATA, size)

@@ -1,5 +1,5 @@
-"""Prepares a calibration without loading the model: checks the job and the options, draws the sample and checks the
-folder."""
+"""Prepares a calibration without loading the model: checks the job and the folder for the results, and draws the
+sample."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,26 +21,29 @@ SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """The inputs of a calibration, checked and ready to be measured."""
+    """Everything that a calibration needs before a replica is started: checked inputs, the sample, and the folder."""
 
     job: Job
     """The job as the user gave it."""
     measured: Job
-    """The job as it is measured: with both towers, and with the max_new_tokens that the options ask for."""
+    """The job as it is measured: in diffusion mode, so that both towers are loaded, and with the max_new_tokens of the
+    options if that is lower."""
     options: Options
     plan: Plan
     sample: Sample
     folder: Folder
     workload: Workload
     identity: Mapping[str, Any]
-    """The values that the measurements depend on, except those of the replica."""
+    """The values that the measurements depend on, by name, except those of the replica (see record.identity)."""
     eos_ids: tuple[int, ...]
+    """Token ids that end a row."""
 
 
 def prepare(job: Job, options: Options) -> Setup:
     """Check all that can be checked without loading the model, and draw the sample. Nothing is written.
 
-    Raises JobError, CheckpointError, InputError, OutputError and StorageError.
+    Raises CheckpointError if the checkpoint is unusable or lacks a tower, JobError or InputError if the job, the folder
+    or the input cannot be used, OutputError if the folder holds something else, StorageError if the storage fails.
     """
     measured = _as_measured(job, options)
     try:

@@ -103,8 +103,8 @@ def render(body: str, context: Mapping[str, Any], *, title: str, style: str = ""
 def shown(text: str, at_most: int) -> str:
     """Return a text that anybody may have written so that it is safe and fully visible on a page or a terminal.
 
-    Control characters, direction marks, and characters without a meaning of their own in Unicode are replaced by
-    visible ones; tabs and newlines stay. After `at_most` characters the text is cut, and the result says how many more
+    Control characters, direction marks, surrogates, and private or unassigned characters are replaced by visible ones;
+    tabs and newlines stay. After `at_most` characters the text is cut, and the result says how many more
     there were.
     """
     cut = text if len(text) <= at_most else text[:at_most]

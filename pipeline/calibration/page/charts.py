@@ -1,4 +1,4 @@
-"""Draws the charts of a calibration. Each function returns a chart as SVG, and its legend."""
+"""Draws the charts of the report of a calibration as SVG, each with its legend."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,8 +10,11 @@ from pipeline.pages.chart import DASH, LARGE, MARKS, RING, SERIES, STAR, TALL, C
 
 
 def quality_speed(choice: Choice) -> tuple[str, list[Key]]:
-    """Return a chart of agreement against tokens/s. A line for each row limit joins the points with the most steps;
-    points with fewer steps are drawn without a line."""
+    """Return a chart of agreement against tokens/s for all measured points, and its legend.
+
+    Each row limit has a colour and a line that joins its points with the most steps; points with fewer steps have marks
+    only. The chosen point has a ring.
+    """
     results, best = choice.results, choice.best
     worst = 100 * min([choice.min_agreement, *(result.quality.agreement.mean for result in results)])
     y = Scale(max(0.0, worst - 0.15 * (100 - worst) - 0.5), 100)
@@ -32,12 +35,15 @@ def quality_speed(choice: Choice) -> tuple[str, list[Key]]:
         *((f"s{index % SERIES} fill", counted(rows, "row")) for index, rows in enumerate(limits)),
         *((_filled(index), counted(most, "step"), MARKS[index % len(MARKS)]) for index, most in enumerate(steps)),
         ("fill", "AR", STAR),
-        ("rule dashed", f"{percent(choice.min_agreement)} asked for", DASH),
+        ("rule dashed", f"smallest agreement allowed, {percent(choice.min_agreement)}", DASH),
     ]
 
 
 def _draw_limit(chart: Chart, results: Sequence[Result], steps: Sequence[int], series: str) -> None:
-    """Draw the points of one row limit in the colour of a series."""
+    """Draw the points of one row limit.
+
+    `steps`: all numbers of steps, the largest first. `series`: the CSS class that gives the colour.
+    """
     joined = sorted(
         (result for result in results if result.point.setting.steps in steps[:1]),
         key=lambda result: result.point.setting.threshold or 0.0,
@@ -56,7 +62,7 @@ def _draw_limit(chart: Chart, results: Sequence[Result], steps: Sequence[int], s
 
 
 def _place(result: Result) -> tuple[float, float]:
-    """Return the tokens/s of a result, and its agreement in percent."""
+    """Return the place of a result in the chart: (tokens/s, agreement in percent)."""
     return result.speed.tokens_per_s, 100 * result.quality.agreement.mean
 
 
@@ -70,23 +76,28 @@ def _threshold(result: Result) -> str:
 
 
 def _filled(index: int) -> str:
-    """Return the CSS class for marks of the most steps (0), the second most (1), and so on."""
+    """Return the CSS class for marks of a number of steps by its index: 0 for the most steps, 1 for the second most."""
     return "hollow" if index else "fill"
 
 
 def _steps(settings: Iterable[Setting]) -> list[int]:
-    """Return the numbers of steps that were tried, the largest first."""
+    """Return the different numbers of steps of the settings, the largest first. AR has none."""
     return sorted({setting.steps for setting in settings if setting.steps is not None}, reverse=True)
 
 
 def _speeds(speeds: Sequence[float]) -> Scale:
-    """Return the scale for tokens/s. It begins at 0, or is logarithmic if the speeds differ much."""
+    """Return the scale for tokens/s: linear from 0, or logarithmic if the speeds differ by a factor of more than 6."""
     low, high = min(filter(None, speeds), default=1.0), max(speeds)
     return Scale(low / 1.3, high * 1.3, log=True) if high > 6 * low else Scale(0, high * 1.1)
 
 
 def by_threshold(choice: Choice, title: str, value: Callable[[Quality], float | None]) -> tuple[str, list[Key]]:
-    """Return a chart of a measure against the threshold: a line for each number of steps, and a dashed one for AR."""
+    """Return a chart of a measure against the confidence threshold, and its legend.
+
+    There is a line for each number of steps, and a dashed one for AR if AR has the measure. `title`: the name of the
+    measure. `value`: returns the measure of a setting, or None if the setting has none. At least one result must be of
+    diffusion.
+    """
     values = {result.point.setting: value(result.quality) for result in choice.results}
     thresholds = [setting.threshold for setting in values if setting.threshold is not None]
     room = 0.05 * (max(thresholds) - min(thresholds)) or 0.05

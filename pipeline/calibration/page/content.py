@@ -1,4 +1,4 @@
-"""Builds the content of a calibration's report.html."""
+"""Builds report.html of a calibration: computes all values and texts that its template shows."""
 
 import math
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from pipeline.calibration.page.verdict import notes, rate, verdict
 from pipeline.calibration.points import AR, Setting
 from pipeline.calibration.quality import percent
 from pipeline.calibration.run import Outcome
+from pipeline.core.text import counted
 from pipeline.output.records import now
 from pipeline.pages import page
 from pipeline.pages.chart import Key
@@ -17,23 +18,24 @@ from pipeline.pages.page import shown
 from pipeline.storage.urls import safe_url
 
 _METHOD = (
-    "Agreement is 1 less the edit distance (Levenshtein, in tokens) between a completion and AR's completion of the "
-    "same row, over the length of the longer one; both at temperature 0. Exact is the share of texts that are AR's to "
-    "the letter. In brackets: Wilson's 95% interval of the mean over the sample. "
-    "Whether a text that differs is worse, neither can say: read some of them.",
-    "What a row says does not depend on how many rows run beside it (in float32 on a CPU exactly, in bfloat16 but for "
-    "near ties), so agreement, repetition and tokens a forward were measured once for each setting, over the whole "
-    "sample, at the largest row limit; speed at each row limit.",
-    "Tokens/s are completion tokens of one replica whose slots are all taken: the sample is given again and again, and "
-    "counting begins when as many rows have ended as there are slots, and goes on until each slot was refilled twice, "
-    "eight rows at least. Rows that run out at the end of a job do not count, nor does the loading of the model; "
-    "reading prompts into the context does. ± is twice the standard error, from eight equal pieces of the time.",
+    "Agreement is 1 minus the edit distance (Levenshtein, in tokens) between a completion and AR's completion of the "
+    "same row, divided by the length of the longer one; both are made at temperature 0. Exact is the share of texts "
+    "that are the same as AR's. The smaller figures beside the agreement are Wilson's 95% interval of its mean over "
+    "the sample. Neither figure says whether a text that differs is worse: read some of them.",
+    "The text of a row does not depend on the number of rows that run beside it (in float32 on a CPU exactly, in "
+    "bfloat16 except for near ties). So agreement, repetition and tokens per forward were measured once per setting, "
+    "over the whole sample, at the largest row limit. Speed was measured at each row limit.",
+    "Tokens/s are completion tokens of one replica whose slots are all taken. The sample is submitted again and again. "
+    "Counting begins when as many rows have ended as there are slots, and continues at least until twice as many rows "
+    "as slots, and eight, have ended. Reading prompts into the context counts; the loading of the model does not, nor "
+    "do empty slots at the end of a job. ± is twice the standard error, computed from eight equal pieces of the time.",
     "Repetition is the mean share of a completion that is a loop (the column `repetition`).",
 )
+"""Paragraphs that explain how the figures of every calibration were measured."""
 
 
 def make_report(outcome: Outcome) -> bytes:
-    """Return report.html as bytes."""
+    """Return report.html of a calibration as UTF-8 HTML."""
     choice, setup = outcome.choice, outcome.setup
     other = _compared(outcome)
     rows, sample = setup.sample.rows, setup.sample
@@ -64,35 +66,37 @@ def make_report(outcome: Outcome) -> bytes:
 
 
 def remarks(outcome: Outcome) -> list[str]:
-    """Return remarks on the calibration as a whole, for example on points that were not measured."""
+    """Return remarks on what the calibration did not measure: missing points, longer rows, second tries, mock_ar."""
     said = []
     if outcome.missing:
         total = len(outcome.choice.results) + len(outcome.missing)
         why = dict.fromkeys(why for _, why in outcome.missing)
-        said.append(f"{len(outcome.missing)} of {total} points were not measured: {'; '.join(why)}.")
+        said.append(f"Not measured: {len(outcome.missing)} of {total} points, for these reasons: {'; '.join(why)}.")
     if (workload := outcome.setup.workload).extra_tokens:
         job, here = outcome.setup.job.generation.max_new_tokens, outcome.setup.measured.generation.max_new_tokens
         said.append(
             f"Rows were cut at {here:,} tokens (--max-new-tokens), the job allows {job:,}: the whole job takes at "
-            f"least what is said here, and up to {cost_of(outcome.choice.best, workload).most:.1f} times as much."
+            f"least the time given here, and up to {cost_of(outcome.choice.best, workload).most:.1f} times as much."
         )
     if outcome.setup.job.generation.on_degenerate == "retry":
-        said.append("The job generates rows that loop once more (on_degenerate: retry); that work is not in its hours.")
+        said.append("The job generates a row again if it loops (on_degenerate: retry); that work is not in its hours.")
     if outcome.setup.job.generation.mode == "mock_ar":
         said.append("The job's mode is mock_ar, which is for tests: it was not measured.")
     return said
 
 
 def amount(value: float | None) -> str:
-    """Return a number of hours or an amount of money as text with three significant digits, without decimals from 100
-    on. The text is `-` if the value is None or not finite."""
+    """Return hours or money as text with three significant digits, or as a whole number from 100 on.
+
+    The text is `-` if the value is None or not finite.
+    """
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _compared(outcome: Outcome) -> Setting | None:
-    """Return the diffusion setting whose texts are shown, or None if no diffusion setting was measured.
+    """Return the diffusion setting whose texts are shown beside AR's, or None if no diffusion setting was measured.
 
     It is the chosen setting if that is diffusion, else the job's own if it was measured, else the one that agrees best
     with AR.
@@ -114,42 +118,42 @@ def _tiles(outcome: Outcome) -> list[tuple[str, str]]:
         _chosen_tile(choice.best),
         _speedup_tile(outcome),
         ("tokens/s of a replica", rate(choice.best)),
-        (f"hours for {workload.rows:,} rows, {replicas}", amount(cost.hours)),
+        (f"hours for {counted(workload.rows, 'row')} on {replicas}", amount(cost.hours)),
         ("GPU-hours", amount(cost.gpu_hours)) if workload.gpus else ("replica-hours", amount(cost.replica_hours)),
     ]
     if cost.money is not None:
-        tiles.append((f"{workload.currency} at {amount(workload.price)} an hour", amount(cost.money)))
+        tiles.append((f"{workload.currency} at {amount(workload.price)} per hour", amount(cost.money)))
     own = next((result for result in choice.results if result.point == outcome.own), None)
     if own is not None and own is not choice.best:
         tiles.append(
-            ("times the speed of the job as it is", f"{own.seconds_per_row / choice.best.seconds_per_row:.2f}")
+            ("times as fast as with the job's settings", f"{own.seconds_per_row / choice.best.seconds_per_row:.2f}")
         )
     return tiles
 
 
 def _chosen_tile(best: Result) -> tuple[str, str]:
-    setting, rows = best.point.setting, f"{best.point.max_rows:,} rows at a time"
+    setting, rows = best.point.setting, f"{counted(best.point.max_rows, 'row')} at a time"
     if setting == AR:
         return f"chosen; {rows}", "AR"
-    return f"chosen; {setting.steps} steps, {rows}", f"threshold {setting.threshold:g}"
+    return f"chosen; {counted(setting.steps or 0, 'step')}, {rows}", f"threshold {setting.threshold:g}"
 
 
 def _speedup_tile(outcome: Outcome) -> tuple[str, str]:
     choice = outcome.choice
     others = [result.seconds_per_row for result in choice.results if result.point.setting != AR]
     if choice.best.point.setting != AR or not others:
-        return "times AR's speed", f"{choice.speedup:.2f}"
-    return "times the speed of the fastest diffusion", f"{min(others) / choice.best.seconds_per_row:.2f}"
+        return "times as fast as AR", f"{choice.speedup:.2f}"
+    return "times as fast as the fastest diffusion", f"{min(others) / choice.best.seconds_per_row:.2f}"
 
 
 def _small_charts(outcome: Outcome) -> list[tuple[str, list[Key], str]]:
     choice = outcome.choice
     if all(result.point.setting == AR for result in choice.results):
         return []
-    forwards = charts.by_threshold(choice, "tokens a denoiser forward", lambda quality: quality.tokens_per_forward)
+    forwards = charts.by_threshold(choice, "tokens per denoiser forward", lambda quality: quality.tokens_per_forward)
     loops = charts.by_threshold(choice, "repetition", lambda quality: quality.repetition)
     return [
-        (*forwards, "Tokens committed by a denoiser forward, by threshold and steps a block at most."),
+        (*forwards, "Tokens that a denoiser forward commits, by threshold and limit of steps per block."),
         (*loops, "Mean share of a completion that is a loop. Points far above AR's line are not chosen."),
     ]
 
@@ -159,11 +163,11 @@ def _heads(outcome: Outcome) -> list[str]:
     heads = ["setting", "rows", "tokens/s", "x AR", "agreement", "exact"]
     heads += ["hours", "GPU-hours" if workload.gpus else "replica-hours"]
     heads += [workload.currency] if workload.price is not None else []
-    return [*heads, "tokens a forward", "steps a block", "repe\u00adtition", "tokens a row", "ended by stop"]
+    return [*heads, "tokens per forward", "steps per block", "repe\u00adtition", "tokens per row", "ended by stop"]
 
 
 def _cells(result: Result, outcome: Outcome) -> list[tuple[str, str]]:
-    """Return a pair for each column of `_heads`: the value, and a small text to show beside it."""
+    """Return (value, small text beside it) of a result for each column of `_heads`."""
     quality, workload = result.quality, outcome.setup.workload
     cost, agreement = cost_of(result, workload), result.quality.agreement
     between = f"{percent(agreement.low)} to {percent(agreement.high)}" if agreement.low < agreement.high else ""
@@ -194,9 +198,9 @@ def _ordered(results: tuple[Result, ...]) -> list[Result]:
 
 def _under_points(outcome: Outcome) -> str:
     workload = outcome.setup.workload
-    wall = f"with {workload.replicas} replicas" if workload.replicas else "with one replica; n of them take 1/n"
-    what = "GPU-hours are those of all replicas" if workload.gpus else "There are no GPUs: cost is by replica-hours"
-    return f"Hours: {workload.rows:,} rows, every row the mean tokens of the sample, {wall}. {what}."
+    wall = f"on {counted(workload.replicas, 'replica')}" if workload.replicas else "on one replica; n replicas take 1/n"
+    what = "GPU-hours are those of all replicas" if workload.gpus else "Without GPUs, the price is per replica-hour"
+    return f"Hours are for {counted(workload.rows, 'row')} with the mean tokens per row of the sample, {wall}. {what}."
 
 
 def _about_texts(other: Setting | None, count: int) -> str:
@@ -205,24 +209,24 @@ def _about_texts(other: Setting | None, count: int) -> str:
     if not count:
         return f"All texts of the sample are the same in AR and with {other.label}."
     return (
-        f"{count} rows of the sample in AR and with {other.label}, from the one that differs most to the one that "
-        "differs least. Marked is where they differ. All texts are in completions/."
+        f"{counted(count, 'row')} of the sample in AR and with {other.label}, from the least similar texts to the most "
+        "similar ones. The part in which two texts differ is marked. All texts are in completions/."
     )
 
 
 def _about_sample(outcome: Outcome) -> list[str]:
     sample, plan = outcome.setup.sample, outcome.setup.plan
     lines = [
-        f"{len(sample.rows):,} rows of {plan.rows:,}. {sample.read:,} rows were read"
+        f"{len(sample.rows):,} of the job's {counted(plan.rows, 'row')}. To draw them, {sample.read:,} were read"
         + (" (all there are)" if sample.read >= plan.rows else f" in {sample.places} places at random")
-        + ", ordered by prompt length and cut into strata of equal size; from each the same number was drawn."
+        + ", ordered by prompt length and cut into strata of equal size; the same number was drawn from each stratum."
     ]
     if sample.bad:
         reasons = "; ".join(f"{count:,} x {reason}" for reason, count in sample.reasons)
-        lines.append(f"{sample.bad:,} rows that were read cannot be generated and were left out: {reasons}.")
+        lines.append(f"Left out: {counted(sample.bad, 'row')} that cannot be generated: {reasons}.")
     if sample.shifted:
         lines.append(
-            f"In {sample.shifted} places the row groups are so large that rows nearer to their beginning were taken."
+            f"In {sample.shifted} of the places, the row group is so large that rows nearer to its beginning were read."
         )
     return [shown(line, 1000) for line in lines]
 
@@ -232,9 +236,9 @@ def _own_method(outcome: Outcome) -> list[str]:
     if outcome.answers[AR].rows is outcome.answers[AR].greedy:
         return []
     return [
-        f"The job samples (temperature {temperature:g}), and two samples differ whatever wrote them. So agreement was "
-        "measured at temperature 0, in a run of its own; speed, tokens a forward, repetition and lengths as the job "
-        "samples."
+        f"The job samples (temperature {temperature:g}), and two samples of a row differ in any mode. So agreement was "
+        "measured at temperature 0, in a run of its own. Speed, tokens per forward, repetition and lengths were "
+        "measured at the temperature of the job."
     ]
 
 

@@ -1,4 +1,4 @@
-"""The template of the page of a calibration, and its CSS."""
+"""The jinja2 template of the body of a calibration's report.html, and its CSS beside that of all pages."""
 
 STYLE = """
 tr.chosen td { background: var(--pick); font-weight: 600; }
@@ -10,8 +10,8 @@ mark { background: var(--mark); color: inherit; }
 """
 
 BODY = """<h2>Quality and speed</h2>
-{{ figure(quality[0], "Up is nearer to AR, right is faster. Numbers are confidence thresholds, thin bars are 95% "
-~ "intervals, dotted lines are the speed of AR.", quality[1]) }}
+{{ figure(quality[0], "Higher points agree better with AR, points further right are faster. The numbers are confidence "
+~ "thresholds, the thin bars 95% intervals, the dotted lines the speeds of AR.", quality[1]) }}
 {% if small_charts %}<div class="pair">
 {% for chart, keys, caption in small_charts %}{{ figure(chart, caption, keys) }}
 {% endfor %}</div>
@@ -24,7 +24,7 @@ BODY = """<h2>Quality and speed</h2>
 {%- endfor %}</tr>
 {% endfor %}</table></div>
 <p class="soft">{{ under_points }}</p>
-{% if missing %}<details><summary>{{ missing | length }} points were not measured</summary><ul class="soft">
+{% if missing %}<details><summary>Points that were not measured: {{ missing | length }}</summary><ul class="soft">
 {% for point, why in missing %}<li>{{ point }}: {{ why }}</li>
 {% endfor %}</ul></details>
 {% endif %}

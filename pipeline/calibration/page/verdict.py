@@ -1,4 +1,4 @@
-"""Describes the choice of a calibration in words: a short verdict, and notes on what its figures do not show."""
+"""Describes the choice of a calibration in words: a verdict, and notes on how far it can be trusted."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from pipeline.calibration.quality import difference, percent, rows_to_tell
 
 
 def verdict(choice: Choice) -> str:
-    """Return a sentence or two that say whether diffusion or AR was chosen and compare it with the other in figures."""
+    """Return a sentence or two that say whether diffusion or AR was chosen, and compare the two in figures."""
     best, reference = choice.best, choice.reference
     if best.point.setting == AR:
         return _verdict_for_ar(choice)
@@ -46,19 +46,20 @@ def _verdict_for_ar(choice: Choice) -> str:
 
 
 def notes(choice: Choice) -> Iterator[str]:
-    """Yield notes on the limits of the choice, for example if the sample is too small or the speed is not certain."""
+    """Yield notes on the limits of the choice: a sample that is too small, a faster point that was not chosen, a speed
+    that is not certain, rows that failed."""
     best, quality = choice.best, choice.best.quality
     rows = len(quality.similarities)
     if best.point.setting != AR and quality.agreement.low < choice.min_agreement:
         more = rows_to_tell(quality.agreement, choice.min_agreement, rows)
         yield (
             f"{rows} rows cannot tell whether the agreement of the chosen point, {quality.agreement}, is above "
-            f"{percent(choice.min_agreement)} in the whole job; a sample of about {more:,} could."
+            f"{percent(choice.min_agreement)} in the whole job; a sample of about {more:,} rows could."
         )
     if left_out := _fastest_left_out(choice):
         yield _about(left_out, choice)
     if best.point.setting == AR and left_out:
-        yield "Where such texts are good enough, say so with --min-agreement: nothing is measured again."
+        yield "If such texts are good enough, give a lower --min-agreement: nothing is measured again."
     if (error := best.speed.error) > MOST_NOISE / 2:
         yield (
             f"The speed of the chosen point is known to ± {2 * error:.0%} only: its rows differ much, or something "
@@ -69,8 +70,8 @@ def notes(choice: Choice) -> Iterator[str]:
 
 
 def _fastest_left_out(choice: Choice) -> Result | None:
-    """Return the fastest point that did not qualify although it is clearly faster than the chosen one, or None if there
-    is none. Points whose agreement interval reaches the minimum are preferred."""
+    """Return the fastest of the points that did not qualify and are clearly faster than the chosen one; None if there
+    is none. Points whose agreement may be high enough, by its interval, go before all others."""
     best = choice.best
     faster = [
         result
@@ -86,15 +87,16 @@ def _fastest_left_out(choice: Choice) -> Result | None:
 def _about(left_out: Result, choice: Choice) -> str:
     best, quality = choice.best, left_out.quality
     text = (
-        f"{left_out.point.label} is {best.seconds_per_row / left_out.seconds_per_row:.2f} times as fast as the chosen "
-        f"point and was left out: agreement {quality.agreement}, repetition {percent(quality.repetition)}"
+        f"A faster point was not chosen: {left_out.point.label}. It is "
+        f"{best.seconds_per_row / left_out.seconds_per_row:.2f} times as fast as the chosen point, with agreement "
+        f"{quality.agreement} and repetition {percent(quality.repetition)}"
     )
     gap, half = difference(best.quality.similarities, quality.similarities, [1.0] * len(quality.similarities))
     if abs(gap) <= half:
-        return f"{text}. The sample is too small to tell the two apart ({gap:.1%} ± {half:.1%} between them)."
-    return f"{text}, {gap:.1%} ± {half:.1%} less than the chosen point's."
+        return f"{text}. The sample is too small to tell the two apart (agreement differs by {gap:.1%} ± {half:.1%})."
+    return f"{text}. The agreement of the chosen point minus that of this one is {gap:.1%} ± {half:.1%}."
 
 
 def rate(result: Result) -> str:
-    """Return the completion tokens per second as text."""
+    """Return the completion tokens/s of a result as text without decimals."""
     return f"{result.speed.tokens_per_s:,.0f}"

@@ -1,4 +1,4 @@
-"""Estimates what a job will take, from the calibration of a job with the same model and settings.
+"""Estimates the time and the cost of a job for `plan`, from a calibration with the same model and settings.
 
 Nothing is extrapolated: there is no estimate if the two jobs differ in anything that speed depends on, or if the point
 was not measured.
@@ -29,24 +29,26 @@ _LENGTH = "generation.max_new_tokens"
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The time and cost of the rows that are left, estimated from a point that was measured."""
+    """The time and cost of the rows of a job that are left, estimated from the measurement of the job's own point."""
 
     point: Point
     measured: Mapping[str, Any]
-    """The point's row of measurements.parquet."""
+    """The row of measurements.parquet for this point, by column."""
     rows: int
     """Estimated number of rows that are still to be generated: without finished and saved rows and the share of
     unusable rows."""
     replicas: int | None
     """Number of replicas; None means as many as fit."""
     gpus: int
+    """GPUs per replica; 0 on CPUs."""
     price: float | None
     """Price of an hour of one GPU, or of one replica on CPUs; None if it is unknown."""
     currency: str
     same_input: bool
+    """Whether the calibration measured the same input files."""
     most: float = 1.0
-    """Factor by which all results can be higher at most, because the calibration cut rows earlier than the job does; 1
-    if it did not."""
+    """Factor by which tokens, hours and cost can be higher at most, because the calibration cut rows earlier than the
+    job does; 1 if it did not."""
 
     @property
     def replica_hours(self) -> float:
@@ -55,11 +57,11 @@ class Estimate:
 
     @property
     def money(self) -> float | None:
-        """Return the price of the replica hours, or None if no price is known."""
+        """Return the cost of the replica hours in `currency`, or None if no price is known."""
         return None if self.price is None else self.replica_hours * (self.gpus or 1) * self.price
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines for the operator."""
+        """Yield the lines that `plan` prints: tokens, hours, cost, and the measurement that they come from."""
         measured, hours = self.measured, self.replica_hours
         error = f", ± {2 * error:.0%}" if (error := measured["speed_error"] or 0.0) >= 0.005 else ""
         several = self.replicas is not None and self.replicas > 1
@@ -70,22 +72,23 @@ class Estimate:
         money = "no price was given" if self.money is None else f"{self.money:,.2f} {self.currency}"
         yield f"cost       {money}: {amount:,.2f} {'GPU' if self.gpus else 'replica'}-hours"
         of = "" if self.same_input else " on other input"
-        rate, length = f"{measured['tokens_per_s']:,.0f} tokens/s", f"{measured['tokens_per_row']:,.1f} tokens a row"
+        rate, length = f"{measured['tokens_per_s']:,.0f} tokens/s", f"{measured['tokens_per_row']:,.1f} tokens per row"
         what = f"{measured['device']} ({measured['checkpoint']}, {measured['dtype']})"
         yield f"by         {self.point.label}: {rate}, {length}, measured{of} with {what}"
 
     def _or_more(self) -> str:
         if self.most <= 1.005:
             return ""
-        return f", at most {self.most:.2f} times that, and of hours and cost: the sample's rows were cut earlier"
+        return f", at most {self.most:.2f} times that, like hours and cost, because the sample's rows were cut earlier"
 
 
 def estimate(job: Job, plan: Plan, checkpoint_identity: str, folder: str | None, rows: int) -> Estimate | str | None:
     """Return the estimate for `rows` rows of the job, or the reason why there is none, or None if there is no
     calibration.
 
-    folder: None means the folder that `calibrate` writes to by default. Raises InputError or StorageError if a folder
-    was named and holds no calibration, or one that cannot be read.
+    `folder`: the folder of a calibration; None means the one that `calibrate` writes to by default. If a folder is
+    named, this raises InputError if it holds no calibration or an unreadable one, StorageError if the storage fails. By
+    default, these errors are returned as the reason.
     """
     where = default_folder(job) if folder is None else folder
     if where is None:
@@ -103,13 +106,18 @@ def estimate(job: Job, plan: Plan, checkpoint_identity: str, folder: str | None,
 
 @dataclass(frozen=True, slots=True)
 class _Calibration:
-    """The parts of a calibration's folder that an estimate needs."""
+    """The content of a calibration's folder, as far as an estimate needs it."""
 
     shown: str
+    """Path or URL of the folder, without credentials."""
     points: Mapping[Point, Mapping[str, Any]]
+    """The measured points, each with its row of measurements.parquet."""
     identity: Mapping[str, Any]
+    """The values that the measurements depend on, by name."""
     limits: Mapping[RowLimit, int]
+    """Number of rows that each row limit meant on the replica."""
     workload: Mapping[str, Any]
+    """The Workload as calibration.json has it; empty if no calibration was finished yet."""
 
 
 def _read(folder: str) -> _Calibration | None:
@@ -148,15 +156,16 @@ def _estimate(job: Job, plan: Plan, checkpoint_identity: str, found: _Calibratio
 
 
 def _points(data: bytes) -> dict[Point, dict[str, Any]]:
-    """Return the points whose quality was measured as well, each with its columns. Without it the length of their rows
-    is unknown."""
+    """Return the points in measurements.parquet, each with its columns, without points that lack a time per row."""
     rows = pq.read_table(pa.BufferReader(data)).to_pylist()
     return {tables.point_of(row)[0]: row for row in rows if row["seconds_per_row"] is not None}
 
 
 def _unlike(job: Job, checkpoint_identity: str, identity: Mapping[str, Any]) -> str:
-    """Return the differences in all values that speed and length depend on, as text; the text is empty if there are
-    none."""
+    """Return the differences between the job and the calibration in all values that speed and length depend on.
+
+    The text is empty if there are none. A calibration with fewer new tokens than the job has is no difference.
+    """
     here = record.of_settings(job, checkpoint_identity)
     if isinstance(length := identity.get(_LENGTH), int) and length <= here[_LENGTH]:
         here[_LENGTH] = length  # rows were cut earlier: Estimate.most says how much it may be too low
@@ -166,7 +175,7 @@ def _unlike(job: Job, checkpoint_identity: str, identity: Mapping[str, Any]) -> 
 
 
 def _point_of(job: Job, rows: int | None) -> Point | None:
-    """Return the job's own point, or None if the calibration did not try its row limit or its mode is mock_ar."""
+    """Return the point that the job runs at, with this row limit; None if `rows` is None or the mode is mock_ar."""
     generation = job.generation
     if rows is None or generation.mode == "mock_ar":
         return None

@@ -1,9 +1,9 @@
-"""Reads and writes the folder of a calibration. It holds what was measured so far, so that nothing is measured twice.
+"""Reads and writes the folder of a calibration. It keeps all measurements, so that nothing is measured twice.
 
     calibration.json        what the measurements depend on; then the chosen point and what the job will cost
     measurements.parquet    a row for each point: its settings, its measurements, the cost of the whole job
     completions/*.parquet   a file for each setting: the rows of the sample with their texts
-    report.html             the report for the reader
+    report.html             the report for people
     job.yaml                the job with the chosen settings
 
 A point counts as measured once it is in measurements.parquet, which is written after the completions.
@@ -38,9 +38,11 @@ COMPLETIONS = "completions"
 
 
 def folder_for(job: Job, to: str | None) -> str:
-    """Return the folder of a calibration: the one given, or the one beside the job's output.
+    """Return the path or URL of the folder for a calibration: `to`, or the one beside the job's output if `to` is None.
 
-    Raises JobError or InputError if its files would be taken for the job's input or output, or would be lost.
+    Raises JobError if `to` is empty or unusable, if it is None and nothing can lie beside the output, or if the folder
+    lies in the output or would be deleted with Ray's working directory. Raises InputError if the folder lies in the
+    input or the input is missing, StorageError if the storage fails.
     """
     if to is None:
         beside = default_folder(job)
@@ -72,16 +74,18 @@ def folder_for(job: Job, to: str | None) -> str:
 
 
 def default_folder(job: Job) -> str | None:
-    """Return the default folder of a calibration: the path of the output with `-calibration` added. Return None if the
-    output is a whole disk or bucket."""
+    """Return the folder in which a calibration is by default: the path of the output with `-calibration` added.
+
+    The result is None if the output is a whole disk or bucket, which nothing can lie beside.
+    """
     output = job.output.path.rstrip("/")
     root = output.strip("/") if is_local(output) else output.partition("://")[2].partition("/")[2]
     return f"{output}-calibration" if root else None
 
 
 class Folder:
-    """The folder of one calibration. Its methods raise OutputError if the folder does not hold what it should, and
-    StorageError."""
+    """The folder of one calibration. Its methods raise OutputError if the folder holds something else or damaged files,
+    and StorageError if the storage fails."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -91,8 +95,8 @@ class Folder:
     def check(self, identity: Mapping[str, Any]) -> bool:
         """Return True if this calibration is in the folder already, False if the folder is empty or does not exist.
 
-        identity: all values that the measurements depend on, or some of them. Raises OutputError if the folder holds
-        another calibration or other files.
+        `identity`: all values that the measurements depend on, or some of them, by name. Raises OutputError if the
+        folder holds a calibration in which one of them differs, or other files.
         """
         data = self._storage.read_if_exists(RECORD)
         if data is None:
@@ -115,14 +119,17 @@ class Folder:
         return True
 
     def take(self, identity: Mapping[str, Any], replica: Replica) -> None:
-        """Begin a calibration, or continue the one in the folder; its outcome stays until a new one is written."""
+        """Begin a calibration in the folder, or continue the one that is there.
+
+        calibration.json gets these values; the outcome of an earlier run in it stays until `write_record`.
+        """
         there = self.check(identity)
         if not there:
             check_writable(self.path)
         self.write_record(identity, replica, from_json(self._storage.read(RECORD)) if there else {})
 
     def write_record(self, identity: Mapping[str, Any], replica: Replica, outcome: Mapping[str, Any]) -> None:
-        """Write calibration.json."""
+        """Write calibration.json: what the measurements depend on, the replica, and the fields of the outcome."""
         self.write(RECORD, to_json({**outcome, "measured_with": identity, "replica": asdict(replica)}))
 
     def read_replica(self) -> Replica | None:
@@ -138,12 +145,14 @@ class Folder:
         self._storage.write(name, data)
 
     def write_measurements(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write all points so far. `rows` are rows of tables.MEASUREMENTS."""
+        """Replace measurements.parquet. `rows`: one for each point measured so far, with the columns of
+        tables.MEASUREMENTS."""
         table = pa.Table.from_pylist([dict(row) for row in rows], schema=tables.MEASUREMENTS)
         self.write(MEASUREMENTS, to_parquet(table))
 
     def read_points(self) -> dict[Point, tuple[Speed, str]]:
-        """Return the measured points, each with its speed and the time of its measurement."""
+        """Return the points in measurements.parquet, each with its speed and the time of its measurement; empty if
+        there is no such file."""
         table = self._read(MEASUREMENTS)
         if table is None:
             return {}
@@ -153,11 +162,11 @@ class Folder:
             raise self._damaged(MEASUREMENTS, f"it has no column {error}") from None
 
     def write_answers(self, setting: Setting, rows: Sequence[SampleRow], answers: Answers) -> None:
-        """Write the answers of a setting to these rows."""
+        """Write the answers of a setting to the rows of the sample into a file in completions/."""
         self.write(_answers_name(setting), to_parquet(tables.answers_table(rows, answers)))
 
     def read_answers(self, setting: Setting, rows: Sequence[SampleRow]) -> Answers | None:
-        """Return the answers of a setting to these rows, or None if they have not been written."""
+        """Return the answers of a setting to the rows of the sample, or None if they have not been written."""
         name = _answers_name(setting)
         table = self._read(name)
         try:
@@ -175,7 +184,7 @@ class Folder:
             raise self._damaged(name, one_line(error)) from error
 
     def _damaged(self, name: str, why: str) -> OutputError:
-        return OutputError(f"{self.shown}/{name} cannot be read: {why}; delete the file, it is measured again")
+        return OutputError(f"{self.shown}/{name} cannot be read: {why}; delete the file to have it measured again")
 
 
 def _answers_name(setting: Setting) -> str:

@@ -1,4 +1,5 @@
-"""Makes the records of a calibration: what its measurements depend on, and its outcome, for people and for `plan`."""
+"""Makes the content of calibration.json: what the measurements depend on, and the outcome, for people and for
+`plan`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,11 +16,14 @@ from pipeline.planning.plan import Plan
 from pipeline.storage.urls import safe_url
 
 _VARIED = {"mode", "confidence_threshold", "steps_per_block", "on_degenerate"}
-"""Generation settings that the points vary, or that do not change what is measured."""
+"""Generation settings that the points vary, or that the measurements do not depend on."""
 
 
 def identity(measured: Job, plan: Plan, sample: Sample, checkpoint_identity: str) -> dict[str, Any]:
-    """Return all values that the measurements depend on, except the replica's own, by name, as JSON values."""
+    """Return all values that the measurements depend on, as JSON values by name, except those of `of_replica`.
+
+    A calibration is continued only if all of these are the same.
+    """
     return {
         "input files": digest_of(plan.listing),
         "sample rows": len(sample.rows),
@@ -29,7 +33,10 @@ def identity(measured: Job, plan: Plan, sample: Sample, checkpoint_identity: str
 
 
 def of_settings(measured: Job, checkpoint_identity: str) -> dict[str, Any]:
-    """Return the part of the identity that does not depend on the input files."""
+    """Return the values that measurements depend on and that a job's settings and checkpoint determine, by name.
+
+    This is the part of `identity` without the input files and the sample.
+    """
     generation = measured.generation.model_dump(mode="json", exclude=_VARIED)
     engine = measured.engine.model_dump(mode="json", exclude={"max_rows"})
     return {
@@ -44,13 +51,13 @@ def of_settings(measured: Job, checkpoint_identity: str) -> dict[str, Any]:
 
 
 def of_replica(replica: Replica) -> dict[str, Any]:
-    """Return the replica's part of the identity."""
+    """Return the values that measurements depend on and that only a started replica knows: its device and versions."""
     return {"device": replica.device, **dict(replica.versions)}
 
 
 def replica_from(fields: Mapping[str, Any]) -> Replica:
-    """Return the replica that these JSON fields describe. Raises LookupError, TypeError or ValueError if they do not
-    describe one."""
+    """Return the Replica that these fields of calibration.json describe. Raises LookupError, TypeError or ValueError if
+    they do not describe one."""
 
     def pairs(name: str) -> Any:
         return tuple((first, second) for first, second in fields[name])
@@ -59,7 +66,8 @@ def replica_from(fields: Mapping[str, Any]) -> Replica:
 
 
 def shared_columns(measured: Job, replica: Replica) -> dict[str, Any]:
-    """Return the columns of the measurements that are the same in all rows."""
+    """Return the columns of measurements.parquet that are the same in all rows: checkpoint, device, versions,
+    settings."""
     versions, generation = dict(replica.versions), measured.generation
     return {
         "checkpoint": safe_url(measured.model.checkpoint),
@@ -74,7 +82,7 @@ def shared_columns(measured: Job, replica: Replica) -> dict[str, Any]:
 
 
 def measurements(choice: Choice, workload: Workload, shared: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of measurements.parquet, in the order in which they were measured."""
+    """Return the rows of measurements.parquet, in the order in which the points were measured."""
     return [tables.measurement(result, workload, choice.best, shared) for result in choice.results]
 
 
@@ -86,7 +94,10 @@ def outcome_fields(
     notes: Sequence[str],
     missing: Sequence[tuple[Point, str]],
 ) -> dict[str, Any]:
-    """Return the fields of calibration.json that describe the outcome."""
+    """Return the fields of calibration.json that describe the outcome: the choice, its cost, and how it was found.
+
+    `verdict`, `notes`: the texts in the report. `missing`: points that were not measured, each with the reason.
+    """
     return {
         "verdict": verdict,
         "notes": list(notes),
@@ -133,5 +144,5 @@ def _result_fields(result: Result, workload: Workload) -> dict[str, Any]:
 
 
 def limit_name(limit: RowLimit) -> str:
-    """Return the row limit as the command line writes it."""
+    """Return the row limit as the option --rows writes it: a number, or `max` for `auto`."""
     return "max" if limit == "auto" else str(limit)

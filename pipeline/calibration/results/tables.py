@@ -1,4 +1,4 @@
-"""Defines the tables of a calibration, and converts their rows to objects and back."""
+"""Defines the tables of a calibration, measurements.parquet and completions/*.parquet, and converts their rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,16 +18,16 @@ _MEASUREMENTS: _Columns = (
     ("confidence_threshold", pa.float64()),  # null in AR mode, like steps_per_block
     ("steps_per_block", pa.int32()),
     ("max_rows", pa.int32()),
-    ("tokens_per_s", pa.float64()),  # completion tokens of one replica while all its slots are taken
+    ("tokens_per_s", pa.float64()),  # completion tokens/s of one replica while all its slots are taken
     ("speed_error", pa.float64()),  # standard error of tokens_per_s, as a share of it
     ("window_s", pa.float64()),
     ("window_tokens", pa.int64()),
     ("window_rows", pa.int64()),
-    ("seconds", pa.float64()),  # time that the point took in all
+    ("seconds", pa.float64()),  # time that measuring the point took (see Speed.seconds)
     ("measured_at", pa.string()),
-    ("rows", pa.int32()),  # of the sample; up to error_share: the setting's values at the largest row limit
+    ("rows", pa.int32()),  # rows of the sample; from here to error_share: the setting at the largest row limit
     ("agreement", pa.float64()),  # mean similarity of the greedy tokens to AR's
-    ("agreement_low", pa.float64()),  # 95% interval
+    ("agreement_low", pa.float64()),  # low end of the 95% interval of the agreement
     ("agreement_high", pa.float64()),
     ("exact_match", pa.float64()),  # share of greedy texts that are exactly AR's
     ("exact_match_low", pa.float64()),
@@ -40,8 +40,8 @@ _MEASUREMENTS: _Columns = (
     ("stop_share", pa.float64()),
     ("length_share", pa.float64()),
     ("error_share", pa.float64()),
-    ("seconds_per_row", pa.float64()),  # mean time of one replica for a row
-    ("replica_hours", pa.float64()),  # from here to cost: for the whole job
+    ("seconds_per_row", pa.float64()),  # mean of one replica with all slots taken
+    ("replica_hours", pa.float64()),  # from here to currency: the cost of the whole job
     ("gpu_hours", pa.float64()),
     ("cost", pa.float64()),
     ("currency", pa.string()),
@@ -75,7 +75,10 @@ ANSWERS = pa.schema([pa.field(name, kind) for name, kind in _ANSWERS])
 
 
 def measurement(result: Result, workload: Workload, best: Result, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of MEASUREMENTS. shared: the columns that are the same in all rows."""
+    """Return the row of MEASUREMENTS for a result. `shared`: the columns that are the same in all rows.
+
+    The row is marked as chosen if `result` is `best` itself.
+    """
     quality, cost = result.quality, cost_of(result, workload)
     return {
         **point_columns(result.point, result.speed, result.measured_at),
@@ -105,7 +108,7 @@ def measurement(result: Result, workload: Workload, best: Result, shared: Mappin
 
 
 def point_columns(point: Point, speed: Speed, measured_at: str) -> dict[str, Any]:
-    """Return the columns of MEASUREMENTS that describe the point, its speed and the time of its measurement."""
+    """Return the columns of MEASUREMENTS for a point, its speed and the time of its measurement; see `point_of`."""
     return {
         "point": point.name,
         "mode": point.setting.mode,
@@ -123,7 +126,8 @@ def point_columns(point: Point, speed: Speed, measured_at: str) -> dict[str, Any
 
 
 def point_of(columns: Mapping[str, Any]) -> tuple[Point, tuple[Speed, str]]:
-    """Return the point of a row, its speed and the time of its measurement. Raises KeyError if columns are missing."""
+    """Return (point, (speed, time of the measurement)) of a row of MEASUREMENTS. Raises KeyError if a column is
+    missing."""
     setting = Setting(columns["mode"], columns["confidence_threshold"], columns["steps_per_block"])
     speed = Speed(
         tokens_per_s=columns["tokens_per_s"],
@@ -137,7 +141,10 @@ def point_of(columns: Mapping[str, Any]) -> tuple[Point, tuple[Speed, str]]:
 
 
 def answers_table(rows: Sequence[SampleRow], answers: Answers) -> pa.Table:
-    """Return the answers of a setting to these rows as a table with the columns of ANSWERS."""
+    """Return the answers of a setting to the rows of the sample as a table with the columns of ANSWERS.
+
+    A row of the sample has one row in the table, or two if the job samples: greedy, and as the job samples.
+    """
     columns = list(_answer_rows(rows, answers.greedy, greedy=True))
     if answers.rows is not answers.greedy:
         columns += _answer_rows(rows, answers.rows, greedy=False)
@@ -145,7 +152,10 @@ def answers_table(rows: Sequence[SampleRow], answers: Answers) -> pa.Table:
 
 
 def answers_of(table: pa.Table, rows: Sequence[SampleRow]) -> Answers:
-    """Return the answers to these rows. Raises KeyError if a row or a column is missing."""
+    """Return the answers to the rows of the sample from a table with the columns of ANSWERS.
+
+    Raises KeyError if a row or a column is missing.
+    """
     found: dict[bool, dict[str, Answer]] = {True: {}, False: {}}
     for columns in table.to_pylist():
         found[columns["greedy"]][columns["key"]] = _answer_of(columns)

@@ -85,7 +85,7 @@ def test_it_says_the_verdict_first_and_holds_all_points(usual: str) -> None:
     assert said.index("Diffusion with threshold") < said.index("Quality and speed")
     assert "times as fast as AR" in said
     assert sum(tag == "tr" for tag, _ in page.tags) > 15 + 8
-    for part in ("agreement with AR", "tokens a denoiser forward", "prompt tokens", "device of the replica", "0.9"):
+    for part in ("agreement with AR", "tokens per denoiser forward", "prompt tokens", "device of the replica", "0.9"):
         assert part in said
 
 

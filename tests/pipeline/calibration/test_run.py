@@ -157,10 +157,13 @@ def test_what_was_measured_is_not_measured_again(file: Path) -> None:
     outcome = run(setup_of(file), first, stop)
     assert outcome.stopped
     assert 0 < len(outcome.choice.results) < POINTS
-    assert {why for _, why in outcome.missing} == {"stopped", "stopped before"}
+    assert {why for _, why in outcome.missing} == {
+        "stopped while it was measured",
+        "not begun before the end of the calibration",
+    }
     finish(outcome, str(file), [])
     assert len(load(file.parent / "out-calibration/calibration.json")["not_measured"]) == len(outcome.missing)
-    assert "points were not measured" in make_report(outcome).decode()
+    assert f"Not measured: {len(outcome.missing)} of {POINTS} points" in make_report(outcome).decode()
     second = FakeBench()
     outcome = run(setup_of(file), second)
     assert sorted(names(first) + names(second)) == sorted(point.point.name for point in outcome.choice.results)

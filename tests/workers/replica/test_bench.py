@@ -117,7 +117,7 @@ def test_a_signal_leaves_what_was_measured_and_a_report(tmp_path: Path, monkeypa
     monkeypatch.setattr(pipeline.cli.compose, "make_bench", make_bench)
     done = call("calibrate", job_file(tmp_path), "--local")
     assert done.exit_code == 128 + signal.SIGTERM, done.output
-    assert "points were not measured: stopped" in done.stdout
+    assert "points, for these reasons: stopped while it was measured" in done.stdout
     assert bench.closed
     assert (tmp_path / "out-calibration/report.html").exists()
 
