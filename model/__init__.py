@@ -1,7 +1,7 @@
-"""Exports the model, TwoTower, and the engine that generates with it.
+"""Exports the model (TwoTower, load_model), the engine that generates with it, and the types and errors of its calls.
 
-The names are loaded on first use, so importing this package, or one of its modules that do without torch, does not load
-torch.
+Each name is imported on its first use. So torch is not loaded by importing this package or one of its modules that do
+not need torch.
 """
 
 from typing import TYPE_CHECKING

@@ -8,21 +8,25 @@ from model.engine.sequence import ActiveRow, Prefix
 
 
 class BlockReport(NamedTuple):
-    """A block that needs attention: it is full, its row may have ended, or its logits were not finite."""
+    """The state of a block that the loop must look at after a forward, because it is full, its row may have ended, or
+    its logits were not finite."""
 
     row: ActiveRow
     ready: int
     """Number of committed positions before the first masked one."""
     complete: bool
+    """Whether all positions of the block are committed."""
     may_end: bool
-    """Whether the row may have ended: the block holds an EOS or reaches the row's limit, or the row has stop
-    strings."""
+    """Whether the row may have ended: among the first `ready` tokens is an EOS, they reach max_new_tokens, or there are
+    new ones and the row has stop strings."""
     broken: bool
     """Whether logits that the row needed were not finite; in AR mode those after the first `ready` tokens."""
     steps: int
-    """Number of denoiser forwards that the block has taken."""
+    """Number of denoiser forwards that the block has taken; 0 in AR mode."""
     tokens: list[int]
+    """Token ids of the block; only the first `ready` are valid."""
     confidences: list[float]
+    """The confidence of each of `tokens`."""
 
 
 class Launched(Protocol):
@@ -30,10 +34,11 @@ class Launched(Protocol):
 
     @property
     def seconds(self) -> float:
-        """Return the duration of the forward in seconds; valid once the result is there."""
+        """Return the duration of the forward in seconds; valid once `result` has returned."""
 
     def result(self) -> Sequence[BlockReport]:
-        """Wait for the forward and return the blocks that need attention. Raises the error if the forward failed."""
+        """Wait for the forward and return reports on the blocks that the loop must look at. Raises the error of the
+        forward if it failed."""
 
 
 Batch = Sequence[tuple[ActiveRow | Prefix, int]]
@@ -41,27 +46,29 @@ Batch = Sequence[tuple[ActiveRow | Prefix, int]]
 
 
 class Backend(Protocol):
-    """The code that runs forwards. They run in the order of their launch, and only their `result` waits for them."""
+    """The code that runs the forwards for a Loop. They run in the order of their launch, and nothing but
+    `Launched.result` waits for them."""
 
     def add_slots(self, count: int) -> None:
         """Make room for `count` more rows. No forward may be in progress."""
 
     def enter(self, rows: Sequence[ActiveRow]) -> None:
-        """Prepare for rows that have just got their slots."""
+        """Prepare for rows that have just got their slots; called before any other call for these rows."""
 
     def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
-        """Begin a block for each of these rows; in AR mode of `ar_tokens` tokens, or fewer if the completion may take
-        fewer."""
+        """Begin a new block for each of these rows. In AR mode the block has `ar_tokens` tokens, or fewer if
+        max_new_tokens leaves room for fewer."""
 
     def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Launched:
         """Launch a context forward over pieces of prompts and finished blocks together.
 
-        fill: the rows in AR mode, which are the last ones of the batch. The forward predicts the token after those that
-        it stores. If the blocks of these rows are longer, further forwards follow, each predicting one more token.
+        fill: the rows in AR mode, which are the last ones of the batch; empty if there are none. For each of them the
+        forward also predicts the token after those that it stores. If their blocks have more than one token, further
+        forwards follow, each predicting one more token.
         """
 
     def denoise(self, rows: Sequence[ActiveRow]) -> Launched:
-        """Launch a denoiser forward over the blocks of these rows."""
+        """Launch a denoiser forward over the blocks that these rows have begun."""
 
     def out_of_memory(self, error: BaseException) -> bool:
         """Return True if memory ran out, so that fewer rows may help; in that case also free the memory that the device

@@ -43,6 +43,7 @@ from model.runtime.transfer import Array, to_device
 
 T = TypeVar("T")
 Kind = Literal["extend", "denoise", "denoise without time"]
+"""The kind of a forward. "denoise without time" has no time conditioning: all its rows are in mock_ar mode."""
 Run = Callable[[], None]
 Record = Callable[[Run], Run]
 """A recorder: takes a function that works on fixed tensors and returns a function that does the same work again. The
@@ -54,19 +55,19 @@ quarter of its real tokens, is launched kernel by kernel: computing the padding 
 
 
 class Bucket(NamedTuple):
-    """The size of a graph."""
+    """The size of a graph. A graph serves all forwards whose own sizes are rounded up to its bucket."""
 
     rows: int
     longest: int
-    """Largest number of tokens in a row."""
+    """The number of tokens for which each row has room."""
 
     @classmethod
     def of(cls, rows: int, longest: int) -> "Bucket":
         """Return the bucket for `rows` rows of at most `longest` tokens.
 
-        Up to 16 rows, which take little more than the time to read the weights, the number is rounded up to a power of
-        two. Above that, it is rounded up to a multiple of an eighth of the power of two below it (18, 20, …, 32, 36, …,
-        64, 72, …), so that at most a ninth is padding. The number of tokens is rounded up to a power of two.
+        Up to 16 rows, which take little more than the time to read the weights, the number of rows is rounded up to a
+        power of two. Above that, it is rounded up to a multiple of an eighth of the power of two below it (18, 20, …,
+        32, 36, …, 64, 72, …), so that at most a ninth is padding. `longest` is rounded up to a power of two.
         """
         step = max(1, power_of_two(rows) // 16)
         return cls(power_of_two(rows) if rows <= 16 else -(-rows // step) * step, power_of_two(longest))
@@ -80,7 +81,7 @@ class Graphs:
     """The forwards `TwoTower.extend_parts` and `denoise_parts` over one cache, as graphs if they fit a bucket.
 
     The result of a part is in a buffer that the stage's next part overwrites. The first forward of a bucket runs kernel
-    by kernel on the same tensors and is recorded then.
+    by kernel on the tensors of the graph and is recorded afterwards.
     """
 
     def __init__(
@@ -103,21 +104,24 @@ class Graphs:
         self._graphs: dict[tuple[Kind, Bucket, int], _Graph] = {}
 
     def extend_parts(self, rows: RaggedBatch) -> list[Part]:
-        """Return the parts of an extend, like `TwoTower.extend_parts`."""
+        """Return the parts of an extend, as `TwoTower.extend_parts` does, but they replay graphs if the rows fit a
+        bucket."""
         bucket = self._bucket(rows)
         if bucket is None:
             return self.pair.extend_parts(self.cache, rows)
         return self._parts("extend", bucket, rows, torch.zeros(0))
 
     def denoise_parts(self, rows: RaggedBatch, t: Tensor) -> list[Part]:
-        """Return the parts of a denoiser forward, like `TwoTower.denoise_parts`. t: (R,), on the host."""
+        """Return the parts of a denoiser forward, as `TwoTower.denoise_parts` does, but they replay graphs if the rows
+        fit a bucket. t: (R,), on the host; all NaN means without time conditioning."""
         bucket = self._bucket(rows)
         if bucket is None:
             return self.pair.denoise_parts(self.cache, rows, t)
         return self._parts("denoise without time" if t.isnan().all() else "denoise", bucket, rows, t)
 
     def _bucket(self, rows: RaggedBatch) -> Bucket | None:
-        """Return the bucket of a forward, or None if it is to be launched kernel by kernel."""
+        """Return the bucket of a forward, or None if it is to be launched kernel by kernel: a row or its context is too
+        long, there are too many rows, or the bucket would have too much padding."""
         longest, tokens = max(rows.lengths), sum(rows.lengths)
         bucket = Bucket.of(len(rows.lengths), longest)
         behind = max(length + before for length, before in zip(rows.lengths, rows.context, strict=True))
@@ -125,6 +129,8 @@ class Graphs:
         return bucket if fits and bucket.tokens - tokens <= max(MAX_VOID, tokens // 4) else None
 
     def _parts(self, kind: Kind, bucket: Bucket, rows: RaggedBatch, t: Tensor) -> list[Part]:
+        """Return one part for each stage, which writes the forward's values to its graph and replays it. t: (R,), empty
+        for an extend."""
         times = np.zeros(bucket.rows)
         times[: len(t)] = t
         numbers = np.concatenate([rows.packed(bucket.rows, bucket.tokens), times.view(np.int64)])
@@ -136,6 +142,8 @@ class Graphs:
         return Room.of(heads, bucket.rows, bucket.longest, self._pages)
 
     def _run(self, kind: Kind, bucket: Bucket, feed: "_Feed", stage: int, x: Tensor) -> Tensor:
+        """Run one stage's part of a forward, with a new graph if this bucket has none yet. x: tokens in the first
+        stage, hidden states in the others."""
         hidden = self.pair.enter("context" if kind == "extend" else "denoiser", x, stage)
         key = kind, bucket, stage
         if key not in self._graphs:
@@ -143,6 +151,8 @@ class Graphs:
         return self._graphs[key](hidden, feed)
 
     def _new(self, kind: Kind, bucket: Bucket, stage: int, device: torch.device) -> "_Graph":
+        """Return a graph that is not recorded yet. All graphs of a stage share the buffer of the attention plan; those
+        with equally long rows share the buffer of the hidden states."""
         pair, cache = self.pair, self.cache
 
         def layers(rows: RaggedBatch, hidden: Tensor, t: Tensor) -> Tensor:
@@ -159,12 +169,13 @@ class Graphs:
             room = self._room(bucket, heads)
             plan = Paged(buffer[: _size(room)], room, 0)
         numbers = torch.zeros(5 * bucket.rows + bucket.tokens, dtype=torch.int64, device=device)
-        name = f"{kind} of {bucket.rows} rows x {bucket.longest} tokens on stage {stage}"
+        name = f"{kind} of {bucket.rows} x {bucket.longest} (rows x tokens) on stage {stage}"
         rows, times = _FixedRows.of(bucket, numbers, heads, plan), numbers[-bucket.rows :].view(torch.float64)
         record = self._records[stage]
         return _Graph(name, partial(layers, rows), hidden[: bucket.tokens], numbers, times, plan, record)
 
     def _buffer(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Return the buffer with this key, made on first use."""
         if key not in self._buffers:
             self._buffers[key] = make()
         return self._buffers[key]
@@ -172,19 +183,20 @@ class Graphs:
 
 @dataclass(frozen=True, slots=True)
 class _Feed:
-    """The values that one forward writes into the tensors of its graphs, on the host."""
+    """The values, on the host, that one forward writes into the tensors of its graphs before they are replayed."""
 
     numbers: Array  # (4 R + N + R,) int64: RaggedBatch.packed, then the bits of each row's time as float64
-    plan: Paged | None
-    tokens: int
+    plan: Paged | None  # of the attention; None if the model has no attention layers
+    tokens: int  # of the forward, without padding
 
 
 class _FixedRows(RaggedBatch):
-    """The rows as they are known when a graph is recorded: their number and greatest length. The rest is in tensors."""
+    """The rows of a forward as they are known when a graph is recorded: only their number and greatest length. All else
+    is read from tensors when the graph is replayed."""
 
     @classmethod
     def of(cls, bucket: Bucket, numbers: Tensor, heads: Heads | None, plan: Paged | None) -> "_FixedRows":
-        """Return the rows of a forward in the bucket; their data is read from the given tensors."""
+        """Return rows for all forwards of the bucket; their data is read from the tensors `numbers` and `plan`."""
         count = bucket.rows
         index = RowIndex.of(numbers[: 4 * count + bucket.tokens], count)
         made = {numbers.device: index, (numbers.device, heads): plan}
@@ -198,7 +210,7 @@ class _FixedRows(RaggedBatch):
 
 
 class _Graph:
-    """One forward of one bucket on one stage."""
+    """The forwards of one kind and bucket on one stage: the tensors that they share, and how to replay them."""
 
     def __init__(
         self,
@@ -216,7 +228,7 @@ class _Graph:
 
     def __call__(self, x: Tensor, feed: _Feed) -> Tensor:
         """Take the hidden states x (n, H) of the forward's real tokens and return those after the layers, (n, H), in a
-        buffer."""
+        buffer that the next call overwrites. The first call computes without a graph, then records one."""
         self.hidden[: feed.tokens].copy_(x)
         self.hidden[feed.tokens :].fill_(torch.nan)
         self.numbers.copy_(to_device(feed.numbers, self.numbers.device))
@@ -230,10 +242,12 @@ class _Graph:
         return self.hidden[: feed.tokens]
 
     def compute(self) -> None:
-        """Run the layers on the buffers."""
+        """Run the layers on the buffers, kernel by kernel."""
         self.hidden.copy_(self.layers(self.hidden, self.times.float()))
 
     def _recorded(self) -> Run:
+        """Return the replay of a recorded graph; if recording fails, warn and return `compute`. An error after which
+        the device is lost is raised again."""
         try:
             return self.record(self.compute)
         except Exception as error:  # whatever the error is, the forward also works without a graph
@@ -245,8 +259,8 @@ class _Graph:
 
 
 class CudaRecorder:
-    """A recorder that captures graphs on one device. They share one pool, which holds the memory that the largest graph
-    needs while it runs."""
+    """A recorder (see Record) that captures CUDA graphs on one device. They share one pool, which holds the memory that
+    the largest graph needs while it runs."""
 
     _one_at_a_time = threading.Lock()  # captures of all recorders in this process
 
@@ -280,4 +294,5 @@ class CudaRecorder:
 
 
 def _size(room: Room) -> int:
+    """Return the number of int32 values of an attention plan with these sizes."""
     return ITEM * room.items + JOIN * room.joins + room.pages

@@ -1,9 +1,11 @@
-"""Keeps the blocks that are being filled as arrays on the host and updates all rows of a forward at once.
+"""Keeps the blocks that are being filled, as arrays on the host that are updated for all rows of a forward at once.
 
 There is one block per slot. model.engine.unmasking decides on the device which tokens a step commits; this module
-records them. In mock-AR mode a block is one token. In AR mode a block is as many tokens as the lane makes in one turn,
+records them. In mock_ar mode a block is one token. In AR mode a block is the tokens that the row generates in one turn,
 each predicted by a forward of its own. Rows may differ in block size: positions beyond a row's own block size are never
 masked.
+
+Shapes: R rows of a forward, N tokens of all their blocks, S positions of the longest block, M predicted positions.
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from model.runtime.transfer import Array, send
 
 _SETTINGS = np.dtype(
     [
-        ("size", "i8"),  # 0 in AR mode: there each turn decides how many tokens it makes
+        ("size", "i8"),  # of a block; 0 in AR mode, in which each turn decides it
         ("steps_limit", "i8"),
         ("threshold", "f4"),
         ("temperature", "f4"),
@@ -27,14 +29,18 @@ _SETTINGS = np.dtype(
         ("top_p", "f8"),
         ("key", "i8", 2),
         ("diffusion", "?"),
-        ("denoised", "?"),  # filled by denoiser forwards, whose steps are counted
+        ("denoised", "?"),  # not in AR mode: denoiser forwards fill the blocks, and are counted
         ("watched", "?"),  # has stop strings: every new token may end the row
     ]
 )
 
 
 class DenoisingState:
-    """The block of each slot. A position that is not committed yet holds `mask_id`."""
+    """The block that each slot is filling, and the settings of its row.
+
+    A position that is not committed yet holds `mask_id`; in mock_ar mode it holds the row's newest token, which is the
+    input of the next forward.
+    """
 
     def __init__(self, slots: int, mask_id: int) -> None:
         self.mask_id = mask_id
@@ -44,12 +50,13 @@ class DenoisingState:
         self._masked = np.zeros((slots, 1), bool)
         self._confidence = np.zeros((slots, 1), np.float32)
         self._size = np.zeros(slots, np.int64)
-        self._counters = np.zeros((slots, 2), np.int64)  # the number of the block, the steps that it has taken
-        self._room = np.zeros(slots, np.int64)  # tokens that the completion may take from the start of the block
-        self._ready = np.zeros(slots, np.int64)
+        # the row's number of blocks (in the modes ar and mock_ar: of tokens) before this one; the steps it has taken
+        self._counters = np.zeros((slots, 2), np.int64)
+        self._room = np.zeros(slots, np.int64)  # tokens that max_new_tokens allows from the start of the block on
+        self._ready = np.zeros(slots, np.int64)  # committed positions before the first masked one
 
     def add_slots(self, count: int) -> None:
-        """Add `count` slots after the existing ones."""
+        """Add `count` empty slots, numbered after the existing ones."""
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
                 setattr(self, name, np.concatenate([value, np.zeros((count, *value.shape[1:]), value.dtype)]))
@@ -77,6 +84,7 @@ class DenoisingState:
         self._eos[slot, : len(params.eos_ids)] = params.eos_ids
 
     def _widen(self, size: int) -> None:
+        """Make room for blocks of `size` tokens in all slots."""
         self._tokens, self._masked, self._confidence = (
             _widened(array, size) for array in (self._tokens, self._masked, self._confidence)
         )
@@ -84,8 +92,8 @@ class DenoisingState:
     def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
         """Begin a new block, with all positions masked, for each of the rows.
 
-        In AR mode the block has `ar_tokens` tokens, or fewer if the completion may take fewer. A row that has begun a
-        block for which nothing was predicted yet may begin it again.
+        In AR mode the block has `ar_tokens` tokens, or fewer if max_new_tokens leaves room for fewer. A row that has
+        begun a block for which nothing was predicted yet may begin it again.
         """
         slots = _slots(rows)
         room = np.array([row.room for row in rows])
@@ -113,19 +121,19 @@ class DenoisingState:
         return Filling(rows, slots, sizes, masked, self._settings["threshold"][slots], steps_left)
 
     def inputs(self, filling: "Filling") -> tuple[Array, Array]:
-        """Return the inputs of a denoiser forward: all tokens (N,) int64, and the masked fraction t (R,) float32, NaN
-        without time conditioning."""
+        """Return the inputs of a denoiser forward: the tokens of all blocks (N,) int64, and the masked fraction t of
+        each block (R,) float32, which is NaN in mock_ar mode, because that has no time conditioning."""
         slots, masked = filling.slots, filling.masked
         inside = np.arange(masked.shape[1]) < filling.sizes[:, None]
         t = np.where(self._settings["diffusion"][slots], masked.sum(-1) / filling.sizes, np.nan)
         return self._tokens[slots][:, : masked.shape[1]][inside], t.astype(np.float32)
 
     def targets(self, filling: "Filling", which: Array, position: Array, token: Array) -> "Targets":
-        """Return the M positions that a forward predicts.
+        """Return the M positions that a forward predicts, with the settings for choosing their tokens.
 
-        Prediction i is for position `position[i]` of row `which[i]` of the filling, and is made from token `token[i]`
-        of the forward's N tokens. In AR mode each position is predicted by a forward of its own and is numbered for
-        sampling as a block of its own.
+        Prediction i is for position `position[i]` in the block of row `which[i]` of the filling, and is made from token
+        `token[i]` of the forward's N tokens. In AR mode each position is predicted by a forward of its own, and the
+        random numbers are counted as if it were a block of its own.
         """
         settings, place = self._settings[filling.slots], which * filling.masked.shape[1] + position
         if not (settings["temperature"] > 0).any():
@@ -146,10 +154,10 @@ class DenoisingState:
         )
 
     def fill(self, filling: "Filling", predicted: torch.Tensor) -> list[BlockReport]:
-        """Record what `model.engine.unmasking.commit` committed and return the blocks that need attention.
+        """Record what a forward committed and return reports on the blocks that the loop must look at.
 
-        predicted: (2, R, S) int32 on the host. Rows that have ended since the launch are skipped, because other rows
-        may already hold their slots.
+        predicted: (2, R, S) int32 on the host, from `commit` or `commit_in_order` of model.engine.unmasking. Rows that
+        have ended since the launch are skipped, because other rows may already hold their slots.
         """
         (ids, bits), masked = predicted.numpy(), filling.masked
         sure = bits.view(np.float32)
@@ -162,10 +170,10 @@ class DenoisingState:
     def _store(
         self, rows: Sequence[ActiveRow], slots: Array, masked: Array, ids: Array, sure: Array
     ) -> list[BlockReport]:
-        """Record what was committed and return the blocks that need attention.
+        """Record what was committed and return reports on the blocks that the loop must look at.
 
-        All arrays are (R, S): which positions were masked, the committed ids or -1, and the probabilities of the
-        predictions.
+        slots: (R,). masked: (R, S), which positions were masked. ids: (R, S), the committed ids or -1. sure: (R, S),
+        the confidences of the predictions, NaN where the logits were not finite.
         """
         width, taken = masked.shape[1], ids >= 0
         broken = _any(masked & np.isnan(sure))
@@ -180,7 +188,8 @@ class DenoisingState:
     def _look(
         self, rows: Sequence[ActiveRow], slots: Array, masked: Array, tokens: Array, confidence: Array, broken: Array
     ) -> list[BlockReport]:
-        """Return reports on the blocks that are full, that may have ended their row, or that are broken."""
+        """Return reports on the blocks that are full, that may have ended their row, or whose logits were not finite
+        (broken, (R,) bool). The other arrays are the blocks after the commit, (R, S)."""
         complete = ~_any(masked)
         ready = np.where(complete, self._size[slots], masked.argmax(-1))
         more = ready > self._ready[slots]
@@ -195,18 +204,18 @@ class DenoisingState:
 
 
 class Filling(NamedTuple):
-    """The blocks that a forward predicts, as they were when it was launched."""
+    """The blocks of the rows of a forward, as they were when it was launched, for predicting their masked positions."""
 
     rows: Sequence[ActiveRow]
     slots: Array  # (R,)
-    sizes: Array  # (R,)
-    masked: Array  # (R, S)
+    sizes: Array  # (R,) tokens of each block
+    masked: Array  # (R, S) bool
     threshold: Array  # (R,) float32
-    steps_left: Array  # (R,)
+    steps_left: Array  # (R,) steps that may still be taken in the block, this one included
 
 
 class Targets(NamedTuple):
-    """The M positions that a forward predicts, on the host."""
+    """The M positions that a forward predicts and the settings for choosing their tokens, as arrays on the host."""
 
     token: Array  # (M,) index, among the forward's N tokens, of the one that predicts the position
     place: Array  # (M,) index of the position into R * S
@@ -214,7 +223,8 @@ class Targets(NamedTuple):
     draws: list[Array] | None  # the fields of Draws, flat; None if all rows are greedy
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Draws | None]:
-        """Return token, suppress and draws on the device."""
+        """Return token, suppress and draws on the device, sent there in one copy; draws is None if all rows are
+        greedy."""
         token, suppress, *draws = send(device, self.token, self.suppress, *(self.draws or ()))
         if not draws:
             return token, suppress.bool(), None

@@ -4,7 +4,8 @@
     engine.generate([Request(…), …])                      # or:
     engine.submit(request); engine.step() -> completions  # used by generate() and by the unit runner
 
-Each row is independent: it has its own mode, time, step, block, end and seed. Its tokens depend on the row alone.
+Each row is independent: it has its own mode, time, step, block, end and seed. Its tokens do not depend on the rows
+that are generated beside it.
 """
 
 from model.engine.loop import Loop
@@ -17,18 +18,19 @@ from model.requests import EngineLimits, Request
 from model.runtime.page_allocator import PREFIX_SLOTS
 
 AR_TOKENS = 8
-"""Tokens that a row in AR mode makes in one turn, on one GPU. The host then works once for eight tokens, and a row that
-ends has computed three or four tokens in vain on average. Otherwise it is one: on a CPU there is no device to keep
-busy, and with several stages the lanes keep the devices busy."""
+"""The number of tokens that a row in AR mode generates in one turn, if the model is on one GPU. The host then works
+once for eight tokens, and a row that ends has computed three or four tokens in vain on average. In all other cases the
+number is one: on a CPU there is no device to keep busy, and with several stages the lanes keep the devices busy."""
 OVERLAP_ROWS = 64
-"""Rows in a lane from which the context forward is launched before the denoiser forward is collected. From about this
-many rows of 16 tokens a GPU spends more time computing than reading weights (990 TFLOP/s over 4.8 TB/s at the released
-size: about 1,000 tokens), so a forward over fewer rows is shorter. Used only on a GPU with one lane, and only if
-extend_every is 1: otherwise finished blocks wait anyway."""
+"""If a lane has at least so many rows, its context forward is launched before its last denoiser forward is collected.
+From about this many rows of 16 tokens a GPU spends more time computing than reading weights (990 TFLOP/s over 4.8 TB/s
+at the released size: about 1,000 tokens), so a forward over fewer rows is shorter. Used only on a GPU with one lane,
+and only if extend_every is 1: otherwise finished blocks wait anyway."""
 
 
 class Engine(Loop):
-    """An engine that generates completions for requests with one loaded model."""
+    """The generation loop over one loaded model, with a memory plan (`memory`), a context cache and a number of lanes
+    that suit the model's devices."""
 
     def __init__(
         self,
@@ -41,9 +43,9 @@ class Engine(Loop):
     ) -> None:
         """Plan the memory, make the context cache and set up the loop.
 
-        trace: completions carry the block fed to each denoiser forward. ar_tokens, overlap_rows: see model.engine.loop;
-        None selects the values that suit the devices. They change the speed, never the tokens. Raises RequestError if
-        the limits contradict the model or do not fit its memory.
+        limits: None for the defaults. trace: completions carry the block that each denoiser forward read. ar_tokens,
+        overlap_rows: see model.engine.loop; None selects the values that suit the devices. They change the speed, never
+        the tokens. Raises RequestError if the limits contradict the model or do not fit into the memory of its devices.
         """
         self.pair = tower_pair
         self.limits = limits or EngineLimits()
@@ -67,7 +69,11 @@ class Engine(Loop):
         )
 
     def check_request(self, request: Request) -> None:
-        """Raise RequestError if the request could never run."""
+        """Raise RequestError if the request could never run on this engine.
+
+        The prompt must have tokens, all in the vocabulary. Prompt and max_new_tokens together, and a block in diffusion
+        mode, must fit in the context. The mode and the stop strings must suit the loaded model.
+        """
         params, prompt = request.params, request.prompt_ids
         vocabulary = self.pair.config.vocab_size
         room, limit, other = self.max_context, "the context", ""
@@ -89,6 +95,11 @@ class Engine(Loop):
                 "tokens; lower block_size"
             )
         if params.mode != "ar" and self.pair.denoiser is None:
-            raise RequestError(f"mode is {params.mode!r}, but the model was loaded without its denoiser tower")
+            raise RequestError(
+                f"mode is {params.mode!r}, but the model was loaded without its denoiser tower: use mode 'ar', or load "
+                "both towers"
+            )
         if params.stop and self._decode is None:
-            raise RequestError("stop strings need a tokenizer, and the checkpoint has no tokenizer.json")
+            raise RequestError(
+                "stop strings need a tokenizer, but the checkpoint has no tokenizer.json: leave out stop or add it"
+            )

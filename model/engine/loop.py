@@ -9,10 +9,11 @@ blocks that the lane is filling. While they compute, the other lanes have their 
 forwards in the order of their launch, so a row may begin its next block before the extend of its last block has come
 back.
 
-A device is idle while the host processes results. Two settings reduce that. In AR mode a turn makes several tokens, by
-one forward after the other (`ar_tokens`). In a lane of at least `overlap_rows` rows, the context forward is launched
-before the last denoiser forward is collected, so that the device has work while the host processes the results. A block
-that was filled then waits for the next turn, which costs nothing if the time of a forward grows with its rows.
+A device is idle while the host processes results. Two settings reduce that. In AR mode a row generates `ar_tokens`
+tokens in one turn, by one forward after the other. In a lane of at least `overlap_rows` rows and without rows in AR
+mode, the context forward is launched before the last denoiser forward is collected, so that the device has work while
+the host processes the results. A block that this denoiser forward has filled then waits for the next turn, which costs
+nothing if the time of a forward grows with its rows.
 
 Does not import torch.
 """
@@ -32,14 +33,14 @@ from model.requests import Completion, EngineError, FinishReason, Request
 
 Kind = Literal["context", "denoise"]
 CALM_STEPS = 1000
-"""Number of steps without running out of memory after which halved limits are doubled, because another process may have
-used the memory for a while only. If memory is still short, only one step in this many fails."""
+"""If memory did not run out in this many steps, halved limits are doubled, because another process may have used the
+memory for a short time only. If memory is still short, only one step in this many fails."""
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class _InFlight:
-    """A forward that has been launched and not collected yet, and its rows."""
+    """A forward that has been launched and not collected yet, with its lane and its rows."""
 
     launched: Launched
     lane: Lane
@@ -52,7 +53,12 @@ class _InFlight:
 
 
 class Loop:
-    """A loop that drives a backend. Not thread-safe: one thread must submit and step."""
+    """The loop that generates completions for requests: it admits rows, launches their forwards on a backend, and
+    collects the results.
+
+    decode: None if there is no tokenizer. extend_every: see EngineLimits. ar_tokens, overlap_rows: see the module; None
+    for never. Not thread-safe: one thread must submit and step.
+    """
 
     def __init__(
         self,
@@ -85,12 +91,13 @@ class Loop:
 
     @property
     def max_rows(self) -> int:
-        """Return the largest number of rows that may run together from now on."""
+        """Return the largest number of rows that may run together now; lower than the number that was set while memory
+        is short."""
         return self.scheduler.max_rows
 
     @property
     def stats(self) -> Stats:
-        """Return the counters of the work done so far."""
+        """Return the counters of the work done so far; the object is updated by later steps."""
         return self.scheduler.stats
 
     def submit(self, request: Request) -> None:
@@ -102,17 +109,18 @@ class Loop:
         """Accept every request. A subclass raises RequestError here if the request could never run."""
 
     def cancel(self, key: str) -> bool:
-        """Remove a request, waiting or running, and free its slot; it gives no completion.
+        """Remove the request with this key, waiting or running, and free its slot. It gets no completion.
 
-        Returns False if no request with this key is in the engine: it has ended, or was never submitted.
+        Returns False if there is no such request: it has ended, or was never submitted.
         """
         return self.scheduler.cancel(key)
 
     def set_max_rows(self, rows: int) -> None:
         """Change how many rows may run together. If the new limit is lower, running rows are not stopped.
 
-        Raises RequestError if rows is not a whole number of at least 1. Raises EngineError, and leaves the limit
-        unchanged, if a forward in progress fails.
+        Raises RequestError if rows is not a whole number of at least 1. If more slots are needed, raises EngineError if
+        a forward in progress fails, and the backend's own error if there is no memory for them; the limit is then
+        unchanged.
         """
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
             raise RequestError(f"max_rows is {rows!r}: it must be a whole number of at least 1")
@@ -128,10 +136,10 @@ class Loop:
         """Run the requests to their ends, longest prompts first, and return completions in the order of the requests.
 
         Raises RequestError, and runs none, if one of them could never run, if two keys are equal, or if the engine
-        already holds rows (use submit and step then). After an EngineError the engine is empty.
+        already holds rows (use submit and step then). Raises EngineError as `step` does; the engine then holds no rows.
         """
         if held := self.waiting + self.active:
-            raise RequestError(f"generate() needs an idle engine, this one holds {held} rows: use submit() and step()")
+            raise RequestError(f"generate() needs an engine without rows, but it holds {held}: use submit() and step()")
         for request in requests:
             self.check_request(request)
         keys = Counter(request.key for request in requests)
@@ -152,10 +160,11 @@ class Loop:
     def step(self) -> list[Completion]:
         """Give every lane one turn and return the completions of rows that have ended since the last call.
 
-        Raises EngineError if a forward failed: the error names the lost rows and holds the completions so far. All
-        other rows go on with the next call. If memory runs out, the affected rows go back to the queue and half as many
-        rows run together; later the limits grow again. EngineError is then raised only if the limits cannot be halved
-        further.
+        Raises EngineError if a forward or other work for some rows failed: the error names the lost rows and holds the
+        completions so far. All other rows continue with the next call. If memory runs out, the affected rows go back to
+        the queue and half as many rows run together; later the limits grow again. EngineError is then raised only if
+        the limits cannot be halved further. An error that is not an Exception, such as KeyboardInterrupt, is raised as
+        it is.
         """
         self._calm += 1
         if self._calm == CALM_STEPS:
@@ -172,17 +181,18 @@ class Loop:
         return finished
 
     def check(self) -> None:
-        """Raise AssertionError if slots, pages, lanes and keys are not consistent."""
+        """Raise AssertionError if the records of slots, pages, lanes and keys contradict each other; for tests."""
         self.scheduler.check({row for forward in self._in_flight for row in forward.rows if isinstance(row, ActiveRow)})
 
     # -- launching ---------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
+        """Give free slots to waiting rows and prepare the backend for them."""
         rows = self.scheduler.admit(self._clock())
         self._try("admission", rows, lambda: self.backend.enter(rows))
 
     def _launch_context(self, lane: Lane, overlapping: bool) -> None:
-        """Launch one context forward over pieces of prompts and the lane's finished blocks.
+        """Launch one context forward over pieces of prompts and the lane's finished blocks, if one is due.
 
         After the launch the rows of those blocks may begin their next block. overlapping: whether the lane's earlier
         forwards are collected after this launch rather than before it.
@@ -204,13 +214,15 @@ class Loop:
             self._collect(lane, self._in_flight[-1] if sent else None)
 
     def _launch_denoiser(self, lane: Lane) -> None:
+        """Begin a block for the lane's fresh rows, and launch one denoiser forward over all blocks that the lane
+        fills."""
         self._begin(lane, lane.take_fresh())
         if rows := list(lane.filling):
             self._send(lane, "denoise", rows, lambda: self.backend.denoise(rows))
 
     def _tokens_a_turn(self, lane: Lane, rows: Sequence[ActiveRow]) -> int:
-        """Return how many tokens these rows in AR mode make in this turn: one if other rows would wait for more, or if
-        there are too few pages."""
+        """Return how many tokens these rows in AR mode generate in this turn, and take the pages for them: `ar_tokens`,
+        or one if the lane has rows in other modes, many prompts wait, or too few pages are free."""
         ahead = self._ar_tokens
         if ahead > 1 and (lane.rows > lane.ar_rows or self.scheduler.many_prompts_wait):
             return 1
@@ -218,6 +230,7 @@ class Loop:
         return ahead if ahead > 1 and all(reserve(row.slot, min(ahead, row.room)) for row in rows) else 1
 
     def _begin(self, lane: Lane, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
+        """Begin a block for each of these rows of the lane; rows that cannot begin are lost or put back, see _fail."""
         for row in rows:
             if row.until is not lane.clock:  # the lane ran denoiser forwards without this row
                 row.rejoin(lane.clock)
@@ -232,15 +245,22 @@ class Loop:
         launch: Callable[[], Launched],
         reading: Collection[ActiveRow | Prefix] = (),
     ) -> bool:
-        """Launch a forward. Returns False if the launch failed and its rows were put back into the queue."""
+        """Launch a forward of the lane over these rows; `reading` are those of them in prefill.
+
+        Returns False if the launch failed and its rows were put back into the queue or had ended. Raises EngineError if
+        it failed otherwise.
+        """
         launched = self._try(kind, rows, launch)
         if launched is not None:
             self._in_flight.append(_InFlight(launched, lane, kind, rows, self._halvings, reading))
         return launched is not None
 
     def _try(self, what: str, rows: Sequence[ActiveRow | Prefix], call: Callable[[], T]) -> T | None:
-        """Return the result of the call. If it fails, return None if its rows were put back into the queue or have
-        ended, and raise EngineError otherwise. An error that is not an Exception is raised again."""
+        """Return the result of `call`, which does the work `what` for these rows.
+
+        If it fails, return None if the rows were put back into the queue or have ended; otherwise raise EngineError. An
+        error that is not an Exception is raised again.
+        """
         try:
             return call()
         except BaseException as error:  # catch everything: whatever a device raises, no row may stay half-computed
@@ -252,12 +272,18 @@ class Loop:
     def _collect(self, lane: Lane, newest: _InFlight | None = None) -> None:
         """Collect the forwards of the lane, except `newest`, and all forwards launched before them.
 
-        Forwards of other lanes can come before them only after a step that an error ended; the order of launch is kept.
+        Forwards are collected in the order of their launch. Those of other lanes can come first only after a step that
+        an error ended.
         """
         while any(forward.lane is lane and forward is not newest for forward in self._in_flight):
             self._take_in(self._in_flight.popleft())
 
     def _take_in(self, forward: _InFlight) -> None:
+        """Wait for a forward, and end or continue the rows that it reports on.
+
+        Raises EngineError, as _fail does, if the forward failed. If looking at single rows failed, as in a tokenizer,
+        only these rows are lost.
+        """
         try:
             seen = forward.launched.result()
         except BaseException as error:
@@ -269,7 +295,7 @@ class Loop:
             if not block.row.ended:  # it may just have been preempted
                 try:
                     self._look_at(block)
-                except Exception as error:  # a tokenizer may raise anything; the other rows go on
+                except Exception as error:  # a tokenizer may raise anything; the other rows continue
                     wrong.append((block.row, error))
                 except BaseException as error:
                     self._fail(forward.kind, forward.rows, error, forward.halvings)
@@ -277,7 +303,8 @@ class Loop:
             self._fail("end", [row for row, _ in wrong], wrong[0][1], forward.halvings)
 
     def _share(self, forward: _InFlight) -> None:
-        """Record the duration of a forward in its rows; for a denoiser forward only once, in the clock of the lane."""
+        """Add the duration and the number of rows of a context forward to the costs of each of its rows; for a denoiser
+        forward, only to the clock of its lane, from which the rows take their share later."""
         seconds = forward.launched.seconds
         if forward.kind == "denoise":
             forwards, rows, so_far = forward.lane.clock
@@ -294,7 +321,8 @@ class Loop:
                 row.shared_forwards += 1
 
     def _look_at(self, block: BlockReport) -> None:
-        """End the row, or send its full block to the context tower; do nothing if neither is due."""
+        """End the block's row if it has ended or its logits were not finite; otherwise, if the block is full, queue the
+        row for the context tower; otherwise do nothing."""
         row, ready, complete, may_end, broken, steps, tokens, confidences = block
         if ready < len(tokens):
             tokens, confidences = tokens[:ready], confidences[:ready]
@@ -317,7 +345,8 @@ class Loop:
             self._go_on(row, tokens, confidences)
 
     def _go_on(self, row: ActiveRow, tokens: list[int], confidences: list[float]) -> None:
-        """Add a full block to the row's tokens and queue it for the context tower."""
+        """Add a full block to the row's tokens, and queue the row for the context tower with what the context still
+        lacks: the whole block, or one token in the modes ar and mock_ar. May preempt rows to get pages."""
         lane = row.lane
         assert lane is not None
         # mock-AR keeps its newest token out of the context, because it is the input of the next forward
@@ -338,6 +367,8 @@ class Loop:
         text: str | None,
         error: str | None = None,
     ) -> None:
+        """Remove the row from the engine and keep its completion for the end of the step. confidences: those of the
+        tokens of its last block."""
         if row.lane is not None and row.mode != "ar":
             row.until = row.lane.clock
             row.rejoin(row.until)
@@ -346,10 +377,14 @@ class Loop:
         self._finished.append(completion)
 
     def _fail(self, what: str, rows: Sequence[ActiveRow | Prefix], error: BaseException, halvings: int) -> None:
-        """Remove the rows and raise EngineError; if memory ran out, preempt them and halve the limits instead.
+        """Remove the rows of failed work and raise EngineError; if memory ran out, preempt them and halve the limits
+        instead.
 
-        The limits are halved only once for all forwards that were in progress together. Nothing is raised if all the
-        rows had ended already. An error that is not an Exception, such as KeyboardInterrupt, is raised again as it is.
+        Prefixes among `rows` are dropped, and the rows that use them are treated like the others. what: the work, for
+        the message. halvings: how often the limits had been halved when the work began; so they are halved only once
+        for all forwards that were in progress together. If they cannot be halved, EngineError is raised. Nothing is
+        raised if all the rows had ended already. An error that is not an Exception, such as KeyboardInterrupt, is
+        raised again as it is.
         """
         lost = [row for row in rows if isinstance(row, ActiveRow) and not row.ended]
         prefixes = [item for item in rows if isinstance(item, Prefix) and self.scheduler.knows(item)]
@@ -369,7 +404,7 @@ class Loop:
         if again or not lost:
             return
         finished, self._finished = tuple(self._finished), []
-        text = f"{what} of {len(rows)} rows failed: {type(error).__name__}: {error}"
+        text = f"{what} of {len(rows)} row{'s' * (len(rows) != 1)} failed: {type(error).__name__}: {error}"
         raise EngineError(text, tuple(row.request.key for row in lost), finished) from error
 
 

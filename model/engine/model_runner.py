@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
 
 class _Step(NamedTuple):
-    """A forward that predicts tokens: the part of its last stage, and the positions that it predicts."""
+    """A forward that predicts tokens: its part on the last stage, and the positions that it predicts."""
 
     part: Part
     targets: Targets
     again: Array | None = None
-    """Indices of the predictions that are the input tokens of the next step; None if all of them are."""
+    """Indices of the predictions whose tokens are the input of the next step; None if all of them are."""
 
 
 class ModelRunner:
-    """The Backend of model.engine.loop that runs the real model."""
+    """The Backend of the loop that runs the real model. On GPUs it replays CUDA graphs where sizes allow it."""
 
     def __init__(self, pair: TwoTower, cache: ContextCache, *, trace: bool = False) -> None:
         self.pair, self.cache, self.trace = pair, cache, trace
@@ -50,7 +50,7 @@ class ModelRunner:
         self.graphs = _graphs(pair, cache)
 
     def add_slots(self, count: int) -> None:
-        """Make room for `count` more rows."""
+        """Make room for `count` more rows. No forward may be in progress. Drops all CUDA graphs."""
         self.table.add_slots(count)
         self.cache.add_slots(count)
         if self.graphs is not None:  # the graphs hold the old addresses of the states
@@ -62,7 +62,7 @@ class ModelRunner:
             self.table.enter(row)
 
     def begin(self, rows: Sequence[ActiveRow], ar_tokens: int = 1) -> None:
-        """Begin a block for each of these rows; see Backend."""
+        """Begin a new block for each of these rows; see Backend."""
         self.table.begin(rows, ar_tokens)
 
     def extend(self, batch: Batch, fill: Sequence[ActiveRow]) -> Flight:
@@ -87,7 +87,7 @@ class ModelRunner:
         return self.graphs.denoise_parts(rows, t) if self.graphs else self.pair.denoise_parts(self.cache, rows, t)
 
     def _ar_part(self, part: Part, filling: Filling, last: Array) -> Part:
-        """Return `part`, extended by the prediction of the blocks of the filling.
+        """Return `part`, the last stage's part of a context forward, extended by predicting the filling's blocks.
 
         last: (R,), the index of each row's last token among the forward's tokens; the row's block begins after it. The
         part predicts the token after that one, then the next one, and so on to the end of the block.
@@ -97,8 +97,9 @@ class ModelRunner:
         return partial(self._predict, self.pair.context, filling, chain([first], self._ar_steps(filling)))
 
     def _ar_steps(self, filling: Filling) -> Iterator[_Step]:
-        """Yield the forwards after the first one; each is prepared while the device computes the one before. This needs
-        a single stage, whose parts run where they are launched."""
+        """Yield the context forwards after the first one, each over one token of the rows with longer blocks; each is
+        prepared while the device computes the one before. If there are any, the model must have a single stage, whose
+        parts run in the launching thread."""
         for position in range(1, filling.masked.shape[1]):
             which = np.flatnonzero(filling.sizes > position)
             rows = self.cache.rows(filling.slots[which].tolist(), [1] * len(which))
@@ -108,7 +109,8 @@ class ModelRunner:
             yield _Step(part, targets, _unless_all(filling, position + 1))
 
     def denoise(self, rows: Sequence[ActiveRow]) -> Flight:
-        """Launch a denoiser forward over the blocks of these rows."""
+        """Launch a denoiser forward over the blocks that these rows have begun; with `trace`, the rows keep what it
+        reads."""
         filling = self.table.take(rows)
         tokens, t = self.table.inputs(filling)
         sizes = filling.sizes.tolist()
@@ -125,9 +127,12 @@ class ModelRunner:
         return self.stages.launch(parts, torch.from_numpy(tokens), partial(self.table.fill, filling))
 
     def _predict(self, tower: Tower, filling: Filling, steps: Iterable[_Step], x: Tensor) -> Tensor:
-        """Run the forwards in `steps` and return their tokens, which are still being copied to the host. A denoiser
-        forward is a single step. In the AR modes each further step reads the tokens that the step before it
-        predicted."""
+        """Run the forwards in `steps`, choose their tokens, and return what is committed, (2, R, S) int32 as from
+        model.engine.unmasking.commit; on CUDA it is still being copied to the host.
+
+        x: the input of the first step's part. A denoiser forward is a single step. In AR mode each further step reads
+        the tokens that the step before it predicted.
+        """
         device = tower.devices[-1]
         places, predicted = list[Array](), list[tuple[Tensor, Tensor]]()
         for step in steps:
@@ -146,7 +151,8 @@ class ModelRunner:
         return to_host(commit(place, tokens, confidence, threshold.float(), left, width))
 
     def out_of_memory(self, error: BaseException) -> bool:
-        """Return True if memory ran out, and then free what the device allocator caches."""
+        """Return True if memory ran out, on a device or on the host; in that case also free the memory that the device
+        allocator caches."""
         if not isinstance(error, torch.OutOfMemoryError) and not out_of_memory(error):
             return False
         clear_frames(error.__traceback__)  # the frames still hold the tensors that the forward had made
@@ -155,6 +161,7 @@ class ModelRunner:
 
 
 def _graphs(pair: TwoTower, cache: ContextCache) -> "Graphs | None":
+    """Return the CUDA graphs of the model over this cache, or None on a CPU."""
     if pair.stages[0].device.type != "cuda":
         return None
     from model.engine.cuda_graphs import Graphs  # imported here, because it needs Triton
@@ -163,6 +170,7 @@ def _graphs(pair: TwoTower, cache: ContextCache) -> "Graphs | None":
 
 
 def _unless_all(filling: Filling, tokens: int) -> Array | None:
-    """Return which of the rows that make at least `tokens` tokens make one more; None if all of them do."""
+    """Return, among the rows whose blocks have at least `tokens` tokens, the indices of those with more; None if all of
+    them have more."""
     sizes = filling.sizes[filling.sizes >= tokens]
     return None if (sizes > tokens).all() else np.flatnonzero(sizes > tokens)

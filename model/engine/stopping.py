@@ -8,6 +8,7 @@ from typing import Literal
 from model.requests import GenerationParams
 
 Decode = Callable[[Sequence[int]], str]
+"""Turns token ids into text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,15 +17,16 @@ class End:
 
     reason: Literal["stop", "length"]
     token_ids: list[int]
-    """The tokens up to and including the EOS or the token that completed the stop string."""
+    """The tokens up to and including the EOS or the token that completed the stop string; for `length`, the first
+    max_new_tokens tokens."""
     text: str | None
-    """The text before the EOS or the stop string; None without a tokenizer."""
+    """The text before the EOS or the stop string, for `length` that of all tokens; None without a tokenizer."""
 
 
 def find_end(tokens: Sequence[int], params: GenerationParams, decode: Decode | None, checked: int = 0) -> End | None:
-    """Return the end of the row, or None if it goes on.
+    """Return the end of the row, or None if it has not ended yet.
 
-    tokens: the committed tokens of the row up to its first masked position. checked: how many of them are already known
+    tokens: the generated tokens of the row up to its first masked position. checked: how many of them are already known
     not to end the row. decode: None if the checkpoint has no tokenizer; then `params.stop` must be empty.
     """
     eos = next((i for i in range(checked, len(tokens)) if tokens[i] in params.eos_ids), None)
@@ -43,7 +45,8 @@ def find_end(tokens: Sequence[int], params: GenerationParams, decode: Decode | N
 
 
 def _may_stop(tokens: Sequence[int], stops: Sequence[str], decode: Decode, checked: int) -> bool:
-    """Return whether a stop string may end after the first `checked` tokens.
+    """Return False if no stop string can end after the first `checked` tokens, so that the whole text need not be
+    searched.
 
     Only the tail of the text is decoded. The tail begins so far back that its checked part is longer than any stop
     string; the margin of 3 is there because a character that is cut at the beginning of the tail can decode to up to
@@ -58,8 +61,8 @@ def _may_stop(tokens: Sequence[int], stops: Sequence[str], decode: Decode, check
 
 
 def _find_stop(tokens: Sequence[int], stops: Sequence[str], decode: Decode) -> End | None:
-    """Return the end at the earliest stop string, with the fewest tokens whose text holds one; None if there is
-    none."""
+    """Return the row's end at its first stop string, with the fewest tokens whose text holds one; None if the text
+    holds no stop string."""
     text = decode(tokens)
     if not any(stop in text for stop in stops):
         return None

@@ -273,7 +273,7 @@ def test_what_cannot_be_recorded_is_launched_kernel_by_kernel() -> None:
     device is an error."""
     no_memory = torch.OutOfMemoryError("CUDA out of memory\nadvice")
     twins = Twins(slim(), 1, record=Failing(no_memory))
-    with pytest.warns(RuntimeWarning, match=r"^no CUDA graph for extend of 1 rows x 2 .*: CUDA out of memory$"):
+    with pytest.warns(RuntimeWarning, match=r"^no CUDA graph for extend of 1 x 2 .*: CUDA out of memory$"):
         twins.extend(twins.slots, [2], some_tokens(2))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)

@@ -432,7 +432,7 @@ def test_where_one_row_is_too_many_out_of_memory_is_an_error(monkeypatch: pytest
     engine = Engine(model, EngineLimits(max_rows=2, max_prefill_tokens=128))
     for i in range(3):
         engine.submit(Request(f"r{i}", prompt(6, i), GenerationParams(max_new_tokens=20)))
-    with pytest.raises(EngineError, match=r"1 rows failed: OutOfMemoryError: CUDA out of memory") as caught:
+    with pytest.raises(EngineError, match=r"1 row failed: OutOfMemoryError: CUDA out of memory") as caught:
         drain(engine)
     assert caught.value.keys == ("r0",)
     assert (engine.max_rows, engine.waiting) == (1, 2)

@@ -291,7 +291,7 @@ def test_generate_gives_completions_in_the_order_of_the_requests() -> None:
     lengths = [len(row.request.prompt_ids) for row in backend.entered]
     assert lengths == sorted(lengths, reverse=True)
     loop.submit(rows[0])
-    with pytest.raises(RequestError, match="idle engine"):
+    with pytest.raises(RequestError, match="engine without rows"):
         loop.generate(rows[1:])
 
 

@@ -106,7 +106,7 @@ def test_limits_that_cannot_be_are_refused(pair: TwoTower, limits: dict[str, int
         ({"stop": "x"}, "stop is 'x': it must be a list"),
         ({"stop": [""]}, "stop is"),
         ({"stop": ["x"] * 257}, "stop has more than 256 strings: give fewer"),
-        ({"stop": ["y", "x" * 4097]}, "stop has a string of 4097 characters: 4096 are the most"),
+        ({"stop": ["y", "x" * 4097]}, "stop has a string of 4097 characters: at most 4096 are allowed"),
         ({"stop": ["x" * 500, ""]}, "stop is .{80}: it must be strings that are not empty"),
     ],
 )

@@ -129,7 +129,7 @@ WRONG: list[tuple[str, "pa.Array[Any]", str]] = [
         pa.ListArray.from_arrays(pa.array([0, 2], pa.int32()), not_utf8(b"a", b"\xff")),
         "column 'c' holds bytes that are not UTF-8 (byte 0)",
     ),
-    ("stop", pa.array(["x" * 5000]), "column 'c': stop has a string of 5000 characters: 4096 are the most"),
+    ("stop", pa.array(["x" * 5000]), "column 'c': stop has a string of 5000 characters: at most 4096 are allowed"),
     ("stop", pa.array([["x"] * 300]), "column 'c': stop has more than 256 strings: give fewer"),
 ]
 
