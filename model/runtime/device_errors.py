@@ -1,4 +1,4 @@
-"""Classifies device errors, so that callers can decide what to do next. Does not import torch.
+"""Tells device errors apart: the device is lost, or memory ran out. Does not import torch.
 
 CUDA errors come in three forms: as torch.AcceleratorError, which carries CUDA's error number; as RuntimeError from
 cuBLAS, cuDNN and Triton, which carries only a text; and as the cause of an EngineError. The numbers and texts here are
@@ -8,6 +8,7 @@ those of cudaError_t.
 import re
 from collections.abc import Iterator
 
+# errors after which every later CUDA call of the process fails, too
 _LOST_CODES = frozenset((214, 220, 226, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 999))
 _LOST_TEXT = re.compile(
     r"(CUDA (driver )?error|Triton Error \[CUDA\]): ("
@@ -39,15 +40,17 @@ _NO_MEMORY_TEXT = re.compile(
 
 
 def device_lost(error: BaseException) -> bool:
-    """Return whether the process can no longer use its GPU, so that only a new process helps.
+    """Return whether the error, or one that caused it or was being handled when it was raised, means that the process
+    can no longer use its GPU.
 
-    After such an error every later call fails too, whatever it does and for whichever rows.
+    After such an error every later call fails, too, whatever it does and for whichever rows; only a new process helps.
     """
     return any(_is(each, _LOST_CODES, _LOST_TEXT) for each in _chain(error))
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether memory of a device or of the host ran out, so that fewer rows may help."""
+    """Return whether the error means that memory of a device or of the host ran out, so that fewer rows may help. The
+    error's causes are not looked at."""
     return _is(error, frozenset((_NO_MEMORY_CODE,)), _NO_MEMORY_TEXT)
 
 

@@ -24,18 +24,18 @@ class RowIndex:
     packed: Tensor  # (4 R + N,) int64
     slots: Tensor  # (R,)
     seeds: Tensor  # (R,), a slot or -1
-    starts: Tensor  # (R,)
+    starts: Tensor  # (R,), the row's first token among the N
     lengths: Tensor  # (R,)
-    row_of_token: Tensor  # (N,)
+    row_of_token: Tensor  # (N,), from 0 to R - 1
 
     @classmethod
     def of(cls, packed: Tensor, rows: int) -> "RowIndex":
-        """Return the views of `packed`, which `RaggedBatch.packed` has made for `rows` rows."""
+        """Return the views of `packed`, an array of `RaggedBatch.packed` for `rows` rows, as a tensor on the device."""
         return cls(packed, *packed.tensor_split([rows, 2 * rows, 3 * rows, 4 * rows]))
 
 
 class Padding(NamedTuple):
-    """The index tensors that turn rows of unequal lengths into a rectangle and back."""
+    """Index tensors that turn the rows' tokens (N, …) into a rectangle (R, L, …) and back."""
 
     pad: Tensor  # (R, L) int64, indices into the N tokens
     unpad: Tensor  # (N,) int64, indices into R * L
@@ -66,21 +66,22 @@ class RaggedBatch:
         return starts
 
     def on(self, device: torch.device) -> RowIndex:
-        """Return the index tensors on `device`, made once per device."""
+        """Return the batch's data as index tensors on `device`, made once per device."""
         return self.once(device, lambda: self._index(device))
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return the result of `make`, which is called once per key: for plans that all layers of a kind share."""
+        """Return the result of `make`, which is called only once per key and batch: layers of the same kind share a
+        plan in this way."""
         if key not in self._made:
             self._made[key] = make()
         made: T = self._made[key]
         return made
 
     def alike(self, device: torch.device, step: int) -> list[tuple["RaggedBatch", Tensor]]:
-        """Return the rows in groups of similar length, for layers that pad.
+        """Return the rows in groups of similar length, the longest first, for layers that pad.
 
-        Each group comes with the indices of its tokens among the N. If lengths are counted in steps of `step` tokens,
-        the longest row of a group is at most a quarter longer than its shortest row.
+        Each group is a batch of its own, with the indices of its tokens among the N on `device`. If lengths are counted
+        in steps of `step` tokens, the longest row of a group is at most a quarter longer than its shortest row.
         """
         starts, groups = self.starts, list[list[int]]()
         longest = 0.0
@@ -102,8 +103,9 @@ class RaggedBatch:
         return RowIndex.of(to_device(self.packed(), device), len(self.lengths))
 
     def packed(self, rows: int | None = None, tokens: int | None = None) -> Array:
-        """Return the array that `RowIndex.of` takes, for a forward of `rows` rows and `tokens` tokens. Rows beyond the
-        batch's own are empty; tokens beyond its own belong to no row, and are given the index of the first row."""
+        """Return the array that `RowIndex.of` takes, (4 * rows + tokens,) int64, for a forward of `rows` rows and
+        `tokens` tokens; None: as many as the batch has. Rows beyond the batch's own are empty. Tokens beyond its own
+        belong to no row, and their `row_of_token` is 0."""
         real, lengths = len(self.lengths), np.array(self.lengths, dtype=np.int64)
         rows, count = rows or real, int(lengths.sum())
         packed = np.zeros(4 * rows + (tokens or count), dtype=np.int64)
@@ -115,8 +117,8 @@ class RaggedBatch:
         return packed
 
     def padding(self, device: torch.device) -> Padding | None:
-        """Return the index tensors that pad the rows to the longest, made once per device; None if all are equally
-        long."""
+        """Return the index tensors that pad the rows to the longest one and back, made once per device; None if all
+        rows are equally long."""
         return self.once(("padding", device), lambda: self._padding(device))
 
     def _padding(self, device: torch.device) -> Padding | None:

@@ -3,7 +3,7 @@
 A stage runs its forwards in the order of their launch. So states and pages need no lock, and a forward may be launched
 before the one that it builds on has come back. On a CPU a stage is a thread; with a single stage everything runs in the
 launching thread, because a second thread would gain nothing. On CUDA a stage is a stream, and the launching thread
-feeds all of them: nothing waits for a device but `Flight.result`.
+feeds all of them: nothing waits for a device but `Flight.result` and `Flight.wait`.
 
 On CUDA a part runs with the device and stream of its stage as the current ones, after the work that the launching
 thread has given to its own current stream. A part may use tensors that it makes itself, and tensors that live until the
@@ -27,14 +27,17 @@ from model.errors import RequestError
 from model.runtime.transfer import to_device
 
 Part = Callable[[Any], Any]
-"""The work of one stage in a forward. It takes hidden states (tokens in the first stage) and returns hidden states."""
+"""The work of one stage in a forward. It takes what the part before it returned (in the first stage, what was given to
+`launch`): usually hidden states, or tokens in the first stage. It returns hidden states, or in the last stage whatever
+the forward produces."""
 
 
 class Flight:
-    """A forward that has been launched."""
+    """A forward that has been launched. Its result can be taken once, by `result` or by `wait`."""
 
     def __init__(self, finish: Callable[[Any], Any]) -> None:
-        """Begin without parts. finish: makes the result of the forward from what its last part returned."""
+        """Make a flight to which `Stages.launch` adds the parts. finish: makes the result of the forward, in the thread
+        that asks for it, from what the last part returned."""
         self._finish = finish
         self.seconds = 0.0
         """Duration in seconds, valid once the result is there. On a CPU: from the start on the first stage to the end
@@ -45,14 +48,14 @@ class Flight:
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # on CUDA, events before and after each part
 
     def result(self) -> Any:
-        """Wait for the forward and return its result. Raises what `wait` and `finish` raise."""
+        """Wait for the forward and return what `finish` makes of it. Raises what `wait` and `finish` raise."""
         return self._finish(self.wait())
 
     def wait(self) -> Any:
-        """Wait for the forward and return what its last part returned.
+        """Wait for the forward and return what its last part returned. A second call would wait forever.
 
-        Raises the error of any part that failed, at launch or on the device. In both cases the forward is over
-        afterwards.
+        Raises the error of any part that failed, at launch or on the device. The forward is over afterwards, whether it
+        failed or not.
         """
         last, self._last = self._last, Future()  # not kept: an error in it would keep the tensors of its frames alive
         if self._marks:
@@ -80,19 +83,21 @@ class Cuda:
 
     @staticmethod
     def start(x: Any, device: torch.device) -> Any:
+        """Return the input of a forward's first part; a tensor on the host is sent to `device`."""
         return to_device(x, device) if isinstance(x, Tensor) and not x.is_cuda else x
 
     @staticmethod
     def copy(x: Tensor, device: torch.device) -> Tensor:
-        """Return a copy on `device`. Between two devices torch copies on the current stream of the device of x; that
-        stream and the current stream of `device` wait for each other before and after the copy."""
+        """Return a copy of x on `device`. Between two devices torch copies on the current stream of the device of x;
+        that stream and the current stream of `device` wait for each other before and after the copy."""
         return torch.empty_like(x, device=device).copy_(x, non_blocking=True)
 
 
 class Stages:
-    """The stages of a model, one for each of the devices, which may be named several times.
+    """The threads or streams on which a model's stages run their forwards: one per device of the list, which may name a
+    device several times.
 
-    Threads and streams end with this object. Raises RequestError if the devices are of several kinds.
+    They end with this object. Raises RequestError if the devices are of several kinds. cuda: for tests.
     """
 
     def __init__(self, devices: Sequence[torch.device], cuda: Cuda | None = None) -> None:
@@ -106,7 +111,7 @@ class Stages:
         """Launch a forward that sends `start` through the parts: part i runs on stage i, later ones on the last stage.
 
         finish: see Flight. On CUDA `start` must be a tensor on the host or on the first stage's device, and parts must
-        return tensors.
+        return tensors. An error of a part is not raised here but by the flight's `result`.
         """
         flight = Flight(finish)
         if self._streams:
@@ -121,6 +126,7 @@ class Stages:
 
 
 def _run(part: Part, before: "Future[Any]", flight: Flight, first: bool, last: bool) -> Any:
+    """Run a part on a CPU after the part before it; if it is the first or the last one, time the flight."""
     x = before.result()
     if first:
         flight._began = time.perf_counter()
@@ -133,6 +139,7 @@ def _run(part: Part, before: "Future[Any]", flight: Flight, first: bool, last: b
 
 
 def _done(call: Callable[[], Any]) -> "Future[Any]":
+    """Return a finished future with the result of the call, or with its error if that is an Exception."""
     done: Future[Any] = Future()
     try:
         done.set_result(call())
@@ -158,6 +165,8 @@ class _Streams:
         weakref.finalize(self, _drain, self._streams).atexit = False
 
     def send(self, parts: Sequence[Part], x: Any, flight: Flight) -> Any:
+        """Queue the parts on the streams of their stages, with events around each, and return what the last one
+        returned; its work may not have begun yet."""
         cuda, last = self._cuda, len(self._streams) - 1
         for i, part in enumerate(parts):
             stage, begin, end = min(i, last), cuda.event(), cuda.event()
@@ -177,6 +186,7 @@ class _Streams:
         return x
 
     def _copied(self, x: Tensor, source: torch.cuda.Stream, stage: int) -> Tensor:
+        """Return a copy of x for the stage, made after the work that is queued on `source`."""
         target = self._streams[stage]
         with self._cuda.use(self._arrivals[stage]), self._cuda.use(source):  # the inner one counts if devices are equal
             copy = self._cuda.copy(x, target.device)
@@ -185,6 +195,7 @@ class _Streams:
 
 
 def _drain(streams: Sequence[torch.cuda.Stream]) -> None:
+    """Wait for all work on these streams, if their device still works."""
     # the states are freed with the stages: no forward may still write to that memory when it is used again
     with contextlib.suppress(RuntimeError):  # a lost device does not write any more
         for stream in streams:
