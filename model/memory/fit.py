@@ -1,4 +1,4 @@
-"""Calculates which rows and contexts fit on GPUs, without the GPUs and without the weights.
+"""Calculates how many rows, and how many tokens of context, fit on given GPUs. Needs neither the GPUs nor the weights.
 
 Examples, with both towers of the released model on one GPU of 139 GiB and on two GPUs of 80 GiB:
 
@@ -26,16 +26,16 @@ GIB = 1 << 30
 def plan_for(
     config: TwoTowerConfig, dtype: torch.dtype, totals: Sequence[int], limits: EngineLimits, towers: Towers = "both"
 ) -> MemoryPlan:
-    """Return the plan for GPUs with `totals` bytes each, one stage per GPU.
+    """Return the memory plan for GPUs with one stage each. totals: bytes of memory of each GPU.
 
-    Raises RequestError if the model does not fit.
+    Raises RequestError if the weights or the limits do not fit, or if there are more GPUs than layers.
     """
     names = [f"cuda:{i}" for i in range(len(totals))]
     weights, stages = stage_weights(config, dtype, names, towers)
     for name, need, total in zip(names, weights, totals, strict=True):
         if need >= total:
             raise RequestError(
-                f"{name} has {total / GIB:.1f} GiB, its share of the weights takes {need / GIB:.1f} GiB: name more "
+                f"{name} has {total / GIB:.1f} GiB, but its share of the weights takes {need / GIB:.1f} GiB: name more "
                 "devices, or larger ones"
             )
     free = {name: total - need for name, need, total in zip(names, weights, totals, strict=True)}
@@ -45,7 +45,8 @@ def plan_for(
 def stage_weights(
     config: TwoTowerConfig, dtype: torch.dtype, devices: Sequence[str], towers: Towers = "both"
 ) -> tuple[list[int], list[Stage]]:
-    """Return the bytes of each stage's weights, and the stages, as for a loaded model but without loading any weights.
+    """Return the bytes of each stage's weights (with its buffers and its table of time conditioning), and the stages.
+    They are those of a loaded model, but no weights are loaded.
 
     devices: one name per stage; the devices need not exist. Raises RequestError if there are more stages than layers.
     """
@@ -72,17 +73,24 @@ def stage_weights(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
+    """Print the plan that the arguments ask for; None: those of the process. Raises SystemExit with the reason if an
+    argument is wrong, the checkpoint cannot be read, or nothing fits."""
     parser = argparse.ArgumentParser(
         prog="python -m model.memory.fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--devices", required=True, metavar="GIB,GIB", help="memory of each GPU of a replica, in GiB")
-    parser.add_argument("--max-rows", default="auto", metavar="N|auto", help="rows generated together")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="prompt + completion of one row at most")
-    parser.add_argument("--prefill", type=int, default=EngineLimits().max_prefill_tokens, metavar="TOKENS")
-    parser.add_argument("--checkpoint", help="folder or URL whose config.json to take; without: the released model's")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--towers", choices=("both", "context"), default="both", help="context: what AR mode loads")
+    parser.add_argument("--max-rows", default="auto", metavar="N|auto", help="rows generated together at most")
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="tokens of one row at most, prompt + completion")
+    parser.add_argument(
+        "--prefill",
+        type=int,
+        default=EngineLimits().max_prefill_tokens,
+        metavar="TOKENS",
+        help="prompt tokens of one forward at most",
+    )
+    parser.add_argument("--checkpoint", help="folder or URL whose config.json is used; default: the released model's")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="number format of the weights")
+    parser.add_argument("--towers", choices=("both", "context"), default="both", help="context: enough for AR mode")
     options = parser.parse_args(arguments)
     try:
         totals = [int(float(part) * GIB) for part in options.devices.split(",")]

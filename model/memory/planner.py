@@ -1,8 +1,8 @@
-"""Makes the memory plan at start: how many rows, and how many tokens of their contexts, fit beside the weights.
+"""Makes the memory plan of an engine at its start: how many rows, and tokens of context, fit beside the weights.
 
 Besides its weights, a device holds the Mamba states of every slot, the pages of keys and values, the temporaries of a
-forward, the memory that CUDA graphs keep, and the logits from which tokens are being chosen. The device with the least
-room sets the limit for all. `python -m model.memory.fit` makes the plan for GPUs that this machine does not have.
+forward, the memory that CUDA graphs keep, and the logits from which tokens are chosen. The device with the least room
+sets the limit for all. `python -m model.memory.fit` makes the plan for GPUs that this machine does not have.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,25 +22,26 @@ from model.requests import EngineLimits
 from model.runtime.page_allocator import PAGE_SIZE, PREFIX_SLOTS, pages_for
 
 KEPT_BACK: Mapping[str, float] = {"cuda": 0.05, "cpu": 0.5}
-"""Share of the free memory that stays free. On a GPU it covers fragmentation of the allocator and workspaces of cuBLAS,
-which no formula here includes. On a CPU it covers the data that the job reads and writes, and the other replicas of the
-node, which count the same memory as free."""
+"""Share of a device's free memory that the plan leaves free, by type of device. On a GPU it covers fragmentation of the
+allocator and workspaces of cuBLAS, which no formula here includes. On a CPU it covers the data that the job reads and
+writes, and the other replicas of the node, which count the same memory as free."""
 AUTO_MAX_ROWS: Mapping[str, int] = {"cuda": 256, "cpu": 32}
-"""Largest number of rows that "auto" chooses. On a GPU, with 256 rows x 16 tokens computing already takes longer than
-reading the weights; on a CPU this happens with far fewer rows. More rows would use memory without a gain in speed."""
+"""Largest number of rows that max_rows "auto" chooses, by type of device. On a GPU, with 256 rows x 16 tokens computing
+already takes longer than reading the weights; on a CPU this happens with far fewer rows. More rows would use memory
+without a gain in speed."""
 AUTO_CONTEXT_TOKENS = 4096
-"""Tokens of context that "auto" assumes for each row, or the longest allowed context if that is shorter. Few rows are
-longer; if pages run out nevertheless, the youngest row is preempted and put back into the queue."""
+"""Tokens of context that max_rows "auto" assumes for each row, or the longest allowed context if that is shorter. Few
+rows are longer; if pages run out nevertheless, the youngest row is preempted."""
 BLOCK_TOKENS = 32
-"""Largest number of tokens of a row in a denoiser forward that the plan assumes: twice the block size of the released
-model."""
+"""The number of tokens that the plan assumes for each row in a denoiser forward: twice the block size of the released
+model. Larger blocks are allowed, but the plan reserves no memory for them."""
 
 
 def plan_memory(pair: TwoTower, limits: EngineLimits, free: Mapping[str, int] | None = None) -> MemoryPlan:
-    """Return the plan for a loaded model.
+    """Return the memory plan for a loaded model.
 
-    free: device name -> free bytes, to use instead of the memory that is free now. Raises RequestError if the limits do
-    not fit.
+    free: device name -> free bytes after the weights were loaded; None: what is free now. Raises RequestError if the
+    limits do not fit.
     """
     weights: dict[str, int] = {}
     for tensor in (*pair.parameters(), *pair.buffers()):
@@ -53,7 +54,10 @@ def plan_memory(pair: TwoTower, limits: EngineLimits, free: Mapping[str, int] | 
 
 @dataclass(frozen=True)
 class Planner:
-    """A planner that needs the sizes alone. weights, free: device name -> bytes."""
+    """The calculation of a memory plan from sizes alone: the devices need not exist and nothing is allocated.
+
+    weights: device name -> bytes of the loaded weights. free: device name -> bytes that are free beside them.
+    """
 
     config: TwoTowerConfig
     dtype: torch.dtype
@@ -64,11 +68,12 @@ class Planner:
 
     @property
     def context(self) -> int:
-        """Largest number of tokens of one row."""
+        """Return the largest number of tokens of one row. Raises RequestError if the limits exceed the checkpoint's."""
         return self.limits.context_tokens(self.config.max_position_embeddings)
 
     def plan(self) -> MemoryPlan:
-        """Return the plan. Raises RequestError if the limits do not fit."""
+        """Return the plan. Without kv_tokens in the limits, it has room for the longest context in each row, or as much
+        as fits, but at least one such context. Raises RequestError if the limits do not fit."""
         asked = self.limits.max_rows
         rows = self._auto_rows() if asked == "auto" else asked
         devices = self.devices(rows)
@@ -82,7 +87,7 @@ class Planner:
         return MemoryPlan(devices, rows, kv_tokens)
 
     def devices(self, rows: int) -> tuple[DevicePlan, ...]:
-        """Return the memory that each device uses with so many rows."""
+        """Return the share of each device if the engine holds `rows` rows."""
         names = dict.fromkeys(_name(stage.device) for stage in self.stages)
         return tuple(self._device(name, [s for s in self.stages if _name(s.device) == name], rows) for name in names)
 
@@ -104,20 +109,22 @@ class Planner:
         )
 
     def _lane_rows(self, rows: int) -> int:
-        """Return the largest number of rows of a lane; a new row always joins the lane with the fewest rows."""
+        """Return the largest number of rows of a lane if there are `rows` in all; a new row always joins the lane with
+        the fewest rows."""
         return -(-rows // (self.limits.lanes or len(self.stages)))
 
     def _logits(self, kind: str, rows: int) -> int:
-        """Return the bytes of a lane's logits and their temporaries.
+        """Return the bytes of the logits of a lane's forward and their temporaries. kind: the type of device.
 
-        A GPU keeps the logits in the model's dtype; a CPU may also have to sort them.
+        A GPU keeps the logits in the model's dtype; a CPU may also have to sort them. Neither takes more than
+        HEAD_WORKSPACE at once.
         """
         each = self.dtype.itemsize if kind == "cuda" else LIMITED_BYTES
         return min(HEAD_WORKSPACE[kind], self._lane_rows(rows) * BLOCK_TOKENS * self.config.vocab_size * each)
 
     def _workspace(self, stage: Stage, rows: int) -> int:
-        """Return the bytes of the largest forward, which prefills parts of prompts and extends with a lane's finished
-        blocks."""
+        """Return the bytes of the temporaries of the stage's largest forward, which reads pieces of prompts and the
+        finished blocks of a lane together."""
         config, size, blocks = self.config, self.dtype.itemsize, self._blocks(rows)
         prompts, kind = self.limits.max_prefill_tokens, stage.device.type
         queries = max(BLOCK_TOKENS, min(causal_queries(kind), prompts))
@@ -129,24 +136,28 @@ class Planner:
         return plain_forward_bytes(config, size, layers, forward, self.context)
 
     def _graphs(self, stage: Stage, rows: int) -> int:
+        """Return the bytes that the stage's CUDA graphs keep; 0 on a CPU."""
         if stage.device.type != "cuda":
             return 0
         layers = max(stage.context, stage.denoiser, key=len)
         return graph_bytes(self.config, self.dtype.itemsize, layers, self._blocks(rows))
 
     def _blocks(self, rows: int) -> Forward:
-        """Return the size of a forward of a lane's blocks."""
+        """Return the size of a forward over one block of each row of a lane."""
         count = self._lane_rows(rows)
         return Forward(tokens=count * BLOCK_TOKENS, rows=count, queries=BLOCK_TOKENS)
 
     def _fits(self, rows: int, kv_tokens: int) -> bool:
+        """Return whether `rows` rows with `kv_tokens` tokens of context in total fit on all devices."""
         room = _room(self.devices(rows), rows)
         return room is None or room >= kv_tokens
 
     def _auto_rows(self) -> int:
-        """Return how many rows fit with a usual context each, and with the longest context for one; at least 1.
+        """Return how many rows fit, up to AUTO_MAX_ROWS, with a context of AUTO_CONTEXT_TOKENS each and room for one of
+        the longest contexts, or within kv_tokens if that is given.
 
-        Raises RequestError if fewer rows fit than there are lanes.
+        Returns 1 if not even one row fits; `plan` then refuses. Raises RequestError if fewer rows fit than there are
+        lanes.
         """
         cap = min(AUTO_MAX_ROWS[stage.device.type] for stage in self.stages)
         usual = _in_pages(min(self.context, AUTO_CONTEXT_TOKENS))
@@ -163,7 +174,8 @@ class Planner:
         return max(1, rows)
 
     def _refusal(self, rows: int) -> str:
-        """Return the error message: why the limits do not fit, and which limits would."""
+        """Return the error message for limits that do not fit: which device has too little memory, and which limits
+        would fit."""
         given = self.limits.kv_tokens
         context = _in_pages(given or self.context)
         devices = self.devices(rows)
@@ -171,7 +183,7 @@ class Planner:
         states = tight.states_per_row * (rows + PREFIX_SLOTS)
         fault = (
             f"{tight.device} has {size_text(tight.free)} free beside its weights and keeps "
-            f"{size_text(tight.kept_back)} of it back; needed are {size_text(states)} for states, "
+            f"{size_text(tight.kept_back)} of it back; it needs {size_text(states)} for states, "
             f"{size_text(tight.working)} for forwards and {size_text(tight.kv_per_token * context)} for "
             f"{context:,} tokens of context"
         )
@@ -189,14 +201,15 @@ class Planner:
 
 
 def _room(devices: Sequence[DevicePlan], rows: int) -> int | None:
-    """Return the tokens of context that fit on every device, or None if there is no limit."""
+    """Return how many tokens of context fit on every device beside `rows` rows: -1 if the rows alone do not fit, None
+    if context takes no memory anywhere."""
     rooms = [room for plan in devices if (room := plan.kv_room(rows)) is not None]
     return min(rooms, default=None)
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest number from 1 to `most` that fits, or 0 if none fits. If a number fits, all smaller ones must
-    fit, too."""
+    """Return the largest number from 1 to `most` for which `fits` is true, or 0 if there is none. If it is true for a
+    number, it must be true for all smaller ones."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -205,8 +218,10 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
 
 
 def _in_pages(tokens: int) -> int:
+    """Return the number of tokens rounded up to whole pages."""
     return pages_for(tokens) * PAGE_SIZE
 
 
 def _name(device: torch.device) -> str:
+    """Return the name of a device in the plan; `cuda` without a number is `cuda:0`."""
     return "cuda:0" if str(device) == "cuda" else str(device)

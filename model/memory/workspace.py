@@ -1,6 +1,6 @@
-"""Estimates how many bytes one forward needs besides weights and context cache: its largest temporaries.
+"""Estimates how many bytes one forward needs besides weights, context cache and logits: its largest temporaries.
 
-The results are upper limits, for each kind of layer, of what model.network.layers holds at once, with
+The results are upper limits, over the kinds of layers, of what model.network.layers holds at once, with
 model.kernels.plain and with the kernels of a GPU. tests/model/memory/test_planner.py checks that measured peaks of both
 are below them (for the GPU kernels, in Triton's interpreter).
 """
@@ -17,13 +17,13 @@ from model.runtime.page_allocator import PAGE_SIZE, pages_for
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
-    """The size of the largest forward of one kind."""
+    """The size of the forward whose memory is estimated, the largest of its kind."""
 
     tokens: int
-    """N, including padding."""
+    """Tokens of all rows together, including padding."""
     rows: int
     queries: int
-    """Queries of one row whose attention is computed at once, each with its own mask over the context."""
+    """Tokens of one row whose attention over the context is computed at once, each with its own mask."""
 
 
 def causal_queries(device_type: str) -> int:
@@ -32,9 +32,10 @@ def causal_queries(device_type: str) -> int:
 
 
 def plain_forward_bytes(config: TwoTowerConfig, itemsize: int, layers: range, forward: Forward, context: int) -> int:
-    """Return an upper limit of the bytes that a forward through one stage's `layers`, of either tower, needs on a CPU.
+    """Return an upper limit of the bytes that a forward through one stage's `layers`, of either tower, needs with the
+    plain kernels, which are those of a CPU.
 
-    itemsize: bytes per number in the model's dtype. context: tokens of the longest row.
+    itemsize: bytes per number in the model's dtype. context: tokens of the longest context of a row.
     """
     kinds = {config.layer_kinds[i] for i in layers}
     largest = 0
@@ -53,6 +54,7 @@ def plain_forward_bytes(config: TwoTowerConfig, itemsize: int, layers: range, fo
 
 
 def _mamba(config: TwoTowerConfig, itemsize: int, forward: Forward) -> int:
+    """Return an upper limit of the bytes that a Mamba layer needs with the plain kernels."""
     conv, inner, heads = config.conv_dim, config.mamba_inner, config.mamba_num_heads
     padded = forward.tokens + forward.rows * (SCAN_CHUNK - 1)
     # in_proj's output, the conv inputs twice; in float32 the conv's terms or the scan's inputs, plus the scan's outputs
@@ -68,6 +70,7 @@ def _mamba(config: TwoTowerConfig, itemsize: int, forward: Forward) -> int:
 
 
 def _attention(config: TwoTowerConfig, itemsize: int, forward: Forward, context: int) -> int:
+    """Return an upper limit of the bytes that an attention layer needs with the plain kernels."""
     query, kv = config.attention_inner, config.kv_inner
     # q, k, v, k and v again, the output; for queries padded to a power of two, four copies: selected, reordered, the
     # output, reordered
@@ -80,6 +83,7 @@ def _attention(config: TwoTowerConfig, itemsize: int, forward: Forward, context:
 
 
 def _moe(config: TwoTowerConfig, itemsize: int, tokens: int) -> int:
+    """Return an upper limit of the bytes that a MoE layer needs with the plain kernels."""
     hidden, experts, chosen = config.hidden_size, config.n_routed_experts, config.num_experts_per_tok
     router = 8 * (tokens * (hidden + 4 * experts) + experts * hidden)  # float64
     pairs = tokens * chosen + min(experts, tokens * chosen) * MIN_GEMM_ROWS  # each expert's few rows are padded
@@ -94,10 +98,11 @@ def _moe(config: TwoTowerConfig, itemsize: int, tokens: int) -> int:
 def cuda_forward_bytes(
     config: TwoTowerConfig, itemsize: int, layers: range, forward: Forward, prompts: Forward | None = None
 ) -> int:
-    """Return the same upper limit for a GPU. The length of the context has no effect there.
+    """Return the upper limit of `plain_forward_bytes` for the kernels of a GPU. There the length of the context has no
+    effect.
 
-    prompts: the size of the prompts that the forward prefills beside its blocks. Mamba layers scan them with mamba-ssm,
-    padded to the longest one, as the plain kernels do.
+    prompts: the size of the pieces of prompts that the forward reads beside its blocks, or None if it reads none. Mamba
+    layers scan them with mamba-ssm, padded to the longest one, as the plain kernels do.
     """
     kinds = {config.layer_kinds[i] for i in layers}
     tokens, largest = forward.tokens, 0
@@ -116,6 +121,7 @@ def cuda_forward_bytes(
 
 
 def _cuda_attention(config: TwoTowerConfig, itemsize: int, tokens: int) -> int:
+    """Return an upper limit of the bytes that an attention layer needs on a GPU."""
     # q, k, v and the output
     projected = tokens * itemsize * 2 * (config.attention_inner + config.kv_inner)
     # partial results of split contexts (see attention_plan.Room.of): a float32 sum, the best score, the sum of weights
@@ -124,6 +130,7 @@ def _cuda_attention(config: TwoTowerConfig, itemsize: int, tokens: int) -> int:
 
 
 def _cuda_moe(config: TwoTowerConfig, itemsize: int, tokens: int) -> int:
+    """Return an upper limit of the bytes that a MoE layer needs on a GPU."""
     hidden, experts, chosen = config.hidden_size, config.n_routed_experts, config.num_experts_per_tok
     router = 8 * tokens * (hidden + experts)  # float64
     # inputs and hidden values of each token's experts, or hidden values and outputs; then ids, places and weights
@@ -133,7 +140,8 @@ def _cuda_moe(config: TwoTowerConfig, itemsize: int, tokens: int) -> int:
 
 
 def graph_bytes(config: TwoTowerConfig, itemsize: int, layers: range, forward: Forward) -> int:
-    """Return the bytes that the CUDA graphs of a stage keep, from its largest forward of blocks: their memory pool, and
-    a buffer of hidden states for each block length that is a power of two (model.engine.cuda_graphs)."""
+    """Return an upper limit of the bytes that the CUDA graphs of a stage keep: their memory pool, and a buffer of
+    hidden states for each block length that is a power of two (model.engine.cuda_graphs). forward: the largest forward
+    over blocks."""
     buffers = 2 * forward.tokens * config.hidden_size * itemsize
     return buffers + cuda_forward_bytes(config, itemsize, layers, forward)

@@ -124,7 +124,7 @@ def test_weights_that_are_not_there_are_weighed_as_if_they_were(towers: Towers) 
 def test_the_command_prints_the_plan_or_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     fit.main(["--devices", "80,80", "--max-rows", "64", "--context", "4096"])
     assert capsys.readouterr().out.splitlines()[-1] == "max_rows 64, kv_tokens 262,144"
-    with pytest.raises(SystemExit, match=r"error: cuda:0 has 48\.0 GiB, its share of the weights takes 117\.8 GiB"):
+    with pytest.raises(SystemExit, match=r"error: cuda:0 has 48\.0 GiB, but its share of the weights takes 117\.8 GiB"):
         fit.main(["--devices", "48"])
     with pytest.raises(SystemExit, match="error: max_rows is 0: it must be"):
         fit.main(["--devices", "139", "--max-rows", "0"])
