@@ -1,4 +1,4 @@
-"""Chooses the implementation of the kernel protocol (model.kernels.protocol) for a device, once at start."""
+"""Chooses the implementation of the kernel protocol (model.kernels.protocol) for a device, when a model is built."""
 
 import torch
 

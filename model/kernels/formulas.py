@@ -9,23 +9,26 @@ from torch import Tensor
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """Return 1 / (1 + exp(-x))."""
+    """Return 1 / (1 + exp(-x)), in the dtype of x."""
     return 1 / (1 + torch.exp(-x))
 
 
 def silu(x: Tensor) -> Tensor:
-    """Return x * sigmoid(x), computed at least in float32."""
+    """Return x * sigmoid(x) in the dtype of x, computed in float64 if x is float64, and otherwise in float32."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * sigmoid(wide)).to(x.dtype)
 
 
 def softplus(x: Tensor) -> Tensor:
-    """Return log(1 + exp(x)), without overflow."""
+    """Return log(1 + exp(x)), in the dtype of x; a large x does not overflow."""
     return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return x * rsqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (arXiv 1910.07467)."""
+    """Return x * rsqrt(mean(x^2) + eps) * weight, with the mean over the last dimension (RMSNorm, arXiv 1910.07467).
+
+    x (…, H), weight (H,) -> the shape and dtype of x. Computed in float32.
+    """
     x32 = x.float()
     x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return (x32 * weight.float()).to(x.dtype)
@@ -34,7 +37,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def gated_group_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     """Return norm(y * silu(gate)): the gate first, then RMSNorm over each of `groups` contiguous groups of channels.
 
-    y, gate (N, inner), weight (inner,) -> (N, inner) in the gate's dtype.
+    y, gate (N, inner), weight (inner,) -> (N, inner) in the gate's dtype. Computed in float32. `inner` must be a
+    multiple of `groups`.
     """
     gated: Tensor = (y.float() * silu(gate.float())).unflatten(-1, (groups, -1))
     normed: Tensor = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
@@ -42,5 +46,5 @@ def gated_group_norm(y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: 
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return x * (1 + scale) + shift."""
+    """Return x * (1 + scale) + shift, element by element: the effect of the time on a layer's input."""
     return x * (1 + scale) + shift

@@ -1,7 +1,7 @@
 """Implements the kernels in plain torch, for any device; they define the results that the other kernels must give.
 
 On a CPU in float32, a row's result is the same bit for bit whatever other rows are computed with it, and a prompt's
-result is the same whether the prompt enters the context at once or in parts that are cut at whole pages. With torch
+result is the same whether the prompt enters the context at once or in pieces that are cut at whole pages. With torch
 2.13 and MKL, a matrix product was seen to change its order of summation in three cases: for 1 to 3 rows; by a row's
 position, if there are fewer than 12 outputs and the number of inputs is not a multiple of 4; and in float64 for the
 rows after the last multiple of 4. `linear` avoids all three by padding. A batched product computes each of its matrices
@@ -22,10 +22,10 @@ from model.kernels.protocol import HEAD_WORKSPACE, ScanInputs
 from model.runtime.ragged_batch import RaggedBatch
 from model.runtime.transfer import to_device
 
-MIN_GEMM_ROWS = 16
-MIN_GEMM_OUTPUTS = 12
+MIN_GEMM_ROWS = 16  # `linear` pads its input to at least so many rows
+MIN_GEMM_OUTPUTS = 12  # with fewer, `linear` may have to pad inputs and outputs; see above
 SCAN_CHUNK = 16  # tokens: the block size of the released model, so that a block is one chunk
-SCAN_ELEMENTS = 2**22  # limit of the elements of states between chunks that are in memory at once
+SCAN_ELEMENTS = 2**22  # limit of the elements of the states between chunks that are in memory at once
 VOCAB_SLICE = 8192  # columns; with 32,768 or more, torch splits the sum of a single row among its threads
 
 
@@ -37,10 +37,10 @@ def selective_scan(
     C: Tensor,  # (R, L, groups, state)
     states: Tensor,  # (R, heads, head_dim, state) float32
 ) -> tuple[Tensor, Tensor]:
-    """Compute s <- exp(dt A) s + dt x (outer) B and y = s C -> (y (R, L, heads, head_dim), the last states).
+    """Compute, token by token, s <- exp(dt A) s + dt x (outer) B and y = s C, with `states` as the first s.
 
-    Works chunk by chunk. Inside a chunk the recurrence is unrolled into products of C, B and decays (Mamba-2, arXiv
-    2405.21060, section 6).
+    Returns y (R, L, heads, head_dim) and the last states; the arguments are not changed. Works chunk by chunk. Inside a
+    chunk the recurrence is unrolled into products of C, B and decays (Mamba-2, arXiv 2405.21060, section 6).
     """
     length = x.shape[1]
     if short := -length % SCAN_CHUNK:
@@ -57,7 +57,7 @@ def selective_scan(
 
 
 class PlainKernels:
-    """The kernels in plain torch; `model.kernels.protocol.Kernels` describes the methods."""
+    """The kernels in plain torch, for any device; `model.kernels.protocol.Kernels` describes the methods."""
 
     head_workspace = HEAD_WORKSPACE["cpu"]
     vocab_slice = VOCAB_SLICE
@@ -108,7 +108,7 @@ class PlainKernels:
         return out
 
     def _scan(self, inputs: ScanInputs) -> Tensor:
-        """Scan all rows together, padded to the longest."""
+        """Implement `mamba_scan` for rows of similar length: they are padded to the longest and scanned together."""
         rows, weights = inputs.rows, inputs.weights
         conv_states, ssm_states = inputs.conv_states, inputs.ssm_states
         index = rows.on(inputs.xbc.device)
@@ -198,9 +198,9 @@ class PlainKernels:
 
 
 def _causal_conv(line: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Apply depthwise causal convolution and SiLU.
+    """Return the SiLU of the depthwise causal convolution of the last L tokens of each row: (R, L, C) float32.
 
-    line (R, W + L, C), weight (C, W), bias (C,) -> (R, L, C) float32.
+    line (R, W + L, C): the W inputs before the L tokens, then the tokens. weight (C, W), bias (C,).
     """
     width = weight.shape[1]
     length = line.shape[1] - width
@@ -220,11 +220,11 @@ def _scan_chunks(
     C: Tensor,  # (R, G, groups, Q, state)
     states: Tensor,  # (R, heads, head_dim, state)
 ) -> tuple[Tensor, Tensor]:
-    """Scan G chunks -> (y in the shape of x, the last states).
+    """Scan G chunks as `selective_scan` does -> (y in the shape of x, the last states).
 
     Only the step from one chunk's state to the next is sequential. Every decay is a product of factors of at most 1, so
-    nothing overflows however large the first state is, and a strong decay does not make products without it less
-    precise.
+    nothing overflows however large the first state is, and a strong decay of one token costs no precision in the
+    products that do not contain it.
     """
     groups = B.shape[2]
     C = C.contiguous()
@@ -255,7 +255,10 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
 
 
 def _attend_pieces(q: Tensor, kv: Tensor, pieces: Pieces) -> Tensor:
-    """Compute the attention of q (B * W, query heads, D) over kv (2, B * T, kv heads, D) -> (B * W, query heads, D)."""
+    """Return the attention of B pieces: q (B * W, query heads, D) over kv (2, B * T, kv heads, D) -> the shape of q.
+
+    A query sees the first keys of its own piece, as many as `pieces.visible` says.
+    """
     batch = len(pieces.visible)
     k, v = kv.unflatten(1, (batch, -1)).transpose(2, 3)  # (B, kv heads, T, D)
     # the query heads that share a kv head are treated as more queries of that head: fewer and larger products

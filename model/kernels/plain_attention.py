@@ -1,9 +1,10 @@
 """Cuts the attention of a forward into pieces of equal shapes for the plain kernels.
 
-A piece is some queries of one row over the first keys of that row. Its shapes depend on the row alone: causal queries
-are cut after every page of tokens, counted from the row's first token in the forward, their number is padded to a power
-of two, and the keys are padded to whole pages. So a piece is the same product with the same bits, whatever other rows
-there are and at whichever whole pages the prompt before it was cut. Pieces of the same shapes are computed together.
+A piece is some queries of one row over the first keys of that row. On a CPU its shapes depend on the row alone: causal
+queries are cut after every page of tokens, counted from the row's first token in the forward, their number is padded to
+a power of two, and the keys are padded to whole pages. So a piece is the same product with the same bits, whatever
+other rows there are and at whichever whole pages the prompt before it was cut. Elsewhere causal pieces are larger (see
+QUERIES). Pieces of the same shapes are computed together.
 """
 
 from collections import defaultdict
@@ -24,8 +25,11 @@ QUERIES = 256  # per causal piece on an accelerator, where equal bits are not pr
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """B pieces of attention of one shape, which are computed together. Each holds W queries of one row and the first T
-    keys of that row, padding included; the tensors say where these queries and keys are."""
+    """B pieces of attention with the same shapes, which are computed together.
+
+    Each holds W queries of one row and the first T keys of that row, padding included; the tensors say where these
+    queries and keys are.
+    """
 
     table: Tensor  # (B * T / page size,) the pages that contain the keys
     own: Tensor  # (Z,) into B * T: the keys that come from the forward's tokens instead of pages
@@ -38,7 +42,10 @@ class Pieces:
 
 
 def place_tokens(rows: RaggedBatch, page_size: int) -> Tensor:
-    """Return the place of each token's key among the pages * page_size places: (N,) on the host."""
+    """Return where the key and the value of each token are stored: page * page_size + offset in the page.
+
+    The result is (N,) int64 on the host. A token's offset follows from its row's context and its place in the row.
+    """
     pages = PageTables(rows.pages)
     row, ordinal = expand(np.array(rows.lengths, dtype=np.int64))
     page, place = np.divmod(np.array(rows.context, dtype=np.int64)[row] + ordinal, page_size)
@@ -47,9 +54,10 @@ def place_tokens(rows: RaggedBatch, page_size: int) -> Tensor:
 
 
 def plan_pieces(rows: RaggedBatch, page_size: int, device: torch.device, *, causal: bool, stored: bool) -> list[Pieces]:
-    """Return all pieces of a forward, grouped by shape.
+    """Return all pieces of a forward, with pieces of the same shapes together, as many as MAX_GATHERED allows.
 
-    causal: a query sees no later token. stored: the rows' own tokens are already in their pages.
+    causal: a query sees no later token. stored: the rows' own tokens are already in their pages; otherwise their keys
+    are taken from the forward's tokens.
     """
     size = page_size if device.type == "cpu" else max(page_size, QUERIES)
     lengths, context = (np.array(column, dtype=np.int64) for column in (rows.lengths, rows.context))
@@ -76,7 +84,7 @@ def plan_pieces(rows: RaggedBatch, page_size: int, device: torch.device, *, caus
 def _plan(
     columns: Array, width: int, page_size: int, table: Array, device: torch.device, *, causal: bool, stored: bool
 ) -> Pieces:
-    """Return the index tensors of B pieces of one shape.
+    """Return the index tensors, on `device`, of B pieces with W = `width` queries each.
 
     columns (5, B, 1): start of the row, first query, last query (exclusive), context, keys. table (B, T / page_size).
     """

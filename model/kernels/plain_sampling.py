@@ -1,7 +1,7 @@
 """Chooses tokens from logits in plain torch (greedy, sampled, sampled within limits) and generates uniform numbers.
 
-The head computes slices of the vocabulary of a fixed width, and only sums over each slice are kept. The order of
-summation, and so the bits of a row's result, depends on the vocabulary alone, not on the other rows.
+The logits are computed in slices of the vocabulary of a fixed width, and only sums over each slice are kept. The order
+of summation, and so the bits of a position's result, depends on the vocabulary size alone, not on the other positions.
 """
 
 import torch
@@ -53,10 +53,10 @@ def choose_tokens(logits: Logits, draws: Draws | None, uniform: Tensor | None) -
 
 
 def _survey(logits: Logits, temperature: Tensor | None) -> Parts:
-    """Compute the parts of all slices in one pass over the vocabulary.
+    """Return the `Parts` (M, S) of all slices, from one pass over the vocabulary.
 
-    If temperature (M,) is given, the parts include the mass at that temperature. It means nothing for a row whose
-    temperature is 0.
+    If temperature (M,) is given, they include the mass at that temperature. The mass of a position with temperature 0
+    is meaningless.
     """
     columns, count = logits.columns, logits.count
     parts = Parts.empty(count, len(columns), logits.device, mass=temperature is not None)
@@ -97,7 +97,7 @@ def _logits_of(logits: Logits, positions: slice | Tensor, columns: slice) -> Ten
 
 
 def _draw_by_slice(logits: Logits, parts: Parts, draws: Draws, uniform: Tensor, tokens: Tensor, chosen: Tensor) -> None:
-    """Draw the tokens of the sampled rows without limits: first a slice by its mass, then a token inside it.
+    """Draw the tokens of the positions `draws.free`: first a slice of the vocabulary by its mass, then a token in it.
 
     The two steps together invert the CDF of softmax(logits / temperature) in vocabulary order. The logits of the drawn
     slice are computed a second time. Writes into tokens (M,) and, with the logits of these tokens, into chosen (M,).
@@ -127,11 +127,11 @@ def _draw_by_slice(logits: Logits, parts: Parts, draws: Draws, uniform: Tensor, 
 def _draw_within_limits(
     logits: Logits, rows: Tensor, draws: Draws, uniform: Tensor, tokens: Tensor, chosen: Tensor
 ) -> None:
-    """Draw the tokens of `rows` (L,), which have top_k or top_p.
+    """Draw the tokens of the positions `rows` (L,), which have top_k or top_p.
 
-    The caller passes only as many rows as have logits that fit into the workspace. Inverts, in vocabulary order, the
-    CDF of softmax(logits / temperature) within the limits. Writes into tokens (M,) and, with the logits of these
-    tokens, into chosen (M,).
+    The caller passes only as many positions as the workspace has room for (LIMITED_BYTES). Inverts, in vocabulary
+    order, the CDF of softmax(logits / temperature) within the limits. Writes into tokens (M,) and, with the logits of
+    these tokens, into chosen (M,).
     """
     x = torch.empty(len(rows), logits.vocab, device=rows.device)
     for columns in logits.columns:
@@ -161,10 +161,10 @@ def _limited(x: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Te
 
 
 def invert(cdf: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first place (K,) whose cdf is above the target, and the target (K,): `share` of the cdf's last value.
+    """Return the first column (K,) whose cdf is above the target, and the target (K,): `share` of the cdf's last value.
 
-    cdf (K, T) float64, share (K,). A place that adds nothing to the cdf is never chosen, even if rounding has made the
-    share 1 or slightly negative. A row that is NaN or all 0 gives an arbitrary place.
+    cdf (K, T) float64, share (K,). A column that adds nothing to the cdf is never chosen, even if rounding has made
+    the share 1 or slightly negative. A row that is NaN or all 0 gives an arbitrary column.
     """
     last = cdf[:, -1]
     target = torch.minimum(share.clamp(min=0) * last, torch.nextafter(last, torch.zeros_like(last)))
@@ -173,7 +173,7 @@ def invert(cdf: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _finite_base(best: Tensor) -> Tensor:
-    """Return best, with -inf replaced by 0, so that differences to it are -inf and not NaN."""
+    """Return the largest logits with -inf replaced by 0, so that -inf minus it is -inf and not NaN."""
     return best.masked_fill(best == -torch.inf, 0)
 
 

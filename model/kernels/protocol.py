@@ -15,8 +15,10 @@ model's dtype: 1 GiB holds 4,096 positions of the released vocabulary in bfloat1
 
 
 class Kernels(Protocol):
-    """The operations that a device must provide. Shapes are those of model.runtime.ragged_batch, formulas are in
-    model.kernels.plain."""
+    """The operations that a device must provide for the layers and for the choice of tokens.
+
+    Shapes are those of model.runtime.ragged_batch. model.kernels.plain and model.kernels.formulas define the results.
+    """
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return x @ weight.T: x (N, in), weight (out, in) -> (N, out).
@@ -26,8 +28,10 @@ class Kernels(Protocol):
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Return the RMSNorm of x (N, H) with weight (H,) float32, in the shape and dtype of x; see
-        model.kernels.formulas."""
+        """Return the RMSNorm of x (N, H) with weight (H,) float32, in the shape and dtype of x.
+
+        See `model.kernels.formulas.rms_norm`.
+        """
         ...
 
     def modulated_norm(
@@ -40,8 +44,11 @@ class Kernels(Protocol):
         *,
         norm_first: bool,
     ) -> Tensor:
-        """Return norm(x * (1 + scale) + shift), or norm(x) * (1 + scale) + shift if norm_first, in the shape and dtype
-        of x."""
+        """Return norm(x * (1 + scale) + shift), or norm(x) * (1 + scale) + shift if norm_first.
+
+        norm is `rms_norm` with weight and eps; shift and scale are those of each token's row. The result has the shape
+        and dtype of x.
+        """
         ...
 
     def gated_add(self, x: Tensor, mixed: Tensor, conditioning: Tensor, row_of_token: Tensor) -> Tensor:
@@ -49,12 +56,18 @@ class Kernels(Protocol):
         ...
 
     def gated_norm(self, y: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-        """Return norm(y * silu(gate)) over each group of channels, (N, inner) in the gate's dtype; see
-        model.kernels.formulas."""
+        """Return norm(y * silu(gate)), normalised over each group of channels: (N, inner) in the gate's dtype.
+
+        See `model.kernels.formulas.gated_group_norm`.
+        """
         ...
 
     def mamba_scan(self, inputs: "ScanInputs") -> Tensor:
-        """Return the output of causal convolution, SiLU and selective scan: (N, heads * head_dim) float32."""
+        """Return the scan's output y for all tokens of a Mamba layer: (N, heads * head_dim) float32.
+
+        A causal convolution with SiLU gives x, B and C; dt becomes softplus(dt + dt_bias), within dt_limit. Then
+        s <- exp(dt A) s + dt x (outer) B and y = s C + D x (Mamba-2, arXiv 2405.21060). See ScanInputs for the states.
+        """
         ...
 
     def attend(
@@ -71,17 +84,18 @@ class Kernels(Protocol):
         """Return the attention of each row's tokens over [its context | its tokens]: (N, query heads * head_dim).
 
         If causal, a token sees its row's context and its row's tokens up to itself; otherwise it sees the context and
-        all of its row's tokens. If store, the k and v of the rows are appended to their pages.
+        all of its row's tokens. If store, the k and v of the rows are appended to their pages; otherwise the pages stay
+        as they are.
         """
         ...
 
     def choose_experts(
         self, logits: Tensor, bias: Tensor, per_token: int, scale: float, *, normalise: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return the experts with the highest sigmoid(logits) + bias, best first, and their weights without the bias.
+        """Return the K = per_token experts with the highest sigmoid(logits) + bias, best first, and their weights.
 
-        logits (N, E) float64, bias (E,) -> choice (N, K) int64, weight (N, K) float32. If normalise, a token's weights
-        are divided by their sum. All weights are multiplied by `scale`.
+        logits (N, E) float64, bias (E,) -> choice (N, K) int64, weight (N, K) float32. A weight is sigmoid(logits),
+        without the bias. If normalise, a token's weights are divided by their sum. All are multiplied by `scale`.
         """
         ...
 
@@ -97,9 +111,9 @@ class Kernels(Protocol):
         ...
 
     @property
-    def head_workspace(self) -> int: ...  # bytes, for `Logits.workspace`
+    def head_workspace(self) -> int: ...  # bytes, the value for `Logits.workspace`
     @property
-    def vocab_slice(self) -> int: ...  # columns, for `Logits.width`
+    def vocab_slice(self) -> int: ...  # columns, the value for `Logits.width`
 
     def uniforms(self, counter: Tensor, key: Tensor) -> Tensor:
         """Return one random number in [0, 1) for each counter and key: (M,) float64 with 53 random bits.
@@ -110,13 +124,13 @@ class Kernels(Protocol):
         ...
 
     def choose_tokens(self, logits: Logits, draws: Draws | None, uniform: Tensor | None) -> Choice:
-        """Return for each position its most likely token, or the token drawn with `uniform` (M,) if it is sampled.
+        """Return for each position its most likely token or, if it is sampled, the token drawn with `uniform` (M,).
 
-        If draws is None, all positions are greedy. Of equal logits the first counts as the most likely. A token is
-        drawn by inverting, in vocabulary order, the CDF of softmax(logits / temperature), limited to the top_k most
-        likely ids and then to the fewest of those that reach top_p. An id with probability 0 is never drawn. A NaN
-        counts as the largest logit. A row that contains NaN or inf, or nothing above -inf, gets some id of the
-        vocabulary, and a probability of NaN.
+        If draws is None, all positions are greedy. `uniform` is None only then. Of equal logits the first counts as the
+        most likely. A token is drawn by inverting, in vocabulary order, the CDF of softmax(logits / temperature),
+        limited to the top_k most likely ids and then to the fewest of those that reach top_p. An id with probability 0
+        is never drawn. A NaN counts as the largest logit. A position with a logit of NaN or +inf, or with none above
+        -inf, gets some id of the vocabulary, and a probability of NaN.
         """
         ...
 
@@ -136,23 +150,24 @@ class ScanWeights(Protocol):
     @property
     def D(self) -> Tensor: ...  # noqa: N802 (the paper's name)  (heads,) float32
     @property
-    def groups(self) -> int: ...
+    def groups(self) -> int: ...  # groups of heads; the heads of a group share B and C
     @property
-    def dt_limit(self) -> tuple[float, float]: ...
+    def dt_limit(self) -> tuple[float, float]: ...  # least and largest dt, after softplus
 
 
 @dataclass(frozen=True, slots=True)
 class ScanInputs:
-    """The inputs of a scan. The channels of a token lie one behind another; tokens may lie apart.
+    """The inputs of `Kernels.mamba_scan` for one Mamba layer.
 
-    Each row starts from the states in its slot of `rows.seeds`, or from zeros if that is -1. If store, the states after
-    each row's last token are written to the slots `rows.slots`; otherwise no state is changed.
+    Each row starts from both states in its slot of `rows.seeds`, or from zeros if that is -1. If store, the states
+    after each row's last token are written to the slots `rows.slots`; otherwise no state is changed. In xbc and dt the
+    channels of a token must be contiguous; there may be other data between one token and the next.
     """
 
     xbc: Tensor  # (N, conv_dim) raw conv inputs
     dt: Tensor  # (N, heads) before bias and softplus
     weights: ScanWeights
-    conv_states: Tensor  # (slots, conv_dim, conv_kernel)
+    conv_states: Tensor  # (slots, conv_dim, conv_kernel), the last conv inputs, newest last
     ssm_states: Tensor  # (slots, heads, head_dim, state) float32
     rows: RaggedBatch
     store: bool

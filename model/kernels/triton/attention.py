@@ -32,13 +32,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, rows: RaggedBatch, *,
 
 
 def heads_of(q: Tensor, k: Tensor, pages: Tensor) -> Heads:
-    """Return the sizes that a plan for these tensors depends on."""
+    """Return the sizes that a plan for these tensors depends on. Raises AssertionError if k does not fit into pages."""
     assert k.shape[1:] == pages.shape[3:], f"keys {tuple(k.shape)} do not fit into pages {tuple(pages.shape)}"
     return heads_over(q.shape[1], pages)
 
 
 def heads_over(query_heads: int, pages: Tensor) -> Heads:
-    """Return the sizes that a plan depends on, for so many query heads over `pages`, in the dtype of `pages`."""
+    """Return the sizes that a plan depends on, for `query_heads` query heads over `pages`, in the dtype of `pages`."""
     page_size, kv_heads, head_dim = pages.shape[2:]
     queries = QUERIES if pages.dtype.itemsize == 2 else FLOAT32_TILE // power_of_two(head_dim)
     return Heads(kv_heads, query_heads // kv_heads, page_size, queries)
@@ -54,9 +54,11 @@ def attend_paged(
     causal: bool,
     store: bool,
 ) -> Tensor:
-    """Compute `attend` with a plan on q's device that was made for `heads_of(q, k, pages)`.
+    """Compute `attend` with a plan that is on q's device and was made for `heads_of(q, k, pages)`.
 
-    The results of tokens that belong to no row are undefined.
+    Returns (N, query heads * head_dim). The results of tokens that belong to no row are undefined. Raises
+    AssertionError if page_size is no power of two from 16 on, or if the tensors lie in memory in another way than the
+    kernel reads them.
     """
     tokens, query_heads, head_dim = q.shape
     page_size, kv_heads = pages.shape[2:4]
@@ -122,7 +124,11 @@ def _attend(
     SPLIT: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """Compute one item for one key/value head: its pages of context and, in the tile's last item, its own tokens."""
+    """Compute one item of the plan for one key/value head: its pages and, in a tile's last item, the row's own tokens.
+
+    If STORE, the last item also writes its tile's keys and values to their pages. If the tile has several items, the
+    results go to all_best, all_total and all_mixed, for `_join`; otherwise to `out`.
+    """
     head, item = tl.program_id(0) % HEADS, items + tl.program_id(0) // HEADS * 8
     start, length, context = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
     table += tl.load(item + 3)
@@ -210,11 +216,12 @@ def _fold(
     WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Add T more keys and values, at places (T, D), to the running softmax of the tile (M, D).
+    """Add T more keys and values, at `place` (T, D), to the running softmax of the tile (M, D).
 
-    best: the largest scores so far, times log2(e). total, mixed: sums of weights and of weighted values, relative to
-    best. If MASKED, keys whose index (T,) is `end` or higher are not read, and a query sees no index above its `upto`
-    (M,). Every query sees at least one key in its first call, so `best` is finite from then on.
+    Returns the new best, total and mixed. best: the largest scores so far, times log2(e). total, mixed: sums of weights
+    and of weighted values, relative to best. If MASKED, keys whose index (T,) is `end` or higher are not read, and a
+    query sees no index above its `upto` (M,). Every query sees at least one key in its first call, so `best` is finite
+    from then on.
     """
     read = (tl.arange(0, tile.shape[1]) < DIM)[None, :]
     if MASKED:
@@ -233,6 +240,7 @@ def _fold(
 
 @triton.jit
 def _dot(a: tl.tensor, b: tl.tensor, added: tl.tensor | None, WIDEN: tl.constexpr) -> tl.tensor:
+    """Return a @ b, plus `added` if it is not None, in float32. If WIDEN, a and b are converted to float32 first."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, added, input_precision="ieee")

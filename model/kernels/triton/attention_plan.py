@@ -27,9 +27,10 @@ ITEM, JOIN = 8, 4  # int32 numbers per item and per join: multiples of 16 bytes,
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The sizes of the attention layers that a plan depends on; all layers have the same."""
+    """The sizes of the attention layers that a plan depends on. All layers have the same, so they share one plan."""
 
     kv: int
+    """Number of key/value heads."""
     shared: int
     """Query heads that share one key/value head."""
     page_size: int
@@ -37,29 +38,31 @@ class Heads:
     """Limit per tile: query heads times tokens."""
 
     def tile(self, longest: int) -> int:
-        """Return the tokens per tile, a power of two, if the longest row has `longest` tokens."""
+        """Return the tokens per tile, a power of two, for a forward whose longest row has `longest` tokens."""
         shared = power_of_two(self.shared)
         return max(1, MIN_QUERIES // shared, min(power_of_two(longest), self.queries // shared))
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The sizes of a plan's tensors."""
+    """The limits of a plan, from which the sizes of all tensors follow. A CUDA graph serves all plans of one Room."""
 
     longest: int
-    """Limit of the tokens of a row."""
+    """Limit of the tokens of a row in the forward."""
     tile: int
-    """Tokens of a tile."""
+    """Number of tokens of a tile."""
     items: int
+    """Limit of the number of items."""
     joins: int
+    """Limit of the number of joins."""
     pages: int
-    """Pages of all rows, for their contexts and their own tokens."""
+    """Limit of the pages of all rows together, for their contexts and their own tokens."""
     slots: int
-    """Number of partial results, each of one tile and all key/value heads."""
+    """Limit of the number of partial results, each of one item and all key/value heads."""
 
     @classmethod
     def of(cls, heads: Heads, rows: int, longest: int, pages: int) -> "Room":
-        """Return the room for any forward with at most so many rows, tokens per row (`longest`), and pages per row.
+        """Return the room for any forward with at most `rows` rows, and `longest` tokens and `pages` pages per row.
 
         Splitting adds at most PROGRAMS items, counted over all key/value heads, whatever the contexts are.
         """
@@ -70,7 +73,10 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Paged:
-    """The plan of a forward's attention. Items and joins that are all zeros do nothing."""
+    """The plan of a forward's attention: which program reads which queries and pages, and which results are combined.
+
+    Items and joins that are all zeros do nothing.
+    """
 
     packed: Tensor  # (8 I + 4 J + P,) int32; items, joins and table are views of it
     room: Room
@@ -79,16 +85,21 @@ class Paged:
 
     @property
     def items(self) -> Tensor:
-        """The items (I, 8): the row's start, length, context and first place in `table`; first query; first page and
-        end of the pages; slot.
+        """The items (I, 8), each of one tile of a row.
 
-        A slot of -1 means that the item is the only one of its tile.
+        The columns: the row's first token among the N, its length, its context and its first place in `table`; the
+        tile's first query in the row; the first page of the item and the page after its last one; the slot of its
+        partial result, or -1 if it is the only item of its tile.
         """
         return self.packed[: ITEM * self.room.items].view(-1, ITEM)
 
     @property
     def joins(self) -> Tensor:
-        """The joins (J, 4): first token among the N, number of tokens, first slot, number of slots."""
+        """The joins (J, 4), each of one tile with several items.
+
+        The columns: the tile's first token among the N, its number of tokens, the slot of its first partial result, and
+        the number of its partial results, which are in consecutive slots.
+        """
         begin = ITEM * self.room.items
         return self.packed[begin : begin + JOIN * self.room.joins].view(-1, JOIN)
 
@@ -102,14 +113,19 @@ class Paged:
         return Paged(to_device(self.packed, device), self.room, self.used)
 
     def fill(self, plan: "Paged") -> None:
-        """Copy a plan of the same room from the host into this plan's tensor, which a CUDA graph reads."""
+        """Copy a plan from the host into this plan's tensor, which a CUDA graph reads.
+
+        Raises AssertionError if the plan was made for another room.
+        """
         assert plan.room == self.room, f"a plan of {plan.room} does not fit into {self.room}"
         self.packed[: plan.used] = to_device(plan.packed[: plan.used], self.packed.device)
 
 
 def plan_attention(rows: RaggedBatch, heads: Heads, room: Room | None = None) -> Paged:
-    """Return the plan of a forward, on the host. Its tensor has the size of `room`, or just the needed size if that is
-    None."""
+    """Return the plan of a forward, on the host. If `room` is None, its tensor is just as large as this plan needs.
+
+    Raises AssertionError if the plan does not fit into `room`.
+    """
     lengths, context = (np.array(column, dtype=np.int64) for column in (rows.lengths, rows.context))
     longest = max(rows.lengths, default=1)
     tile = room.tile if room else heads.tile(longest)
@@ -157,7 +173,7 @@ def _plan(lengths: Array, context: Array, place: Array, heads: Heads, tile: int)
 
 
 class PageTables:
-    """The pages of several rows as one array."""
+    """The pages of several rows as one array (`flat`), with the place where each row begins and its number of pages."""
 
     def __init__(self, tables: Iterable[Sequence[int]]) -> None:
         # joins the bytes of C ints, because a loop over ints is far slower
@@ -174,8 +190,11 @@ class PageTables:
 
 
 def expand(counts: Array) -> tuple[Array, Array]:
-    """Return two arrays for a sequence that has counts[i] entries for each i, in order: each entry's i, and its index
-    among the entries of that i."""
+    """Number the entries of a sequence that has counts[i] entries for each i, in order.
+
+    Returns two arrays: the i of each entry, and its index among the entries of that i. Counts (2, 1) give (0, 0, 1) and
+    (0, 1, 0).
+    """
     of = np.repeat(np.arange(len(counts)), counts)
     return of, np.arange(len(of)) - (counts.cumsum() - counts)[of]
 

@@ -3,9 +3,9 @@
 Nothing here waits for the device, and shapes depend on the number of tokens alone, so everything can be captured in a
 CUDA graph. There are no atomic operations: the same input gives the same bits.
 
-The products use torch.nn.functional.grouped_mm if it is fast, and otherwise the kernel below, which gathers its input
-rows and squares inside the product. The requirements of grouped_mm (ATen/native/GroupedMMUtils.h, cuda/GroupedBlas.cpp
-and cuda/GroupMM.cu of torch 2.11 to 2.13; its documentation):
+The products use torch.nn.functional.grouped_mm if it is fast (`grouped_mm_is_fast`), and otherwise `grouped_product`,
+which gathers its input rows and squares inside the product. The requirements of grouped_mm
+(ATen/native/GroupedMMUtils.h, cuda/GroupedBlas.cpp and cuda/GroupMM.cu of torch 2.11 to 2.13; its documentation):
 - bfloat16 input and output, on compute capability 9.0 or 10.0. It computes anything else, such as float32, in a loop
   over experts after copying the offsets to the host, which is slow and impossible while a graph is captured;
 - addresses and strides that are multiples of 16 bytes: H and F must be multiples of 8 (up to 2.12 on a CPU, too);
@@ -56,9 +56,10 @@ def grouped_mm_is_fast(x: Tensor, weight: Tensor) -> bool:
 
 
 def by_expert(choice: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort the pairs of choice (N, K) int64 by expert, with a stable counting sort in one kernel.
+    """Sort the (token, choice) pairs of choice (N, K) int64 by expert, with a stable counting sort in one kernel.
 
-    Returns int32: where each expert's pairs end (E,), the place of each pair (P,), and the token at each place (P,).
+    Returns, in int32: where each expert's pairs end in the sorted order (E,), the place of each pair in that order
+    (P,), and the token of the pair at each place (P,).
     torch.bincount would wait for the device (pytorch issue 192343), and torch.sort takes several passes.
     """
     ends = torch.empty(experts, dtype=torch.int32, device=choice.device)
@@ -78,7 +79,7 @@ def _by_expert_kernel(
     per_token: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Place the pairs of one expert: count the pairs of the experts before it, then give its own pairs their places."""
+    """Place the pairs of one expert: count the pairs of experts with lower ids, then number its own pairs."""
     expert = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     before = tl.zeros((BLOCK,), tl.int32)
@@ -100,7 +101,7 @@ def _by_expert_kernel(
 
 
 def squared_relu_(x: Tensor) -> Tensor:
-    """Compute relu(x)^2 in place, in one pass; x must be contiguous."""
+    """Overwrite x with relu(x)^2, in one pass, and return it. Raises AssertionError if x is not contiguous."""
     assert x.is_contiguous()
     if x.numel():
         with torch.cuda.device_of(x):
@@ -117,9 +118,9 @@ def _squared_relu_kernel(x: tl.tensor, count: int, BLOCK: tl.constexpr) -> None:
 
 
 def weighted_sum(outputs: Tensor, place: Tensor, weight: Tensor) -> Tensor:
-    """Return the weighted sum of each token's expert outputs: (N, H) in the dtype of outputs.
+    """Return the weighted sum of each token's expert outputs: (N, H) in the dtype of outputs, added up in float32.
 
-    outputs (P, H) sorted by expert, place (P,) of each pair in it, weight (N, K) float32.
+    outputs (P, H) are sorted by expert, place (P,) says where each pair is in them, weight (N, K) is float32.
     """
     (tokens, per_token), size = weight.shape, outputs.shape[1]
     out = outputs.new_empty(tokens, size)

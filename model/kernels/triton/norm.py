@@ -42,12 +42,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def modulated_norm(
     x: Tensor, weight: Tensor, eps: float, conditioning: Tensor, row_of_token: Tensor, *, norm_first: bool
 ) -> Tensor:
-    """Return norm(modulate(x, shift, scale)), or modulate(norm(x), shift, scale) if norm_first: x (N, H) -> (N, H)."""
+    """Return norm(modulate(x, shift, scale)), or modulate(norm(x), shift, scale) if norm_first: x (N, H) -> (N, H).
+
+    shift and scale are those of each token's row in `conditioning`.
+    """
     return _norm(x, weight, eps, conditioning, row_of_token, norm_first=norm_first)
 
 
 def gated_add(x: Tensor, mixed: Tensor, conditioning: Tensor, row_of_token: Tensor) -> Tensor:
-    """Return x + gate * mixed: x, mixed (N, H) -> (N, H)."""
+    """Return x + gate * mixed, with the gate conditioning[:, 2] of each token's row: x, mixed (N, H) -> (N, H)."""
     tokens, size = x.shape
     out = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
     if tokens:
@@ -102,7 +105,7 @@ def _gated_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Normalise one group of one token."""
+    """Multiply one group of channels of one token by silu(gate) and normalise it."""
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     real, channel = i < SIZE, tl.program_id(1) * SIZE + i
@@ -126,7 +129,7 @@ def _norm_kernel(
     NORM_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Normalise one token."""
+    """Normalise one token. If MODULATE, apply shift and scale before that, or after it if NORM_FIRST."""
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     real = i < SIZE
@@ -155,7 +158,7 @@ def _add_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Add some channels of one token."""
+    """Compute x + gate * mixed for BLOCK channels of one token."""
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = i < SIZE

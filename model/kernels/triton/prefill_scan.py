@@ -18,13 +18,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-CHUNK = 128  # tokens; the value of the released config
+CHUNK = 128  # tokens that the kernels scan as one chunk: chunk_size of the released config.json
 Scan = Callable[..., tuple[Tensor, ...]]
 
 
 @cache
 def prefill_scan_of_mamba_ssm() -> Scan | None:
-    """Return mamba-ssm's forward scan, or None if the package, Triton or einops is missing.
+    """Import mamba-ssm and return its forward scan, or None if the package, Triton or einops is missing.
 
     The package's own __init__ needs a compiled extension, which the Triton files do not need. If __init__ cannot be
     imported, the Triton files are imported without it.
@@ -57,7 +57,10 @@ def scan_prompts(
     C: Tensor,  # (R, L, groups, state) float32
     states: Tensor,  # (R, heads, head_dim, state) float32
 ) -> tuple[Tensor, Tensor]:
-    """Scan like `model.kernels.plain.selective_scan` -> (y (R, L, heads, head_dim), the last states), without D."""
+    """Compute `model.kernels.plain.selective_scan` -> (y (R, L, heads, head_dim), the last states).
+
+    The caller adds D x. Raises AssertionError if mamba-ssm cannot be imported.
+    """
     scan = prefill_scan_of_mamba_ssm()
     assert scan is not None, "mamba-ssm cannot be imported"
     out, _, _, _, _, last, *_ = scan(x, dt, decay, B, C, CHUNK, initial_states=states)

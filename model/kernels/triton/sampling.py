@@ -1,12 +1,12 @@
 """Chooses tokens from logits on a GPU; the logits are stored once, in the model's dtype, and are read in place.
 
-One program per row and slice of the vocabulary computes the sums of that slice, which is one tile of registers. Then
-one program per row combines the slices and, if the row is sampled, draws the slice and the token inside it. Rows with
-top_k or top_p are not sorted: bisection over all values of a float finds the lowest logit that is kept. In bfloat16
-this takes 16 reads of the row, which come from the caches. Nothing waits for the device, and the order in which a row's
-sums are added depends on the vocabulary size alone.
+A row is one of the positions. One program per row and slice of the vocabulary computes the sums of that slice, which is
+one tile of registers. Then one program per row combines the slices and, if the row is sampled, draws the slice and the
+token inside it. Rows with top_k or top_p are not sorted: bisection over all values of a float finds the lowest logit
+that is kept. In bfloat16 this takes 16 reads of the row, which come from the caches. Nothing waits for the device, and
+the order in which a row's sums are added depends on the vocabulary size alone.
 
-Legend: M rows, C of them at a time, V ids of the vocabulary, S slices of BLOCK ids each.
+Legend: M rows (positions), C of them at a time, V ids of the vocabulary, S slices of BLOCK ids each.
 """
 
 import torch
@@ -48,10 +48,10 @@ def choose_tokens(logits: Logits, draws: Draws | None, uniform: Tensor | None) -
 
 
 def survey(x: Tensor, begin: int, logits: Logits, temperature: Tensor | None) -> Parts:
-    """Return the parts (C, S) of the slices of x (C, V), the logits of the rows from `begin` on.
+    """Return the `Parts` (C, S) of x (C, V), the logits of C rows from row `begin` of the M on.
 
-    If temperature (M,) is given, the parts include the mass at that temperature. It means nothing for a row whose
-    temperature is 0.
+    If temperature (M,) is given, they include the mass at that temperature. The mass of a row with temperature 0 is
+    meaningless.
     """
     block = _block(logits)
     parts = Parts.empty(len(x), triton.cdiv(logits.vocab, block), x.device, mass=temperature is not None)
@@ -76,9 +76,10 @@ def survey(x: Tensor, begin: int, logits: Logits, temperature: Tensor | None) ->
 def _choose(
     x: Tensor, begin: int, logits: Logits, parts: Parts, draws: Draws | None, uniform: Tensor | None, choice: Choice
 ) -> None:
-    """Fill the choice of the rows from `begin` on.
+    """Fill `choice` for the rows of x (C, V), which are the rows from `begin` on of the M.
 
-    A row gets a drawn token if the parts have a mass and its temperature is above 0, otherwise its most likely token.
+    A row gets a drawn token, without regard to top_k and top_p, if `parts` have a mass and its temperature is above 0;
+    otherwise it gets its most likely token.
     """
     unused = parts.best
     _choose_kernel[(len(x),)](
@@ -103,7 +104,7 @@ def _choose(
 
 
 def _draw_within_limits(x: Tensor, begin: int, logits: Logits, draws: Draws, uniform: Tensor, choice: Choice) -> None:
-    """Overwrite the tokens of those rows from `begin` on that have top_k or top_p."""
+    """Overwrite, in those rows from `begin` on that have top_k or top_p, the tokens and logits in `choice`."""
     _limits_kernel[(len(x),)](
         x,
         logits.suppress.view(torch.uint8),
@@ -152,22 +153,25 @@ def _uniforms_kernel(counter: tl.tensor, key: tl.tensor, out: tl.tensor, count: 
 
 @triton.jit
 def _tile(x: tl.tensor, column: tl.tensor, hidden: tl.tensor, VOCAB: tl.constexpr) -> tl.tensor:
-    """Load logits of a row as float32: -inf after the vocabulary and at `hidden`, the suppressed mask id or -1."""
+    """Load the logits of one row at `column` as float32: -inf after the vocabulary and at the id `hidden`.
+
+    `hidden` is the mask id if it is suppressed in this row, and otherwise -1.
+    """
     value = tl.load(x + column, mask=column < VOCAB, other=float("-inf")).to(tl.float32)
     return tl.where(column == hidden, float("-inf"), value)
 
 
 @triton.jit
 def _weight(x: tl.tensor, base: tl.tensor, heat: tl.tensor) -> tl.tensor:
-    """Return exp((x - base) / heat), rounded as in the plain kernels: a tiny heat gives 0 or 1."""
+    """Return exp((x - base) / heat), rounded as in the plain kernels. A tiny temperature `heat` gives 0 or 1."""
     return tl.exp(tl.div_rn(x - base, tl.zeros_like(x) + heat)).to(tl.float64)
 
 
 @triton.jit
 def _first_above(cdf: tl.tensor, weight: tl.tensor, target: tl.tensor, place: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Return the first place with weight whose cdf is above the target, and the last place with weight.
+    """Return the first place with a weight above 0 whose cdf is above the target, and the last place with one.
 
-    They are 2**31 - 1 and -1 if there is no such place. Rounding of the cdf cannot choose a place with weight 0.
+    They are 2**31 - 1 and -1 if there is no such place. So rounding of the cdf cannot choose a place with weight 0.
     """
     first = tl.min(tl.where((cdf > target) & (weight > 0), place, 2**31 - 1), 0)
     return first, tl.max(tl.where(weight > 0, place, -1), 0)
@@ -188,7 +192,7 @@ def _survey_kernel(
     HEATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Compute the parts of one row and slice. NaN is the largest, as in torch.max; the first of equal logits counts."""
+    """Fill the `Parts` of one row and slice. NaN is the largest, as in torch.max; of equal logits the first counts."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     out = row * tl.num_programs(1) + tl.program_id(1)
@@ -228,7 +232,10 @@ def _choose_kernel(
     HEATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Choose the token of one row. If HEATED, a row with a temperature is drawn in two steps, by `_first_above`."""
+    """Choose the token of one row: the most likely one, or a drawn one if HEATED and the temperature is above 0.
+
+    It is drawn in two steps, both with `_first_above`: first a slice, then a token in it.
+    """
     row = tl.program_id(0).to(tl.int64)
     out = begin + row
     part = tl.arange(0, ALL_SLICES)
@@ -273,7 +280,10 @@ def _choose_kernel(
 
 @triton.jit
 def _order(x: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
-    """Return int32 keys in the order of the float32 values; if HALF, keys from -32768 to 32767 for bfloat16 values."""
+    """Return int32 keys that have the same order as the float32 values, so that the keys can be bisected.
+
+    If HALF, the values must be exact in bfloat16, and the keys are from -32768 to 32767.
+    """
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # -0 counts as 0
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return key >> 16 if HALF else key
@@ -290,7 +300,7 @@ def _kept(
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return number and weight of the ids whose key (see `_order`) is above `least`, then of those with this key."""
+    """Return number and weight of the ids whose key (see `_order`) is above `least`, then of the ids with this key."""
     above, heavy = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     equal, tied = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for start in range(0, VOCAB, BLOCK):
@@ -317,9 +327,10 @@ def _down_to(
     HALF: tl.constexpr,
     WEIGHED: tl.constexpr,
 ) -> tl.tensor:
-    """Return the highest key from `low` to `high` that leaves enough ids with this or a higher key.
+    """Return the highest key from `low` to `high` for which enough ids have this key or a higher one (see `_order`).
 
-    They are enough if their number, or if WEIGHED their weight, is at least `need`.
+    They are enough if their number, or if WEIGHED their total weight, is at least `need`. `low` is returned even if
+    too few ids have it.
     """
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # the upper of two middles, without overflow

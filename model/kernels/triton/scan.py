@@ -1,11 +1,11 @@
 """Computes the Mamba-2 scan on a GPU in Triton, for rows of any length; it is made for blocks and single tokens.
 
 `mamba_scan` implements `Kernels.mamba_scan` with two kernels:
-- convolution and SiLU of all channels, in float32. A program has some channels of a row. It is the only one that reads
-  them from the row's window and, if store, writes them there;
-- the scan. A program has a part of a head of a row and goes through the row's tokens in chunks (Mamba-2, arXiv
-  2405.21060, section 6). A block is one chunk, so the state is read once and, if it is stored, written once. If every
-  row has one token (AR), a kernel without matrix products does the same.
+- convolution and SiLU of all channels, in float32. A program computes some channels of a row. It is the only one that
+  reads them from the row's window (its last conv inputs) and, if store, writes them there;
+- the scan. A program computes some channels of a head of a row and goes through the row's tokens in chunks (Mamba-2,
+  arXiv 2405.21060, section 6). A block is one chunk, so the state is read once and, if it is stored, written once. If
+  every row has one token (AR), a kernel without matrix products does the same.
 
 Reading and writing the states, 2 MiB per row and layer in the released model, limits the speed. Everything inside is
 float32. Every decay is the exponential of a sum of terms that are at most 0, and no term is ever subtracted again, so
@@ -28,10 +28,10 @@ PRECISION = "tf32x3"
 one ("tf32") is less accurate than model.checks.kernels allows; "ieee" uses no tensor cores and many more
 instructions."""
 MIN_CHUNK = 16  # tokens; tl.dot accepts no fewer
-MAX_CHUNK = 32
-MAX_PART = 64  # limit of the channels of a head that one program has
+MAX_CHUNK = 32  # for rows longer than MIN_CHUNK
+MAX_PART = 64  # limit of the channels of a head that one program computes
 MIN_PART = 16
-FEW_PROGRAMS = 512  # with fewer (not even four per processor of 132), heads are cut into parts of MIN_PART channels
+FEW_PROGRAMS = 512  # with fewer rows x heads (under 4 per multiprocessor of an H200), parts have MIN_PART channels
 STATE_TILE = 32  # columns of a state in registers at once: one line of memory
 STAGES = 3  # tiles of states that are loaded at the same time
 CONV_CHANNELS = 128  # channels per program
@@ -74,6 +74,7 @@ def _scan(
     chunk: int,
     longest: int,
 ) -> None:
+    """Launch the kernel that scans `mixed` into `out` and, if `inputs.store`, updates the states."""
     dt, weights, states, store = inputs.dt, inputs.weights, inputs.ssm_states, inputs.store
     count, (heads, head_dim, state) = len(places[0]), states.shape[1:]
     part = max(MIN_PART, min(MAX_PART, triton.next_power_of_2(head_dim)))
@@ -112,7 +113,10 @@ def _convolve(
     TAPS: tl.constexpr,
     HISTORY: tl.constexpr,
 ) -> None:
-    """Store the SiLU of the causal convolution at `place` and `channel`; if HISTORY, some inputs are in the window."""
+    """Store the SiLU of the causal convolution for the tokens `place` of the row and the channels `channel`.
+
+    If HISTORY, inputs before the row's first token are read from the window, or are 0 if the row is not seeded.
+    """
     real = channel < channels
     mine = real & (place < length)
     mixed = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
@@ -145,7 +149,7 @@ def _conv_kernel(
     BLOCK: tl.constexpr,
     STORE: tl.constexpr,
 ) -> None:
-    """Compute some channels of a row: SiLU of the causal convolution of all its tokens, and the new window."""
+    """Compute some channels of a row: SiLU of the causal convolution of all its tokens; if STORE, the new window."""
     HEAD: tl.constexpr = min(BLOCK_K, CHUNK)
     row = tl.program_id(1)
     start, length, seed = tl.load(starts + row), tl.load(lengths + row), tl.load(seeds + row)
@@ -207,7 +211,7 @@ def _scan_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Scan a part of a head of a row, chunk by chunk."""
+    """Scan BLOCK_D channels of a head of a row, chunk by chunk, from the state in the row's seed, or from zeros."""
     PARTS: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
     WIDTH: tl.constexpr = HEADS * HEAD_DIM + 2 * GROUPS * STATE
     head, row = tl.program_id(0) // PARTS, tl.program_id(1)
@@ -284,7 +288,7 @@ def _step_kernel(
     BLOCK_S: tl.constexpr,
     STORE: tl.constexpr,
 ) -> None:
-    """Scan a part of a head of a row that has one token."""
+    """Scan BLOCK_D channels of a head of a row with one token or none; if STORE, write the new state to its slot."""
     PARTS: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
     head, row = tl.program_id(0) // PARTS, tl.program_id(1)
     start, length, seed = tl.load(starts + row), tl.load(lengths + row), tl.load(seeds + row)
