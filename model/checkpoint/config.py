@@ -14,12 +14,14 @@ from model.errors import CheckpointError
 
 LayerKind = Literal["mamba", "attention", "moe"]
 Towers = Literal["both", "context"]
+"""The towers to load: both, or only the context tower, which is all that AR mode needs."""
 
 LAYER_LETTERS: Mapping[str, LayerKind] = {"M": "mamba", "*": "attention", "E": "moe"}
+"""The kind of layer for each letter of hybrid_override_pattern."""
 TIME_EMBEDDING_SIZE = 256
 """Width of the sinusoidal time embedding. The released code fixes it; config.json does not contain it."""
 DEFAULT_MASK_TOKEN_ID = 3
-"""The mask id that is used if config.json has no mask_token_id, as in the released model.
+"""The mask id if mask_token_id is missing in config.json, as in the released model, or null.
 
 It is the default of the released inference code.
 """
@@ -51,18 +53,22 @@ class TwoTowerConfig:
     layer_kinds: tuple[LayerKind, ...]
     layer_norm_epsilon: float
     max_position_embeddings: int
-    """The number of tokens that a context may hold, prompt and completion together."""
+    """The largest number of tokens of a row, prompt and completion together."""
 
     mamba_num_heads: int
     mamba_head_dim: int
     n_groups: int
-    """The number of groups of Mamba heads. Each group shares B and C and is normalised separately by the gated norm."""
+    """The number of groups of Mamba heads. The heads of a group share B and C, and the gated norm normalises each group
+    separately."""
     ssm_state_size: int
     conv_kernel: int
-    """The number of taps of the causal convolution; conv_kernel - 1 inputs are kept between calls."""
+    """The number of taps of the causal convolution. Between forwards the context cache keeps as many inputs of a row,
+    of which the next token needs all but the oldest."""
     time_step_limit: tuple[float, float]
+    """The least and the largest dt of the Mamba scan; smaller and larger values are replaced by them."""
     chunk_size: int
-    """Tokens in a chunk of a blocked scan. It is a hint for kernels and changes no result."""
+    """Tokens per chunk of the released model's own scan. The kernels here choose their chunks themselves, and only the
+    check of the kernels uses this value, to choose the lengths of its rows."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -115,7 +121,10 @@ class TwoTowerConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, object]) -> "TwoTowerConfig":
-        """Return the config from the parsed config.json. Raises CheckpointError if a field is missing or wrong."""
+        """Return the config from the parsed config.json.
+
+        Raises CheckpointError if a field is missing or wrong, or has a value that this code does not support.
+        """
         if not isinstance(raw, Mapping):
             raise CheckpointError(f"config.json holds a {type(raw).__name__}: it must be an object of fields")
         for name, supported in _ONLY_SUPPORTED.items():
@@ -160,7 +169,7 @@ _SIZES = (
 
 
 def expected_tensors(config: TwoTowerConfig, towers: Towers = "both") -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor that a checkpoint must hold; with "context", only those for AR mode."""
+    """Return the shape of every tensor that a checkpoint must hold, by name; with "context", only those for AR mode."""
     head = (config.vocab_size, config.hidden_size)
     shapes = _tower_tensors(config, "context_tower.") | {"context_lm_head.weight": head}
     if towers == "context":
@@ -192,7 +201,7 @@ def _tower_tensors(config: TwoTowerConfig, prefix: str) -> dict[str, tuple[int, 
 
 
 def mixer_tensors(config: TwoTowerConfig, kind: LayerKind) -> dict[str, tuple[int, ...]]:
-    """Return the name (after `layers.{i}.mixer.`) and shape of each tensor of a mixer. Linear weights are (out, in)."""
+    """Return the shape of each tensor of a mixer, by its name after `layers.{i}.mixer.`; linear weights (out, in)."""
     hidden, inner, heads = config.hidden_size, config.mamba_inner, config.mamba_num_heads
     if kind == "mamba":
         return {
@@ -294,7 +303,10 @@ def _layer_kinds(raw: Mapping[str, object]) -> tuple[LayerKind, ...]:
 
 
 def _time_step_limit(value: object) -> tuple[float, float]:
-    """Return both limits. Infinity is a bare `Infinity`, or {"__float__": "Infinity"} from newer transformers."""
+    """Return time_step_limit: the least and the largest dt. Raises CheckpointError if `value` is not two such numbers.
+
+    Infinity is a bare `Infinity` in the file, or {"__float__": "Infinity"} if newer transformers wrote it.
+    """
     if isinstance(value, (list, tuple)) and len(value) == 2:
         low, high = (math.inf if item == {"__float__": "Infinity"} else item for item in value)
         if all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (low, high)) and 0 <= low <= high:
@@ -313,10 +325,12 @@ def _check_sizes_fit(config: TwoTowerConfig) -> None:
             f"it must be at most n_routed_experts, {config.n_routed_experts}"
         )
     if config.conv_kernel < 2:
-        raise CheckpointError(f"config.json: conv_kernel is {config.conv_kernel}; only 2 and more are supported")
+        raise CheckpointError(f"config.json: conv_kernel is {config.conv_kernel}; it must be at least 2")
     if config.max_position_embeddings < 2:
-        raise CheckpointError(f"config.json: max_position_embeddings is {config.max_position_embeddings}; at least 2")
+        raise CheckpointError(
+            f"config.json: max_position_embeddings is {config.max_position_embeddings}; it must be at least 2"
+        )
     if config.mask_token_id >= config.vocab_size:
         raise CheckpointError(
-            f"config.json: the mask id is {config.mask_token_id} but vocab_size is only {config.vocab_size}"
+            f"config.json: the mask id is {config.mask_token_id}; it must be below vocab_size, {config.vocab_size}"
         )

@@ -27,12 +27,13 @@ STORED_DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 BUFFER = 16 * 2**20
-"""The bytes of one buffer.
+"""The bytes of one buffer on the host through which weights are loaded.
 
 Larger buffers were slower to fill from the page cache, because they do not fit into the CPU's cache, and no faster to
 fill from S3.
 """
 BUFFERS = 8
+"""The number of these buffers, unless the checkpoint needs fewer."""
 READERS = 8
 """The number of range reads that run at once."""
 _ALIGN = 64  # bytes; tensors begin at multiples of it in a buffer, so that they can be viewed in any dtype
@@ -54,8 +55,8 @@ def check_memory(
     """Raise CheckpointError if the weights do not fit into the memory that is free now.
 
     `devices` has one name for each stage; a device that is named twice must hold both stages. `stage_bytes` are the
-    bytes that each stage takes; without them the weights are divided equally. The host must also have memory for the
-    buffers through which the weights are loaded.
+    bytes that each stage takes; if they are None, the weights are divided equally. The host must also have memory for
+    the buffers through which the weights are loaded. Raises ValueError if there is not one of `stage_bytes` per device.
     """
     if stage_bytes is None:
         stage_bytes = [-(-weight_bytes(checkpoint, towers, dtype) // len(devices))] * len(devices)
@@ -71,13 +72,16 @@ def check_memory(
         if need > free:
             raise CheckpointError(
                 f"checkpoint {checkpoint.uri} needs {_gib(need)} in {str(dtype).removeprefix('torch.')} on {device}, "
-                f"{_gib(free)} are free: use more devices or a machine with more memory, a smaller dtype, "
-                "or stop what else runs there"
+                f"only {_gib(free)} are free: use more devices or a machine with more memory, a smaller dtype, "
+                "or stop other processes there"
             )
 
 
 def free_memory(device: str | torch.device) -> int:
-    """Return the bytes that can still be allocated on a device, on the CPU within the limit of the control group."""
+    """Return the bytes that can still be allocated on a device; on the CPU, no more than its control group allows.
+
+    Raises CheckpointError if the device is neither the CPU nor a GPU.
+    """
     kind = torch.device(device).type
     if kind == "cuda":
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
@@ -123,9 +127,10 @@ def _cgroup_free(root: Path) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A record of what was loaded, and how fast."""
+    """The record of one tower that was loaded: its size and the time that it took. `str` gives readable text."""
 
     what: str
+    """`context tower`, or `denoiser`, which includes the time conditioning."""
     bytes: int
     """Bytes in the checkpoint, in the stored dtype."""
     seconds: float
@@ -138,7 +143,7 @@ class Loaded:
 def load_towers(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> tuple[Loaded, ...]:
     """Load the context tower, then the denoiser with its time conditioning, as load_tensors does.
 
-    Returns a record of size and time for each tower that has targets.
+    Returns a record for each tower that has targets. Raises as load_tensors does.
     """
     names = {"context tower": expected_tensors(checkpoint.config, "context").keys() & targets.keys()}
     names["denoiser"] = targets.keys() - names["context tower"]
@@ -160,8 +165,8 @@ def load_tensors(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) ->
     pieces that are being read from remote storage, and, on a device, the tensor that is being converted to another
     dtype. Values are rounded once, to the target's dtype, on its device.
 
-    Raises CheckpointError if a tensor is missing, has another shape or is not stored as a float, or if its shard ends
-    too early.
+    Raises CheckpointError if a tensor is missing, has another shape or is not stored as a float, or if its shard cannot
+    be read or ends too early. Raises ValueError if a target is not contiguous.
     """
     infos = {name: _info(checkpoint, name, target) for name, target in targets.items()}
     wanted = sorted(
@@ -190,7 +195,7 @@ class _Chunk(NamedTuple):
 
 
 class _Filling(NamedTuple):
-    """A buffer that is being filled, and the reads of each of its chunks."""
+    """A buffer that is being filled, with its chunks and the reads in progress for each of them."""
 
     buffer: torch.Tensor
     chunks: "list[tuple[_Chunk, list[Future[None]]]]"
@@ -203,6 +208,7 @@ def _load(
     size: int,
     threads: ThreadPoolExecutor,
 ) -> None:
+    """Fill `targets` through buffers of `size` bytes; each list in `fills` is the content of one buffer."""
     copies = copies_to(target.device for target in targets.values())
     # each buffer, with a function that waits until the copies out of it are done
     free: deque[tuple[torch.Tensor, Callable[[], object]]] = deque()
@@ -222,6 +228,7 @@ def _load(
 def _read(
     threads: ThreadPoolExecutor, checkpoint: Checkpoint, chunk: _Chunk, buffer: torch.Tensor
 ) -> "list[Future[None]]":
+    """Start the reads that fill a chunk's place in the buffer, of at most PIECE bytes each."""
     memory = memoryview(buffer.numpy())[chunk.at : chunk.at + chunk.length]  # type: ignore[arg-type]  # it is a buffer
     return [
         threads.submit(checkpoint.read_into, chunk.info, chunk.start + at, memory[at : at + PIECE])
@@ -230,7 +237,7 @@ def _read(
 
 
 def _empty(filling: _Filling, targets: Mapping[str, torch.Tensor], copies: Copies) -> torch.Tensor:
-    """Start the copies out of a buffer, each one when its chunk has been read, and return the buffer."""
+    """Start the copies from a buffer to the targets, each when its chunk has been read, and return the buffer."""
     for chunk, reads in filling.chunks:
         try:
             _ = [read.result() for read in reads]
@@ -244,7 +251,10 @@ def _empty(filling: _Filling, targets: Mapping[str, torch.Tensor], copies: Copie
 
 
 def _fills(wanted: Sequence[tuple[str, TensorInfo]], size: int) -> Iterator[list[_Chunk]]:
-    """Yield the chunks for one buffer of `size` bytes at a time. A tensor may continue in the next buffer."""
+    """Divide the wanted tensors among buffers of `size` bytes: yield the chunks of one buffer after the other.
+
+    A tensor may continue in the next buffer.
+    """
     chunks, used = list[_Chunk](), 0
     for name, info in wanted:
         start = 0
@@ -272,10 +282,10 @@ def _info(checkpoint: Checkpoint, name: str, target: torch.Tensor) -> TensorInfo
     if info.shape != tuple(target.shape):
         raise CheckpointError(
             f"checkpoint {checkpoint.uri}: tensor {name} is {list(info.shape)} in {info.shard}, "
-            f"{list(target.shape)} is due"
+            f"but must be {list(target.shape)}"
         )
     if not target.is_contiguous():
-        raise ValueError(f"the destination of {name} is not contiguous")
+        raise ValueError(f"the target of {name} is not contiguous")
     return info
 
 

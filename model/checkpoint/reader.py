@@ -6,7 +6,7 @@
 
 A shard is read by ranges: 8 bytes (little-endian length of the header), the header (JSON: name -> dtype, shape, byte
 range), then single tensors. Format: https://github.com/huggingface/safetensors. This module does not import torch. It
-and model/checkpoint/loader.py (through it) are the only ones in `model` that open a checkpoint's paths. Every error is
+is the only one in `model` that reads a checkpoint's files; model/checkpoint/loader.py reads through it. Every error is
 a CheckpointError with a message of one line.
 """
 
@@ -26,6 +26,7 @@ from model.checkpoint.config import Towers, TwoTowerConfig, expected_tensors
 from model.errors import CheckpointError
 
 BUILTIN = {name: Path(__file__).parents[1] / "builtin" / "checkpoints" / name for name in ("tiny", "noise")}
+"""The folders of the built-in checkpoints, by their names after `builtin:`."""
 DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes of one element in each stored dtype that can be loaded. Quantised dtypes are refused."""
 
@@ -39,7 +40,7 @@ _OPEN_THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """The place of one tensor: bytes [start, end) of the file `shard`, in `dtype` (safetensors name: F32, BF16, …)."""
+    """A tensor in a shard: bytes [start, end) of the file `shard`, in `dtype` (its safetensors name: F32, BF16, …)."""
 
     shard: str
     dtype: str
@@ -54,7 +55,10 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """The header of one shard file; `problem` is the reason why nothing can be read from it."""
+    """The header of one shard file.
+
+    If the file is faulty, `tensors` is None and `problem` says why; if there is no such file, `missing` is True.
+    """
 
     name: str
     size: int = 0
@@ -65,7 +69,10 @@ class _Shard:
 
 
 class Checkpoint:
-    """An opened checkpoint, which open_checkpoint() returns."""
+    """An opened checkpoint, which open_checkpoint() returns: its config, and where each tensor is in its shards.
+
+    No weights are in memory; they are read on demand.
+    """
 
     def __init__(self, uri: str, folder: "_Folder") -> None:
         self.uri = uri
@@ -86,10 +93,10 @@ class Checkpoint:
         self._identity: str | None = None
 
     def validate(self, towers: Towers = "both") -> None:
-        """Raise CheckpointError unless all tensors that `towers` needs are there, in the right shape, and none is
-        unknown.
+        """Raise CheckpointError if a tensor that `towers` needs is missing or has a wrong shape, or if one is unknown.
 
-        "context" (AR mode) needs only the context tower and its head; shards that contain none of these may be missing.
+        Their dtypes must be in DTYPE_BYTES, and no tensor may be stored twice. "context" (AR mode) needs only the
+        context tower and its head; shards that contain none of these may be missing or corrupt.
         """
         expected = expected_tensors(self.config, towers)
         known = expected_tensors(self.config, "both")
@@ -118,11 +125,12 @@ class Checkpoint:
             raise CheckpointError(f"checkpoint {self.uri}: {len(items)} {verb} {fault}: {', '.join(items[:3])}{more}")
 
     def identity(self) -> str:
-        """Return 64 hex digits that are the same for every copy: they depend on the content, not on path or time.
+        """Return 64 hex digits that are the same for every copy of a checkpoint, wherever and whenever it was stored.
 
         They are the sha256 of config.json, tokenizer.json and, for each shard in name order, its size, header and data.
         Of a shard of 16 MiB or more, only three samples of 64 KiB are read, to be fast. So a change that keeps the
-        sizes, the headers and all samples is not noticed. Missing shards (AR mode) are left out.
+        sizes, the headers and all samples is not noticed. Missing shards (AR mode) are left out. Raises CheckpointError
+        if a file cannot be read.
         """
         if self._identity is None:
             digest = hashlib.sha256()
@@ -146,11 +154,17 @@ class Checkpoint:
         return digest.digest()
 
     def read(self, info: TensorInfo) -> bytearray:
-        """Return the bytes of one tensor, little-endian, in C order. Raises CheckpointError if its shard ends early."""
+        """Return the bytes of one tensor, little-endian, in C order.
+
+        Raises CheckpointError if its shard cannot be read or ends early.
+        """
         return self._folder.read(info.shard, info.start, info.end)
 
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with bytes of one tensor, from `offset` on. Raises as read() does; threads may share it."""
+        """Fill `buffer` with the bytes of one tensor from byte `offset` of the tensor on.
+
+        Raises as read() does. Several threads may call this at once.
+        """
         self._folder.read_into(info.shard, info.start + offset, buffer)
 
     def tokenizer_json(self) -> bytes | None:
@@ -168,7 +182,7 @@ def open_checkpoint(uri: str) -> Checkpoint:
     if uri.startswith("builtin:"):
         name = uri.removeprefix("builtin:")
         if name not in BUILTIN:
-            raise CheckpointError(f"no built-in checkpoint {name!r}: there is {', '.join(BUILTIN)}")
+            raise CheckpointError(f"no built-in checkpoint {name!r}: there are {', '.join(BUILTIN)}")
         return Checkpoint(uri, _Folder(uri, str(BUILTIN[name])))
     if not uri:
         raise CheckpointError("the checkpoint is an empty string: give a folder, an s3:// or hf:// URL or builtin:tiny")
@@ -176,7 +190,7 @@ def open_checkpoint(uri: str) -> Checkpoint:
 
 
 class _Folder:
-    """The files of one folder on any fsspec file system. Every storage error becomes a CheckpointError."""
+    """The files of a checkpoint's folder on any fsspec file system. Every storage error becomes a CheckpointError."""
 
     def __init__(self, uri: str, url: str) -> None:
         self.uri = uri
@@ -188,6 +202,7 @@ class _Folder:
 
     @contextmanager
     def _one_line(self, what: str) -> Iterator[None]:
+        """Turn every error while the context is open into a CheckpointError of one line about the file `what`."""
         try:
             yield
         except CheckpointError:
@@ -204,7 +219,7 @@ class _Folder:
             raise CheckpointError(f"checkpoint {self.uri}: cannot read {what}: {_text(error)}") from error
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of a file, or None if there is no such file."""
+        """Return the number of bytes of a file, or None if there is no such file."""
         with self._one_line(name):
             try:
                 info: Mapping[str, Any] = self._fs.info(self._path(name))
@@ -213,7 +228,10 @@ class _Folder:
             return int(info["size"]) if info["type"] == "file" else None
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytearray:
-        """Return bytes [start, end) of a file, or the bytes from `start` on without `end`."""
+        """Return bytes [start, end) of a file, or all bytes from `start` on if `end` is None.
+
+        Raises CheckpointError if the file is missing, cannot be read or ends early.
+        """
         if end is None:
             end = self.size(name)
             if end is None:
@@ -223,14 +241,14 @@ class _Folder:
         return content
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `start` of a file on, one piece at a time."""
+        """Fill `buffer` from byte `start` of a file on, PIECE bytes at a time. Raises as `read` does."""
         for at in range(0, len(buffer), PIECE):
             piece = buffer[at : at + PIECE]
             with self._one_line(name):
                 got = self._read_piece(self._path(name), start + at, piece)
             if got != len(piece):
                 raise CheckpointError(
-                    f"checkpoint {self.uri}: {name} ends early: of {len(piece)} bytes from {start + at} on {got} came"
+                    f"checkpoint {self.uri}: {name} ends early: of {len(piece)} bytes from {start + at} on, it has {got}"
                 )
 
     def _read_piece(self, path: str, start: int, buffer: memoryview) -> int:
@@ -260,9 +278,10 @@ class _Folder:
 
 
 def _parse_header(shard: str, size: int, header: bytes) -> dict[str, TensorInfo]:
-    """Return the tensors of a shard of `size` bytes.
+    """Return the tensors of a shard of `size` bytes by name, from its header.
 
-    Raises CheckpointError unless they fill the shard exactly; its message is a fragment that the caller completes.
+    Raises CheckpointError if the header is malformed or its tensors do not fill the shard exactly. The message is a
+    fragment that the caller completes.
     """
     entries = _json_object(header, "its header")
     entries.pop("__metadata__", None)
@@ -279,7 +298,7 @@ def _parse_header(shard: str, size: int, header: bytes) -> dict[str, TensorInfo]
     last = data
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != last:
-            raise CheckpointError(f"{name} begins at byte {info.start} where {last} is due")
+            raise CheckpointError(f"{name} begins at byte {info.start}, but must begin at {last}")
         if info.nbytes < 0 or (
             info.dtype in DTYPE_BYTES and info.nbytes != _count(info.shape) * DTYPE_BYTES[info.dtype]
         ):
@@ -291,10 +310,13 @@ def _parse_header(shard: str, size: int, header: bytes) -> dict[str, TensorInfo]
 
 
 def _weight_map(folder: _Folder) -> dict[str, str]:
-    """Return the shard of each tensor by name; for a checkpoint of a single file, {"": that file}."""
+    """Return the name of the shard of each tensor, by tensor name; {"": model.safetensors} if there is no index.
+
+    Raises CheckpointError if there is neither an index nor that file, or if the index is malformed.
+    """
     if folder.size(_INDEX) is None:
         if folder.size(_SINGLE) is None:
-            raise CheckpointError(f"checkpoint {folder.uri}: neither {_INDEX} nor {_SINGLE} is there")
+            raise CheckpointError(f"checkpoint {folder.uri}: it has neither {_INDEX} nor {_SINGLE}")
         return {"": _SINGLE}
     try:
         weight_map = _json_object(folder.read(_INDEX), _INDEX).get("weight_map")
@@ -305,7 +327,7 @@ def _weight_map(folder: _Folder) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard or "/" in shard or "\\" in shard:
             raise CheckpointError(
-                f"checkpoint {folder.uri}: {_INDEX} names {shard!r} as the shard of {name}: no file name"
+                f"checkpoint {folder.uri}: {_INDEX} names {shard!r} as the shard of {name}: this is not a file name"
             )
     return weight_map
 
@@ -316,7 +338,7 @@ def _json_object(content: bytes | bytearray, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{what} is not JSON: {_text(error)}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{what} holds a JSON {type(value).__name__} where an object is due")
+        raise CheckpointError(f"{what} holds a JSON {type(value).__name__}: it must be an object")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Holds the config of the released checkpoint, for estimates and tests without its 118 GiB. Does not import torch."""
+"""Holds the config of the released checkpoint, for estimates and tests without its weights. Does not import torch."""
 
 from collections.abc import Mapping
 
@@ -28,6 +28,6 @@ RELEASED: Mapping[str, object] = {
     "norm_topk_prob": True,
     "eos_token_id": 2,
 }
-"""The fields of the released config.json that say how to run the model."""
+"""The fields of the released config.json that decide how the model computes."""
 
 RELEASED_CONFIG = TwoTowerConfig.from_dict(dict(RELEASED))

@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class Copies(Protocol):
-    """The protocol for copies of weights from host buffers to their targets."""
+    """The protocol for copies of weights from host buffers to the tensors that they are loaded into, the targets."""
 
     def buffer(self, size: int) -> Tensor:
-        """Return `size` bytes of host memory, uint8."""
+        """Return a new buffer on the host: (size,) uint8, uninitialised."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Start a copy of `source`, a slice of a buffer, to `target`.
+        """Start a copy of `source`, a slice of a buffer viewed in its stored dtype, to `target`.
 
         Values are rounded once, to the target's dtype, on the target's device.
         """
@@ -30,7 +30,7 @@ class HostCopies:
     """The copies to targets on the CPU. Each copy is done when `copy` returns."""
 
     def buffer(self, size: int) -> Tensor:
-        """Return `size` bytes of host memory; see Copies."""
+        """Return a buffer of `size` bytes; see Copies."""
         return torch.empty(size, dtype=torch.uint8)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
@@ -43,7 +43,7 @@ class HostCopies:
 
 
 class CudaCopies:
-    """The copies to targets on GPUs, with one stream for each GPU, and on the CPU."""
+    """The copies to targets on GPUs, which run on one stream per GPU, and to targets on the CPU."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
@@ -52,7 +52,7 @@ class CudaCopies:
             stream.wait_stream(torch.cuda.current_stream(device))
 
     def buffer(self, size: int) -> Tensor:
-        """Return `size` bytes of pinned host memory; see Copies."""
+        """Return a buffer of `size` bytes in pinned memory; see Copies."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
@@ -69,12 +69,12 @@ class CudaCopies:
             target.copy_(source, non_blocking=True)
 
     def mark(self) -> Callable[[], object]:
-        """Return a function that waits for all streams; see Copies."""
+        """Return a function that waits for the copies that all streams have got so far; see Copies."""
         events = [stream.record_event() for stream in self._streams.values()]
         return lambda: [event.synchronize() for event in events]
 
 
 def copies_to(devices: Iterable[torch.device]) -> Copies:
-    """Return the copies for targets on these devices."""
+    """Return the implementation of Copies for targets on these devices: CudaCopies if one of them is a GPU."""
     found = set(devices)
     return CudaCopies(found) if any(device.type == "cuda" for device in found) else HostCopies()

@@ -17,10 +17,10 @@ import tokenizers
 
 
 class Tokenizer:
-    """The tokenizer of one checkpoint. The library would allow changes, but nothing changes it after it is created."""
+    """The tokenizer of one checkpoint: text to token ids and back. Nothing changes it after it is created."""
 
     def __init__(self, tokenizer_json: bytes) -> None:
-        """Raise CheckpointError if the bytes are not a tokenizer.json."""
+        """Take the content of tokenizer.json. Raises CheckpointError if the bytes are not a tokenizer.json."""
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         except Exception as error:  # the library raises a bare Exception if it cannot parse the bytes
@@ -32,11 +32,14 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids in tokenizer.json, special tokens included; at most the model's vocab_size."""
+        """The number of ids in tokenizer.json, special tokens included. The model's vocab_size may be larger."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, with the special tokens that the post-processor of tokenizer.json adds."""
+        """Return the ids of each text, with the special tokens that the post-processor of tokenizer.json adds.
+
+        Nothing is cut or padded.
+        """
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -16,8 +16,9 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint into `folder`, which is created if it is missing.
 
-    tokenizer: the content of tokenizer.json. tensors: by checkpoint name, in any dtype. Raises KeyError if one is
-    missing.
+    config: the content of config.json. tokenizer: the content of tokenizer.json. tensors: by checkpoint name, in any
+    dtype; they are rounded to bfloat16, and those that the config does not name are left out. Raises CheckpointError if
+    the config is not supported, and KeyError if a tensor is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

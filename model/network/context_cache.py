@@ -1,8 +1,8 @@
 """Holds the context cache: the tensors that the context tower fills for every row, in preallocated slots and pages.
 
 model.runtime.page_allocator records which row owns which slot and pages; this module holds the tensors. Only forwards
-read and write them, and a stage runs its forwards in order. So a slot can be given to the next row without touching its
-tensors.
+read and write them, and a stage runs its forwards in order. So a slot can be given to the next row without clearing its
+tensors: a row whose context is empty does not read them.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,9 @@ LayerState = MambaState | AttentionState | NoState
 
 
 class ContextCache:
-    """The states of `slots` rows, with room for `kv_tokens` tokens of attention context in total.
+    """The states of all layers for `slots` rows, and the allocator of the slots and pages.
 
+    The pages have room for the keys and values of `kv_tokens` tokens of all rows together, rounded up to whole pages.
     devices: the device of each layer's state.
     """
 
@@ -46,16 +47,16 @@ class ContextCache:
         return NoState()
 
     def rows(self, slots: Sequence[int], lengths: Sequence[int]) -> RaggedBatch:
-        """Return the batch of a forward with `lengths[r]` tokens for slot r, with the contexts as they are now."""
+        """Return a forward's batch: `lengths[r]` tokens for the row in `slots[r]`, with the contexts as they are."""
         seeds, context, pages = self.allocator.view(slots)
         return RaggedBatch(tuple(slots), seeds, tuple(lengths), context, pages)
 
     def grow(self, rows: RaggedBatch) -> None:
-        """Record that a forward stores the rows' tokens, so that later forwards append after them."""
+        """Record that a launched forward stores the rows' tokens, so that later forwards append after them."""
         self.allocator.grow(rows.slots, rows.lengths)
 
     def add_slots(self, count: int) -> None:
-        """Add `count` slots. The existing states move to larger tensors, so no forward may be running."""
+        """Add `count` slots, but no pages. The states move to larger tensors, so no forward may be running."""
         for layer in self.layers:
             if isinstance(layer, MambaState):
                 layer.add_slots(count)

@@ -1,4 +1,4 @@
-"""Divides the layers of both towers into stages: contiguous ranges of about equal weight. Does not import torch."""
+"""Divides the layers of both towers among stages of about equally many parameters each. Does not import torch."""
 
 from itertools import accumulate, pairwise
 from math import prod
@@ -8,16 +8,16 @@ from model.errors import RequestError
 
 
 def partition(config: TwoTowerConfig, stages: int, towers: Towers = "both") -> list[tuple[range, range]]:
-    """Return the layers of the context tower and of the denoiser tower for each stage.
+    """Return, for each stage, its contiguous range of layers of the context tower, and that of the denoiser tower.
 
     A layer with a state (Mamba, attention) is on the same stage in both towers, because the denoiser reads the
     context's states there. MoE layers have no state, so the two towers may be divided at different MoE layers. This
-    matters because the 23 MoE layers of the released model hold nearly all of its weights, and 23 cannot be halved.
-    Raises RequestError if there are more stages than layers.
+    matters because the 23 MoE layers of the released model hold nearly all of its weights, and 23 cannot be halved. If
+    `towers` is "context", both ranges of a stage are equal. Raises RequestError if there are more stages than layers.
     """
     layers = config.num_layers
     if stages > layers:
-        raise RequestError(f"{stages} devices for {layers} layers: give at most one device a layer")
+        raise RequestError(f"{stages} devices for {layers} layers: give at most one device per layer")
     before = list(accumulate(_weights(config), initial=0))  # parameters before each layer of a tower
     embeddings = 2 * config.vocab_size * config.hidden_size  # of both towers, before the first layer
     total = 2 * (before[-1] + embeddings)  # a head is as large as an embedding
@@ -34,11 +34,11 @@ def partition(config: TwoTowerConfig, stages: int, towers: Towers = "both") -> l
 
 
 def _stateless(config: TwoTowerConfig, a: int, b: int) -> bool:
-    """Return whether no layer between the borders `a` and `b` has a state."""
+    """Return True if all layers between the borders `a` and `b` are MoE layers, which have no state."""
     return all(config.layer_kinds[i] == "moe" for i in range(min(a, b), max(a, b)))
 
 
 def _weights(config: TwoTowerConfig) -> list[int]:
-    """Return the number of parameters of each layer of one tower."""
+    """Return the number of parameters of each layer's mixer in one tower; its norm is too small to matter."""
     kinds = {kind: sum(map(prod, mixer_tensors(config, kind).values())) for kind in set(config.layer_kinds)}
     return [kinds[kind] for kind in config.layer_kinds]

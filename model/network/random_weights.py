@@ -1,4 +1,4 @@
-"""Creates models with random weights on their devices, to check kernels or to measure without a checkpoint."""
+"""Creates models with random weights on their devices, to check kernels or to measure speed without a checkpoint."""
 
 import math
 import zlib

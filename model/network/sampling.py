@@ -16,7 +16,9 @@ from model.kernels.protocol import Kernels
 
 
 def choose(kernels: Kernels, logits: Logits, draws: Draws | None) -> tuple[Tensor, Tensor]:
-    """Return the chosen tokens (M,) int64, and their confidence (M,) float32. draws: None if all positions are greedy.
+    """Return the chosen token of each of M positions (M,) int64, and its confidence (M,) float32.
+
+    If `draws` is None, all positions are greedy.
 
     The confidence is the chosen token's probability at temperature 1, over the whole vocabulary. A logit of -inf means
     a probability of 0. If a position has a logit of NaN or inf, or none above -inf, it gets some id and the confidence

@@ -1,7 +1,4 @@
-"""Defines one tower: embedding, pre-norm residual layers of three kinds, final norm and head.
-
-Both towers have this form.
-"""
+"""Defines the form that both towers have: embedding, pre-norm residual layers of three kinds, final norm and head."""
 
 from collections.abc import Sequence
 
@@ -25,7 +22,10 @@ from model.runtime.ragged_batch import RaggedBatch
 
 
 class Layer(nn.Module):
-    """A residual layer, x + mixer(norm(x)). In the denoiser, time modulates the mixer's input and gates its output."""
+    """A residual layer, x + mixer(norm(x)), whose mixer is Mamba-2, attention or MoE.
+
+    In the denoiser, the time conditioning also shifts and scales the mixer's input, and gates its output.
+    """
 
     def __init__(self, config: TwoTowerConfig, index: int, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
@@ -38,9 +38,11 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, state: LayerState, rows: RaggedBatch, conditioning: Tensor | None, *, causal: bool
     ) -> Tensor:
-        """Map x (N, H) to (N, H). conditioning is (R, 3, H), or None in a forward without time.
+        """Return the layer's output (N, H) for x (N, H).
 
-        Mamba and attention layers modulate first and then normalise; MoE layers normalise first and then modulate.
+        conditioning (R, 3, H): shift, scale and gate of each row, or None in a forward without time. Mamba and
+        attention layers modulate first and then normalise; MoE layers normalise first and then modulate. causal: True
+        in the context tower, where the layer also stores the tokens in `state`.
         """
         if conditioning is None:
             plain: Tensor = self.mixer(self.norm(x), state, rows, causal=causal)
@@ -54,9 +56,10 @@ class Layer(nn.Module):
 
 
 class Tower(nn.Module):
-    """A stack of layers, each on the device of its stage; the head is on the device of the last layer.
+    """One tower. Each layer is on the device of its stage, the embedding on the first and the head on the last device.
 
-    A causal tower extends the context; the denoiser only reads it.
+    `causal` is True for the context tower, whose forwards store their tokens in the context; the denoiser only reads
+    it. Gradients are off.
     """
 
     def __init__(
@@ -91,9 +94,10 @@ class Tower(nn.Module):
         rows: RaggedBatch,
         conditioning: Conditioning | None = None,
     ) -> Tensor:
-        """Run some layers, all on one device: hidden (N, H) -> (N, H). The final norm is not applied.
+        """Run the layers `layers`, all on one device: hidden (N, H) -> (N, H). The final norm is not applied.
 
-        A causal tower also stores the tokens in the context.
+        states: one for each layer of the tower. A causal tower also stores the tokens in them. conditioning: that of
+        the stage to which `layers` belong, or None in a forward without time.
         """
         for place, i in enumerate(layers):
             time = None if conditioning is None else conditioning[place]
@@ -101,22 +105,23 @@ class Tower(nn.Module):
         return x
 
     def logits(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
-        """Return the logits (M, V) float32 of hidden (M, H) before the final norm, or only some columns of them."""
+        """Return the logits (M, V) float32 of hidden (M, H) before the final norm; only `columns` of them, if given."""
         return self.head_on(hidden)(slice(None), slice(None) if columns is None else columns).float()
 
     def head_on(self, hidden: Tensor) -> Head:
-        """Return the head over hidden (M, H) before the final norm.
+        """Return a function that computes slices of the logits of hidden (M, H) before the final norm; see Head.
 
-        hidden is normalised once. Every call of the head returns a new tensor, in the model's dtype.
+        hidden is normalised once, here. Every call of the function returns a new tensor, in the model's dtype.
         """
         normed: Tensor = self.norm_f(hidden)
         kernels, weight = self.head.kernels, self.head.weight
         return lambda rows, columns: kernels.linear(normed[rows], weight[columns])
 
     def choose(self, hidden: Tensor, suppress: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
-        """Choose the tokens that hidden (M, H) before the final norm predicts; see model.network.sampling.choose.
+        """Return the tokens that hidden (M, H) before the final norm predicts, and their confidence.
 
-        suppress (M,) bool: True for positions at which the mask id must not be chosen and gets no probability.
+        suppress (M,) bool: True for positions at which the mask id must not be chosen and gets no probability. draws:
+        None if all positions are greedy. See model.network.sampling.choose.
         """
         kernels, (vocab, _), dtype = self.head.kernels, self.head.weight.shape, self.head.weight.dtype
         room, width = kernels.head_workspace, kernels.vocab_slice
@@ -124,7 +129,11 @@ class Tower(nn.Module):
         return choose(kernels, Logits(head, len(hidden), vocab, suppress, self.mask_id, dtype, room, width), draws)
 
     def checkpoint_targets(self, tower: str, head: str) -> dict[str, Tensor]:
-        """Return, by checkpoint name, the tensor or slice of a tensor into which each stored tensor is loaded."""
+        """Map the name of each tensor in the checkpoint to the tensor here that it is loaded into.
+
+        Each expert's tensor is loaded into a slice of one tensor. `tower` and `head` are the names of this tower and of
+        its head in the checkpoint.
+        """
         targets: dict[str, Tensor] = {f"{head}.weight": self.head.weight}
         for name, parameter in self.named_parameters():
             if name.startswith("head."):

@@ -1,4 +1,4 @@
-"""Holds both towers and the two forwards that the engine runs: extend the context, and denoise a block."""
+"""Loads and holds both towers, and runs their two forwards: extend the context, and denoise a block."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,9 +31,10 @@ def load_model(
 ) -> "TwoTower":
     """Load a checkpoint from "builtin:tiny", a local folder, or any fsspec URL.
 
-    dtype: "float32" or "bfloat16". devices: one for each stage; the layers of both towers are divided among them about
-    equally. towers: "context" loads only what AR mode needs, half of the weights. Raises CheckpointError if the
-    checkpoint cannot be loaded, and RequestError if dtype, devices or towers is wrong.
+    dtype: "float32" or "bfloat16", for all weights but the few that always need more precision. devices: one for each
+    stage; the weights of both towers are divided among them about equally. towers: "context" loads only what AR mode
+    needs, half of the weights. Raises CheckpointError if the checkpoint cannot be loaded or does not fit into memory,
+    and RequestError if dtype, devices or towers is wrong.
     """
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
@@ -71,7 +72,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A device and the layers of each tower that run on it.
+    """A device, and the range of layers of each tower that run on it.
 
     Layers with a state are on the same stage in both towers (see model.network.partition).
     """
@@ -82,10 +83,11 @@ class Stage:
 
 
 class TwoTower(nn.Module):
-    """The context tower, the denoiser tower unless only AR mode is wanted, and the time conditioning.
+    """The context tower and, unless the model is for AR mode only, the denoiser tower with its time conditioning.
 
     Denoiser layer i reads only the context's state at layer i, which is on the same stage, so only hidden states pass
-    from stage to stage. All layers need the time conditioning, so every stage has a copy of it.
+    from stage to stage. All denoiser layers need the time conditioning, so every stage has a copy of it. The weights
+    are uninitialised until `load_model` or `random_pair` fills them.
     """
 
     def __init__(
@@ -120,15 +122,19 @@ class TwoTower(nn.Module):
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The end-of-text ids from the checkpoint's config.json."""
+        """The ids that end a text, from eos_token_id of the checkpoint's config.json; empty if it names none."""
         return self.config.eos_token_ids
 
     def new_cache(self, *, slots: int, kv_tokens: int) -> ContextCache:
-        """Return an empty context cache on this model's devices."""
+        """Return an empty context cache on this model's devices, for `slots` rows and `kv_tokens` tokens in total."""
         return ContextCache(self.config, self.devices, self.dtype, slots=slots, kv_tokens=kv_tokens)
 
     def checkpoint_targets(self) -> dict[str, Tensor]:
-        """Return, by checkpoint name, the tensor or slice of a tensor into which each stored tensor is loaded."""
+        """Map the name of each tensor in the checkpoint to the tensor here that it is loaded into.
+
+        Each expert's tensor is loaded into a slice of one tensor. If the model was loaded for AR mode only, the tensors
+        of the denoiser and of the time conditioning are left out.
+        """
         targets = self.context.checkpoint_targets("context_tower", "context_lm_head")
         if self.denoiser is not None:
             targets |= self.denoiser.checkpoint_targets("denoiser_tower", "lm_head")
@@ -140,13 +146,16 @@ class TwoTower(nn.Module):
         return targets
 
     def share_time(self) -> None:
-        """Copy the first stage's time conditioning to all other stages. Call it once the weights are loaded."""
+        """Copy the first stage's time conditioning to all other stages, because loading fills only the first one."""
         if self.denoiser is not None:
             for time in self.times[1:]:
                 time.load_state_dict(self.times[0].state_dict())
 
     def extend(self, cache: ContextCache, rows: RaggedBatch, tokens: Tensor) -> Tensor:
-        """Feed tokens (N,) of the rows into their contexts and return hidden (N, H), for `context.logits`."""
+        """Run the context tower over tokens (N,) int64 and return hidden (N, H), for `context.logits`.
+
+        The tokens are added to the contexts of their rows.
+        """
         hidden = _run(self.extend_parts(cache, rows), tokens)
         cache.grow(rows)
         return hidden
@@ -154,13 +163,17 @@ class TwoTower(nn.Module):
     def denoise(self, cache: ContextCache, rows: RaggedBatch, tokens: Tensor, t: Tensor) -> Tensor:
         """Run one denoiser forward over the rows' blocks and return hidden (N, H); the cache is only read.
 
-        tokens (N,): committed ids and mask ids. t (R,) float32, on the host: the masked fraction of each row, or NaN
-        for a row that runs without time conditioning (mock-AR).
+        tokens (N,) int64: committed ids and mask ids. t (R,) float32, on the host: the masked fraction of each row's
+        block, or NaN for a row that runs without time conditioning (mock-AR).
         """
         return _run(self.denoise_parts(cache, rows, t), tokens)
 
     def extend_parts(self, cache: ContextCache, rows: RaggedBatch) -> list[Part]:
-        """Return `extend` as one function for each stage. The caller must call `cache.grow` when they are launched."""
+        """Return `extend` as one function per stage, to be called in order, for example by model.runtime.stages.
+
+        The first one takes the tokens, each later one what the one before it returned, and the last one returns hidden.
+        The caller must call `cache.grow` when they have been launched.
+        """
 
         def part(x: Tensor, stage: int) -> Tensor:
             return self.extend_layers(cache, rows, self.enter("context", x, stage), stage)
@@ -168,7 +181,7 @@ class TwoTower(nn.Module):
         return [partial(part, stage=stage) for stage in range(len(self.stages))]
 
     def denoise_parts(self, cache: ContextCache, rows: RaggedBatch, t: Tensor) -> list[Part]:
-        """Return `denoise` as one function for each stage. t must be on the host."""
+        """Return `denoise` as one function per stage, to be called as those of `extend_parts`. t is on the host."""
         conditioned = not bool(t.isnan().all())
         # rows with the same t, such as all new blocks, are computed once; a NaN is not equal to any other
         values, which = t.unique(return_inverse=True)
@@ -181,7 +194,10 @@ class TwoTower(nn.Module):
         return [partial(part, stage=stage) for stage in range(len(self.stages))]
 
     def enter(self, tower: Literal["context", "denoiser"], x: Tensor, stage: int) -> Tensor:
-        """Move a stage's input to its device and return hidden (N, H). In the first stage, tokens (N,) are embedded."""
+        """Move the input `x` of a stage to its device and return hidden (N, H).
+
+        In the first stage x is tokens (N,), which are embedded; in all others it is hidden already.
+        """
         device = self.stages[stage].device
         x = x.to(device, non_blocking=True) if x.is_cuda else to_device(x, device)
         if stage:
@@ -190,9 +206,9 @@ class TwoTower(nn.Module):
         return embedded
 
     def extend_layers(self, cache: ContextCache, rows: RaggedBatch, hidden: Tensor, stage: int) -> Tensor:
-        """Run the context tower's layers of one stage, hidden (N, H) -> (N, H).
+        """Run the context tower's layers of one stage, hidden (N, H) -> (N, H), and store the rows' tokens in `cache`.
 
-        The rows' tokens are stored in the context.
+        The caller must call `cache.grow` when the layers of all stages have been launched.
         """
         return self.context.run(hidden, self.stages[stage].context, cache.layers, rows)
 
@@ -206,8 +222,8 @@ class TwoTower(nn.Module):
     ) -> Tensor:
         """Run the denoiser's layers of one stage, hidden (N, H) -> (N, H).
 
-        times: the values of t (U,) and the index of each row's value (R,), both on the stage's device. An index of None
-        means that row r has value r. times is None if no row has a time.
+        times: U values of t (U,), and for each row the index of its value (R,), both on the stage's
+        device. If the second is None, row r has value r. times is None if all rows run without time conditioning.
         """
         conditioning = None
         if times is not None:
@@ -223,19 +239,27 @@ class TwoTower(nn.Module):
 
     @torch.inference_mode()
     def context_logits(self, prompt_ids: Sequence[int]) -> Tensor:
-        """Return the context tower's next-token logits at every position: (S,) ids -> (S, V) float32."""
+        """Return the context tower's logits for the token after each position of a prompt: S ids -> (S, V) float32."""
         cache, slot = self._one_row(prompt_ids)
         hidden = self.extend(cache, cache.rows([slot], [len(prompt_ids)]), _ids(prompt_ids))
         return self.context.logits(hidden)
 
     @torch.inference_mode()
     def denoiser_logits(self, prompt_ids: Sequence[int], block_ids: Sequence[int], t: float) -> Tensor:
-        """Run one denoiser forward over a block (L,) after the prompt, at time t -> (L, V) float32, with mask id."""
+        """Return the denoiser's logits for each position of a block of L ids after a prompt: (L, V) float32.
+
+        t: the masked fraction of the block; NaN runs without time conditioning. The mask id is not suppressed. The
+        prompt may be empty. Raises RequestError if the model was loaded for AR mode only.
+        """
         return self._denoiser_logits(prompt_ids, block_ids, t)
 
     @torch.inference_mode()
     def mock_ar_logits(self, prompt_ids: Sequence[int]) -> Tensor:
-        """Run the denoiser on the last token alone, with the earlier tokens as context: (S,) ids -> (V,) float32."""
+        """Return the denoiser's logits (V,) float32 for the token after a prompt of at least one id (mock-AR mode).
+
+        The denoiser reads the last token without time conditioning, with the earlier tokens as its context. Raises
+        RequestError if the model was loaded for AR mode only.
+        """
         return self._denoiser_logits(prompt_ids[:-1], prompt_ids[-1:], float("nan"))[0]
 
     def _denoiser_logits(self, context_ids: Sequence[int], block_ids: Sequence[int], t: float) -> Tensor:

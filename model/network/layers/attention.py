@@ -10,7 +10,10 @@ from model.runtime.ragged_batch import RaggedBatch
 
 
 class AttentionState:
-    """The keys and values of the context at one attention layer, in pages that rows take and give back."""
+    """The keys and values of the context at one attention layer, for all rows, in pages that rows take and give back.
+
+    `pages` is (2, pages, page_size, kv heads, head_dim): first the keys, then the values.
+    """
 
     def __init__(
         self, config: TwoTowerConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
@@ -38,7 +41,11 @@ class Attention(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor, state: AttentionState, rows: RaggedBatch, *, causal: bool) -> Tensor:
-        """Map x (N, H) to (N, H). If causal, a token sees no later one and is stored; else it sees its whole row."""
+        """Return the mixer's output (N, H) for x (N, H). Every token sees the context of its row, which is in `state`.
+
+        If causal, a token also sees its row's tokens up to itself, and is stored in `state`. Otherwise it sees all
+        tokens of its row, and nothing is stored.
+        """
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         attended = self.kernels.attend(q, k, v, state.pages, rows, causal=causal, store=causal)
         out: Tensor = self.o_proj(attended)

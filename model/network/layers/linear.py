@@ -7,7 +7,7 @@ from model.kernels.protocol import Kernels
 
 
 class Linear(nn.Module):
-    """A linear map, x (N, in) -> (N, out), with weight (out, in) as in the checkpoint."""
+    """A linear map without bias, x (N, in) -> (N, out), with weight (out, in) as in the checkpoint."""
 
     def __init__(self, size_in: int, size_out: int, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()

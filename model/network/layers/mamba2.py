@@ -11,7 +11,7 @@ from model.runtime.ragged_batch import RaggedBatch
 
 
 class MambaState:
-    """The state of the context at one Mamba layer, for all slots."""
+    """The state of the context at one Mamba layer, for all slots: the last conv inputs and the float32 SSM state."""
 
     def __init__(self, config: TwoTowerConfig, slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.conv = torch.zeros(slots, config.conv_dim, config.conv_kernel, dtype=dtype, device=device)
@@ -20,15 +20,16 @@ class MambaState:
         )
 
     def add_slots(self, count: int) -> None:
-        """Add `count` slots behind the existing ones."""
+        """Add `count` slots of zeros after the existing ones. The states move to new, larger tensors."""
         self.conv = torch.cat([self.conv, self.conv.new_zeros(count, *self.conv.shape[1:])])
         self.ssm = torch.cat([self.ssm, self.ssm.new_zeros(count, *self.ssm.shape[1:])])
 
 
 class Mamba2(nn.Module):
-    """The Mamba-2 mixer. in_proj gives z | x B C | dt; x B C pass through a causal convolution and the scan.
+    """The Mamba-2 mixer. in_proj gives z | x B C | dt; x, B and C pass through a causal convolution and the scan.
 
-    The result passes through a grouped norm that z gates, and then through out_proj.
+    The result passes through a grouped norm that z gates, and then through out_proj. The properties are those that
+    model.kernels.protocol.ScanWeights asks for.
     """
 
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, kernels: Kernels) -> None:
@@ -63,7 +64,11 @@ class Mamba2(nn.Module):
         return -self.A_log.exp()
 
     def forward(self, x: Tensor, state: MambaState, rows: RaggedBatch, *, causal: bool) -> Tensor:
-        """Map x (N, H) to (N, H). The scan runs forward in both towers; the context tower (`causal`) stores states."""
+        """Return the mixer's output (N, H) for x (N, H). Each row starts from its state in `state`.
+
+        If causal (the context tower), the state after each row's last token is written back; otherwise `state` stays as
+        it is. The scan runs forward in both towers, so a token never depends on later ones.
+        """
         z, xbc, dt = self.in_proj(x).split(self.split, dim=-1)
         y = self.kernels.mamba_scan(ScanInputs(xbc, dt, self, state.conv, state.ssm, rows, store=causal))
         out: Tensor = self.out_proj(self.kernels.gated_norm(y, z, self.norm.weight, self.groups, self.norm.eps))

@@ -10,11 +10,11 @@ from model.runtime.ragged_batch import RaggedBatch
 
 
 class NoState:
-    """The state of an MoE layer, which keeps nothing of the context."""
+    """The empty state of an MoE layer, which keeps nothing of the context. So all layers are called alike."""
 
 
 class Router(nn.Module):
-    """A router that chooses experts by sigmoid score + correction bias and weights them by the plain scores.
+    """A router that chooses experts by sigmoid score + correction bias, and weights them by the scores alone.
 
     This is the router of DeepSeek-V3. It computes in float64, as the reference does, because the scores of two experts
     can be so close that float32 chooses the other one. The weight is stored in float64 (2.6 MiB for each layer of the
@@ -33,7 +33,7 @@ class Router(nn.Module):
         self.normalise = config.norm_topk_prob
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts (N, K) int64 of x (N, H), and their weights (N, K) float32."""
+        """Return the experts of each token of x (N, H), best first: (N, K) int64, and their weights (N, K) float32."""
         logits = self.kernels.linear(x.double(), self.weight)  # (N, E)
         bias = self.e_score_correction_bias
         return self.kernels.choose_experts(logits, bias, self.per_token, self.scale, normalise=self.normalise)
@@ -66,7 +66,7 @@ class MoE(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor, state: NoState, rows: RaggedBatch, *, causal: bool) -> Tensor:  # noqa: ARG002
-        """Map x (N, H) to (N, H). Each token is computed independently of the others."""
+        """Return the mixer's output (N, H) for x (N, H). Each token is computed alone, so only x is used."""
         choice, weight = self.gate(x)
         out: Tensor = self.kernels.experts(x, choice, weight, self.up, self.down) + self.shared_experts(x)
         return out

@@ -7,7 +7,7 @@ from model.kernels.protocol import Kernels
 
 
 class RMSNorm(nn.Module):
-    """An RMSNorm whose weight is kept in float32."""
+    """An RMSNorm over the last dimension, whose weight is kept in float32 whatever the model's dtype."""
 
     def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__()
@@ -16,5 +16,5 @@ class RMSNorm(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (N, size) to the same shape and dtype."""
+        """Return the normalised x (N, size), in the same shape and dtype."""
         return self.kernels.rms_norm(x, self.weight, self.eps)

@@ -1,4 +1,7 @@
-"""Defines the denoiser's time conditioning, which maps t to shift, scale and gate (adaLN-single, arXiv 2310.00426)."""
+"""Defines the denoiser's time conditioning, which maps t to shift, scale and gate (adaLN-single, arXiv 2310.00426).
+
+The time t of a row is the masked fraction of its block.
+"""
 
 import math
 
@@ -36,7 +39,7 @@ def sinusoids(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class TimeConditioning(nn.Module):
-    """The t_embedder and t_block of the checkpoint, shared by all layers; each layer adds its own table."""
+    """The t_embedder and t_block of the checkpoint, which all layers share. Conditioning adds the layer's table."""
 
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
@@ -47,7 +50,7 @@ class TimeConditioning(nn.Module):
         self.dtype = dtype
 
     def forward(self, t: Tensor) -> Tensor:
-        """Map t (R,) to shift, scale and gate (R, 3, H), before a layer's table is added."""
+        """Return shift, scale and gate (R, 3, H) for t (R,), before a layer's table is added."""
         embedded = self.embed_out(silu(self.embed_in(sinusoids(t, self.dtype))))
         out: Tensor = self.block(silu(embedded)).unflatten(-1, (3, -1))
         return out
@@ -60,11 +63,11 @@ class Conditioning:
     """
 
     def __init__(self, shared: Tensor, plain: Tensor, tables: Tensor, which: Tensor | None = None) -> None:
-        """Take shared (U, 3, H) for U times, and plain (U,), which is True for each time that has no effect on any
-        layer.
+        """Keep what the layers' values are computed from.
 
-        A plain time modulates and gates nothing. tables: (layers, 3, H). which (R,): the index of each row's time; None
-        if row r has time r.
+        shared (U, 3, H): the result of TimeConditioning for U times. plain (U,) bool: True for each time that must have
+        no effect: shift 0, scale 0 and gate 1 at all layers. tables (layers, 3, H): one for each layer of the stage.
+        which (R,): the index of each row's time; None if row r has time r.
         """
         plain = plain[:, None, None]
         neutral = (torch.arange(3, device=shared.device) == 2)[:, None].to(shared.dtype)  # shift 0, scale 0, gate 1
@@ -73,6 +76,6 @@ class Conditioning:
         self.tables, self.which = tables, which
 
     def __getitem__(self, layer: int) -> Tensor:
-        """Return shift, scale and gate (R, 3, H) for one layer of the stage."""
+        """Return shift, scale and gate (R, 3, H) for one layer, given by its place in the stage."""
         made = torch.addcmul(self.shared, self.takes_table, self.tables[layer])
         return made if self.which is None else made.index_select(0, self.which)

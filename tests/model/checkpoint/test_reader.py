@@ -169,7 +169,7 @@ def test_the_identity_of_a_large_shard_reads_samples_only(folder: Path, monkeypa
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("builtin:huge", "no built-in checkpoint 'huge': there is tiny, noise"),
+        ("builtin:huge", "no built-in checkpoint 'huge': there are tiny, noise"),
         ("", "empty string"),
         ("/does/not/exist", r"config\.json is missing"),
         ("nope://bucket/folder", "Protocol not known: nope"),
@@ -226,7 +226,7 @@ def test_no_shards_at_all(folder: Path) -> None:
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "", 7, None])
 def test_an_index_that_leaves_the_folder(folder: Path, shard: object) -> None:
     edit_json(folder / INDEX, lambda raw: raw["weight_map"].update({"lm_head.weight": shard}))
-    assert "lm_head.weight: no file name" in refused(folder)
+    assert "lm_head.weight: this is not a file name" in refused(folder)
 
 
 @pytest.mark.parametrize("document", [{}, {"weight_map": {}}, {"weight_map": ["a"]}])

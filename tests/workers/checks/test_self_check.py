@@ -230,7 +230,7 @@ def test_the_command_writes_elsewhere(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["builtin:none"], "error: no built-in checkpoint 'none': there is "),
+        (["builtin:none"], "error: no built-in checkpoint 'none': there are "),
         (["builtin:noise", "--prompt", ""], "error: prompt '' has no tokens; leave it out"),
         (["builtin:noise", "--prompt", "\udcff"], "error: a prompt holds characters that are not Unicode text"),
         (["builtin:noise", "--tokens", "9000"], "error: request '0': 24 prompt tokens and max_new_tokens 9000 exceed"),
