@@ -14,7 +14,10 @@ _PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Return a tokenizer of at most `vocab_size` tokens: the special ones, then all bytes, then merges by frequency."""
+    """Train a tokenizer on `texts` and return it: the special tokens first, then all bytes, then merges by frequency.
+
+    It has at most `vocab_size` tokens, and adds no special tokens to a text.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

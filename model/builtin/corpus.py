@@ -1,5 +1,6 @@
 """Packs examples for training, as documents of token ids, into rows of a fixed number of chunks.
 
+Here a row is a row of a training batch, which holds several documents: an example's prompt and answer each.
 model.builtin.trainable describes how a document is placed in its row.
 """
 
@@ -17,34 +18,39 @@ from model.builtin.recipe import Recipe
 from model.builtin.tasks import Example, examples
 from model.builtin.trainable import CHUNK
 
-ROW_CHUNKS = 18
-OPEN_ROWS = 64  # limit of the rows that wait for a document that fits
+ROW_CHUNKS = 18  # chunks of CHUNK tokens per row
+OPEN_ROWS = 64  # limit of the rows that have room left and wait for a document that fits
 PROMPT_WEIGHT = 0.1
 """Weight of a prompt's tokens in the context tower's loss. It is low because most of a prompt is random; it is not 0
 because the solved examples in a prompt can be predicted."""
 
 
-EPOCH_ROWS = 20_000  # rows that are made at once; each epoch has other rows
+EPOCH_ROWS = 20_000  # rows that are made at once, for the steps of one epoch; each epoch has other rows
 
 Batch = dict[str, Tensor]
-"""The rows of a step: the fields of Rows, and for the denoiser also chunk (B, K), t (B, K) and masked (B, K, Q)."""
+"""The B rows of a step as tensors: the fields of Rows, and after `mask_blocks` also chunk, t and masked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Training examples packed into R rows of T = ROW_CHUNKS * CHUNK tokens: token ids, masks and weights of the loss.
-    A row here holds several documents."""
+    """R training rows of T = ROW_CHUNKS * CHUNK tokens, each packed with one or more documents.
+
+    The fields hold the token ids, which tokens and chunks are real, and the weights of the loss. No token is masked
+    yet: see mask_blocks. In unused chunks `document` is the number of documents in the row.
+    """
 
     ids: np.ndarray  # (R, T) int64
     real: np.ndarray  # (R, T) bool: False at padding in front of a prompt and in unused chunks
-    document: np.ndarray  # (R, ROW_CHUNKS) int64
+    document: np.ndarray  # (R, ROW_CHUNKS) int64: number of the chunk's document within its row
     weight: np.ndarray  # (R, T) float32: weight in the loss of predicting the next token
     is_block: np.ndarray  # (R, ROW_CHUNKS) bool: True if the chunk belongs to a completion
-    live: np.ndarray  # (R, T) bool: True in a document up to and including its end of text
+    live: np.ndarray  # (R, T) bool: True in a document up to and including its end of text; False at padding
 
 
 @dataclass(frozen=True, slots=True)
 class _Document:
+    """The token ids of an example; `answer` includes the end of text. The properties count its chunks in a row."""
+
     prompt: Sequence[int]
     answer: Sequence[int]
 
@@ -62,13 +68,16 @@ class _Document:
 
 
 def held_out_examples(tokenizer: Tokenizer, seed: int, count: int) -> list[Example]:
-    """Return examples for evaluation that fit into ROW_CHUNKS chunks (prompt and answer), like those for training."""
+    """Return `count` held-out examples for evaluation. Each fits into a row, as the examples for training do."""
     fitting = (example for example, document in _documents(tokenizer, examples(seed, held_out=True)) if document.fits)
     return list(islice(fitting, count))
 
 
 def training_rows(tokenizer: Tokenizer, seed: int, count: int, shares: Mapping[str, float] | None = None) -> Rows:
-    """Return `count` rows of training examples; the same seed gives the same rows."""
+    """Return `count` rows of training examples; the same seed gives the same rows.
+
+    shares: shares of some tasks that replace those in TASKS. An example that does not fit into a row is left out.
+    """
     source = examples(seed, held_out=False, shares=shares)
     documents = (document for _, document in _documents(tokenizer, source) if document.fits)
     rows = list(islice(_pack(documents), count))
@@ -90,7 +99,7 @@ def training_rows(tokenizer: Tokenizer, seed: int, count: int, shares: Mapping[s
 
 
 class Corpus:
-    """The batches of a phase, by step number."""
+    """The training batches of one phase. A batch depends on the seed, the shares and the step number alone."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int, shares: Mapping[str, float]) -> None:
         self._tokenizer, self._seed, self._shares = tokenizer, seed, shares
@@ -98,7 +107,7 @@ class Corpus:
         self._rows: Rows | None = None
 
     def batch(self, step: int, rows: int) -> Batch:
-        """Return the rows of one step: the fields of Rows as tensors."""
+        """Return the batch of step number `step`, which has `rows` rows: the fields of Rows as tensors on the CPU."""
         per_epoch = EPOCH_ROWS // rows
         epoch, place = divmod(step, per_epoch)
         if epoch != self._epoch or self._rows is None:
@@ -111,7 +120,12 @@ class Corpus:
 
 
 def mask_blocks(batch: Batch, recipe: Recipe, seed: int) -> Batch:
-    """Choose blocks of completions and mask them: return the batch with chunk (B, K), t (B, K) and masked (B, K, Q)."""
+    """Draw K = recipe.blocks blocks of completions in each row, and the tokens of them that are masked.
+
+    Returns the batch with three more fields: chunk (B, K), the chunk in the row of each block; t (B, K), its masked
+    fraction; masked (B, K, Q) bool, the tokens to mask. The ids stay as they are. A row with fewer than K blocks gives
+    some of them more than once, with different masks.
+    """
     rng = np.random.default_rng(seed)
     is_block = batch["is_block"].numpy()
     order = np.where(is_block, rng.random(is_block.shape), 2.0).argsort(axis=1)  # blocks first, in random order
@@ -127,6 +141,7 @@ def mask_blocks(batch: Batch, recipe: Recipe, seed: int) -> Batch:
 
 
 def _write(rows: Rows, row: int, chunk: int, number: int, document: _Document) -> None:
+    """Write the document, number `number` of the row, into `rows` from chunk `chunk` of the row on."""
     answer = (chunk + document.prompt_chunks) * CHUNK  # start of the answer
     begin, last, end = answer - len(document.prompt), answer + len(document.answer), (chunk + document.chunks) * CHUNK
     rows.ids[row, begin:answer], rows.ids[row, answer:last] = document.prompt, document.answer
@@ -140,6 +155,7 @@ def _write(rows: Rows, row: int, chunk: int, number: int, document: _Document) -
 
 
 def _documents(tokenizer: Tokenizer, source: Iterator[Example]) -> Iterator[tuple[Example, _Document]]:
+    """Yield each example of the endless `source` with its token ids."""
     while True:
         batch = list(islice(source, 1000))
         prompts = tokenizer.encode_batch_fast([example.prompt for example in batch])
@@ -149,8 +165,10 @@ def _documents(tokenizer: Tokenizer, source: Iterator[Example]) -> Iterator[tupl
 
 
 def _pack(documents: Iterable[_Document]) -> Iterator[list[_Document]]:
-    """Put each document into the fullest row with room for it. Yield the fullest row when it is full, or when too many
-    rows are open."""
+    """Yield rows of documents. Each document is put into the fullest row with room for it, or into a new one.
+
+    The fullest row is yielded when it is full, or when more than OPEN_ROWS rows are open.
+    """
     rows: list[tuple[int, list[_Document]]] = []
     for document in documents:
         fits = [i for i, (used, _) in enumerate(rows) if used + document.chunks <= ROW_CHUNKS]

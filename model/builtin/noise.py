@@ -102,7 +102,7 @@ def make(folder: Path) -> None:
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return the weights of this name in bfloat16; they depend on SEED, name, shape and scale alone."""
+    """Return random weights for the tensor `name` in bfloat16. They depend on SEED, name, shape and scale alone."""
     count = int(np.prod(shape))
     key = int.from_bytes(hashlib.sha256(f"{SEED}/{name}".encode()).digest()[:16], "little")
     words = np.random.Philox(key=key).random_raw(3 * count).astype("<u8").view("<u2").reshape(count, 12)
@@ -113,6 +113,7 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Return the mean and the standard deviation of the weights `name`; see SCALES."""
     for ending, mean, deviation in SCALES:
         if name.endswith(ending):
             return mean, deviation
@@ -122,7 +123,7 @@ def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 
 def tokenizer_json() -> dict[str, object]:
-    """Return a byte-level BPE without merges: the four special tokens first, then one token for each byte.
+    """Return the tokenizer.json of a byte-level BPE without merges: the special tokens, then one token per byte.
 
     It adds no special tokens to a text.
     """

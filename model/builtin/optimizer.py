@@ -13,7 +13,10 @@ _STEPS, _COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return nearly orthogonal matrices with the same singular vectors: (…, rows, columns) -> the same shape."""
+    """Return nearly orthogonal matrices with the same singular vectors: (…, rows, columns) -> the same shape, float32.
+
+    Computed in bfloat16, by Newton-Schulz steps.
+    """
     a, b, c = _COEFFICIENTS
     wide = matrix.bfloat16() / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7).bfloat16()
     flip = matrix.shape[-2] > matrix.shape[-1]
@@ -26,14 +29,14 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """The Muon optimizer, for matrices or stacks of matrices along the first dimension."""
+    """The Muon optimizer. Each parameter is a matrix, or a stack of matrices along the first dimension."""
 
     def __init__(self, parameters: Sequence[Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all parameters once, with Nesterov momentum."""
+        """Update once, with Nesterov momentum, all parameters that have a gradient. `closure` is ignored."""
         del closure
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -8,11 +8,11 @@ from torch import Tensor
 from model.checkpoint.config import TwoTowerConfig, expected_tensors
 
 Weights = dict[str, Tensor]
-"""Weights by the names that model.builtin.trainable uses, plus `head`."""
+"""The weights of one tower by the names that model.builtin.trainable uses, and those of its head as `head`."""
 
 
 def fresh_weights(config: TwoTowerConfig, seed: int) -> Weights:
-    """Return the initial weights of a context tower.
+    """Return the initial weights of a context tower and its head, in float32; the same seed gives the same weights.
 
     The output projections of the mixers are 0, so that each layer is the identity at first.
     """
@@ -40,7 +40,10 @@ def fresh_weights(config: TwoTowerConfig, seed: int) -> Weights:
 
 
 def with_time(config: TwoTowerConfig, weights: Weights, seed: int) -> Weights:
-    """Return the initial weights of a denoiser: the context tower, plus time conditioning that has no effect yet."""
+    """Return the initial weights of a denoiser: copies of the context tower's `weights`, plus time conditioning.
+
+    The time conditioning has no effect yet: shift and scale are 0 and the gate is 1 at all times.
+    """
     generator = torch.Generator().manual_seed(seed)
     denoiser = {name: value.clone() for name, value in weights.items()}
     shapes = expected_tensors(config)
@@ -55,7 +58,10 @@ def with_time(config: TwoTowerConfig, weights: Weights, seed: int) -> Weights:
 
 
 def stack_experts(config: TwoTowerConfig, weights: Weights) -> Weights:
-    """Stack the experts of each layer: `mixer.experts.{e}.up_proj.weight` -> `mixer.experts.up`, and so for down."""
+    """Return the weights with the experts of each layer stacked in one tensor.
+
+    `mixer.experts.{e}.up_proj.weight` of all experts e becomes `mixer.experts.up` (E, width, H), and so for down.
+    """
     stacked = {name: value for name, value in weights.items() if ".experts." not in name}
     for i in config.layers_of("moe"):
         for kind in ("up", "down"):
@@ -65,7 +71,10 @@ def stack_experts(config: TwoTowerConfig, weights: Weights) -> Weights:
 
 
 def checkpoint_names(weights: Weights, tower: str, head: str) -> Weights:
-    """Return the weights under the names of the checkpoint, with one tensor per expert."""
+    """Return the weights by their names in the checkpoint, with one tensor per expert.
+
+    tower, head: the names of this tower and of its head in the checkpoint.
+    """
     named: Weights = {}
     for name, value in weights.items():
         if name.endswith((".experts.up", ".experts.down")):

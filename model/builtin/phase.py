@@ -15,16 +15,19 @@ from model.builtin.optimizer import Muon
 from model.builtin.parameters import Weights
 from model.builtin.recipe import Recipe
 
-SAVE_EVERY, LOG_EVERY = 100, 50  # steps
+SAVE_EVERY, LOG_EVERY = 100, 50  # steps between saves of the state, and between progress lines
 BALANCE = 1e-2  # change of an expert's correction bias per step (arXiv 2408.15664)
 
 Loss = Callable[[Weights, Batch], tuple[Tensor, Tensor, Tensor]]
-"""A function that returns the loss, the share of right tokens, and how often each layer's experts were chosen
-(layers, E)."""
+"""A function that returns the loss, the share of right tokens, and the share of tokens that chose each expert of each
+MoE layer (layers, E)."""
 
 
 class Phase:
-    """The state of one training phase, which is saved regularly and loaded again if a file exists."""
+    """The state of one training phase: weights, their average, optimizers and step number.
+
+    It is saved in `folder` regularly, and loaded from there if a stopped run has left it.
+    """
 
     def __init__(self, name: str, recipe: Recipe, weights: Weights, folder: Path, device: torch.device) -> None:
         self.name, self.recipe, self.device = name, recipe, device
@@ -58,7 +61,8 @@ class Phase:
     def update(self, loads: Tensor) -> None:
         """Do one step of the optimizers, of the experts' balance and of the average, after a backward pass.
 
-        loads (layers, E): how often each expert was chosen.
+        loads (layers, E): the share of tokens that chose each expert. Experts above the mean of their layer become less
+        likely to be chosen.
         """
         progress, start = self.step / self.recipe.steps, self.recipe.decay_from
         factor = min(1.0, (self.step + 1) / self.recipe.warmup, (1 - progress) / (1 - start))
@@ -76,7 +80,7 @@ class Phase:
         self.step += 1
 
     def save(self) -> None:
-        """Save the state; the file is replaced completely or not at all."""
+        """Save the state to the phase's file, which is replaced completely or not at all."""
         part = self.file.with_suffix(".part")
         save_file(self._state(), part, metadata={"step": str(self.step)})
         part.replace(self.file)
@@ -116,7 +120,7 @@ def _is_matrix(name: str) -> bool:
 
 
 def average(tensors: list[Tensor]) -> None:
-    """Average the tensors over all processes, in place."""
+    """Replace the tensors by their averages over all training processes, in place."""
     if dist.get_world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -127,7 +131,10 @@ def average(tensors: list[Tensor]) -> None:
 
 
 def run_phase(phase: Phase, corpus: Corpus, loss: Loss) -> None:
-    """Train the remaining steps of a phase."""
+    """Train the remaining steps of a phase, together with the other processes, which each take some rows of a step.
+
+    The first process also prints progress lines and saves the state.
+    """
     started, since = time.monotonic(), phase.step
     shown: list[tuple[float, float]] = []
     while not phase.done:
@@ -148,7 +155,7 @@ def run_phase(phase: Phase, corpus: Corpus, loss: Loss) -> None:
             left = (phase.recipe.steps - phase.step) * each / 60
             print(
                 f"{phase.name} {phase.step}/{phase.recipe.steps} loss {mean:.4f} right {right_share:.4f} "
-                f"{each * 1000:.0f} ms a step, {left:.0f} min left, experts {loads.min():.2f}-{loads.max():.2f}",
+                f"{each * 1000:.0f} ms per step, {left:.0f} min left, experts {loads.min():.2f}-{loads.max():.2f}",
                 flush=True,
             )
             shown.clear()

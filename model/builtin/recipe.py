@@ -33,20 +33,24 @@ class Recipe:
     rows: int = 16
     """Rows per step."""
     muon_lr: float = 0.02
+    """Learning rate of Muon, before warmup and decay; see model.builtin.optimizer."""
     adam_lr: float = 3e-3
+    """Learning rate of AdamW, before warmup and decay."""
     warmup: int = 50
+    """Number of first steps in which the learning rates rise linearly."""
     decay_from: float
     """Share of the steps after which the learning rates fall linearly to 0 and the weights are averaged."""
     averaging: float = 0.995
+    """Share of the old average that stays in the average of the weights at each step after `decay_from`."""
     blocks: int = 12
-    """Blocks of a row that the denoiser sees in a step."""
+    """Number of blocks of each row that are masked and denoised in a step. The context tower's phases ignore them."""
     all_masked: float = 0.25
     """Share of blocks that are masked completely, as every block is before its first denoiser forward."""
     tail_masked: float = 0.0
     """Share of blocks that are masked from some position to their end, as a block is if each of its tokens depends on
     the one before."""
     shares: Mapping[str, float] = field(default_factory=dict)
-    """Shares of some tasks that replace their usual ones."""
+    """Shares of some tasks among the examples, by task name, which replace those in model.builtin.tasks.TASKS."""
 
 
 PHASES: Mapping[str, Recipe] = {

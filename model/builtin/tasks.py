@@ -52,7 +52,7 @@ SERIES_DIGITS = (20, 60)
 PROMPT_END = "\nAnswer:"
 
 Question = tuple[str, str]
-"""The question and its answer. The answer begins with a space, because it follows PROMPT_END."""
+"""A question and its answer. The answer begins with a space, because it follows PROMPT_END."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def _unit(rng: random.Random) -> Question:
 
 
 def _facts(rng: random.Random, **facts: object) -> str:
-    """Return the facts as text, in random order."""
+    """Return the facts as text, such as "price 12, item lamp", in random order."""
     given = [f"{name} {value}" for name, value in facts.items()]
     rng.shuffle(given)
     return ", ".join(given)
@@ -198,15 +198,16 @@ TASKS: Mapping[str, tuple[Callable[[random.Random], Question], float]] = Mapping
 
 
 def is_held_out(question: str) -> bool:
-    """Return True if the question is kept for evaluation."""
+    """Return True if the question is kept for evaluation, as one in HELD_OUT_PARTS is; the text alone decides."""
     return hashlib.blake2b(question.encode(), digest_size=4).digest()[0] % HELD_OUT_PARTS == 0
 
 
 def examples(seed: int, *, held_out: bool, shares: Mapping[str, float] | None = None) -> Iterator[Example]:
-    """Yield examples without end, with tasks drawn by their shares; a quarter have one or two solved ones (few-shot).
+    """Yield examples without end, with tasks drawn by their shares; the same arguments give the same examples.
 
-    held_out: whether the examples are for evaluation or for training. The solved examples before a question are
-    training questions in both cases. shares: shares of some tasks that replace those in TASKS.
+    A quarter of the prompts begin with one or two solved examples (few-shot). held_out: True for examples for
+    evaluation, False for training. The solved examples before a question are training questions in both cases. shares:
+    shares of some tasks that replace those in TASKS.
     """
     rng = random.Random(f"{seed}/{held_out}")
     weights = {name: share for name, (_, share) in TASKS.items()} | dict(shares or {})
@@ -219,6 +220,7 @@ def examples(seed: int, *, held_out: bool, shares: Mapping[str, float] | None = 
 
 
 def _draw(task: str, rng: random.Random, *, held_out: bool) -> Question:
+    """Make questions of the task until one is held out, or is not, as `held_out` says; return it with its answer."""
     make = TASKS[task][0]
     while True:
         question, answer = make(rng)

@@ -37,8 +37,10 @@ AFTER_END_WEIGHT = 0.2
 
 
 def context_loss(config: TwoTowerConfig, weights: Weights, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the next-token loss (prompts have a lower weight), the share of right answer tokens, and the loads of the
-    experts."""
+    """Return the next-token loss, the share of right answer tokens, and the loads of the experts; see Loss.
+
+    Tokens of prompts have the weight PROMPT_WEIGHT in the loss, but do not count in the share.
+    """
     loads: list[Tensor] = []
     hidden, _ = trainable.context(config, weights, batch["ids"], Layout(batch["document"], batch["real"]), loads)
     logits = F.linear(hidden[:, :-1], weights["head"]).flatten(0, 1).float()
@@ -52,9 +54,10 @@ def context_loss(config: TwoTowerConfig, weights: Weights, batch: Batch) -> tupl
 def denoiser_loss(
     config: TwoTowerConfig, frozen: Weights, weights: Weights, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss on masked positions, the share of right tokens among them, and the loads of the experts.
+    """Return the loss on masked positions, the share of right ones among them, and the loads of the experts; see Loss.
 
-    The share does not count positions after the end of text.
+    `frozen` are the weights of the context tower, `weights` those of the denoiser. The share does not count positions
+    after the end of text.
     """
     loads: list[Tensor] = []
     layout = Layout(batch["document"], batch["real"])
@@ -76,12 +79,17 @@ def denoiser_loss(
 
 
 def main() -> None:
-    """Run the command."""
+    """Read the options and train, in one process on a GPU or in `--processes` processes on the CPU."""
     parser = argparse.ArgumentParser(prog="python -m model.builtin.train", description=__doc__)
-    parser.add_argument("--out", type=Path, default=BUILTIN["tiny"], help="where the checkpoint goes")
-    parser.add_argument("--work", type=Path, default=Path("out/tiny"), help="where a run under way is kept")
+    parser.add_argument("--out", type=Path, default=BUILTIN["tiny"], help="folder for the checkpoint")
     parser.add_argument(
-        "--processes", type=int, default=2, help="on a CPU, of one thread each; they share a step's rows"
+        "--work", type=Path, default=Path("out/tiny"), help="folder in which a run in progress is saved"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=2,
+        help="number of processes if there is no GPU, of one thread each; they share the rows of a step",
     )
     options = parser.parse_args()
     options.processes = 1 if torch.cuda.is_available() else options.processes
@@ -91,7 +99,7 @@ def main() -> None:
 
 
 def _train(rank: int, options: argparse.Namespace, meeting: str) -> None:
-    """Train in one of the processes; the first one writes the checkpoint."""
+    """Train all phases in the process with number `rank`. The first process, 0, writes the checkpoint."""
     torch.set_flush_denormal(True)  # states that have decayed become denormal numbers, which are slow
     torch.set_num_threads(1)  # the operations are too small to be split among threads
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)

@@ -6,8 +6,8 @@ completion is one chunk. Padding does not change the Mamba state, is zero for th
 other tokens. So a document gets the same results as in the engine, which computes it alone and without padding.
 
 Weights are a dict with the checkpoint's names without the tower's prefix; the experts of a layer are stacked.
-Shapes: B rows, N chunks a row, Q = CHUNK tokens, T = N * Q, H hidden, K blocks of a row; Mamba: M heads of D channels,
-G groups, S states, C conv channels, W conv taps.
+Shapes: B rows, N chunks per row, Q = CHUNK tokens, T = N * Q, H hidden, K blocks of a row; Mamba: M heads of D
+channels, G groups, S states, C conv channels, W conv taps.
 """
 
 from collections.abc import Mapping
@@ -29,17 +29,18 @@ inputs (B, N, W - 1, C) before each chunk. Attention: K and V (B, T, kv heads, h
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The places of documents in rows."""
+    """The place of each document in its row."""
 
     document: Tensor
-    """(B, N): the number, within its row, of the document that a chunk belongs to."""
+    """(B, N): the number, within its row, of the document that a chunk belongs to. Unused chunks have a number of their
+    own."""
     real: Tensor
     """(B, T) bool: False at padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The blocks to denoise."""
+    """The blocks of each row that are denoised in one step, all at the same time and independently of each other."""
 
     chunk: Tensor
     """(B, K): the index of each block's chunk in the row."""
@@ -50,7 +51,7 @@ class Blocks:
 def context(
     config: TwoTowerConfig, weights: Weights, ids: Tensor, layout: Layout, loads: list[Tensor]
 ) -> tuple[Tensor, list[Seeds]]:
-    """Run the context tower: ids (B, T) -> hidden (B, T, H) after the final norm, and each layer's seeds.
+    """Run the context tower: ids (B, T) -> hidden (B, T, H) after the final norm, and the Seeds of each layer.
 
     Appends to `loads`, for each MoE layer in order, the share of tokens that chose each expert (E,).
     """
@@ -126,7 +127,7 @@ def _time(config: TwoTowerConfig, weights: Weights, t: Tensor) -> Tensor:
 
 
 def _pick(seed: Tensor, chunk: Tensor) -> Tensor:
-    """Select the seeds of some chunks: seed (B, N, …), chunk (B, K) -> (B, K, …)."""
+    """Return the seeds before the given chunks: seed (B, N, …), chunk (B, K) -> (B, K, …)."""
     return seed[torch.arange(len(chunk), device=chunk.device)[:, None], chunk]
 
 
@@ -134,6 +135,7 @@ def _pick(seed: Tensor, chunk: Tensor) -> Tensor:
 
 
 def _context_mamba(config: TwoTowerConfig, w: _Layer, x: Tensor, layout: Layout) -> tuple[Tensor, Seeds]:
+    """Run a Mamba layer over x (B, T, H), each document from an empty state -> (B, T, H), and the layer's seeds."""
     z, xbc, dt = _project(config, w, x)
     xbc = xbc * layout.real[..., None]
     first = F.pad(layout.document[:, 1:] != layout.document[:, :-1], (1, 0), value=True)  # (B, N): a document begins
@@ -161,7 +163,7 @@ def _context_mamba(config: TwoTowerConfig, w: _Layer, x: Tensor, layout: Layout)
 
 
 def _scan(config: TwoTowerConfig, w: _Layer, x: Tensor, states: Tensor, tails: Tensor) -> Tensor:
-    """Run a Mamba layer over x (B, K, Q, H), each block separately from its seed."""
+    """Run a Mamba layer over x (B, K, Q, H), each block separately from its seed (states, tails) -> (B, K, Q, H)."""
     z, xbc, dt = _project(config, w, x)
     inputs, B, C, dt = _inputs(config, w, xbc, tails, dt)
     y = _mix(config, w, inputs, B, C, dt, dt * -w["mixer.A_log"].exp(), states)
@@ -233,7 +235,10 @@ def _context_attention(config: TwoTowerConfig, w: _Layer, x: Tensor, layout: Lay
 
 
 def _visible(blocks: Blocks, layout: Layout) -> Tensor:
-    """Return the mask (B, K * Q, T + K * Q): a token sees the context before its block's chunk, and its block."""
+    """Return the attention mask (B, K * Q, T + K * Q) bool of blocks: the context's keys first, then the blocks' own.
+
+    A token sees its document before the chunk of its block, and its block.
+    """
     chunk, token = torch.arange(layout.document.shape[1], device=blocks.t.device), CHUNK
     own = layout.document.gather(1, blocks.chunk)
     before = (layout.document[:, None] == own[..., None]) & (chunk < blocks.chunk[..., None])  # (B, K, N)
@@ -257,8 +262,10 @@ def _qkv(config: TwoTowerConfig, w: _Layer, x: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _attend(w: _Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Compute attention and output projection: q (B, L, heads, d), k, v (B, T, kv heads, d), mask (B, L, T) ->
-    (B, L, H)."""
+    """Return attention with its output projection: (B, L, H).
+
+    q (B, L, heads, d), k, v (B, T, kv heads, d), mask (B, L, T): True where a query sees a key.
+    """
     repeat = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -270,9 +277,10 @@ def _attend(w: _Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def _moe(config: TwoTowerConfig, w: _Layer, x: Tensor, loads: list[Tensor]) -> Tensor:
-    """Run all experts on all tokens, with weight 0 for experts that were not chosen.
+    """Return the output of an MoE layer for x (…, H), and append the share of tokens per expert (E,) to `loads`.
 
-    For experts this small, this is faster than sorting the tokens.
+    All experts run on all tokens, with weight 0 for experts that were not chosen. For experts this small, this is
+    faster than sorting the tokens.
     """
     weight = route(config, w["mixer.gate.weight"], w["mixer.gate.e_score_correction_bias"], x)
     loads.append((weight.detach() > 0).float().flatten(0, -2).mean(0))
@@ -284,7 +292,7 @@ def _moe(config: TwoTowerConfig, w: _Layer, x: Tensor, loads: list[Tensor]) -> T
 
 
 def route(config: TwoTowerConfig, gate: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """Return the weight of each expert, 0 if it was not chosen: x (…, H) -> (…, E)."""
+    """Return the router's weight of each expert, 0 if it was not chosen: x (…, H), gate (E, H), bias (E,) -> (…, E)."""
     with torch.autocast(x.device.type, enabled=False):
         scores = torch.sigmoid(F.linear(x.float(), gate.float()))
     chosen = torch.zeros_like(scores).scatter(

@@ -248,7 +248,7 @@ class _Folder:
                 got = self._read_piece(self._path(name), start + at, piece)
             if got != len(piece):
                 raise CheckpointError(
-                    f"checkpoint {self.uri}: {name} ends early: of {len(piece)} bytes from {start + at} on, it has {got}"
+                    f"checkpoint {self.uri}: {name} ends early: of {len(piece)} bytes from {start + at} on it has {got}"
                 )
 
     def _read_piece(self, path: str, start: int, buffer: memoryview) -> int:

@@ -1,4 +1,4 @@
-"""Checks with canaries (prompts whose completions are known) that a loaded model computes what it should.
+"""Checks with a canary (prompts whose completions are known) that a loaded model computes what it should.
 
     cases = make_cases(pair, prompts, tokens)     # from a model that is known to be right
     check_cases(pair, cases, made_in="float32")   # on a model that has just been loaded: raises CheckpointError
@@ -23,10 +23,10 @@ from model.network.two_tower import TwoTower
 from model.requests import Completion, EngineLimits, GenerationParams, Request
 
 CanaryMode = Literal["ar", "diffusion"]
-BLOCK = 16
+BLOCK = 16  # tokens; the block size of diffusion cases
 SETTINGS: Mapping[str, float] = {"block_size": BLOCK, "steps_per_block": 16, "confidence_threshold": 0.9}
 """The settings of diffusion cases: the defaults of the released code."""
-MAX_ROWS = 32
+MAX_ROWS = 32  # limit of the cases that are generated at the same time
 
 AGREE: Mapping[str, tuple[float, float]] = {"float32": (0.9, 1e-3), "bfloat16": (0.25, 0.05)}
 """The agreement that is required, by dtype: (least share of a mode's tokens, largest difference of their scores).
@@ -72,7 +72,9 @@ class Case:
 
 
 def make_cases(pair: TwoTower, prompts: Sequence[Sequence[int]], tokens: int) -> list[Case]:
-    """Return the cases of a model that is assumed to be right: every prompt in AR mode, then every prompt in diffusion.
+    """Generate at most `tokens` tokens per prompt and mode with a model that is assumed to be right; return the cases.
+
+    Every prompt comes in AR mode first, then every prompt in diffusion mode, if the denoiser is loaded.
 
     Raises RequestError if a prompt does not fit the model's context, and CheckpointError if logits are not finite.
     """
@@ -96,7 +98,10 @@ def make_cases(pair: TwoTower, prompts: Sequence[Sequence[int]], tokens: int) ->
 
 
 def measure_rounding(pair: TwoTower, cases: Sequence[Case]) -> dict[str, float]:
-    """Return, by mode, how much this bfloat16 model differs from cases that it made in float32; see ROUNDING_SHARE."""
+    """Return, by mode, the difference of scores that ROUNDING_SHARE of the tokens stay below in this bfloat16 model.
+
+    `cases` were made by the same model in float32.
+    """
     found = {mode: [case for case in cases if case.mode == mode] for mode in modes(pair)}
     return {mode: float(differences(pair, mine).quantile(ROUNDING_SHARE)) for mode, mine in found.items()}
 
@@ -104,10 +109,10 @@ def measure_rounding(pair: TwoTower, cases: Sequence[Case]) -> dict[str, float]:
 def check_cases(
     pair: TwoTower, cases: Sequence[Case], made_in: str, rounding: Mapping[str, float] | None = None
 ) -> None:
-    """Raise CheckpointError, with the mode and the difference, if the model is not the one that made the cases.
+    """Raise CheckpointError, with the mode and the difference, if the model does not compute what the cases expect.
 
     Cases of a mode whose towers are not loaded are left out. made_in: the dtype in which the cases were made. rounding:
-    the result of measure_rounding for these cases.
+    the result of measure_rounding for these cases, or None if it was not measured.
     """
     dtypes = {made_in, str(pair.dtype).removeprefix("torch.")}
     limits = [AGREE["bfloat16" if "bfloat16" in dtypes else "float32"]]
@@ -120,8 +125,8 @@ def check_cases(
         for share, allowed in (*limits, *noted):
             if (right := float((off <= allowed).float().mean())) < share:
                 raise CheckpointError(
-                    f"in {mode} mode {right:.0%} of the expected tokens' logits are what they must be, {share:.0%} is "
-                    f"the least; half are off by {off.median():.2g} standard deviations and more, "
+                    f"in {mode} mode only {right:.0%} of the expected tokens' logits are right, at least {share:.0%} "
+                    f"must be; half are off by {off.median():.2g} standard deviations or more, "
                     f"{allowed:.2g} is allowed"
                 )
     if dtypes == {"float32"}:
@@ -129,6 +134,7 @@ def check_cases(
 
 
 def _check_tokens(pair: TwoTower, cases: Sequence[Case]) -> None:
+    """Raise CheckpointError if a generated completion differs from its case before `case.stable` tokens."""
     requests = [
         _request(str(i), case.mode, case.prompt_ids, len(case.token_ids)) for i, case in enumerate(cases) if case.stable
     ]
@@ -137,14 +143,15 @@ def _check_tokens(pair: TwoTower, cases: Sequence[Case]) -> None:
         if (same := _agree(done.token_ids, case.token_ids)) < case.stable:
             raise CheckpointError(
                 f"in {case.mode} mode token {same} of a completion is {done.token_ids[same]}, "
-                f"{case.token_ids[same]} is expected"
+                f"but must be {case.token_ids[same]}"
             )
 
 
 def check_finite(pair: TwoTower, prompts: Sequence[Sequence[int]]) -> None:
-    """Raise CheckpointError if logits are not finite in the first forwards after these prompts.
+    """Raise CheckpointError if logits are not finite in the first forwards after these prompts, in all modes.
 
     AR mode generates two tokens; diffusion mode generates one block in a single step and the first token of the next.
+    Prompts that leave too little room in the context are left out.
     """
     tokens = {"ar": 2, "diffusion": BLOCK + 1}
     room = pair.config.max_position_embeddings - (BLOCK + 1)
@@ -158,20 +165,25 @@ def modes(pair: TwoTower) -> tuple[CanaryMode, ...]:
 
 
 def differences(pair: TwoTower, cases: Sequence[Case]) -> Tensor:
-    """Return the difference of each score from the expected one, for all tokens of all cases in one dimension."""
+    """Return how far each score is from the expected one, as an absolute value: (tokens of all cases,) float32.
+
+    `cases` must not be empty, and their modes must be loaded.
+    """
     return torch.cat([(_scores(pair, case) - torch.tensor(case.scores)).abs() for case in cases])
 
 
 def _request(key: str, mode: CanaryMode, prompt: Sequence[int], tokens: int, threshold: float | None = None) -> Request:
+    """Return a greedy request for `tokens` tokens, with SETTINGS or with another confidence threshold."""
     settings = dict(SETTINGS) if threshold is None else {**SETTINGS, "confidence_threshold": threshold}
     # no EOS: a completion that ends at once would test little
     return Request(key, prompt, GenerationParams(mode=mode, max_new_tokens=tokens, **settings))  # type: ignore[arg-type]
 
 
 def _generate(pair: TwoTower, requests: Sequence[Request]) -> list[Completion]:
-    """Generate the completions with a new engine, so that nothing of them stays in the engine that takes work.
+    """Return the completions, in the order of the requests, from a new engine with traces.
 
-    Raises CheckpointError if a completion has an error.
+    So nothing of the checks stays in the engine that generates the rows of a job. Raises CheckpointError if a
+    completion has an error.
     """
     if not requests:
         return []
@@ -187,7 +199,7 @@ def _generate(pair: TwoTower, requests: Sequence[Request]) -> list[Completion]:
 
 @torch.inference_mode()
 def _scores(pair: TwoTower, case: Case) -> Tensor:
-    """Return the scores (len(token_ids),) float32 on the CPU; see Case.scores."""
+    """Return the scores of the case's tokens in this model, (len(token_ids),) float32 on the CPU; see Case.scores."""
     prompt, ids = list(case.prompt_ids), list(case.token_ids)
     cache = pair.new_cache(slots=1, kv_tokens=len(prompt) + len(ids))
     slot = cache.allocator.acquire(len(prompt) + len(ids))
@@ -222,7 +234,7 @@ def _standard_scores(logits: Tensor, ids: Sequence[int]) -> Tensor:
 
 
 def _agree(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the number of tokens before the first one that differs."""
+    """Return the number of tokens before the first one that differs, or the shorter length if none does."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

@@ -43,7 +43,10 @@ def mamba_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """Return the attention (L, Q d) of q (L, Q, d) over k, v (P + L, J, d): the row's context, then its own tokens."""
+    """Return the attention (L, Q d) of one row: q (L, Q, d) over k, v (P + L, J, d), P tokens of context, then its own.
+
+    If causal, a token sees the context and the row's own tokens up to itself; otherwise all of them.
+    """
     q, k, v = wide(q), wide(k), wide(v)
     length, total, shared = len(q), len(k), q.shape[1] // k.shape[1]
     last_visible = torch.arange(total - length, total) if causal else torch.full((length,), total - 1)
@@ -70,7 +73,7 @@ def experts(x: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor)
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return the tensor in float64 on the CPU."""
+    """Return a tensor with the values of x in float64 on the CPU, without gradient."""
     return x.detach().to("cpu", torch.float64)
 
 

@@ -36,20 +36,20 @@ from model.network.two_tower import TwoTower
 from model.runtime.page_allocator import PAGE_SIZE
 from model.runtime.ragged_batch import RaggedBatch
 
-SCAN_TOLERANCE = 2e-5
+SCAN_TOLERANCE = 2e-5  # of the scan's outputs and states, in any dtype
 OUTPUT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8 * 2.0**-7}
 LARGE = 1000.0
-"""The size of seeded states; inputs have size 1."""
+"""The standard deviation of the SSM states that rows start from. That of the inputs is 1."""
 SEED = 20260626
 
 
 class KernelError(TwoTowerError):
-    """The error that a kernel does not compute what it must."""
+    """A kernel of the loaded model computes wrong results on its device."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Where:
-    """The settings that all cases of one layer share: where they run, and the names for error messages."""
+    """The settings that all cases of one layer share: its kernels, tower, device and dtype, and the random numbers."""
 
     kernels: Kernels
     tower: str
@@ -58,17 +58,17 @@ class _Where:
     generator: torch.Generator
 
     def normal(self, *shape: int, size: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Return seeded random numbers, which are the same on every device."""
+        """Return normal random numbers with standard deviation `size`, which are the same on every device."""
         return (torch.randn(*shape, generator=self.generator) * size).to(self.device, dtype or self.dtype)
 
     def close(self, kernel: str, what: str, error: float, allowed: float) -> None:
-        """Raise KernelError if the error is larger than allowed."""
+        """Raise KernelError if `error` (see relative_error) is larger than allowed. `what` names the results."""
         if not error <= allowed:
             off = f"off by {error:.2g} of the largest, {allowed:.2g} is allowed" if error < torch.inf else "not finite"
             raise self._wrong(kernel, f"{what} are {off}")
 
     def exact(self, kernel: str, what: str, right: bool) -> None:
-        """Raise KernelError if `right` is false."""
+        """Raise KernelError if `right` is False. `what` names the data that must be equal bit for bit."""
         if not right:
             raise self._wrong(kernel, f"{what} are not what they must be, bit for bit")
 
@@ -81,7 +81,10 @@ class _Where:
 
 
 def check_kernels(pair: TwoTower) -> None:
-    """Raise KernelError, naming kernel, case, device, dtype and error, if a kernel of the model is wrong."""
+    """Check the kernels of every kind of layer on every device of each tower.
+
+    Raises KernelError, with kernel, case, device, dtype and error, if one of them is wrong.
+    """
     towers = {"context": pair.context} | ({"denoiser": pair.denoiser} if pair.denoiser is not None else {})
     for name, tower in towers.items():
         seen = set[tuple[torch.device, type]]()
@@ -105,7 +108,7 @@ def check_kernels(pair: TwoTower) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """A forward through mamba_scan: row r has slot r, and a seed is a slot or -1. The last slot is that of a prefix."""
+    """A forward through mamba_scan: row r has slot r, and a seed is a slot or -1. One more slot is that of a prefix."""
 
     name: str
     lengths: tuple[int, ...]
@@ -114,6 +117,7 @@ class _Scan:
 
 
 def _scans(config: TwoTowerConfig) -> Iterator[_Scan]:
+    """Yield the cases of `check_scan`, in which kernels are known to fail."""
     taps, chunk = config.conv_kernel, config.chunk_size
     yield _Scan("rows that begin", (1, taps - 1, 16, 2 * taps + 17), (-1,) * 4, store=True)
     yield _Scan(f"seeded blocks shorter than chunk_size {chunk}", (16,) * 3, (0, 3, 3), store=False)
@@ -121,7 +125,10 @@ def _scans(config: TwoTowerConfig) -> Iterator[_Scan]:
 
 
 def check_scan(where: _Where, weights: Mamba2, config: TwoTowerConfig) -> None:
-    """Check the outputs of the scan, the states that it stores, and that it changes no other state."""
+    """Check mamba_scan in all its cases: the outputs, the states that it stores, and that it changes no other state.
+
+    Raises KernelError.
+    """
     shape = config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size
     for scan in _scans(config):
         count, tokens = len(scan.lengths), sum(scan.lengths)
@@ -148,9 +155,9 @@ def check_scan(where: _Where, weights: Mamba2, config: TwoTowerConfig) -> None:
 
 
 def check_attention(where: _Where, config: TwoTowerConfig) -> None:
-    """Check attention over paged contexts, for prompts and for blocks.
+    """Check attention over paged contexts, for prompts and for blocks: its outputs, and the pages after it.
 
-    Prompts are causal and stored; in a block every token sees all others, and nothing is stored.
+    Prompts are causal and stored; in a block every token sees all others, and nothing is stored. Raises KernelError.
     """
     for name, lengths, context, causal in (
         ("prompts", (1, PAGE_SIZE + 6, 16), (PAGE_SIZE, 0, 30), True),
@@ -190,18 +197,19 @@ def _paged(
 
 
 def check_linear(where: _Where, weight: Tensor) -> None:
-    """Check a product of one token and of several tokens."""
+    """Check the product with `weight` (out, in), for one token and for several. Raises KernelError."""
     for tokens in (1, 17):
         x = where.normal(tokens, weight.shape[1])
         right = definition.wide(x) @ definition.wide(weight).T
         error = relative_error(where.kernels.linear(x, weight), right, (1,) * tokens)
-        where.close("linear", f"outputs of {tokens} tokens", error, OUTPUT_TOLERANCE[where.dtype])
+        where.close("linear", f"outputs for token count {tokens}", error, OUTPUT_TOLERANCE[where.dtype])
 
 
 def check_experts(where: _Where, mixer: MoE) -> None:
-    """Check experts that are chosen by one token, by many and by none.
+    """Check the experts' outputs for a few tokens with random choices and weights. Raises KernelError.
 
-    At most eight experts are used, or as many as a token needs, the first and the last among them.
+    The choices are among eight experts, more if a token needs more, or all if the layer has fewer. The first and the
+    last expert are among the eight.
     """
     count, per_token, tokens = len(mixer.up), mixer.gate.per_token, 6
     chosen = torch.linspace(0, count - 1, min(count, max(8, per_token))).long()

@@ -88,8 +88,8 @@ class Paged:
         """The items (I, 8), each of one tile of a row.
 
         The columns: the row's first token among the N, its length, its context and its first place in `table`; the
-        tile's first query in the row; the first page of the item and the page after its last one; the slot of its
-        partial result, or -1 if it is the only item of its tile.
+        tile's first query in the row; the item's first page and the page after its last one, counted in the row; the
+        slot of its partial result, or -1 if it is the only item of its tile.
         """
         return self.packed[: ITEM * self.room.items].view(-1, ITEM)
 

@@ -42,6 +42,10 @@ class CudaKernels(PlainKernels):
         return F.linear(x, weight)
 
     def mamba_scan(self, inputs: ScanInputs) -> Tensor:
+        """Implement `Kernels.mamba_scan`: with the kernels for blocks, or with mamba-ssm if a row is longer than BLOCK.
+
+        Without mamba-ssm, the kernels for blocks scan all rows.
+        """
         if self._prefill_scan is None or max(inputs.rows.lengths) <= BLOCK:
             return scan.mamba_scan(inputs)
         return super().mamba_scan(inputs)

@@ -80,7 +80,7 @@ def test_mask_token_id_of_the_config_wins() -> None:
         ("mamba_num_heads", 63, "multiple of n_groups"),
         ("num_attention_heads", 33, "multiple of num_key_value_heads"),
         ("num_experts_per_tok", 129, "at most n_routed_experts"),
-        ("conv_kernel", 1, "2 and more"),
+        ("conv_kernel", 1, "at least 2"),
         ("layer_norm_epsilon", 0, "above 0"),
         ("routed_scaling_factor", None, "number"),
         ("norm_topk_prob", "yes", "true or false"),

@@ -164,7 +164,7 @@ def test_wrong_kernels_are_named(kernels: PlainKernels, fault: str, dtype: str) 
 
 
 def test_products_with_too_few_digits_are_found() -> None:
-    with pytest.raises(KernelError, match=r"^kernel linear .*: outputs of 1 tokens are off by "):
+    with pytest.raises(KernelError, match=r"^kernel linear .*: outputs for token count 1 are off by "):
         check_kernels(with_kernels(MultipliesInHalf(), model()))
 
 
