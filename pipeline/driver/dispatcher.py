@@ -17,26 +17,29 @@ from pipeline.driver.stall import StallWatch
 from pipeline.driver.work_queue import WorkQueue
 
 POLL_S = 0.5
-"""The longest time in seconds until the loop notices a stop signal."""
+"""The seconds for which each turn of the loop waits for events. Before each turn the loop looks at `stop`."""
 
 
 class Pool(Protocol):
-    """A pool of replicas that work on units. A replica that replaces a lost one gets a new name."""
+    """All replicas of a job, as the driver's loop sees them: it gives them work and receives their events.
+
+    The pool replaces a lost replica by one with a new name.
+    """
 
     def assign(self, replica: str, work: Assignment) -> None:
-        """Give work to a ready replica without waiting. If the replica is gone, its ReplicaLost event follows."""
+        """Give work to a ready replica and return at once. If the replica is gone, its ReplicaLost event follows."""
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
         """Return the events since the last call in order, or [] if there are none within `timeout_s` seconds.
 
-        Raises ClusterError if no replica can ever run.
+        Raises ClusterError or JobFailed if no replica can run any more.
         """
 
     def drop(self, replica: str, reason: str) -> None:
-        """Throw a replica away, whatever it is doing. The next wait returns its ReplicaLost event with this reason."""
+        """End a replica, whatever it is doing. The next wait returns its ReplicaLost event with this reason."""
 
     def close(self) -> None:
-        """Release all replicas after they have flushed their finished rows. Safe to call twice."""
+        """Release all replicas, after giving them some seconds to flush their finished rows. Safe to call twice."""
 
 
 def dispatch(
@@ -50,10 +53,11 @@ def dispatch(
 ) -> dict[str, UnitResult]:
     """Run every unit that is not in `finished`, and return the results of all units by unit id.
 
-    `on_event` is called with every event, and with None once in each turn of the loop. `stall` finds replicas that make
-    no progress, by a telemetry to which `on_event` passes every event. The caller has to close the pool. Raises
-    JobFailed (attempts or error rate exceeded, no replica starts or makes progress, `stop` is set), ClusterError, and
-    anything that `on_event` raises.
+    `on_event` is called with every event, with a ReplicaNote for every row that is condemned, and with None once in
+    each turn of the loop. `stall` finds the replicas that make no progress and are to be dropped; it reads a telemetry
+    to which `on_event` must pass every event. None: no replica is dropped. The caller has to close the pool. Raises
+    JobFailed (`stop` is set, too many attempts, error rows or condemned rows, no replica starts or makes progress),
+    ClusterError, and anything that `on_event` raises.
     """
     queue = WorkQueue(units, finished, policy)
     while queue.open:

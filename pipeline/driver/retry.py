@@ -1,4 +1,7 @@
-"""Decides when to retry and when to give up, by rules that need no clock, no storage and no cluster."""
+"""Decides what follows a loss, a failure or an error row: a retry, a split, a condemned row or the end of the job.
+
+The rules need no clock, no storage and no cluster.
+"""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -7,32 +10,36 @@ from pipeline.core.errors import JobFailed
 from pipeline.core.types import Assignment
 
 ROWS_BEFORE_JUDGING = 100
-"""The number of rows from which on the share of error rows is checked: with fewer rows it says little. At the end of
-the job it is always checked."""
+"""The number of rows from which on the share of error rows is checked, because the share of fewer rows says little. At
+the end of the job it is always checked."""
 START_FAILURES = 3
-"""The number of replicas that may die before they are ready, one after the other while no other works, until the job
-gives up. The same number limits replicas that die with work in which nothing is left to generate."""
+"""The job ends when this many replicas have died one after the other before they were ready, while no other replica was
+ready. It also ends when this many replicas (or `attempts`, if that is more) have died with work in which no row is left
+to generate."""
 PIECES = 8
 """The number of ranges into which a unit that kills replicas is split; a range that kills is split again. Splitting
 into halves would kill three times as many replicas, and each replacement has to load the model. The price is that
 every range has to read the unit."""
 CONDEMNED_IN_A_ROW = 10
-"""The number of rows condemned one after the other, with none generated in between, at which the job gives up."""
+"""The number of rows condemned one after the other, with no row generated in between, at which the job ends."""
 EXCUSED_ATTEMPTS = 20
 """The number of attempts at a unit from which on no loss is excused any more: something other than interruptions of
 spot instances must be ending its replicas."""
 
 
 def describe(work: Assignment) -> str:
-    """Return a description of a unit, or of a range of it, for the operator: id, file and rows (from 0, last row
-    included)."""
+    """Return a description of a unit, or of a range of it, for the operator: its id, its file, and the numbers of its
+    first and last row in that file, from 0."""
     unit, (first, end) = work.unit, work.span
     return f"unit {unit.id} ({unit.name}, rows {unit.first_row + first} to {unit.first_row + end - 1})"
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """The rules that follow from the job's `retry` settings. Every method raises JobFailed if the job must end."""
+    """The rules for retrying and giving up, with the limits in the job's `retry` settings.
+
+    Every method raises JobFailed if the job must end.
+    """
 
     attempts: int
     """The number of losses after which a unit is split or a single row is condemned, and the number of failures of a
@@ -45,11 +52,12 @@ class RetryPolicy:
     ) -> tuple[Assignment, ...]:
         """Return what replaces work whose replica was lost: the same work again, ranges of it, or its row as condemned.
 
-        `excused`: the loss is not caused by a row. `finished`: all rows of the unit are in segments, so none of them
-        can have killed the replica. `begun`: the replica had read the work. A single row that was not read yet is not
-        blamed for the first `attempts` losses; after that, reading it may be the cause. A row is condemned after at
-        most `attempts` losses of its unit, one loss of each range around it (their number is the logarithm to base
-        PIECES of the number of rows in the unit) and `attempts` losses of its own.
+        `excused`: the loss is not caused by a row, so it does not count until the unit has had EXCUSED_ATTEMPTS
+        attempts. `finished`: all rows of the unit are in segments, so none of them can have killed the replica.
+        `begun`: the replica had read the work. A range of one row that was not read yet is not blamed for the first
+        `attempts` losses; after that, reading it may be the cause. A row is condemned after at most `attempts` losses
+        of its unit, one loss of each range around it (their number is the logarithm to base PIECES of the number of
+        rows in the unit) and `attempts` losses of its own.
         """
         excused = excused and work.attempt < EXCUSED_ATTEMPTS
         early = not excused and not begun and work.lone and work.early_losses < self.attempts
@@ -71,7 +79,10 @@ class RetryPolicy:
         return tuple(replace(again, rows=rows, losses=0) for rows in pairwise(edges))
 
     def after_failure(self, work: Assignment, reason: str) -> Assignment:
-        """Return the next attempt at work that a replica, which is still alive, could not read or publish."""
+        """Return the next attempt at work that a replica, which is still alive, could not read or publish.
+
+        Raises JobFailed if the work has now failed `attempts` times.
+        """
         failures = work.failures + 1
         if failures >= self.attempts:
             raise JobFailed(
@@ -85,16 +96,17 @@ class RetryPolicy:
         if in_a_row >= CONDEMNED_IN_A_ROW:
             raise JobFailed(
                 f"{in_a_row} rows one after the other killed every replica that had them, and none was generated in "
-                f"between: it is rather the replicas than the rows; the last time: {reason}; see the replicas' logs, "
-                "and submit the job again"
+                f"between: the cause is probably not the rows but the replicas; the last time: {reason}; see the "
+                "replicas' logs, and submit the job again"
             )
 
     def check_errors(self, errors: int, rows: int, *, ended: bool = False) -> None:
-        """Raise JobFailed if there are too many `errors` among `rows`: all rows of the units that have begun or
-        finished.
+        """Raise JobFailed if the share of `errors` among `rows` exceeds max_error_rate.
 
-        Rows of a begun unit that are still to come count as rows without an error. Otherwise a unit whose bad rows are
-        found first could end a job that is within its limit.
+        `rows`: the number of all rows of the units that have begun or are finished. Rows of a begun unit that are still
+        to come count as rows without an error; otherwise a unit whose bad rows are found first could end a job that is
+        within its limit. `ended`: the job has no unit left, so the share is checked even with fewer than
+        ROWS_BEFORE_JUDGING rows.
         """
         if rows < (1 if ended else ROWS_BEFORE_JUDGING) or errors <= self.max_error_rate * rows:
             return
@@ -107,8 +119,9 @@ class RetryPolicy:
     def check_start(self, failures: int, *, refused: bool, working: bool, reason: str) -> None:
         """Raise JobFailed if no replica can start: `failures` of them died one after the other before they were ready.
 
-        `refused`: the start raised one of the project's own errors (such as a checkpoint that does not load), which the
-        next replica would raise again. While another replica is `working`, the job continues with the ones it has.
+        `refused`: the last start raised one of the project's own errors (such as a checkpoint that does not load),
+        which the next replica would raise again; one such start ends the job. `working`: another replica is ready; the
+        job then continues with the replicas that it has. `reason`: why the last one died.
         """
         if working or (not refused and failures < START_FAILURES):
             return
@@ -117,6 +130,7 @@ class RetryPolicy:
         )
 
     def _check_harmless(self, work: Assignment, reason: str) -> None:
+        """Raise JobFailed if too many replicas died with work that cannot have killed them."""
         if work.losses >= max(self.attempts, START_FAILURES):
             raise JobFailed(
                 f"{describe(work)} has no row left to generate, and yet {work.losses} replicas died "

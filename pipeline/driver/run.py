@@ -1,5 +1,5 @@
-"""Runs one job from its settings to its manifest. All that can be checked here is checked before anything is
-written."""
+"""Runs one job from its settings to its manifest and its report. Everything that the driver can check without a loaded
+model is checked before anything is written."""
 
 import contextlib
 import threading
@@ -36,18 +36,20 @@ message to the operator."""
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The outcome of a job that is complete."""
+    """The outcome of a run that completed its job, or that found it complete."""
 
     totals: Totals
+    """The counts of all rows of the job."""
     units: int
+    """The number of units of the job."""
     ran_units: int
-    """The number of units that this run did; 0 if all were done before."""
+    """The number of units that were left when this run began; 0 if all were done before."""
     tokens: int
     """The number of completion tokens that this run generated."""
     seconds: float
-    """Wall-clock seconds of this run, including planning and the loading of the model."""
+    """Wall-clock seconds of this run, including planning and the loading of the model, but not the report."""
     manifest: dict[str, Any] | None
-    """The manifest; None if the job was complete before."""
+    """The content of the manifest; None if the job was complete before."""
     warnings: tuple[str, ...] = ()
     """The warnings in the manifest."""
     report: str = ""
@@ -61,8 +63,10 @@ def run_job(
     make_display: Callable[[], Display] = open_display,
     sinks: Sequence[Sink] = (),
 ) -> Outcome:
-    """Run what is left of a job and complete it. If `stop` is set, the run ends soon with JobFailed. The `sinks`
-    receive the state of the run every few seconds.
+    """Run what is left of a job and complete it. If `stop` is set, the run ends soon with JobFailed.
+
+    `make_pool` and `make_display` are called only if units are left. The `sinks` receive the state of the run every few
+    seconds.
 
     Raises JobError, RequestError, CheckpointError and InputError before anything is written, JobFailed and ClusterError
     later, with the finished parts in place, and OutputError and StorageError at any time.
@@ -106,7 +110,10 @@ def run_job(
 
 @contextlib.contextmanager
 def _ending(reporter: Reporter, claim: Claim) -> Iterator[None]:
-    """Tell the reporter how the run ended."""
+    """When the `with` block ends, tell the reporter how the run ended: COMPLETE, or the text of the error.
+
+    If another driver has taken over the job, the reporter only closes, so that the other driver's live.json stays.
+    """
     try:
         yield
     except BaseException as error:
@@ -114,7 +121,7 @@ def _ending(reporter: Reporter, claim: Claim) -> Iterator[None]:
         ended = said if isinstance(error, TwoTowerError) else f"{type(error).__name__}: {said}"
         try:
             claim.check()
-        except JobFailed:  # live.json now belongs to the newer driver
+        except JobFailed:  # another driver has taken over, and live.json is now that one's
             reporter.close(None)
         else:
             reporter.close(ended)
@@ -124,7 +131,7 @@ def _ending(reporter: Reporter, claim: Claim) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """The inputs for generating the rows, except the pool."""
+    """Generates the rows of a job. The fields are what this needs, except the pool, which `generate` makes."""
 
     plan: Plan
     policy: RetryPolicy
@@ -132,18 +139,20 @@ class _Run:
     claim: Claim
     stop: threading.Event
     told: dict[str, str]
-    """Warnings by the name of the replica; `generate` adds to them."""
+    """The last warning of each replica, by its name; `generate` fills it."""
     telemetry: Telemetry
     display: Display
     reporter: Reporter
 
     def generate(self, finished: dict[str, UnitResult], make_pool: PoolMaker) -> dict[str, UnitResult]:
-        """Run the units that are not finished, and return the results of all units by unit id. The pool and the
-        display are closed in any case."""
+        """Make the pool, run the units that are not in `finished`, and return the results of all units by unit id.
+
+        The pool and the display are closed in any case, the display after a last progress line.
+        """
         with contextlib.ExitStack() as closing:
             closing.callback(self.display.close)
             closing.callback(lambda: self.display.show(run_progress(self.telemetry.snapshot())))
-            show_run(self.display, self.telemetry, None)  # so that a bar is there while the pool starts
+            show_run(self.display, self.telemetry, None)  # so that progress is shown while the pool starts
             pool = make_pool(self.plan, len(self.plan.units) - len(finished), self.display.tell)
             closing.callback(pool.close)
             return dispatch(self.plan.units, finished, pool, self.policy, self.stop, self._hear, self.stall)

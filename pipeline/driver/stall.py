@@ -1,5 +1,5 @@
-"""Finds replicas that make no progress. The driver's loop asks it once in each turn; it needs no thread and no
-cluster."""
+"""Finds replicas that make no progress. The driver's loop asks once in each turn, so no thread and no cluster is
+needed."""
 
 from collections.abc import Iterable
 
@@ -7,29 +7,29 @@ from pipeline.core.errors import JobFailed
 from pipeline.monitoring.telemetry import Telemetry
 
 SHOWN = 5
-"""The number of replicas that the error names when the job ends."""
+"""The maximum number of replicas that the error names if the job ends because none makes progress."""
 
 
 class StallWatch:
-    """A watch that drops a replica which holds work and makes no progress for `stall_s` seconds.
+    """Finds the replicas that hold work but have made no progress for `stall_s` seconds, so that they are replaced.
 
-    If a replacement makes no progress either, and no row has been generated anywhere since, the job ends, because the
-    cause is then not the replica. This happens at least twice `stall_s` after the last row.
+    If a replica was dropped and later another one makes no progress either, and for twice `stall_s` no row has been
+    generated and no assignment finished anywhere, the job ends, because the replicas are then not the cause.
     """
 
     def __init__(self, telemetry: Telemetry, stall_s: float) -> None:
         self._telemetry, self._stall_s = telemetry, stall_s
-        self._dropped: list[str] = []  # each replica since the last row, with its last activity
+        self._dropped: list[str] = []  # dropped since the last row: name and last activity of each
         self._dropped_at = float("-inf")
 
     def check(self, busy: Iterable[str]) -> list[tuple[str, str]]:
-        """Return the replicas to drop now, each with the reason, among the ones in `busy`, which hold work. Raises
-        JobFailed if the job must end."""
+        """Return (name, reason) of each replica to drop now. `busy`: the replicas that hold work. Raises JobFailed if
+        the job must end."""
         run, limit = self._telemetry, self._stall_s
         run.set_busy(busy)
         now = run.clock()
         stalled = [
-            (replica, now - state.since, "nothing heard of it" if state.beats is None else state.doing)
+            (replica, now - state.since, "no report since it got work" if state.beats is None else state.doing)
             for replica, state in run.replicas.items()
             if state.since is not None and now - state.since >= limit
         ]
@@ -42,7 +42,7 @@ class StallWatch:
         if before and now - run.row_at >= 2 * limit:
             more = f"; and {len(self._dropped) - SHOWN} more" if len(self._dropped) > SHOWN else ""
             raise JobFailed(
-                f"no replica got further for {(now - run.row_at) / 60:.3g} minutes (retry.stall_minutes is "
+                f"no replica made progress for {(now - run.row_at) / 60:.3g} minutes (retry.stall_minutes is "
                 f"{limit / 60:.3g}); what they were doing: {'; '.join(self._dropped[:SHOWN])}{more}; see the replicas' "
                 "logs, and submit the job again"
             )

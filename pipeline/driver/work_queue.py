@@ -15,8 +15,8 @@ from pipeline.core.types import Assignment, UnitResult, WorkKey, WorkUnit
 from pipeline.driver.retry import RetryPolicy
 
 UNITS_A_REPLICA = 2
-"""The number of units that a replica holds: one in the engine, and the next one already read and tokenised, so that the
-engine does not run empty between them."""
+"""The maximum number of units that a replica holds: one in the engine, and the next one already read and tokenised, so
+that the engine does not run empty between them."""
 
 
 @dataclass(slots=True)
@@ -31,8 +31,10 @@ class _Split:
 
 
 class WorkQueue:
-    """The work that waits, the work that each replica holds, and the results. Raises JobFailed if the retry policy
-    gives up."""
+    """The state of the driver's loop: the work that waits, the work that each replica holds, and the results so far.
+
+    The methods that record something raise JobFailed if the retry policy gives up.
+    """
 
     def __init__(self, units: Sequence[WorkUnit], finished: Mapping[str, UnitResult], policy: RetryPolicy) -> None:
         self.results: dict[str, UnitResult] = dict(finished)
@@ -54,22 +56,24 @@ class WorkQueue:
 
     @property
     def open(self) -> bool:
-        """Return True if units are left."""
+        """Return whether any unit is still to be done."""
         return bool(self._waiting or self._suspects) or any(self._held.values())
 
     @property
     def busy(self) -> list[str]:
-        """Return the replicas that hold work."""
+        """Return the names of the replicas that hold work."""
         return [replica for replica, held in self._held.items() if held]
 
     def summary(self) -> str:
+        """Return text such as `3 of 10 units are done`."""
         return f"{len(self.results)} of {self._total} units are done"
 
     def hand_out(self) -> Iterator[tuple[str, Assignment]]:
-        """Yield each replica and the work to assign to it now. All replicas get a first work before any gets a second.
+        """Yield (replica, work) for all work to assign now. Every replica gets a first work before any gets a second.
 
-        A suspect is given to a replica that holds nothing, and that replica gets no other work beside it. For each
-        suspect that waits, one replica is given no second work, so that it becomes free.
+        Work that is yielded counts as held by the replica. A suspect (Assignment.suspect) is given to a replica that
+        holds nothing, and that replica gets no other work beside it. For each suspect that waits, one replica is given
+        no second work, so that it becomes free.
         """
         for replica, held in self._held.items():
             if not held and (queue := self._suspects or self._waiting):
@@ -84,7 +88,8 @@ class WorkQueue:
                 yield replica, self._give(held, self._waiting)
 
     def take(self, event: Event) -> None:
-        """Record one event."""
+        """Update the state for one event. Reports on work that the replica no longer holds change nothing, except that
+        a published part always counts. Raises JobFailed if the policy gives up."""
         match event:
             case ReplicaReady(replica):
                 self._held[replica] = {}
@@ -111,7 +116,7 @@ class WorkQueue:
                 self._lost(event)
 
     def check_end(self) -> None:
-        """Check the error rate for the last time, over all rows. Raises JobFailed if it is too high."""
+        """Check the share of error rows once more when no unit is left. Raises JobFailed if it is too high."""
         self._policy.check_errors(self._errors, self._rows, ended=True)
 
     def _give(self, held: dict[WorkKey, Assignment], queue: deque[Assignment]) -> Assignment:

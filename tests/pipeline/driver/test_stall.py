@@ -45,7 +45,8 @@ def test_a_replica_without_a_new_beat_is_dropped_and_its_neighbour_is_not() -> N
 def test_one_that_was_never_heard_of_is_dropped_too() -> None:
     watched = Watched()
     watched.at(0, "a")
-    assert watched.at(10, "a") == [("a", "no progress for 10 minutes (retry.stall_minutes), last: nothing heard of it")]
+    said = "no progress for 10 minutes (retry.stall_minutes), last: no report since it got work"
+    assert watched.at(10, "a") == [("a", said)]
 
 
 def test_the_time_runs_only_while_it_holds_work() -> None:
@@ -64,9 +65,8 @@ def test_a_replacement_that_stands_still_as_well_ends_the_job_and_says_what_each
     assert [replica for replica, _ in watched.at(11, "r0", "r1", r0=0, r1=0)] == []
     assert [replica for replica, _ in watched.at(21, "r0", "r1", r0=0, r1=0)] == ["r0", "r1"]
     watched.at(22, "r0.2", "r1.2")
-    with pytest.raises(
-        JobFailed, match=r"no replica got further for 32 minutes .* doing: r0: step 0; r1: step 0; r0\.2: nothing heard"
-    ):
+    doing = r"r0: step 0; r1: step 0; r0\.2: no report since it got work"
+    with pytest.raises(JobFailed, match=rf"no replica made progress for 32 minutes .* doing: {doing}"):
         watched.at(32, "r0.2", "r1.2")
 
 
