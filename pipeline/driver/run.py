@@ -131,7 +131,7 @@ def _ending(reporter: Reporter, claim: Claim) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Generates the rows of a job. The fields are what this needs, except the pool, which `generate` makes."""
+    """A generator of the rows of a job. The fields are what it needs, except the pool, which `generate` makes."""
 
     plan: Plan
     policy: RetryPolicy

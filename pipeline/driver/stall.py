@@ -11,7 +11,8 @@ SHOWN = 5
 
 
 class StallWatch:
-    """Finds the replicas that hold work but have made no progress for `stall_s` seconds, so that they are replaced.
+    """A watch that finds the replicas which hold work but have made no progress for `stall_s` seconds, for the loop to
+    drop them.
 
     If a replica was dropped and later another one makes no progress either, and for twice `stall_s` no row has been
     generated and no assignment finished anywhere, the job ends, because the replicas are then not the cause.

@@ -1,8 +1,8 @@
 """Warns if block diffusion gains nothing, that is, if every block takes one denoiser forward per token.
 
-This is the sign of a wrong scan, which does not crash: it only makes the denoiser so unsure that every step commits
-just the one position that it must commit. Each replica checks its own first blocks and warns at once. Warnings that
-were reported to a driver that died are lost, so the totals of the parts are checked at the end of a job as well.
+This is the sign of a wrong Mamba scan. It does not crash, but makes the denoiser so unsure that every step commits only
+the one position that it must commit. Each replica checks its own first blocks and warns at once. Warnings that were
+reported to a driver that died are lost, so the totals of the parts are checked at the end of a job as well.
 """
 
 from collections.abc import Container, Iterable
@@ -13,11 +13,11 @@ from pipeline.core.events import WARNING
 from pipeline.core.types import Totals, UnitResult
 
 BLOCKS = 200
-"""Number of blocks that are needed before a warning is given."""
+"""Number of blocks that must have taken one forward per token before a warning is given."""
 
 
 def may_gain(params: GenerationParams) -> bool:
-    """Return whether a block can take fewer denoiser forwards than it has tokens, and can also take as many.
+    """Return whether a block may take fewer denoiser forwards than it has tokens, or as many, depending on the model.
 
     False in the AR modes, if a block has one token, and if the threshold is 1, which no probability exceeds. False also
     if there are fewer steps than tokens, because then every block takes fewer forwards anyway.
@@ -27,15 +27,18 @@ def may_gain(params: GenerationParams) -> bool:
 
 
 class ForwardsWatch:
-    """A check of one replica's first blocks, which ends when a block takes fewer forwards than it has tokens."""
+    """A watch over the first blocks of one replica. It warns once if BLOCKS of them took one denoiser forward per
+    token, and ends as soon as one block takes fewer."""
 
     def __init__(self) -> None:
-        self._blocks: int | None = 0  # None when the check has ended
+        self._blocks: int | None = 0  # blocks seen so far, all with one forward per token; None: ended
 
     def take(self, params: GenerationParams, completion: Completion) -> str | None:
-        """Return a warning, once, if the first BLOCKS blocks took one forward per token; else None.
+        """Take a row that has ended. Return the text of a warning, with the prefix WARNING, if the first BLOCKS blocks
+        took one forward per token; else None, and always None after the first warning.
 
-        Only complete blocks count, because the last block of a row may have ended early.
+        Only complete blocks count, because the last block of a row may have ended early. Rows for which `may_gain` is
+        false do not count.
         """
         if self._blocks is None or not may_gain(params):
             return None
@@ -47,14 +50,15 @@ class ForwardsWatch:
         if self._blocks < BLOCKS:
             return None
         self._blocks = None
-        return WARNING + _text(f"its first {BLOCKS} blocks took a denoiser forward for each token")
+        return WARNING + _text(f"its first {BLOCKS} blocks took one denoiser forward per token")
 
 
 def slow_replicas(job: Job, results: Iterable[UnitResult], but: Container[str] = ()) -> list[str]:
-    """Return a warning for each replica whose parts hold no more tokens than they took denoiser forwards.
+    """Return a warning for each replica whose parts took at least as many denoiser forwards as they hold tokens.
 
-    A replica needs at least BLOCKS blocks' worth of forwards; replicas in `but` are left out. The list is empty if the
-    rows may bring a confidence_threshold of their own, or if may_gain is false for the job.
+    Replicas with fewer forwards than BLOCKS blocks have tokens are left out, and so are those named in `but`, which
+    have warned already. The list is empty if rows may have a confidence_threshold of their own, or if `may_gain` is
+    false for the job.
     """
     params = job.generation.params(())
     if not may_gain(params) or job.input.row_settings.confidence_threshold is not None:
@@ -72,6 +76,6 @@ def slow_replicas(job: Job, results: Iterable[UnitResult], but: Container[str] =
 
 def _text(what: str) -> str:
     return (
-        f"{what}, so block diffusion gains nothing: the kernels or the checkpoint may be wrong; if the texts are well, "
+        f"{what}, so block diffusion gains nothing: the kernels or the checkpoint may be wrong; if the texts are good, "
         "lower generation.confidence_threshold or use generation.mode: ar"
     )

@@ -1,6 +1,6 @@
-"""Writes and reads `_job/live.json`, the driver's regular report, which shows whether a job runs or is dead.
+"""Writes and reads `_job/live.json`, the driver's regular report, which shows whether a job is running or dead.
 
-The file only informs people: a job runs, resumes and ends the same without it.
+The file only informs people and monitors: a job runs, resumes and ends the same without it.
 """
 
 import threading
@@ -20,7 +20,7 @@ from pipeline.storage.storage import Storage
 INTERVAL_S = 10.0
 """Seconds between two writes; each write is one storage request."""
 DEAD_AFTER = 3
-"""Number of intervals without a new report after which a driver counts as dead."""
+"""Number of intervals (INTERVAL_S) without a new report after which a driver counts as dead."""
 COMPLETE = "complete"
 """Value of `ended` if the run completed its job."""
 CLOSE_S = 5.0
@@ -29,20 +29,21 @@ CLOSE_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveReplica:
-    """A replica that has loaded its model. Rates and means cover the last minute."""
+    """A replica that has loaded its model and is not lost. Rates and means cover the last minute."""
 
     name: str
     doing: str
+    """A few words about its current work."""
     heard: float
     """Time of its last report, in seconds since 1970 by the driver's clock, like all times in this module."""
     rows_per_s: float
     tokens_per_s: float
     batch_rows: float
-    """Mean number of rows computed together, averaged over the rows that ended."""
+    """Mean number of rows computed together, averaged over the rows that ended; 0 if none did."""
     tokens_per_forward: float
-    """Completion tokens per denoiser forward of a row; 0 in the AR modes."""
+    """Completion tokens per denoiser forward of a row; 0 without such forwards, as in the AR modes."""
     padding_share: float
-    """Share of the tokens in prefill forwards that is padding."""
+    """Share (0 to 1) of the tokens in prefill forwards that is padding; 0 without prefill."""
     stats: ReplicaStats
     """Counts of the replica, without error kinds: `Live` has those of the whole run, which keeps the file small with
     hundreds of replicas."""
@@ -50,9 +51,9 @@ class LiveReplica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Live:
-    """The whole job as its driver sees it.
+    """The content of live.json: the whole job as its driver sees it.
 
-    Counts of rows, units and errors cover the job; losses, retries and error kinds cover this run.
+    Counts of rows, units and error rows cover the job; losses, retries and error kinds cover this run.
     """
 
     time: float
@@ -61,23 +62,29 @@ class Live:
     """Time when the driver's loop last collected these numbers."""
     fingerprint: str
     started: float
+    """Time when this run began."""
     ended: str | None
     """The way the run ended: COMPLETE, or the reason why it did not complete; None while it is running."""
     rows: int
+    """Finished rows, including those of units in progress."""
     total_rows: int
     errors: int
+    """Error rows among `rows`."""
     units: int
+    """Published units."""
     total_units: int
     rows_per_s: float
     tokens_per_s: float
     eta_s: float | None
+    """Estimated seconds until the job is done; None while `rows_per_s` is 0."""
     replicas: tuple[LiveReplica, ...]
     replicas_lost: int
+    """Number of replicas that were lost or did not start."""
     losses: tuple[str, ...]
-    """Names of the last few replicas that were lost, each with the reason."""
+    """The last few losses, oldest first, each as `name: reason`."""
     unit_retries: int
-    """Number of times that a unit or a range of its rows was given back, because its replica was lost or because
-    reading or publishing it failed."""
+    """Number of times that a unit, or a range of its rows, was given back because reading or publishing it failed, or
+    because its replica was lost after it had reported progress on it."""
     error_kinds: tuple[ErrorCount, ...]
 
     @property
@@ -90,7 +97,8 @@ _LIVE = TypeAdapter(Live)
 
 
 def read_live(storage: Storage, fingerprint: str) -> Live | None:
-    """Return the last report of the job with this fingerprint, or None if there is none or it cannot be parsed.
+    """Return the last report in live.json, or None if there is none, if it cannot be parsed, or if it is from a job
+    with another fingerprint.
 
     Raises StorageError if the storage fails.
     """
@@ -119,7 +127,10 @@ class LiveFile:
             self._thread.start()
 
     def close(self, live: Live | None) -> None:
-        """End the thread after a last write of `live`; None: write nothing more, as another driver owns the file."""
+        """End the thread after a last write of `live`. None: write nothing more, because another driver owns the file.
+
+        This waits at most CLOSE_S seconds. It does nothing if `show` was never called.
+        """
         if self._newest is None:
             return
         self._newest, self._closed = live, True

@@ -23,10 +23,11 @@ Record = tuple[int, str, dict[str, Any]]
 
 
 class JsonLines(logging.Formatter):
-    """A formatter that writes `{"ts": …, "level": …, "event": …}` with the record's own fields added."""
+    """A formatter that writes a log record as one line of JSON: `ts` (ISO 8601 in UTC), `level`, `event` (the message),
+    and the fields that `log` attached."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record as one line of JSON."""
+        """See JsonLines."""
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         fields: dict[str, Any] = getattr(record, "fields", {})
         return json.dumps({"ts": at, "level": record.levelname.lower(), "event": record.getMessage(), **fields})
@@ -41,12 +42,12 @@ def use_json(out: TextIO | None = None) -> None:
 
 
 def is_json() -> bool:
-    """Return whether this process logs JSON."""
+    """Return whether `use_json` was called in this process."""
     return any(isinstance(handler.formatter, JsonLines) for handler in LOG.handlers)
 
 
 def log(record: Record | None, **more: Any) -> None:
-    """Log the record, if there is one, with the fields in `more` added; fields that are None are left out."""
+    """Log the record with the fields in `more` added; fields that are None are left out. None as record: do nothing."""
     if record is not None and LOG.isEnabledFor(record[0]):
         level, event, fields = record
         shown = {name: value for name, value in (more | fields).items() if value is not None}
@@ -54,13 +55,16 @@ def log(record: Record | None, **more: Any) -> None:
 
 
 def work_record(event: str, replica: str, work: Assignment) -> Record:
-    """Return the record of an event that concerns an assignment."""
+    """Return a log record about an assignment: replica, unit, attempt, number of rows, and the range if it is one.
+
+    `event` is the name of what happened to it, such as `unit begun`.
+    """
     first, end = work.span
     return logging.INFO, event, _about(replica, work) | {"rows": end - first}
 
 
 def event_record(event: Event | None) -> Record | None:
-    """Return the record of an event, or None if the event only reports progress."""
+    """Return the log record of an event from a replica, or None if it only reports progress or there is no event."""
     match event:
         case ReplicaReady(replica):
             return logging.INFO, "replica ready", {"replica": replica}

@@ -13,33 +13,33 @@ import rich.progress
 from rich.console import Console
 
 from pipeline.core.events import Event, ReplicaLost, ReplicaNote, UnitFailed
-from pipeline.core.text import duration
+from pipeline.core.text import counted, duration
 from pipeline.monitoring.logs import event_record, log, use_json
 from pipeline.monitoring.telemetry import Snapshot, Telemetry
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The state of some work at one moment."""
+    """The progress of a run or of a piece of a calibration at one moment, in the forms that displays need."""
 
     text: str
     """One line for people."""
     done: int = 0
     total: int | None = None
-    """The number at which `done` ends, at least 1; None if it is not known yet: a bar then keeps the one it has."""
+    """The value of `done` at the end, at least 1. None if it is not known yet: a bar then keeps the one it has."""
     fields: dict[str, Any] = field(default_factory=dict)
-    """The same for machines."""
+    """The fields of the JSON record."""
 
 
 class Display(ABC):
-    """A display of progress, and of messages to the operator."""
+    """A display of progress and of messages for the operator, on a terminal, in a log file or as JSON."""
 
     def __init__(self, interval_s: float, clock: Callable[[], float]) -> None:
         self._interval_s, self._clock = interval_s, clock
         self._shown_at = clock()
 
     def due(self) -> bool:
-        """Return whether progress was shown long enough ago to be shown again."""
+        """Return whether the last progress was shown at least `interval_s` seconds ago."""
         return self._clock() - self._shown_at >= self._interval_s
 
     def show(self, progress: Progress) -> None:
@@ -48,7 +48,7 @@ class Display(ABC):
         self._put(progress)
 
     def hear(self, event: Event | None) -> None:
-        """Show what an event of the dispatch loop says to the operator, if anything."""
+        """Show an event of the driver's loop if it matters to the operator: a note, a lost replica or a failed unit."""
         match event:
             case ReplicaNote(replica, text):
                 self.tell(f"{replica}: {text}")
@@ -59,17 +59,17 @@ class Display(ABC):
 
     @abstractmethod
     def tell(self, text: str) -> None:
-        """Show a message that stays."""
+        """Show a message, which later progress does not replace."""
 
     @abstractmethod
     def _put(self, progress: Progress) -> None: ...
 
     def close(self) -> None:  # noqa: B027 (only a bar has something to end)
-        """End the display."""
+        """End the display. Only a bar has something to end."""
 
 
 class LineDisplay(Display):
-    """A display for log files: plain lines. If not `repeats`, a line that is the same as the last is left out."""
+    """A display for log files: plain lines. Unless `repeats`, a progress line that equals the last one is left out."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class LineDisplay(Display):
 
 
 class BarDisplay(Display):
-    """A live bar on a terminal, with messages above it. If `transient`, it vanishes at the end."""
+    """A display on a terminal: a bar with messages above it. If `transient`, the bar vanishes at the end."""
 
     def __init__(self, console: Console, *, transient: bool = False) -> None:
         super().__init__(0.0, time.monotonic)  # always due: rich draws it a few times a second
@@ -115,7 +115,7 @@ class BarDisplay(Display):
 
 
 class JsonDisplay(Display):
-    """A display of JSON records: progress, messages and each notable event."""
+    """A display as JSON records, one per line: progress, messages, and each event that is not only progress."""
 
     def __init__(self, out: TextIO, interval_s: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(interval_s, clock)
@@ -136,10 +136,10 @@ class JsonDisplay(Display):
 def open_display(
     out: TextIO | None = None, interval_s: float = 5.0, *, as_json: bool = False, in_pieces: bool = False
 ) -> Display:
-    """Return a bar if `out` (default: stderr) is a terminal, else lines every `interval_s` seconds, or JSON on request.
+    """Return the display for `out` (default: stderr): a bar if it is a terminal, else lines every `interval_s` seconds.
 
-    `in_pieces`: for work whose progress begins again with each piece of it, as that of a calibration. A bar then
-    vanishes at the end, and lines may repeat.
+    `as_json`: JSON records every `interval_s` seconds instead. `in_pieces`: the progress begins again with each piece
+    of the work, as in a calibration. A bar then vanishes at the end, and lines may repeat.
     """
     out = out or sys.stderr
     if as_json:
@@ -150,19 +150,19 @@ def open_display(
 
 
 def run_progress(now: Snapshot) -> Progress:
-    """Return the progress of a run."""
+    """Return the progress of a run, with text such as `5/10 rows (50.0%) · 40 tokens/s · 0 errors · ETA 8s · …`."""
     share = now.rows / now.total_rows if now.total_rows else 1.0
     eta = "?" if now.eta_s is None else duration(now.eta_s)
     text = (
         f"{now.rows:,}/{now.total_rows:,} rows ({share:.1%}) · {now.tokens_per_s:,.0f} tokens/s · "
-        f"{now.errors:,} errors · ETA {eta} · {now.replicas} {'replica' if now.replicas == 1 else 'replicas'}"
+        f"{counted(now.errors, 'error')} · ETA {eta} · {counted(now.replicas, 'replica')}"
     )
     fields = {name: round(value, 1) for name, value in asdict(now).items() if value is not None}
     return Progress(text, now.rows, max(now.total_rows, 1), fields)
 
 
 def show_run(display: Display, telemetry: Telemetry, event: Event | None) -> None:
-    """Show what an event says that the telemetry has taken, and the progress of the run if it is due."""
+    """Show an event, which the telemetry must have taken already, and then the progress of the run if it is due."""
     display.hear(event)
     if display.due():
         display.show(run_progress(telemetry.snapshot()))

@@ -1,4 +1,4 @@
-"""Passes pictures of a run on to `_job/live.json` and to sinks such as Ray's metrics.
+"""Passes pictures of a run (pipeline.monitoring.live.Live) on to `_job/live.json` and to sinks such as Ray's metrics.
 
 A sink that fails is reported once and removed; it never ends a job.
 """
@@ -11,11 +11,11 @@ from pipeline.monitoring.telemetry import Telemetry
 SAMPLE_S = 2.0
 """Seconds between two pictures of the run, the same as between two reports of a replica."""
 Sink = Callable[[Live], None]
-"""A function that receives each picture of the run, for example workers.cluster.metrics."""
+"""A function that receives each picture of the run, for example a workers.cluster.metrics.RayMetrics."""
 
 
 class Reporter:
-    """A reporter of one run, called once per turn of the driver's loop."""
+    """A reporter of one run. The driver's loop calls `turn` once per turn, and `close` follows at the end."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class Reporter:
         sinks: Sequence[Sink] = (),
         tell: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        """Pass on the first picture. `tell`: shows a message to the operator."""
+        """Pass on the first picture. `tell` shows the operator a message, if a sink fails."""
         self._telemetry, self._file, self._sinks, self._tell = telemetry, file, list(sinks), tell
         self._report()
 
@@ -34,7 +34,8 @@ class Reporter:
             self._report()
 
     def close(self, ended: str | None) -> None:
-        """Pass on the last picture, with how the run ended. None: write nothing, as another driver owns the job."""
+        """Pass on the last picture. `ended`: COMPLETE, or the reason why the run ended. None: pass nothing on, because
+        another driver owns the job."""
         live = None if ended is None else self._telemetry.picture(ended)
         if live is not None:
             self._pass_on(live)

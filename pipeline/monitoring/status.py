@@ -22,13 +22,14 @@ from pipeline.output.records import Status
 from pipeline.storage.storage import FileInfo, Storage
 
 State = Literal["complete", "running", "stopped", "dead", "unknown"]
-"""The state of a job. stopped: its driver reported how it ended. dead: its driver has stopped reporting without that.
-unknown: no driver has reported anything."""
+"""The state of a job. complete: `_SUCCESS` and all rows are there. running: its driver reported recently. stopped: its
+driver reported why it ended. dead: its driver has stopped reporting without that. unknown: no driver has reported."""
 ERROR_PARTS = 16
-"""Maximum number of parts whose error rows are read if live.json does not cover all errors."""
+"""Maximum number of parts whose error rows are read if live.json does not cover all error rows."""
 SHOWN_ERRORS = 5
+"""Maximum number of error kinds that are shown."""
 QUIET_S = 60.0
-"""Seconds of silence after which the status mentions that a replica, or the driver's loop, may hang."""
+"""Seconds without a report after which the status mentions that a replica, or the driver's loop, may hang."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,17 @@ class JobStatus:
     folder_at: float
     """Time when parts and segments were read. While a running job is watched, they are read only the first time."""
     folder: Status
+    """The finished work, from parts, segments and records."""
     live: Live | None
+    """The last report of the job's driver; None if there is none that can be read."""
     error_kinds: tuple[ErrorCount, ...]
+    """Error rows by kind, the most frequent kind first."""
     error_parts: int | None
-    """Number of parts that `error_kinds` is limited to; None if it covers all known errors."""
+    """Number of parts that `error_kinds` is limited to; None if it covers all known error rows."""
 
     @property
     def age(self) -> float:
-        """Return the seconds since the driver was last known to be alive, or infinity if it never reported.
+        """Return the seconds from the driver's last report to `at`, or infinity if there is no report.
 
         Clocks of two machines may differ a little.
         """
@@ -55,7 +59,7 @@ class JobStatus:
 
     @property
     def state(self) -> State:
-        """Return the state of the job."""
+        """Return the state of the job (see State)."""
         if self.folder.complete:
             return "complete"
         if self.live is None:
@@ -65,7 +69,7 @@ class JobStatus:
         return "running" if self.age <= DEAD_AFTER * INTERVAL_S else "dead"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole status as a dict for JSON, for monitors."""
+        """Return the whole status as a dict for JSON, as `status --json` prints it."""
         age = round(self.age, 1) if self.live else None
         return {
             "state": self.state,
@@ -79,7 +83,7 @@ class JobStatus:
 
 
 def read_job(output_path: str, clock: Callable[[], float] = time.time) -> JobStatus:
-    """Read the status of an output folder.
+    """Read the status of a job from its whole output folder.
 
     Raises OutputError if the folder is not a job's output, StorageError if the storage fails.
     """
@@ -99,10 +103,13 @@ def read_job(output_path: str, clock: Callable[[], float] = time.time) -> JobSta
 
 
 def look_again(output_path: str, before: JobStatus, clock: Callable[[], float] = time.time) -> JobStatus:
-    """Return a newer status. While the job runs only live.json is read again, else the whole folder."""
+    """Return a newer status. While the job is running only live.json is read again, else the whole folder.
+
+    Raises what read_job raises.
+    """
     live = read_live(Storage(output_path), before.folder.fingerprint)
     now = replace(before, at=clock(), live=live)
-    if live and _rows(live.error_kinds) >= _rows(before.error_kinds):  # else the parts showed more error rows
+    if live and _rows(live.error_kinds) >= _rows(before.error_kinds):  # else the parts have shown more error rows
         now = replace(now, error_kinds=live.error_kinds)
     return now if now.state == "running" and before.state == "running" else read_job(output_path, clock)
 
@@ -116,7 +123,8 @@ def _count_errors(storage: Storage, part: FileInfo, kinds: ErrorKinds) -> None:
 
 
 def lines(status: JobStatus) -> Iterator[str]:
-    """Yield the lines of the status as people read it."""
+    """Yield the status as lines for people to read, each with a label of 9 columns. If the job is neither running nor
+    complete, the last line says what to do."""
     folder, live = status.folder, status.live
     yield f"state    {_state(status)}"
     if live is not None and status.state == "running":
@@ -124,7 +132,7 @@ def lines(status: JobStatus) -> Iterator[str]:
     if status.folder_at == status.at:
         yield from _parts(folder)
     if folder.driver:
-        yield f"driver   {folder.driver}" + (", the last one" if folder.complete else "")
+        yield "driver   " + ("last: " if folder.complete else "") + folder.driver
     if live is not None and status.state == "running":
         yield from (f"replica  {_replica(replica, status.at)}" for replica in live.replicas)
     if live is not None and live.replicas_lost and not folder.complete:
@@ -138,24 +146,24 @@ def lines(status: JobStatus) -> Iterator[str]:
 
 def _state(status: JobStatus) -> str:
     if status.live is None or status.state == "complete":
-        return status.state if status.folder.complete else "not known: its driver has said nothing"
+        return status.state if status.folder.complete else "unknown: no driver has reported"
     ago = f"{duration(status.age)} ago"
     match status.state:
         case "running":
             stuck = status.live.time - status.live.sampled
-            slow = f"; its loop has not turned for {duration(stuck)}" if stuck > QUIET_S else ""
-            return f"running, heard {ago}{slow}"
+            slow = f"; its loop has been stuck for {duration(stuck)}" if stuck > QUIET_S else ""
+            return f"running, last report {ago}{slow}"
         case "stopped":
             return f"stopped {ago}: {printable(status.live.ended or '')}"
-    return f"dead: its driver was last heard {ago}"
+    return f"dead: last report of its driver {ago}"
 
 
 def _progress(live: Live) -> Iterator[str]:
     share = live.rows / live.total_rows if live.total_rows else 1.0
     eta = "?" if live.eta_s is None else duration(live.eta_s)
     yield (
-        f"now      {live.rows:,} of {live.total_rows:,} rows ({share:.1%}), units under way counted; "
-        f"{live.units:,} of {live.total_units:,} units; {live.errors:,} errors; ETA {eta}"
+        f"now      {live.rows:,} of {live.total_rows:,} rows ({share:.1%}), units in progress included; "
+        f"{live.units:,} of {live.total_units:,} units; {counted(live.errors, 'error')}; ETA {eta}"
     )
     yield f"rate     {live.rows_per_s:,.1f} rows/s, {live.tokens_per_s:,.0f} tokens/s"
     retries = {
@@ -172,13 +180,14 @@ def _progress(live: Live) -> Iterator[str]:
 
 def _parts(folder: Status) -> Iterator[str]:
     totals = folder.totals
-    yield f"rows     {folder.rows_done:,} of {folder.rows_total:,} ({totals.ok:,} ok, {totals.errors:,} errors)"
+    outcome = f"{totals.ok:,} ok, {counted(totals.errors, 'error')}"
+    yield f"rows     {folder.rows_done:,} of {folder.rows_total:,} ({outcome})"
     if folder.rows_saved and not folder.complete:
-        yield f"saved    {folder.rows_saved:,} rows of units under way, not to be generated again"
+        yield f"saved    {counted(folder.rows_saved, 'finished row')} of unfinished units, not to be generated again"
     yield f"units    {folder.units_done:,} of {folder.units_total:,}"
     yield f"tokens   {totals.prompt_tokens:,} prompt, {totals.completion_tokens:,} completion"
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.finish_reasons.items()))
-    yield f"ended by {reasons or '-'}"
+    yield f"reasons  rows ended by: {reasons or '-'}"
     yield f"begun    {folder.created}"
     yield from (f"warning  {warning}" for warning in folder.warnings)
 
@@ -203,7 +212,7 @@ def _replica(replica: LiveReplica, now: float) -> str:
 
 
 def _errors(status: JobStatus) -> Iterator[str]:
-    parts = f" (of {status.error_parts} parts alone)" if status.error_parts else ""
+    parts = f" (in {status.error_parts} parts; no more were read)" if status.error_parts else ""
     for count in status.error_kinds[:SHOWN_ERRORS]:
         yield f"error    {counted(count.rows, 'row')}{parts}: {printable(count.example)}"
     if len(status.error_kinds) > SHOWN_ERRORS:
@@ -213,7 +222,7 @@ def _errors(status: JobStatus) -> Iterator[str]:
 
 def _what_to_do(status: JobStatus) -> str:
     if status.folder.rows_done == status.folder.rows_total:
-        return "not complete, though all rows are there: submit the same job again to end it or to learn why not"
+        return "not complete, though all rows are there: submit the same job again to complete it or to learn why not"
     if status.state == "unknown":
         return "not complete: if it is not running, submit the same job again to resume"
     return "not complete: submit the same job again to resume"

@@ -1,4 +1,4 @@
-"""Shows the status of a job once, or repeatedly until the job ends."""
+"""Prints the status of a job once, or repeatedly until the job ends (`status OUTPUT --watch`)."""
 
 import json
 import time
@@ -20,10 +20,10 @@ def show(
     console: Console | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> bool:
-    """Print the status; with `watch`, every `every_s` seconds until the job is complete, stopped or dead.
+    """Print the status once; with `watch`, every `every_s` seconds until the job is complete, stopped or dead.
 
-    With `watch` on a terminal the text is updated in place, otherwise each status is printed below the last one.
-    Returns whether the job is complete; without `watch` always True. Raises OutputError if the folder is not a job's
+    With `watch` on a terminal, text is updated in place; otherwise each status is printed below the last one. Return
+    whether the job is complete; without `watch` always True. Raises OutputError if the folder is not a job's
     output, StorageError if the storage fails.
     """
     console = console or Console(soft_wrap=True, markup=False, highlight=False)

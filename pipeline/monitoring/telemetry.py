@@ -1,7 +1,7 @@
-"""Holds the state of a run: how much is done, how fast it goes, and what each replica does.
+"""Holds the state of a run: how much is done, how fast rows and tokens are generated, and what each replica does.
 
 It takes each event of the driver's loop once and decides nothing. The progress display, `_job/live.json`, sinks such as
-Ray's metrics and the stall watch read it.
+Ray's metrics and the stall watch read this state.
 """
 
 import time
@@ -27,20 +27,22 @@ from pipeline.monitoring.live import Live, LiveReplica
 RATE_WINDOW_S = 60.0
 """Seconds over which rates are averaged: long enough to be steady, short enough to show a replica that joined."""
 SAMPLE_EVERY_S = 0.5
+"""Minimum seconds between two samples of the counts from which rates are computed."""
 SHOWN_LOSSES = 5
+"""Maximum number of losses, the last ones, that a report lists."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The progress of the job at one moment. Rows finished by an earlier run or attempt count as done, not in the
-    rates."""
+    """The progress of the job at one moment. Rows that an earlier run or attempt finished count in `rows`, but not in
+    the rates."""
 
     rows: int
     total_rows: int
     errors: int
     tokens_per_s: float
     eta_s: float | None
-    """Estimated seconds until the job is done; None before there is a rate."""
+    """Estimated seconds until the job is done; None while `rows_per_s` is 0."""
     replicas: int
     rows_per_s: float
 
@@ -50,17 +52,18 @@ class ReplicaState:
     """A replica that has loaded its model and is not lost."""
 
     heard: float
-    """Time of its last report, in seconds since 1970."""
+    """Time of its last report, or when it became ready, in seconds since 1970."""
     window: deque[tuple[float, ReplicaStats]]
-    """(time, stats) of its reports in the last minute, after the last older report or a start with zero counts."""
+    """(time, stats) of its reports in the last minute, oldest first. Before them is the last older report, or the
+    moment when it became ready, with zero counts."""
     doing: str = "idle"
     since: float | None = None
     """Time when it last made progress or began to hold work; None if it holds none."""
     beats: int | None = None
-    """The beats of its last report; None if it holds no work, or has not reported since it began to."""
+    """The beats of its last report; None if it holds no work, or has not reported since it began to hold some."""
 
     def take(self, event: ReplicaActive, now: float, heard: float) -> None:
-        """Record a report. `now`: its time by the clock of the run. `heard`: the same in seconds since 1970."""
+        """Record a report. `now`: the time by the clock of the run. `heard`: the same time in seconds since 1970."""
         self.heard, self.doing = heard, event.doing
         if self.since is not None and event.beats != self.beats:
             self.since, self.beats = now, event.beats
@@ -70,7 +73,8 @@ class ReplicaState:
             self.window.popleft()
 
     def line(self, name: str, now: float) -> LiveReplica:
-        """Return the state as live.json shows it."""
+        """Return the state as live.json shows it, with the rates of the window. `now`: the time by the clock of the
+        run."""
         (start, first), (_, last) = self.window[0], self.window[-1]
         elapsed = max(now - start, 1.0)  # at least 1 s, so that a report right after the start gives no huge rate
         padded = last.room.padded_tokens - first.room.padded_tokens
@@ -93,7 +97,8 @@ def _ratio(above: float, below: float) -> float:
 
 
 class Telemetry:
-    """The state of one run. Rows reported by an attempt that fails or is lost no longer count as done."""
+    """The state of one run, built from its events. Rows reported by an attempt that fails or is lost no longer count as
+    done."""
 
     def __init__(
         self,
@@ -115,20 +120,22 @@ class Telemetry:
         self._started = wall_clock()
         self.replicas: dict[str, ReplicaState] = {}
         self.row_at = clock()
-        """Time when a row was last generated or an assignment was done anywhere; at first, when the run began."""
+        """Time when tokens of a finished row were last reported, or an assignment was done, by any replica; at first,
+        the time when the run began."""
         self.tokens = 0
-        """Number of completion tokens that this run generated, repeated work included."""
+        """Number of completion tokens that this run generated, including those that were generated again after a
+        loss."""
         self._computed_rows = 0
         self._samples: deque[tuple[float, int, int]] = deque([(self.row_at, 0, 0)])  # time, rows and tokens computed
         # The last report on each assignment in progress. The report on a range that is done stays until its unit is
-        # reported as a whole, without a replica, so that no loss takes it back.
+        # reported as a whole. It then has no replica, so that no loss takes it back.
         self._work: dict[WorkKey, UnitProgress] = {}
         self._lost, self._losses = 0, deque[str](maxlen=SHOWN_LOSSES)
         self._lost_kinds = ErrorKinds()
         self._unit_retries = 0
 
     def take(self, event: Event | None) -> None:
-        """Record one event of the driver's loop, or None for a turn of it."""
+        """Record one event of the driver's loop, or the end of a turn of the loop (None)."""
         now = self.clock()
         match event:
             case ReplicaReady(replica):
@@ -152,7 +159,7 @@ class Telemetry:
         self._sample(now)
 
     def set_busy(self, busy: Iterable[str]) -> None:
-        """Note which replicas hold work now. The others are not expected to make progress."""
+        """Record which replicas hold work now: `busy` names them. The others are not expected to make progress."""
         now, holding = self.clock(), {*busy}
         for name, state in self.replicas.items():
             if name not in holding:
@@ -177,7 +184,7 @@ class Telemetry:
         )
 
     def picture(self, ended: str | None = None) -> Live:
-        """Return the whole state as it is now. `ended`: how the run ended."""
+        """Return the whole state as it is now, for live.json and sinks. `ended`: how the run ended; None: it runs."""
         now, date, count = self.clock(), self._wall_clock(), self.snapshot()
         kinds = ErrorKinds(self._lost_kinds.counts())
         for state in self.replicas.values():

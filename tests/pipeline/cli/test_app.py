@@ -338,7 +338,7 @@ def test_handlers_installed_twice_give_the_first_ones_back() -> None:
 def test_status_of_a_complete_job_and_of_no_job(job: Path) -> None:
     call("run", job)
     status = call("status", job.parent / "out")
-    assert "rows     35 of 35 (34 ok, 1 errors)" in status.stdout
+    assert "rows     35 of 35 (34 ok, 1 error)" in status.stdout
     assert "units    4 of 4" in status.stdout
     assert "1 error, 34 length" in status.stdout
     assert "complete 20" in status.stdout

@@ -35,7 +35,7 @@ def test_the_text_is_a_warning_for_the_manifest() -> None:
     [text] = [text for _ in range(100) if (text := watch.take(DEFAULT, completion()))]
     note = ReplicaNote("r0", text)
     assert note.warning is not None
-    assert note.warning.startswith("its first 200 blocks took a denoiser forward for each token, so block diffusion")
+    assert note.warning.startswith("its first 200 blocks took one denoiser forward per token, so block diffusion")
     assert note.text == f"warning: {note.warning}"
     assert ReplicaNote("r0", "memory ran out").warning is None
 

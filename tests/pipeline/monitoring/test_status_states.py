@@ -85,8 +85,8 @@ def test_a_running_job_shows_what_each_replica_does(job: Job) -> None:
 @pytest.mark.parametrize(
     ("ended", "age_s", "state", "said"),
     [
-        (None, 0.0, "running", "running, heard 0s ago"),
-        (None, DEAD_AFTER * INTERVAL_S + 60, "dead", "dead: its driver was last heard 1m30s ago"),
+        (None, 0.0, "running", "running, last report 0s ago"),
+        (None, DEAD_AFTER * INTERVAL_S + 60, "dead", "dead: last report of its driver 1m30s ago"),
         ("stopped; 1 of 3 units are done", 0.0, "stopped", "stopped 0s ago: stopped; 1 of 3 units are done"),
     ],
 )
@@ -113,7 +113,7 @@ def test_a_loop_that_stands_still_and_a_silent_replica_are_named(job: Job) -> No
     live = live_of(job)
     live = replace(live, sampled=live.sampled - 200, replicas=(replace(live.replicas[0], heard=live.time - 90),))
     text = "\n".join(lines(seen(job, live)))
-    assert "its loop has not turned for 3m20s" in text
+    assert "its loop has been stuck for 3m20s" in text
     assert "SILENT for 1m30s" in text
 
 

@@ -25,7 +25,7 @@ output: {{path: {folder}/out, rows_per_file: 50}}
 model: {{checkpoint: "builtin:noise", dtype: float32}}
 workers: {{gpus: 0}}
 """
-FIRST = "its first 200 blocks took a denoiser forward for each token"
+FIRST = "its first 200 blocks took one denoiser forward per token"
 
 
 class OneByOne(FakeEngine):
