@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pipeline.core.errors import StorageError
+from pipeline.core.text import counted
 from pipeline.maintenance.inventory import Inventory, list_inventory
 from pipeline.output.layout import PROBE, SUCCESS
 from pipeline.output.ledger import Ledger
@@ -16,26 +17,27 @@ from pipeline.storage.storage import FileInfo, Storage
 
 THREADS = 16
 TEMPORARY_AGE_S = 3600.0
-"""Age in seconds above which a temporary file is removed although the job is not complete. A younger file may still be
-being written."""
+"""Age in seconds above which a temporary file is removed although the job is not complete. A younger file may be one
+that is being written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """The files of one kind that may be removed."""
+    """The files of one kind that may be removed; at least one."""
 
     what: str
+    """The kind in the plural, such as `temporary files`."""
     files: tuple[FileInfo, ...]
 
     def line(self) -> str:
-        """Return text such as `3 segments of finished units, 1,234 bytes: _job/segments/… and 2 more`."""
+        """Return text such as `segments of finished units (3 files, 1,234 bytes): _job/segments/… and 2 more`."""
         more = f" and {len(self.files) - 1:,} more" if len(self.files) > 1 else ""
         size = sum(file.size for file in self.files)
-        return f"{len(self.files):,} {self.what}, {size:,} bytes: {self.files[0].name}{more}"
+        return f"{self.what} ({counted(len(self.files), 'file')}, {size:,} bytes): {self.files[0].name}{more}"
 
 
 def find_leftovers(output_path: str, clock: Callable[[], float] = time.time) -> list[Leftover]:
-    """Return the files that `clean` would remove.
+    """Return the files that `clean` removes, by kind; kinds without a file are left out. Removes nothing.
 
     Raises OutputError if the folder is not a job's output, StorageError if the storage fails.
     """
@@ -56,16 +58,17 @@ def find_leftovers(output_path: str, clock: Callable[[], float] = time.time) -> 
 
 
 def remove_leftovers(output_path: str, leftovers: Sequence[Leftover]) -> None:
-    """Remove these files. Raises StorageError if that fails; a file that is already gone is not a failure."""
+    """Remove these files. Raises StorageError if that fails; a file that is already gone is no failure."""
     storage = Storage(output_path)
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(storage.remove, [file.name for leftover in leftovers for file in leftover.files]))
 
 
 def _foreign(storage: Storage, segments: Sequence[FileInfo], plan: PlanRecord) -> Iterator[FileInfo]:
-    """Yield the segments of another job or of another version of their input file. No run of this job would use them.
+    """Yield those of the segments that no run of this job would use: they are of another job, or of another version of
+    their input file.
 
-    A segment that cannot be read is kept: a run ignores it and removes it when its unit is finished.
+    A segment that cannot be read is not among them: a run ignores it and removes it when its unit is finished.
     """
 
     def is_foreign(segment: FileInfo) -> bool:
@@ -84,6 +87,8 @@ def _foreign(storage: Storage, segments: Sequence[FileInfo], plan: PlanRecord) -
 
 
 def _abandoned(inventory: Inventory, now: float) -> Iterator[FileInfo]:
+    """Yield the temporary files that nobody is writing any more: all if the job is complete, else those older than
+    TEMPORARY_AGE_S and the file of the write check (layout.PROBE). `now`: seconds since 1970."""
     complete = any(file.name == SUCCESS for file in inventory.own)
     for file in inventory.temporary:
         if complete or file.name == PROBE:

@@ -7,6 +7,7 @@ from pipeline.output.layout import DRIVERS, OWN, PROBE, RECORDS, SEGMENTS
 from pipeline.storage.storage import FileInfo, Storage
 
 UNIT = r"(?P<unit>[0-9a-f]{12}-[0-9]{10,})"
+"""Pattern of a unit id: 12 hexadecimal digits for the input file, then the first row."""
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ _TEMPORARY = re.compile(r"(?P<folder>.*/)?\.(?P<name>[^/]+)\.[0-9a-f]{32}\.tmp")
 
 
 def list_inventory(storage: Storage) -> Inventory:
-    """List the files of an output folder. Raises StorageError if the storage fails."""
+    """Return all files of an output folder by kind, told by their names. Raises StorageError if the storage fails."""
     inventory = Inventory()
     for file in storage.find():
         name = file.name
@@ -64,7 +65,7 @@ def list_inventory(storage: Storage) -> Inventory:
 
 
 def _is_own(temporary: "re.Match[str]") -> bool:
-    """Return whether the final name of a temporary file is a name that this project uses."""
+    """Return whether a temporary file was to become a file of this project. `temporary`: a match of _TEMPORARY."""
     name = f"{temporary['folder'] or ''}{temporary['name']}"
     patterns = (_PART, _RECORD, _SEGMENT, _DRIVER)
     return name in (*OWN, PROBE) or any(pattern.fullmatch(name) for pattern in patterns)

@@ -27,10 +27,12 @@ HELD_BYTES = 256 << 20
 """Largest number of bytes of parts in memory, over all threads. A larger part is not held in memory: it is read twice
 in pieces, once to hash it and once to decode it."""
 AGAIN = "delete it and submit the job again"
+"""The advice for a part that has to be made again."""
 _READ = (
     *("id", "finish_reason", "prompt_tokens", "completion_tokens", "denoiser_forwards"),
     *("repetition", "source_file", "source_row"),
 )
+"""The columns of a part that _check_rows needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,9 @@ class CheckedPart:
     record: PartRecord | None
     """The record in the footer of the part; None if it cannot be read."""
     totals: Totals
-    """The totals, counted from the rows of the part."""
+    """The totals, counted from the rows of the part. They are too low, or 0, if a problem kept rows from being read."""
     problems: tuple[str, ...]
-    """One line for each problem."""
+    """One line for each problem: the file, what is wrong, and what to do; empty if the part is sound."""
 
 
 class PartChecker:
@@ -58,7 +60,7 @@ class PartChecker:
         self._memory = _Budget(HELD_BYTES)
 
     def check(self, part: FileInfo) -> CheckedPart:
-        """Read and check one part. Raises StorageError if the storage fails."""
+        """Read and check one part. Damage becomes a problem in the result. Raises StorageError if the storage fails."""
         if part.size > HELD_BYTES:
             digest = self._storage.sha256(part.name, part.size)
             with self._storage.open(part.name, part.size) as source:
@@ -94,17 +96,18 @@ class PartChecker:
         )
 
     def _check_record(self, part: FileInfo, record: PartRecord) -> Iterator[str]:
-        """Yield a problem if the part's record does not agree with its file name or the plan."""
+        """Yield a problem if the record in the part's footer does not agree with the part's name or with the plan."""
         planned = self._plan.listing.get(record.file)
         if record.fingerprint != self._plan.fingerprint.digest:
             yield f"{part.name} is another job's part: its fingerprint is {record.fingerprint[:12]}…; {AGAIN}"
         elif part.name != part_name(record.unit):
             yield f"{part.name} is a copy or was renamed: it holds unit {record.unit}; delete it"
         elif planned is None:
-            yield f"{part.name} holds rows of {record.file}, which is no input file of the plan; delete it"
+            yield f"{part.name} holds rows of {record.file}, which is not an input file of the plan; delete it"
         elif record.unit != unit_id(record.file, record.first_row) or record.first_row + record.rows > planned[2]:
             last = record.first_row + record.rows - 1
-            yield f"{part.name} holds rows {record.first_row} to {last} of {record.file}, which are no unit; {AGAIN}"
+            span = f"rows {record.first_row} to {last} of {record.file}"
+            yield f"{part.name} holds {span}, which are not the rows of a unit; {AGAIN}"
         elif (record.size, record.stamp) != planned[:2]:
             yield f"{part.name} was made of another version of {record.file} than the plan's; {AGAIN}"
 
@@ -122,14 +125,16 @@ class PartChecker:
         except NotOursError as error:
             yield f"{name} is damaged: {error}; {AGAIN}"
             return
+        # `seconds` in the commit record is measured again, after the part is published.
         said = commit.model_dump(exclude={"seconds", "sha256", "part_bytes"})
         found = {**record.model_dump(exclude={"seconds"}), **asdict(totals)}
         if (commit.sha256, commit.part_bytes) != (digest, part.size):
-            yield f"{part.name} is not what was published: its sha256 or size is not that in {name}; {AGAIN}"
+            yield f"{part.name} is not what was published: its sha256 or size differs from that in {name}; {AGAIN}"
         elif said != found or commit.seconds < record.seconds:
-            yield f"{name} says {_differing(said, found)}, which the part does not; {AGAIN}"
+            yield f"{name} does not agree with the part: it says {_differing(said, found)}; {AGAIN}"
 
     def _check_schema(self, schema: pa.Schema) -> list[str]:
+        """Return a problem if the names or types of the part's columns are not those of the plan; else []."""
         results = {field.name: str(plain_type(field.type)) for field in schema if field.name in RESULT_COLUMNS}
         wanted = {field.name: str(field.type) for field in RESULT_SCHEMA}
         planned = self._plan.fingerprint.fields.get("output columns")
@@ -140,7 +145,10 @@ class PartChecker:
     def _check_rows(
         self, file: pq.ParquetFile, record: PartRecord, columns: list[str] | None
     ) -> tuple[Totals, list[str]]:
-        """Read the rows in batches. Return (totals, problems); the totals are not complete if there is a problem."""
+        """Read the rows in batches and return (totals, problems). With a problem the totals are not complete.
+
+        `columns`: the columns to read; None for all.
+        """
         generated = self._plan.fingerprint.fields.get("input.id_column") is None
         totals, row = Totals(), record.first_row
         hashes: list[Hashes] = []
@@ -148,7 +156,7 @@ class PartChecker:
             rows = np.arange(row, row + batch.num_rows)
             row += batch.num_rows
             if batch["source_row"].null_count or not np.array_equal(batch["source_row"].to_numpy(), rows):
-                return totals, [f"source_row is not {record.first_row} and up, in order"]
+                return totals, [f"source_row does not count up from {record.first_row}"]
             if not pc.all(pc.equal(batch["source_file"], pa.scalar(record.file)), skip_nulls=False).as_py():
                 return totals, [f"source_file is not {record.file} in every row"]
             if generated:
@@ -168,7 +176,7 @@ class PartChecker:
 
 
 class _Budget:
-    """A number of bytes that threads share. A thread that needs more than is free waits."""
+    """A number of bytes of memory that threads share. A thread that needs more than is free waits."""
 
     def __init__(self, size: int) -> None:
         self._left = size
@@ -176,7 +184,8 @@ class _Budget:
 
     @contextmanager
     def hold(self, size: int) -> Iterator[None]:
-        """Take `size` bytes while the `with` block runs. `size` must not be larger than the whole budget."""
+        """Take `size` bytes while the `with` block runs. `size` must not exceed the whole budget, or this never
+        returns."""
         with self._changed:
             self._changed.wait_for(lambda: self._left >= size)
             self._left -= size
@@ -189,6 +198,7 @@ class _Budget:
 
 
 def _differing(said: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Return text such as `rows 9, not 10, …` for up to three values that differ."""
+    """Return text such as `rows 9, not 10, …` for up to three values that differ: what is said, and what was found. If
+    none of them differs, the seconds do, which the caller leaves out."""
     names = [name for name in dict.fromkeys([*said, *found]) if said.get(name) != found.get(name)]
     return ", ".join(f"{name} {said.get(name)!r}, not {found.get(name)!r}" for name in names[:3]) or "other seconds"

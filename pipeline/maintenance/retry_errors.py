@@ -1,8 +1,8 @@
-"""Makes a new job from the rows of an output that failed (`retry-errors OUTPUT --to FOLDER`).
+"""Makes a new job from the error rows of an output (`retry-errors OUTPUT --to FOLDER`).
 
-FOLDER/input gets the input rows unchanged. FOLDER/job.yaml gets the settings of the old job, but without a limit on the
-error rate. The new job writes to FOLDER/output. The rows keep their ids, so that the new results can be joined to the
-old ones.
+FOLDER/input gets the input rows of these error rows, unchanged. FOLDER/job.yaml gets the settings of the old job, but
+without a limit on the error rate. The new job writes to FOLDER/output. The rows keep their ids, so that the new results
+can be joined to the old ones.
 """
 
 import os
@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from pipeline.config.job import Job
 from pipeline.config.writer import to_yaml, without_variables
 from pipeline.core.errors import InputError, OutputError
+from pipeline.core.text import counted
 from pipeline.core.types import WorkUnit
 from pipeline.input.files import list_input, would_read
 from pipeline.input.parquet_rows import RowStream
@@ -37,10 +38,13 @@ from pipeline.storage.urls import is_inside, is_local, safe_url
 
 THREADS = 16
 ROWS_A_FILE, BYTES_A_FILE = 50_000, 64 << 20
+"""A file of the new input is written as soon as it has this many rows or bytes in memory."""
 READ_ROWS = 1024
 """Largest range of rows to read from a file at once; it includes rows that did not fail."""
 REASONS = 5
+"""Maximum number of error texts in RetryJob.reasons."""
 _REASONS_KEPT = 10_000
+"""Number of different error texts that are counted; rows with any further text count as `other errors`."""
 _NUMBER = re.compile(r"\d[\d,.]*\d|\d")
 
 RowNumbers = npt.NDArray[np.int64]
@@ -51,10 +55,11 @@ class RetryJob:
     """The new job that was written. If no row failed, `rows` is 0 and nothing was written."""
 
     rows: int
+    """Number of rows of the new job: the error rows of the old one."""
     reasons: tuple[tuple[str, int], ...]
-    """The five most frequent errors as (error text with its numbers replaced by N, number of rows)."""
+    """The REASONS most frequent errors as (error text with N for every number, number of rows)."""
     job_file: str
-    """Path or URL of the new job file."""
+    """Path or URL of the new job file, even if none was written."""
     units_left: int
     """Number of units of the old job that have no part yet. Rows that fail in them are not in the new job."""
 
@@ -64,16 +69,18 @@ class _Failed:
     """The error rows found in an output."""
 
     rows: dict[str, list[RowNumbers]]
-    """Row numbers by input file."""
+    """Row numbers by input file, one array per batch that was read; only files with error rows."""
     reasons: Counter[str]
+    """Number of rows by error text, with N for every number in it."""
     parts: int
+    """Number of parts that were read."""
 
 
 def make_retry_job(output_path: str, folder: str) -> RetryJob:
-    """Write the new job to `folder`, which must be empty or must not exist yet.
+    """Write a new job of the error rows in `output_path` to `folder`, which must be empty or must not exist yet.
 
     Raises OutputError if the output cannot be read or the folder cannot be used, InputError if an input file with
-    failed rows is not as it was when the job was planned, and StorageError if the storage fails.
+    error rows cannot be read or is not as it was when the job was planned, and StorageError if the storage fails.
     """
     folder = os.path.abspath(os.path.expanduser(folder)) if is_local(folder) else folder.rstrip("/")
     record = Ledger(output_path).read_plan()
@@ -99,6 +106,7 @@ def make_retry_job(output_path: str, folder: str) -> RetryJob:
 
 
 def _job_of(output_path: str, record: PlanRecord) -> Job:
+    """Return the settings of the old job from its plan. Raises OutputError if this version cannot read them."""
     try:
         return Job.model_validate(record.job)
     except ValidationError as error:
@@ -109,6 +117,7 @@ def _job_of(output_path: str, record: PlanRecord) -> Job:
 
 
 def _empty_folder(folder: str, output_path: str) -> Storage:
+    """Return the storage of the folder. Raises OutputError if it holds anything or lies inside the output."""
     shown, target = safe_url(folder), Storage(folder)
     if target.kind() not in (None, "folder") or target.find():
         raise OutputError(f"{shown} is not an empty folder: give a new one")
@@ -118,6 +127,7 @@ def _empty_folder(folder: str, output_path: str) -> Storage:
 
 
 def _find_failed(output_path: str, record: PlanRecord) -> _Failed:
+    """Read the error rows of all parts. Raises OutputError if a part cannot be read or is another job's."""
     storage = Storage(output_path)
 
     def read(part: FileInfo) -> tuple[str, list[RowNumbers], Counter[str]]:
@@ -154,7 +164,7 @@ def _find_failed(output_path: str, record: PlanRecord) -> _Failed:
 
 
 def _plan_again(job: Job, record: PlanRecord, folder: str, needed: Collection[str]) -> Plan:
-    """Return a plan of the job over the input as it is now. `needed`: the files with failed rows.
+    """Return a plan of the old job over its input as it is now. `needed`: the names of the files with error rows.
 
     Raises InputError if one of these files was changed or removed, OutputError if `folder` lies inside the input.
     """
@@ -163,8 +173,8 @@ def _plan_again(job: Job, record: PlanRecord, folder: str, needed: Collection[st
     change = listing_change(record.listing, plan.listing)
     if lost := [name for name in (*change.rewritten, *change.removed) if name in needed]:
         raise InputError(
-            f"input {safe_url(job.input.path)}: {len(lost)} file(s) such as {lost[0]} are not what the job was planned "
-            "over: the rows that failed cannot be taken from them; put them back"
+            f"input {safe_url(job.input.path)}: {counted(len(lost), 'file')} with rows that failed, such as {lost[0]}, "
+            "changed or disappeared after the job was planned; put back what was there"
         )
     if would_read(job.input.path, list_input(job.input.path)[0], f"{folder}/input"):
         raise OutputError(f"{safe_url(folder)} lies inside input {safe_url(job.input.path)}: give a folder elsewhere")
@@ -180,9 +190,10 @@ def _free_name(columns: Sequence[str]) -> str:
 
 
 def _read_rows(job: Job, file: InputFile, rows: RowNumbers, plan: Plan, id_column: str) -> Iterator[pa.Table]:
-    """Yield these rows of a file, a few at a time. `rows`: row numbers in ascending order.
+    """Yield these rows of a file as tables of at most READ_ROWS rows. `rows`: row numbers in ascending order.
 
-    The tables have the job's input columns, and `id_column` if the job itself has no id column. Raises InputError if
+    The tables have the job's input columns. If the job itself has no id column, they also have `id_column`, with the
+    ids `<file>#<row>` that the job generated. Raises InputError if
     the file cannot be decoded.
     """
     columns = job.input.columns
@@ -209,7 +220,7 @@ def _read_rows(job: Job, file: InputFile, rows: RowNumbers, plan: Plan, id_colum
 
 
 class _Writer:
-    """A writer that collects rows and writes them into Parquet files of bounded size."""
+    """A writer of the new job's input: it collects rows and writes them into Parquet files of bounded size."""
 
     def __init__(self, target: Storage) -> None:
         self._target = target
@@ -217,6 +228,7 @@ class _Writer:
         self._rows = self._bytes = self._files = 0
 
     def add(self, table: pa.Table) -> None:
+        """Add rows. If their columns differ from those collected, or the file is full, write what is collected."""
         if self._tables and self._tables[0].schema != table.schema:  # the template's columns may differ between files
             self.flush()
         self._tables.append(table)
@@ -226,6 +238,7 @@ class _Writer:
             self.flush()
 
     def flush(self) -> None:
+        """Write the collected rows, if there are any, as one file."""
         if self._tables:
             data = to_parquet(pa.concat_tables(self._tables))
             self._target.write(f"input/rows-{self._files:05d}.parquet", data)
@@ -234,6 +247,7 @@ class _Writer:
 
 
 def _settings(job: Job, folder: str, id_column: str) -> dict[str, Any]:
+    """Return the settings of the new job: those of the old one, with paths in `folder` and no limit on error rows."""
     settings = job.model_dump(mode="json")
     settings["name"] = f"{job.name or 'job'}-retry"
     settings["input"] |= {"path": f"{folder}/input", "id_column": id_column}

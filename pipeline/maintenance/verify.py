@@ -1,7 +1,7 @@
 """Checks that an output folder holds every input row once and undamaged (`verify OUTPUT`), from that folder alone.
 
-Each part is checked in a thread. The memory is bounded by part_check.HELD_BYTES and, if the job has its own ids, by 8
-bytes for each id of the parts that are being checked.
+Several parts are checked at a time, each in a thread. The memory is bounded by part_check.HELD_BYTES and, if the ids
+come from a column of the input, by 8 bytes for each id of the parts that are being checked.
 """
 
 from collections import defaultdict
@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.core.text import counted
 from pipeline.core.types import Totals
 from pipeline.maintenance.inventory import Inventory, list_inventory
 from pipeline.maintenance.part_check import CheckedPart, PartChecker
@@ -35,22 +36,25 @@ class Verification:
     totals: Totals
     """The totals, counted from the rows of the parts."""
     parts: int
+    """Number of parts that were checked."""
     part_bytes: int
+    """Size of all parts."""
 
     def summary(self) -> str:
         """Return one line that describes an output without problems."""
         totals = self.totals
         return (
-            f"verified: {totals.rows:,} rows in {self.parts:,} parts ({self.part_bytes:,} bytes), each input row once; "
-            f"{totals.ok:,} ok, {totals.errors:,} errors, {totals.duplicate_ids:,} duplicate ids"
+            f"verified: {counted(totals.rows, 'row')} in {counted(self.parts, 'part')} ({self.part_bytes:,} bytes), "
+            f"each input row once; {totals.ok:,} ok, {counted(totals.errors, 'error')}, "
+            f"{counted(totals.duplicate_ids, 'duplicate id')}"
         )
 
 
 def verify(output_path: str, progress: ProgressHook = lambda _done, _all: None) -> Verification:
-    """Check everything in an output folder.
+    """Check all files of an output folder and whether they agree with each other. `progress` is called after each part.
 
-    Raises OutputError if the folder is not a job's output or its plan cannot be read, StorageError if the storage
-    fails.
+    Problems are in the result; they raise nothing. Raises OutputError if the folder is not a job's output or its plan
+    cannot be read, StorageError if the storage fails.
     """
     plan = Ledger(output_path).read_plan()
     storage = Storage(output_path)
@@ -65,8 +69,8 @@ def verify(output_path: str, progress: ProgressHook = lambda _done, _all: None) 
                 parts.append(part)
                 progress(len(parts), len(inventory.parts))
         duplicates = ids.count()[0] if ids is not None else 0
-    counted = sum((part.totals for part in parts), Totals())
-    totals = Totals(**{**asdict(counted), "duplicate_ids": duplicates})  # each part counts only its own duplicates
+    summed = sum((part.totals for part in parts), Totals())
+    totals = Totals(**{**asdict(summed), "duplicate_ids": duplicates})  # each part counts only its own duplicates
     problems = [text for part in parts for text in part.problems]
     missing = list(_check_cover(plan, inventory, parts))
     problems += missing
@@ -78,7 +82,7 @@ def verify(output_path: str, progress: ProgressHook = lambda _done, _all: None) 
 
 
 def _check_cover(plan: PlanRecord, inventory: Inventory, parts: Sequence[CheckedPart]) -> Iterator[str]:
-    """Yield a problem for parts with the same row, and one if rows of the input files are in no part."""
+    """Yield a problem for each two parts with the same row, and one if rows of the input files are in no part."""
     ranges: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
     for checked in parts:
         record = checked.record
@@ -103,11 +107,12 @@ def _check_cover(plan: PlanRecord, inventory: Inventory, parts: Sequence[Checked
 
 
 def _check_end(storage: Storage, plan: PlanRecord, inventory: Inventory, totals: Totals) -> Iterator[str]:
-    """Yield the problems of the manifest and `_SUCCESS`, for a job that has all of its parts."""
+    """Yield the problems of the manifest and `_SUCCESS`, for an output whose parts hold every row once."""
     if len(inventory.parts) != plan.units:
-        yield f"the plan has {plan.units} units, and its rows stand in {len(inventory.parts)} parts: use another folder"
+        there = f"its rows are in {counted(len(inventory.parts), 'part')}"
+        yield f"the plan has {counted(plan.units, 'unit')}, and {there}: use another folder"
     if not _has(inventory, SUCCESS):
-        yield f"{SUCCESS} is missing: the job did not end well; submit it again, and it ends or says why not"
+        yield f"{SUCCESS} is missing: the job did not complete; submit it again, and it completes or says why not"
     if not _has(inventory, MANIFEST):
         yield f"{MANIFEST} is missing: submit the job again to have it written"
         return
@@ -124,23 +129,23 @@ def _check_end(storage: Storage, plan: PlanRecord, inventory: Inventory, totals:
     }
     for name, value in expected.items():
         if said.get(name) != value:
-            yield f"{MANIFEST} says {name} {said.get(name)!r}, it is {value!r}: delete it and submit the job again"
+            yield f"{MANIFEST} says {name} {said.get(name)!r}, not {value!r}: delete it and submit the job again"
 
 
 def _check_leftovers(inventory: Inventory, *, complete: bool) -> Iterator[str]:
     """Yield a problem for files that do not belong in the folder, or do not belong there any more."""
     units = inventory.part_units
     for file in inventory.strange:
-        yield f"{file.name} is not of this project: move it away, readers of the folder may take it for output"
+        yield f"{file.name} is not from this project: move it away, because readers may take it for output"
     for unit in sorted(inventory.records.keys() - units) if complete else ():
-        yield f"{record_name(unit)} is the record of a part that is not there: delete it"
+        yield f"{record_name(unit)} is the commit record of a part that is not there: delete it"
     left = {unit: files for unit, files in inventory.segments.items() if unit in units or complete}
     if left:
         example = next(iter(left.values()))[0].name
         count = sum(map(len, left.values()))
-        yield f"{count} segment(s) of finished units, such as {example}: remove them with `clean`"
+        yield f"{counted(count, 'segment')} of finished units, such as {example}: remove with `clean`"
     for file in inventory.temporary:
-        yield f"{file.name} was left by a writer that died, or is being written: remove it with `clean`"
+        yield f"{file.name} was left by a writer that died, or is still being written: remove it with `clean`"
 
 
 def _has(inventory: Inventory, name: str) -> bool:

@@ -448,7 +448,7 @@ def test_clean_shows_and_removes_leftovers(job: Path) -> None:
     assert call("clean", out).stdout == "nothing to remove\n"
     before = files_of(out)
     (out / "_writable").write_bytes(b"123")
-    said = "1 temporary files, 3 bytes: _writable\n"
+    said = "temporary files (1 file, 3 bytes): _writable\n"
     assert call("clean", out, "--dry-run").stdout == f"would remove {said}"
     assert (out / "_writable").exists()
     assert call("clean", out).stdout == f"removed {said}"

@@ -93,12 +93,12 @@ def test_leftovers_go_and_all_else_stays(job: Job) -> None:
     assert {file.name for leftover in leftovers for file in leftover.files} == goes
     lines = [leftover.line() for leftover in leftovers]
     assert [line.partition(",")[0] for line in lines] == [
-        "1 segments of finished units",
-        "2 segments of another job",
-        "2 temporary files",
-        "2 driver claims",
+        "segments of finished units (1 file",
+        "segments of another job (2 files",
+        "temporary files (2 files",
+        "driver claims (2 files",
     ]
-    assert lines[-1] == "2 driver claims, 10 bytes: _job/drivers/1.json and 1 more"
+    assert lines[-1] == "driver claims (2 files, 10 bytes): _job/drivers/1.json and 1 more"
     remove_leftovers(job.output.path, leftovers)
     assert files_of(job) == {name: data for name, data in before.items() if name not in goes}
     assert find_leftovers(job.output.path) == []

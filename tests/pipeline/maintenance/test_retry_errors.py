@@ -163,7 +163,7 @@ def test_input_that_changed_is_refused_where_its_rows_are_needed(job: Job, tmp_p
     data = (tmp_path / "in/a.parquet").read_bytes()
     write(tmp_path / "in/a.parquet", prompt=prompts(20), key=prompts(20), n=list(range(20)))
     for _ in range(2):
-        with pytest.raises(InputError, match=r"1 file\(s\) such as a\.parquet are not what the job was planned over"):
+        with pytest.raises(InputError, match=r"1 file with rows that failed, such as a\.parquet, changed"):
             make_retry_job(job.output.path, str(tmp_path / "retry"))
         (tmp_path / "in/a.parquet").unlink(missing_ok=True)
     assert not (tmp_path / "retry").exists()

@@ -139,7 +139,7 @@ def test_an_unfinished_job_is_told_what_to_do(job: Job) -> None:
     assert problems(job) == (left,)
     publish(job, plan, plan.units[2:])
     assert problems(job) == (
-        "_SUCCESS is missing: the job did not end well; submit it again, and it ends or says why not",
+        "_SUCCESS is missing: the job did not complete; submit it again, and it completes or says why not",
         "_job/manifest.json is missing: submit the job again to have it written",
     )
     ledger.complete(plan, job, verify(job.output.path).totals, seconds=1.0)
@@ -156,8 +156,7 @@ def test_segments_of_units_under_way_are_none_of_the_problems(job: Job) -> None:
         path.write_bytes(b"rows")
     found = [text for text in problems(job) if "segment" in text]
     assert found == [
-        f"1 segment(s) of finished units, such as _job/segments/{plan.units[0].id}/w-1.parquet: "
-        "remove them with `clean`"
+        f"1 segment of finished units, such as _job/segments/{plan.units[0].id}/w-1.parquet: remove with `clean`"
     ]
 
 
@@ -177,18 +176,18 @@ SAID: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda out: shutil.copy(parts_of(out)[0], out / "part-000000000000-0000000000.parquet"),
         "part-000000000000-0000000000.parquet is a copy or was renamed",
     ),
-    "stray": (lambda out: (out / "notes.txt").write_text("x"), "notes.txt is not of this project: move it away"),
+    "stray": (lambda out: (out / "notes.txt").write_text("x"), "notes.txt is not from this project: move it away"),
     "record": (lambda out: edit(record_of(parts_of(out)[0]), rows=3, ok=3, errors=0), "is damaged: 3 rows are not"),
-    "record's writer": (lambda out: edit(record_of(parts_of(out)[0]), writer="x"), "says writer 'x', not '"),
+    "record's writer": (lambda out: edit(record_of(parts_of(out)[0]), writer="x"), "it says writer 'x', not '"),
     "no record": (lambda out: record_of(parts_of(out)[0]).unlink(), ".json is missing: submit the job again"),
-    "manifest": (lambda out: edit(out / "_job/manifest.json", rows=24), "manifest.json says rows 24, it is 25"),
+    "manifest": (lambda out: edit(out / "_job/manifest.json", rows=24), "manifest.json says rows 24, not 25"),
     "duplicates": (
         lambda out: edit(out / "_job/manifest.json", duplicate_ids=0),
-        "manifest.json says duplicate_ids 0, it is 2",
+        "manifest.json says duplicate_ids 0, not 2",
     ),
     "order": (
         lambda out: rewrite(parts_of(out)[0], lambda table: table.take(list(range(table.num_rows))[::-1]), record=True),
-        "source_row is not 0 and up, in order",
+        "source_row does not count up from 0",
     ),
     "file": (
         lambda out: rewrite(parts_of(out)[0], with_column("source_file", lambda v: ["c.parquet", *v[1:]]), record=True),
