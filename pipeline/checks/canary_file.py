@@ -1,7 +1,7 @@
-"""Reads and writes the canary.json of a checkpoint. It holds the known completions for model.checks.canary, and lies
-beside the weights.
+"""Reads and writes the canary.json of a checkpoint: the known completions for model.checks.canary, in a file beside the
+weights.
 
-It is not part of the checkpoint's identity: to add, replace or remove it changes no job.
+The file is not part of the checkpoint's identity: a job can be resumed after it was added, replaced or removed.
 """
 
 import json
@@ -16,8 +16,10 @@ from pipeline.storage.urls import safe_url
 
 NAME = "canary.json"
 FORMAT: Final = 1
+"""The version of the file's format that this module reads and writes."""
 
 Ids = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
+"""Token ids: a list in JSON, a tuple here."""
 
 
 class _Record(BaseModel):
@@ -25,15 +27,15 @@ class _Record(BaseModel):
 
 
 class CanaryPrompt(_Record):
-    """A prompt as text and as the token ids of the checkpoint's tokenizer."""
+    """A prompt as text, and as the token ids that the checkpoint's tokenizer made of it."""
 
     text: str
     ids: Ids = Field(min_length=1)
 
 
 class CanaryCase(_Record):
-    """A model.checks.canary.Case as canary.json stores it: it has the index of its prompt in `CanaryFile.prompts`
-    instead of token ids."""
+    """A model.checks.canary.Case as canary.json stores it. Instead of the prompt's token ids it has `prompt`, the
+    position of the prompt in `CanaryFile.prompts`."""
 
     prompt: int = Field(ge=0)
     mode: Literal["ar", "diffusion"]
@@ -50,18 +52,21 @@ class CanaryCase(_Record):
 
 
 class CanaryFile(_Record):
-    """The content of canary.json."""
+    """The content of canary.json: the prompts, the cases, and how they were made."""
 
     format: Literal[1] = FORMAT
     checkpoint: str
     """Checkpoint.identity() of the checkpoint that the file was made from."""
     dtype: Literal["float32", "bfloat16"]
+    """The type in which the model computed the cases."""
     device: str
+    """Name of the GPU that computed the cases, or `cpu`."""
     torch: str
     """Version of torch."""
     settings: dict[str, float | int]
+    """The model.checks.canary.SETTINGS of that version."""
     rounding: dict[str, Annotated[float, Field(ge=0)]] | None
-    """Result of model.checks.canary.measure_rounding; null if the file was not made in float32."""
+    """Result of model.checks.canary.measure_rounding, by mode; null if the file was not made in float32."""
     prompts: Annotated[tuple[CanaryPrompt, ...], Field(strict=False, min_length=1)]
     cases: Annotated[tuple[CanaryCase, ...], Field(strict=False, min_length=1)]
 
@@ -72,7 +77,7 @@ class CanaryFile(_Record):
             if self.rounding is not None and case.mode not in self.rounding:
                 raise ValueError(f"rounding has no {case.mode}")
             if case.prompt >= len(self.prompts):
-                raise ValueError(f"a case is of prompt {case.prompt}, there are {len(self.prompts)}")
+                raise ValueError(f"a case has prompt {case.prompt}, the last one is {len(self.prompts) - 1}")
             blocks = -(-len(case.token_ids) // int(size or 1)) if case.mode == "diffusion" else 0
             if len(case.fed) != blocks or any(len(fed) != size for steps in case.fed for fed in steps):
                 raise ValueError("fed does not fit token_ids and block_size")
@@ -99,20 +104,21 @@ class CanaryFile(_Record):
 
 
 def canary_url(checkpoint: str) -> str:
-    """Return the path or URL of a checkpoint's canary.json, which lies beside its weights."""
+    """Return the path or URL of a checkpoint's canary.json, which is beside its weights. `checkpoint` may also be
+    `builtin:NAME`."""
     built_in = {f"builtin:{name}": str(folder) for name, folder in BUILTIN.items()}
     return f"{built_in.get(checkpoint, checkpoint).rstrip('/')}/{NAME}"
 
 
 def remedy(checkpoint: str) -> str:
-    """Return a text that says what to do about a canary.json that cannot be used."""
-    return f"make it anew (twotower canary {safe_url(checkpoint)} --force) or delete it"
+    """Return the advice that ends messages about a canary.json that cannot be used or does not fit."""
+    return f"make it again (twotower canary {safe_url(checkpoint)} --force) or delete it"
 
 
 def read_canary(checkpoint: str) -> CanaryFile | None:
     """Return the canary.json of a checkpoint, or None if it has none.
 
-    Raises CheckpointError if the file is broken or of another version, and StorageError if it cannot be read.
+    Raises CheckpointError if the file is broken or has another FORMAT, and StorageError if the storage fails.
     """
     storage, name = split_url(canary_url(checkpoint))
     data = storage.read_if_exists(name)
@@ -134,20 +140,23 @@ def read_canary(checkpoint: str) -> CanaryFile | None:
 
 
 def write_canary(url: str, canary: CanaryFile, *, force: bool) -> None:
-    """Write the file whole; replace an existing one only with `force`. Raises CheckpointError if there is one and
-    `force` is not given, and StorageError."""
+    """Write the file as a whole; replace an existing one only with `force`.
+
+    Raises CheckpointError if there is one and `force` is false, and StorageError if the storage fails.
+    """
     storage, name = split_url(url)
     if force:
         storage.write(name, canary.to_json())
     elif not storage.create(name, canary.to_json()):
-        raise CheckpointError(f"{safe_url(url)} is there already: --force replaces it")
+        raise CheckpointError(f"{safe_url(url)} exists already: --force replaces it")
 
 
 def require_free(url: str) -> None:
-    """Raise CheckpointError if the file exists already. Call this before work that takes minutes."""
+    """Raise CheckpointError if the file exists already. This is called before the work that makes its content, which
+    may take minutes."""
     storage, name = split_url(url)
     if storage.exists(name):
-        raise CheckpointError(f"{safe_url(url)} is there already: --force replaces it")
+        raise CheckpointError(f"{safe_url(url)} exists already: --force replaces it")
 
 
 def _refused(checkpoint: str, why: str) -> CheckpointError:

@@ -1,6 +1,6 @@
-"""Runs the checks of `doctor` and shows their findings, a line each, with a fix if something is not right.
+"""Runs the checks of `doctor` and shows each of their findings as a line, with a fix if something is not right.
 
-Checks run one after another, each in a thread with a time limit, because drivers, storage and clusters may hang. An
+Checks run one after another, each in a thread with a time limit, because GPU drivers, storage and clusters may hang. An
 exception that a check raises becomes its finding.
 """
 
@@ -16,26 +16,30 @@ from model.errors import TwoTowerError
 from pipeline.core.text import one_line
 
 Level = Literal["ok", "warn", "FAIL"]
+"""How good a finding is. Only FAIL makes `doctor` exit with code 1."""
 
 
 class Finding(NamedTuple):
-    """A result of a check."""
+    """One result of a check; a check may have several."""
 
     level: Level
     found: str
+    """What the check found, as text for the user."""
     fix: str = ""
     """The action that fixes the problem; empty if none is needed or if `found` names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check to run, with its time limit in seconds."""
+    """A check of `doctor`: a function that looks at one thing, and how long it may take."""
 
     name: str
     look: Callable[[], Iterable[Finding]]
+    """The function that makes the findings. An exception that it raises becomes a FAIL."""
     seconds: float = 30.0
+    """Time limit; a check that takes longer is a FAIL."""
     advice: str = ""
-    """The fix to show if `look` raises a TwoTowerError. It is needed if the text of the error does not name one."""
+    """The fix to show if `look` raises a TwoTowerError whose text does not name one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +59,25 @@ class Line:
 
 
 def ok(found: str) -> Finding:
+    """Return a finding that needs no action."""
     return Finding("ok", found)
 
 
 def warn(found: str, fix: str) -> Finding:
+    """Return a finding that may be a problem for some jobs."""
     return Finding("warn", found, fix)
 
 
 def fail(found: str, fix: str = "") -> Finding:
+    """Return a finding that makes `doctor` fail."""
     return Finding("FAIL", found, fix)
 
 
 def examine(checks: Iterable[Check]) -> Iterator[Line]:
-    """Run the checks and yield their lines as they come. This never raises and always ends, whatever the checks do."""
+    """Run the checks and yield the lines of each as soon as it has ended.
+
+    Whatever the checks do, this never raises, and it ends within their time limits.
+    """
     for check in checks:
         started = time.monotonic()
         findings = _bounded(check)
@@ -77,7 +87,7 @@ def examine(checks: Iterable[Check]) -> Iterator[Line]:
 
 
 def report(lines: Iterable[Line], show: Callable[[str], object], *, as_json: bool) -> bool:
-    """Show each line as it comes, or all lines as one JSON object. Return True if no line is FAIL."""
+    """Show each line as it comes, or at the end all lines as one JSON object. Return whether no line is FAIL."""
     shown = []
     for line in lines:
         shown.append(line)
@@ -90,6 +100,7 @@ def report(lines: Iterable[Line], show: Callable[[str], object], *, as_json: boo
 
 
 def _bounded(check: Check) -> Sequence[Finding]:
+    """Return the findings of a check, or one FAIL if it raises or exceeds its time limit. Its thread then runs on."""
     answers: queue.SimpleQueue[Sequence[Finding]] = queue.SimpleQueue()
 
     def look() -> None:
@@ -102,7 +113,7 @@ def _bounded(check: Check) -> Sequence[Finding]:
                 [
                     fail(
                         f"the check itself failed: {type(error).__name__}: {error}",
-                        "if it is no fault of this machine, report it as a bug",
+                        "if the machine is not the cause, report this as a bug",
                     )
                 ]
             )
@@ -112,5 +123,5 @@ def _bounded(check: Check) -> Sequence[Finding]:
         return answers.get(timeout=check.seconds)
     except queue.Empty:
         return [
-            fail(f"no answer within {check.seconds:g} s", "it hangs: look at the driver, storage or network behind")
+            fail(f"no answer within {check.seconds:g} s", "it hangs: look at the driver, storage or network behind it")
         ]

@@ -1,4 +1,4 @@
-"""Defines the checks of `doctor` for a job: its file, its input, its output and its checkpoint."""
+"""Defines the checks of `doctor` for a job: of its file, its input, its output and its checkpoint."""
 
 import functools
 import os
@@ -9,14 +9,17 @@ from contextlib import suppress
 from pipeline.checks.findings import Check, Finding, fail, ok, warn
 from pipeline.config.job import Job
 from pipeline.core.errors import StorageError, TwoTowerError
+from pipeline.core.text import counted
 from pipeline.storage.urls import is_local, safe_url
 
 GIB = 1 << 30
 
 
 def open_job(path: str | None, overrides: Sequence[str]) -> tuple[Job | None, list[Check]]:
-    """Return the job of a file and a list with the check that reports on it. The job is None if it cannot be read.
-    Without a file the list is empty, too."""
+    """Return the job in the file `path`, and a list with the check that says whether its settings are valid.
+
+    The job is None if they are not. If `path` is None, the result is (None, []). `overrides`: `KEY=VALUE` texts.
+    """
     if path is None:
         return None, []
     from pipeline.config.loader import load_job
@@ -26,11 +29,11 @@ def open_job(path: str | None, overrides: Sequence[str]) -> tuple[Job | None, li
     except TwoTowerError as error:
         refused = [fail(str(error))]
         return None, [Check("job", lambda: refused)]
-    return job, [Check("job", lambda: [ok(f"{job.name}, settings are possible")])]
+    return job, [Check("job", lambda: [ok(f"{job.name}, its settings are valid")])]
 
 
 def job_checks(job: Job) -> list[Check]:
-    """Return the checks of what a job reads and writes."""
+    """Return the checks of a job's input, output and checkpoint."""
     return [
         Check("input", functools.partial(check_input, job), seconds=120),
         Check("output", functools.partial(check_output, job.output.path), seconds=120),
@@ -44,7 +47,7 @@ def job_checks(job: Job) -> list[Check]:
 
 
 def check_input(job: Job) -> Iterator[Finding]:
-    """List the input and read the footer of its first file."""
+    """List the input, read the footer of its first file, and fail if a column that the job needs is missing there."""
     import pyarrow.parquet as pq
 
     from pipeline.input.files import list_input
@@ -61,11 +64,14 @@ def check_input(job: Job) -> Iterator[Finding]:
         yield fail(f"{shown}: {first.name} has no column {', '.join(missing)}", f"it has {has}: fix the job file")
         return
     size = sum(file.size for file in files)
-    yield ok(f"{shown}: {size / GIB:.2f} GiB in {len(files):,} file(s); {first.name} has {rows:,} rows")
+    yield ok(f"{shown}: {size / GIB:.2f} GiB in {counted(len(files), 'file')}; {first.name} has {counted(rows, 'row')}")
 
 
 def check_output(url: str) -> Iterator[Finding]:
-    """Create a file, try to create it again (which must fail), read it and delete it."""
+    """Create a file in the output folder, try to create it again (which must fail), read it and delete it.
+
+    Folders that this made are removed again. Publishing each part once depends on the failure.
+    """
     from pipeline.output.layout import PLAN
     from pipeline.storage.storage import Storage, real_path
 
@@ -89,19 +95,19 @@ def check_output(url: str) -> Iterator[Finding]:
     if second or kept != b"first":
         yield fail(
             f"{shown} lets a second writer replace a file that was to be created once",
-            "use a store with conditional writes (If-None-Match): without them rows may be published twice",
+            "use a store with conditional writes (If-None-Match): without them, rows may be published twice",
         )
     elif not first:
-        yield warn(f"{shown} took the probe file, but only at the second try", "run doctor again")
+        yield warn(f"{shown} took the probe file, but only the second time", "run doctor again")
     elif left:
-        yield warn(f"{shown} can be written to, not deleted from: {left}", "allow deletion: finished segments stay")
+        yield warn(f"{shown} can be written to, not deleted from: {left}", "allow it, or finished segments stay")
     else:
-        held = "holds a job's output already" if storage.exists(PLAN) else "is free"
-        yield ok(f"{shown} can be written to, the first writer wins, and it {held}")
+        held = "already holds a job's output" if storage.exists(PLAN) else "holds no job's output yet"
+        yield ok(f"{shown} can be written to, refuses to create a file twice, and {held}")
 
 
 def _missing_folders(path: str) -> list[str]:
-    """Return the folders of a path that do not exist yet, innermost first."""
+    """Return the folders on an absolute path, itself included, that do not exist yet; the innermost one is first."""
     missing = []
     while not os.path.lexists(path):
         missing.append(path)
@@ -110,8 +116,10 @@ def _missing_folders(path: str) -> list[str]:
 
 
 def check_checkpoint(job: Job) -> Iterator[Finding]:
-    """Open the checkpoint and check its config, its tokenizer, and the shapes of all tensors. No weights are read. Warn
-    if there is no canary.json."""
+    """Open the checkpoint and check its config, its tokenizer, and the shapes of all tensors. No weights are read.
+
+    Warn if there is no canary.json, unless the checkpoint is built in.
+    """
     from pipeline.checks.canary_file import read_canary
     from pipeline.planning import checkpoint
 
@@ -121,6 +129,6 @@ def check_checkpoint(job: Job) -> Iterator[Finding]:
     yield ok(f"{shown}: {len(opened.tensors):,} tensors of {size / GIB:.2f} GiB, complete for {job.generation.mode}")
     if read_canary(job.model.checkpoint) is None and not job.model.checkpoint.startswith("builtin:"):
         yield warn(
-            f"{shown} has no canary.json: replicas cannot compare completions with a run known to be right",
-            f"`twotower canary {shown}` where it is known to be right",
+            f"{shown} has no canary.json: replicas cannot compare their completions with known ones",
+            f"run `twotower canary {shown}` on a machine that is known to generate the right completions",
         )

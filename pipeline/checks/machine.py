@@ -1,5 +1,5 @@
-"""Defines the checks of `doctor` for any machine that need neither torch nor Ray. The others are in workers.checks and
-workers.cluster.checks."""
+"""Defines the checks of `doctor` for a machine that need neither torch nor Ray. The checks that need them are in
+workers.checks and workers.cluster.checks."""
 
 import functools
 import os
@@ -34,13 +34,15 @@ UPLOAD_LIMIT = 100 << 20
 CLOCK_S = 60.0
 """Seconds by which the clock may be off. S3 refuses requests from 900 seconds on."""
 HTTP_S = 10.0
+"""Time limit in seconds for an answer of a web server or of git."""
 S3_ENDPOINT = "https://s3.amazonaws.com"
 NEW_TOKEN = "make one with `ray get-auth-token --generate` and give all nodes and clients the same"
+"""The fix for a token of Ray that is missing."""
 
 
 def machine_checks(job: Job | None) -> list[Check]:
-    """Return the checks of the machine. If the job uses S3, they also require credentials and ask an S3 server for the
-    time."""
+    """Return the checks of the machine. If the job uses S3, they also warn if there are no credentials, and compare the
+    clock with that of an S3 server. None: there is no job."""
     urls = [job.input.path, job.output.path, job.model.checkpoint] if job else []
     s3 = any(url.startswith(("s3://", "s3a://")) for url in urls)
     return [
@@ -54,7 +56,7 @@ def machine_checks(job: Job | None) -> list[Check]:
 
 
 def check_python() -> Iterator[Finding]:
-    """Compare the versions of Python and of the packages with pyproject.toml. No package is imported."""
+    """Compare the installed versions of Python and of the packages with pyproject.toml. No package is imported."""
     from pipeline.storage.storage import read_text
 
     project = tomllib.loads(read_text(os.path.join(ROOT, "pyproject.toml")))["project"]
@@ -80,6 +82,7 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_scratch() -> Iterator[Finding]:
+    """Report the free space for temporary files, and warn if it is less than LITTLE_DISK."""
     folder = tempfile.gettempdir()  # raises FileNotFoundError if no folder can be written to
     free = shutil.disk_usage(folder).free
     found = f"{free / GIB:.1f} GiB free in {folder}"
@@ -87,12 +90,15 @@ def check_scratch() -> Iterator[Finding]:
 
 
 def check_upload() -> Iterator[Finding]:
-    """Add up the files that `ray job submit --working-dir .` would upload. Like git, Ray leaves out ignored files."""
+    """Add up the files that `ray job submit --working-dir .` would upload, and warn if they exceed UPLOAD_LIMIT.
+
+    Like git, Ray leaves out ignored files.
+    """
     names = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(names, capture_output=True, timeout=HTTP_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        yield ok("not measured: this is no git repository, as in Ray's copy of it")
+        yield ok("not measured: this folder is not a git repository, as in the copy that Ray makes")
         return
     size = 0
     for name in filter(None, listed.split(b"\0")):
@@ -104,8 +110,8 @@ def check_upload() -> Iterator[Finding]:
 
 
 def check_clock(server: str | None) -> Iterator[Finding]:
-    """Compare the clock with that of a web server. Without a server, only check that it is not before the time of this
-    program's files."""
+    """Compare the clock with that of the web server at the URL `server`. None: only check that the clock is not earlier
+    than the time of this program's files."""
     now = time.time()
     found = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
     fix = "set the clock, for instance with chrony or ntpd; S3 refuses requests that are 15 minutes off"
@@ -115,7 +121,7 @@ def check_clock(server: str | None) -> Iterator[Finding]:
         return
     stamp = answer(server)[1].get("Date")
     if stamp is None:
-        yield warn(f"{found}; {safe_url(server)} says no time to compare with", "compare it yourself")
+        yield warn(f"{found}; {safe_url(server)} sends no time to compare with", "compare it yourself")
         return
     off = abs(parsedate_to_datetime(stamp).timestamp() - time.time())
     found = f"{found}, {off:.0f} s from {safe_url(server)}"
@@ -123,7 +129,8 @@ def check_clock(server: str | None) -> Iterator[Finding]:
 
 
 def check_credentials(needed: bool) -> Iterator[Finding]:
-    """Report whether there are credentials for S3 and where they come from, but never their values."""
+    """Report whether there are credentials for S3 and where they come from, but never their values. Warn if there are
+    none although they are `needed`."""
     import botocore.session
 
     session = botocore.session.get_session()
@@ -137,14 +144,14 @@ def check_credentials(needed: bool) -> Iterator[Finding]:
 
 
 def check_authentication(environ: Mapping[str, str], token: str | None) -> Finding:
-    """Report how this process would authenticate to a Ray cluster. token: where a token was found; None if there is
-    none."""
+    """Report how this process would authenticate to a Ray cluster. `environ`: the environment variables. `token`: the
+    result of token_source."""
     mode, cluster = environ.get("RAY_AUTH_MODE"), bool(environ.get("RAY_ADDRESS"))
     has = f"the token of {token}" if token else "no token"
     if mode not in (None, "token", "disabled"):
         return fail(f"RAY_AUTH_MODE is {mode!r}", "set it to token or to disabled")
     if mode == "token" and token is None and cluster:
-        return fail("RAY_AUTH_MODE is token, but there is none", NEW_TOKEN)
+        return fail("RAY_AUTH_MODE is token, but there is no token", NEW_TOKEN)
     if mode == "token":
         return ok(f"mode token, {has}" if token else "mode token; Ray on this machine makes one")
     if mode == "disabled" and cluster:
@@ -154,14 +161,14 @@ def check_authentication(environ: Mapping[str, str], token: str | None) -> Findi
         )
     if mode is None and cluster:
         return warn(
-            f"RAY_AUTH_MODE is not set, {has}: servers of Ray 2.60 ask for one, clients do not send it",
+            f"RAY_AUTH_MODE is not set, {has}: servers of Ray 2.60 ask for a token, clients then send none",
             f"set RAY_AUTH_MODE=token here as on the cluster; {NEW_TOKEN}",
         )
     return ok(f"mode {mode or 'not set'}, {has}; it matters for clusters only")
 
 
 def token_source(environ: Mapping[str, str]) -> str | None:
-    """Return the place from which Ray would take its token, or None if it has none."""
+    """Return the place from which Ray would take its token, as text for messages, or None if no token is there."""
     if environ.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
     if path := environ.get("RAY_AUTH_TOKEN_PATH"):
@@ -171,12 +178,15 @@ def token_source(environ: Mapping[str, str]) -> str | None:
 
 
 def s3_endpoint() -> str:
-    """Return the URL of S3, which can be asked for the time."""
+    """Return the URL of the S3 server that jobs would use; it can be asked for the time."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or S3_ENDPOINT
 
 
 def answer(url: str, token: str | None = None) -> tuple[int, Message, bytes]:
-    """Send a GET request and return (status, headers, body). Raises OSError."""
+    """Send a GET request, with `token` as its bearer token if given, and return (status, headers, body).
+
+    An error status is returned, too, with an empty body. Raises OSError if there is no answer within HTTP_S.
+    """
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=HTTP_S) as response:

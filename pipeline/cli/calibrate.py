@@ -1,4 +1,4 @@
-"""Defines the command that measures before a job runs: calibrate."""
+"""Defines the command calibrate, which measures quality and speed before a job runs."""
 
 import contextlib
 import functools
@@ -27,7 +27,7 @@ def calibrate(
     minutes: Annotated[float, typer.Option("--minutes", help="Time for measuring, once the model is loaded.")] = 30.0,
     price: Annotated[
         float | None,
-        typer.Option("--price", help="Price of a GPU for an hour, 2.5 if not given; on CPUs, of a replica."),
+        typer.Option("--price", help="Price of a GPU per hour, 2.5 if not given; on CPUs, of a replica."),
     ] = None,
     currency: Annotated[str, typer.Option("--currency", help="Currency of the price.")] = "USD",
     thresholds: Annotated[
@@ -51,7 +51,7 @@ def calibrate(
     """Measure quality and speed of AR and diffusion on a sample of the job's own prompts, before you pay for the job.
 
     Writes all measurements, a report, and a job file with the fastest settings that keep the quality of AR. To continue
-    after any stop, run it again.
+    after a stop, run it again.
     """
     with one_line_errors(debug):
         from pipeline.calibration import options
@@ -91,6 +91,6 @@ def _calibrate(
     if outcome.failure is not None:
         from pipeline.core.errors import JobFailed
 
-        raise JobFailed(f"{outcome.failure}; the points measured so far are kept: run it again to go on")
+        raise JobFailed(f"{outcome.failure}; the points measured so far are kept: run it again to continue")
     if outcome.stopped and signals.received is not None:
         raise typer.Exit(128 + signals.received)

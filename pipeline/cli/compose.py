@@ -1,4 +1,5 @@
-"""Gives commands the pools, benches and checks of package workers. No other file of pipeline imports workers."""
+"""Makes the pools, benches, sinks and checks of package workers for the commands. No other file of pipeline imports
+workers."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +25,11 @@ def make_pool(
     *,
     json_logs: bool,
 ) -> "Pool":
-    """Return the pool that a plan runs on. Signals are caught again afterwards, because Ray replaces the handlers."""
+    """Return the pool that runs a plan: on Ray, or with `local` as one replica in this process.
+
+    `units`: the number of units left. `tell` shows the operator a message. `json_logs`: replicas log JSON. The signal
+    handlers are installed again afterwards, because Ray replaces them. Raises ClusterError if Ray cannot be used.
+    """
     signals.install()
     from workers.replica.build import ReplicaSpec, make_runner
 
@@ -43,7 +48,11 @@ def make_pool(
 
 
 def make_bench(local: bool, signals: "StopSignals", job: "Job") -> "Bench":
-    """Return the bench that measures a calibration. Signals are caught again, because Ray replaces the handlers."""
+    """Return the bench that measures a calibration: on Ray, or with `local` in this process.
+
+    The signal handlers are installed again afterwards, because Ray replaces them. Raises ClusterError if Ray cannot be
+    used.
+    """
     signals.install()
     from workers.replica.bench import ReplicaBench
 
@@ -66,7 +75,7 @@ def make_sinks(job: "Job", local: bool) -> "list[Sink]":
 
 
 def canary_maker() -> Callable[..., list[str]]:
-    """Return workers.checks.canary.make_canary."""
+    """Return the function that makes a canary.json: workers.checks.canary.make_canary."""
     from workers.checks.canary import make_canary
 
     return make_canary

@@ -36,7 +36,7 @@ def run(
             make_pool = functools.partial(compose.make_pool, settings, local, signals, json_logs=as_json)
             make_display = functools.partial(open_display, interval_s=log_every, as_json=as_json)
             sinks = compose.make_sinks(settings, local)
-            with signals.one_line("what was not written down is generated again at the next run"):
+            with signals.one_line("rows that were not saved are generated again by the next run"):
                 outcome = run_job(settings, make_pool, signals.stop, make_display, sinks)
         for line in _summary(settings, outcome):
             typer.echo(line)
@@ -74,7 +74,7 @@ def doctor(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Check what this machine can run, one line for each check, with the fix. The exit code is 1 if anything is
+    """Check what this machine can run: at least one line for each check, with the fix. The exit code is 1 if a line is
     FAIL."""
     from pipeline.checks.findings import examine, report
     from pipeline.checks.job import job_checks, open_job
@@ -89,21 +89,22 @@ def doctor(
 
 
 def _summary(job: "Job", outcome: "Outcome") -> list[str]:
-    from pipeline.core.text import duration
+    """Return the last lines of `run`: the counts, the warnings, the files, and a query to begin with."""
+    from pipeline.core.text import counted, duration
     from pipeline.output.layout import MANIFEST
     from pipeline.storage.urls import safe_url
 
     totals, output = outcome.totals, safe_url(job.output.path).rstrip("/")
-    rows = f"{totals.rows:,} rows: {totals.ok:,} ok, {totals.errors:,} errors"
+    rows = f"{counted(totals.rows, 'row')}: {totals.ok:,} ok, {counted(totals.errors, 'error')}"
     lines = [f"job {job.name} was complete already, nothing was run: {rows}"]
     if outcome.ran_units:
         rate = outcome.tokens / outcome.seconds if outcome.seconds else 0.0
         resumed = outcome.units - outcome.ran_units
         lines = [
             f"job {job.name} is complete: {rows}"
-            + (f" ({resumed} of {outcome.units} units before)" if resumed else ""),
+            + (f" ({resumed} of {counted(outcome.units, 'unit')} done before)" if resumed else ""),
             f"tokens   {totals.prompt_tokens:,} prompt, {totals.completion_tokens:,} completion; "
-            f"{rate:,.0f} tokens/s over {duration(outcome.seconds)}",
+            f"{rate:,.0f} tokens/s over {duration(outcome.seconds)}, start-up included",
         ]
     elif outcome.manifest is not None:
         lines = [f"job {job.name} is complete, its manifest was missing: {rows}"]

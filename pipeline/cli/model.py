@@ -1,4 +1,4 @@
-"""Defines the command that takes a checkpoint: canary."""
+"""Defines the command canary, which takes a checkpoint instead of a job."""
 
 from typing import Annotated
 

@@ -30,6 +30,7 @@ LogFormat = Annotated[
 
 
 def _given(path: str) -> str:
+    """Return the path of an output folder. Raises BadParameter (wrong usage) if it is empty or blank."""
     if not path.strip():  # the value of an unset shell variable, which would otherwise mean the current directory
         raise typer.BadParameter("it is empty: give the output folder of a job")
     return path

@@ -9,7 +9,7 @@ import typer
 
 from pipeline.cli.options import Debug, OutputPath
 from pipeline.cli.signals import one_line_errors
-from pipeline.core.text import one_line
+from pipeline.core.text import counted, one_line
 
 
 def status(
@@ -75,7 +75,8 @@ def verify(output: OutputPath, debug: Debug = False) -> None:
         for problem in found.problems:
             typer.echo(one_line(problem))
         if found.problems:
-            typer.echo(f"error: problems: {len(found.problems):,}, parts: {found.parts:,}", err=True)
+            said = f"{counted(len(found.problems), 'problem')} found, {counted(found.parts, 'part')} checked"
+            typer.echo(f"error: {said}", err=True)
             raise typer.Exit(1)
         typer.echo(found.summary())
 
@@ -93,11 +94,12 @@ def retry_errors(
 
         made = make_retry_job(output, to)
         if made.units_left:
-            typer.echo(f"not complete: what fails in the {made.units_left:,} units left is not among these", err=True)
+            left = counted(made.units_left, "unit")
+            typer.echo(f"the job is not complete: rows that fail in the {left} left are not included", err=True)
         if not made.rows:
             typer.echo("no row failed: nothing was written")
             return
-        typer.echo(f"{made.rows:,} rows failed; most frequent:")
+        typer.echo(f"{counted(made.rows, 'row')} failed; most frequent errors:")
         for text, count in made.reasons:
             typer.echo(f"{count:>12,} {' '.join(text.split())}")
         if is_local(made.job_file):
@@ -126,7 +128,8 @@ def clean(
 
 @contextlib.contextmanager
 def _parts_bar() -> "Iterator[Callable[[int, int], None]]":
-    """Show a progress bar over the parts on a terminal, and nothing elsewhere."""
+    """Show a progress bar over the parts while the `with` block runs, if stderr is a terminal. Yield the function that
+    updates it with (parts done, all parts)."""
     from rich.console import Console
     from rich.progress import Progress
 

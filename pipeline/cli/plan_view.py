@@ -19,35 +19,39 @@ from pipeline.storage.storage import Storage
 from pipeline.storage.urls import safe_url
 
 SAMPLE_UNITS = 8
+"""The maximum number of units of which rows are sampled."""
 SAMPLE_ROWS = 64
 """The number of rows that are read from the beginning of each sampled unit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A preview of what a job would run."""
+    """A preview of what a job would do: its plan, what is done, and what a sample of its rows says about the rest."""
 
     job: Job
     plan: Plan
     done_units: int
+    """Published units."""
     done_rows: int
+    """Rows of the published units."""
     sampled_rows: int
     sampled_tokens: int
+    """Prompt tokens of the rows of the sample that can be generated."""
     sampled_bad: int
     """Rows of the sample that cannot be generated: null prompt, template error, too long, impossible setting."""
     sampled_limits: int = 0
     """The sum of max_new_tokens over the other rows of the sample."""
     saved_rows: int = 0
-    """Finished rows of units that are not finished."""
+    """Finished rows of unfinished units, which are saved in segments."""
     added: tuple[str, ...] = ()
-    """Input files that would be added to an output that exists already."""
+    """Names of the input files that would be added to a job whose output exists already."""
     estimate: Estimate | str | None = None
     """The hours and cost of the remaining rows according to a calibration, or the reason why they are unknown; None if
     there is no calibration."""
 
     @property
     def unreadable(self) -> tuple[tuple[str, str], ...]:
-        """Return (name, reason) of each input file that cannot be read."""
+        """Return (name, reason) for each input file that cannot be read, for which `run` would refuse the job."""
         return self.plan.unreadable
 
     def lines(self) -> Iterator[str]:
@@ -62,7 +66,7 @@ class Preview:
             named = ", ".join(self.added[:NAMED_AT_MOST]) + (" …" if len(self.added) > NAMED_AT_MOST else "")
             yield f"added      {counted(len(self.added), 'file')}, {counted(rows, 'row')} since the last run: {named}"
         done = f"{counted(self.done_units, 'unit')}, {counted(self.done_rows, 'row')}"
-        saved = f", and {counted(self.saved_rows, 'row')} of units under way" if self.saved_rows else ""
+        saved = f", and {counted(self.saved_rows, 'row')} of unfinished units" if self.saved_rows else ""
         yield f"done       {done}{saved}; left: {counted(left, 'row')}"
         if self.sampled_rows:
             tokens = round(self.sampled_tokens / self.sampled_rows * left)
@@ -73,8 +77,8 @@ class Preview:
             yield f"bad rows   {self.sampled_bad:,} of {self.sampled_rows:,} sampled rows have no {usable}"
         if columns := job.input.row_settings.columns:
             named = ", ".join(f"{setting} from {column}" for setting, column in columns.items())
-            yield f"per row    {named}; where null, the job's"
-        again = ", again where degenerate" if generation.on_degenerate == "retry" and generation.mode != "ar" else ""
+            yield f"per row    {named}; if null, the job's"
+        again = ", again if degenerate" if generation.on_degenerate == "retry" and generation.mode != "ar" else ""
         yield f"completion at most {self._completion_tokens(left)}, mode {generation.mode}{again}"
         yield f"checkpoint {safe_url(job.model.checkpoint)}, {job.model.dtype}"
         yield f"replicas   {workers.replicas}, each with {workers.gpus} GPU and {workers.cpus} CPU"
@@ -84,14 +88,14 @@ class Preview:
             yield f"hours      unknown: {self.estimate}"
         yield f"output     {safe_url(job.output.path)}"
         if self.unreadable:
-            yield f"unreadable {counted(len(self.unreadable), 'file')}: `run` would refuse"
+            yield f"unreadable {counted(len(self.unreadable), 'file')}: `run` would refuse the job"
 
     def _completion_tokens(self, left: int) -> str:
         each, column = self.job.generation.max_new_tokens, self.job.input.row_settings.max_new_tokens
         if column is None:
-            return f"{left * each:,} tokens left ({each:,} a row)"
+            return f"{left * each:,} tokens left ({each:,} per row)"
         if not self.sampled_rows:
-            return f"what column {column} says"
+            return f"as column {column} says"
         tokens = round(self.sampled_limits / self.sampled_rows * left)
         return f"about {tokens:,} tokens left (by column {column}, estimate from the same sample)"
 
@@ -114,8 +118,8 @@ def preview(job: Job, calibration: str | None = None) -> Preview:
 
 
 def _done(job: Job, plan: Plan) -> tuple[int, int, int, tuple[str, ...]]:
-    """Return the number of finished units, the number of their rows, the number of saved rows of other units, and the
-    input files that the output was not planned with."""
+    """Return the number of published units, the number of their rows, the number of saved rows of other units, and the
+    names of the input files that are new since the output was planned."""
     if plan.unreadable:  # without these files, neither the fingerprint nor the units can match those of the output
         if not Storage(job.output.path).exists(PLAN):
             return 0, 0, 0, ()

@@ -14,8 +14,8 @@ from pipeline.core.text import one_line
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """Turn the project's own errors into one line on stderr and exit code 1. All others are bugs and keep a
-    traceback."""
+    """Turn the project's own errors into one line on stderr and exit code 1. With `debug` they keep their traceback, as
+    all other errors do, because those are bugs."""
     try:
         yield
     except TwoTowerError as error:
@@ -26,20 +26,23 @@ def one_line_errors(debug: bool) -> Iterator[None]:
 
 
 class StopSignals:
-    """A handler that sets `stop` on SIGINT or SIGTERM; a second signal interrupts at once.
+    """A handler that sets `stop` on the first SIGINT or SIGTERM; a second signal raises KeyboardInterrupt.
 
-    `install` is called before Ray starts and again after it, because ray.init() installs a handler of its own.
+    `install` is called before Ray starts and again after it, because ray.init() installs a handler of its own. The end
+    of the `with` block restores the handlers that were there before.
     """
 
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.received: int | None = None
+        """The number of the first signal; None if there was none."""
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> "StopSignals":
         return self
 
     def install(self) -> None:
+        """Install the handler for SIGINT and SIGTERM. May be called more than once, on the main thread only."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before.setdefault(number, signal.signal(number, self._handle))
 
@@ -49,8 +52,10 @@ class StopSignals:
 
     @contextlib.contextmanager
     def one_line(self, at_once: str) -> Iterator[None]:
-        """Turn the error that ends the work after a signal into one line and an exit code. `at_once` ends the line
-        after a second signal."""
+        """Turn the error that ends the work after a signal into one line and exit code 128 plus its number.
+
+        `at_once` ends the line after a second signal. Errors without a signal pass.
+        """
         try:
             yield
         except TwoTowerError as error:

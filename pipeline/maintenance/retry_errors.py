@@ -100,7 +100,7 @@ def make_retry_job(output_path: str, folder: str) -> RetryJob:
                     writer.add(table)
         writer.flush()
         # written last: without this file the folder is not taken for a job
-        comment = f"{rows:,} rows of a job that failed; made by retry-errors"
+        comment = f"{counted(rows, 'row')} of a job that failed; made by retry-errors"
         target.write("job.yaml", to_yaml(without_variables(retry), [comment]))
     return RetryJob(rows, tuple(failed.reasons.most_common(REASONS)), job_file, units_left)
 

@@ -237,5 +237,5 @@ def test_a_stopped_job_says_how_to_resume_and_does(head: Head, tmp_path: Path) -
 
     resumed = head.submit(*command[:-1], "engine.max_rows=16", variables=variables)
     assert resumed.returncode == 0, resumed.stdout
-    assert "units before)" in resumed.stdout
+    assert "units done before)" in resumed.stdout
     assert before.items() <= {part.name: part.stat().st_mtime_ns for part in out.glob("part-*.parquet")}.items()

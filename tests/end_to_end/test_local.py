@@ -150,7 +150,7 @@ def test_a_killed_job_resumes_to_the_same_rows(job_file: Path, tmp_path: Path, e
     assert rows(out) == expected
     assert {part: part.stat().st_mtime_ns for part in survived} == survived
     assert (out / "_SUCCESS").exists()
-    assert "units before" in text
+    assert "units done before" in text
     assert "was complete already" in finish(start(job_file, out, "--local"))
 
 

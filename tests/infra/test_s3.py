@@ -93,7 +93,7 @@ def test_the_policy_is_enough_for_a_job_and_its_upkeep_and_every_part_of_it_is_n
     job = ["jobs/synth.yaml", *options]
     monkeypatch.chdir(ROOT)
     assert "12 rows" in call("plan", *job)
-    assert "is complete: 12 rows: 11 ok, 1 errors" in call("run", *job)
+    assert "is complete: 12 rows: 11 ok, 1 error" in call("run", *job)
     assert "was complete already" in call("run", *job)
     assert "12 of 12" in call("status", OUTPUT)
     assert call("verify", OUTPUT).startswith("verified: 12 rows")

@@ -79,7 +79,7 @@ def test_a_report_is_well_unless_something_fails(last: Finding, well: bool) -> N
         ({}, None, "ok", "matters for clusters only"),
         ({"RAY_ADDRESS": "head:6379"}, "RAY_AUTH_TOKEN", "warn", "RAY_AUTH_MODE is not set"),
         ({"RAY_ADDRESS": "head:6379", "RAY_AUTH_MODE": "token"}, "RAY_AUTH_TOKEN", "ok", "the token of RAY_AUTH_TOKEN"),
-        ({"RAY_ADDRESS": "head:6379", "RAY_AUTH_MODE": "token"}, None, "FAIL", "there is none"),
+        ({"RAY_ADDRESS": "head:6379", "RAY_AUTH_MODE": "token"}, None, "FAIL", "there is no token"),
         ({"RAY_AUTH_MODE": "token"}, None, "ok", "makes one"),
         ({"RAY_ADDRESS": "head:6379", "RAY_AUTH_MODE": "disabled"}, None, "warn", "can run code"),
         ({"RAY_AUTH_MODE": "off"}, None, "FAIL", "RAY_AUTH_MODE is 'off'"),

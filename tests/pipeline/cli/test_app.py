@@ -110,7 +110,7 @@ def test_run_ends_with_a_summary_and_a_second_run_does_nothing(job: Path) -> Non
     out = job.parent / "out"
     first = call("run", job)
     assert first.exit_code == 0, first.output
-    assert "job small is complete: 35 rows: 34 ok, 1 errors" in first.stdout
+    assert "job small is complete: 35 rows: 34 ok, 1 error\n" in first.stdout
     assert f"output   {out}" in first.stdout
     assert f"manifest {out}/_job/manifest.json" in first.stdout
     assert f"report   {out}/_job/report.html" in first.stdout
@@ -120,7 +120,7 @@ def test_run_ends_with_a_summary_and_a_second_run_does_nothing(job: Path) -> Non
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     second = call("run", job)
     assert second.exit_code == 0
-    assert "job small was complete already, nothing was run: 35 rows: 34 ok, 1 errors" in second.stdout
+    assert "job small was complete already, nothing was run: 35 rows: 34 ok, 1 error\n" in second.stdout
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
@@ -129,7 +129,7 @@ def test_a_missing_part_or_manifest_is_made_again(job: Path) -> None:
     call("run", job)
     out = job.parent / "out"
     next(out.glob("part-*.parquet")).unlink()
-    assert "(3 of 4 units before)" in call("run", job).stdout
+    assert "(3 of 4 units done before)" in call("run", job).stdout
     (out / "_SUCCESS").unlink()
     assert "its manifest was missing" in call("run", job).stdout
     assert (out / "_SUCCESS").exists()
@@ -262,7 +262,7 @@ def test_sigterm_stops_with_143_and_the_next_run_resumes(job: Path, monkeypatch:
     assert status.exit_code == 0
     assert "submit the same job again to resume" in status.stdout
     monkeypatch.setattr(pipeline.cli.compose, "make_pool", functools.partial(fake_pool, LocalPool))
-    assert "units before)" in call("run", job).stdout
+    assert "units done before)" in call("run", job).stdout
 
 
 def as_of_the_version_before(job: Path) -> None:
@@ -313,7 +313,7 @@ def test_an_output_begun_by_an_older_version_is_read_and_resumed(
     monkeypatch.setattr(pipeline.cli.compose, "make_pool", functools.partial(fake_pool, LocalPool))
     resumed = call("run", job, "--set", "checkpoint.seconds=9")
     assert resumed.exit_code == 0, resumed.output
-    assert f"({len(finished)} of 4 units before)" in resumed.stdout
+    assert f"({len(finished)} of 4 units done before)" in resumed.stdout
     assert "rows were finished by earlier attempts" in resumed.stderr
     assert {part: part.read_bytes() for part in finished} == finished
     assert (out / "_job/plan.json").read_bytes() == begun
@@ -355,7 +355,7 @@ def test_plan_tells_what_would_run_and_writes_nothing(job: Path) -> None:
     assert "left: 35 rows" in result.stdout
     assert "estimate from a sample of 35 rows" in result.stdout
     assert "1 of 35 sampled rows have no usable prompt" in result.stdout
-    assert "at most 280 tokens left (8 a row)" in result.stdout
+    assert "at most 280 tokens left (8 per row)" in result.stdout
     assert files_of(job.parent) == before
     call("run", job)
     assert "done       4 units, 35 rows; left: 0 rows" in call("plan", job).stdout
@@ -370,9 +370,9 @@ def test_plan_counts_tokens_by_the_rows_own_settings(job: Path) -> None:
     result = call("plan", job, *(word for option in options for word in ("--set", option)))
     assert result.exit_code == 0, result.output
     assert "2 of 6 sampled rows have no usable prompt and settings" in result.stdout
-    assert "per row    max_new_tokens from n, temperature from t; where null, the job's\n" in result.stdout
+    assert "per row    max_new_tokens from n, temperature from t; if null, the job's\n" in result.stdout
     said = "completion at most about 160 tokens left (by column n, estimate from the same sample), mode diffusion"
-    assert f"{said}, again where degenerate\n" in result.stdout
+    assert f"{said}, again if degenerate\n" in result.stdout
 
 
 def add_file(job: Path, name: str, rows: int) -> None:
@@ -391,7 +391,7 @@ def test_added_files_are_named_and_taken_with_extend(job: Path) -> None:
     planned = call("plan", job, *extend)
     assert "added      1 file, 12 rows since the last run: b.parquet" in planned.stdout
     assert "done       4 units, 35 rows; left: 12 rows" in planned.stdout
-    assert "(4 of 6 units before)" in call("run", job, *extend).stdout
+    assert "(4 of 6 units done before)" in call("run", job, *extend).stdout
     assert "rows     47 of 47" in call("status", job.parent / "out").stdout
     assert "\nadded " not in call("plan", job, *extend).stdout
     assert "was complete already" in call("run", job).stdout
@@ -409,7 +409,7 @@ def test_verify_says_that_all_is_well_or_lists_what_is_not(job: Path) -> None:
     bad = call("verify", out)
     assert bad.exit_code == 1
     assert [line.split(" ")[0] for line in bad.stdout.splitlines()] == [part.name, "notes.txt"]
-    assert bad.stderr == "error: problems: 2, parts: 4\n"
+    assert bad.stderr == "error: 2 problems found, 4 parts checked\n"
     none = call("verify", job.parent / "in")
     assert none.stderr.startswith("error: output ")
     part.unlink()
@@ -423,11 +423,11 @@ def test_retry_errors_makes_a_job_that_runs(job: Path) -> None:
     made = call("retry-errors", job.parent / "out", "--to", job.parent / "again")
     assert made.exit_code == 0, made.output
     lines = made.stdout.splitlines()
-    assert lines[0] == "1 rows failed; most frequent:"
+    assert lines[0] == "1 row failed; most frequent errors:"
     assert lines[1].split() == ["1", "prompt", "is", "null"]
     assert lines[2] == f"run them again: twotower run {job.parent}/again/job.yaml"
     again = call("run", job.parent / "again/job.yaml", "--set", "retry.max_error_rate=1")
-    assert "job small-retry is complete: 1 rows: 0 ok, 1 errors" in again.stdout
+    assert "job small-retry is complete: 1 row: 0 ok, 1 error\n" in again.stdout
     assert "is not an empty folder" in call("retry-errors", job.parent / "out", "--to", job.parent / "again").stderr
     assert call("retry-errors", job.parent / "out").exit_code == 2
 

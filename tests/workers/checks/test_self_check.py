@@ -95,7 +95,7 @@ def test_other_files_are_named_by_their_identity(checkpoint: Path) -> None:
     assert (
         f"was made from other files (identity {made_from[:12]}, here {identity[:12]}): copy the weights again" in text
     )
-    assert text.endswith(f"else make it anew (twotower canary {checkpoint} --force) or delete it")
+    assert text.endswith(f"else make it again (twotower canary {checkpoint} --force) or delete it")
 
 
 def change(field: str, value: Any) -> Callable[[dict[str, Any]], Any]:
@@ -115,7 +115,7 @@ def change(field: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (change("prompts", []), "cannot be read: prompts: "),
         (lambda c: {**c, "cases": [{**c["cases"][0], "scores": [1.0]}]}, "scores and stable do not fit token_ids; "),
         (lambda c: {**c, "cases": [{**c["cases"][1], "fed": []}]}, "fed does not fit token_ids and block_size; "),
-        (lambda c: {**c, "cases": [{**c["cases"][0], "prompt": 7}]}, "a case is of prompt 7, there are 1; "),
+        (lambda c: {**c, "cases": [{**c["cases"][0], "prompt": 7}]}, "a case has prompt 7, the last one is 0; "),
         (change("settings", {"block_size": 16}), "was made with other settings, {'block_size': 16}; "),
         (
             lambda c: {**c, "prompts": [{"text": "a", "ids": [100, 70_000]}]},
@@ -130,7 +130,7 @@ def test_a_file_that_cannot_be_used_is_refused(checkpoint: Path, broken: Callabl
     text = refusal(checkpoint)
     assert text.startswith(f"{file} ")
     assert fault in text
-    assert text.endswith(f"make it anew (twotower canary {checkpoint} --force) or delete it")
+    assert text.endswith(f"make it again (twotower canary {checkpoint} --force) or delete it")
 
 
 def test_another_tokenizer_is_refused(checkpoint: Path) -> None:
@@ -207,7 +207,7 @@ def test_the_command_writes_once_and_replaces_by_force_alone(tmp_path: Path) -> 
     again = CliRunner().invoke(app, arguments)
     assert (again.exit_code, again.stderr) == (
         1,
-        f"error: {folder}/canary.json is there already: --force replaces it\n",
+        f"error: {folder}/canary.json exists already: --force replaces it\n",
     )
     other = CliRunner().invoke(app, [*arguments, "--force", "--dtype", "bfloat16"])
     assert other.exit_code == 0, other.output

@@ -129,7 +129,7 @@ def test_a_replica_that_fails_is_an_error_with_all_that_was_measured(
     done = call("calibrate", job_file(tmp_path))
     assert done.exit_code == 1
     assert done.stderr.splitlines()[-1] == (
-        "error: the replica died: killed; the points measured so far are kept: run it again to go on"
+        "error: the replica died: killed; the points measured so far are kept: run it again to continue"
     )
     assert (tmp_path / "out-calibration/job.yaml").exists()
     wrong = call("calibrate", tmp_path / "small.yaml", "--steps", "a")
