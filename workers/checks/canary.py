@@ -1,5 +1,5 @@
-"""Makes canary.json, a file of expected completions, from a checkpoint that is known to be right, and compares a loaded
-model with it."""
+"""Makes canary.json, a file of expected completions, from a checkpoint that is known to be right, and compares a model
+that was loaded later with this file."""
 
 import os
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ PROMPTS = (
     '{"name": "Ada", "born": ',
     "A lighthouse is a tower that guides ships at night. Its lamp turns once in ten seconds and is seen from far away.",
 )
-"""The default prompts. Every tokenizer yields tokens for them, and the last one is longer than a page of the KV cache
-even if each letter is a token."""
+"""The default prompts. Every tokenizer yields tokens for them, and the last one is longer than a page of the context
+cache even if each letter is a token."""
 
 SHOWN = 40
-"""The number of characters of a prompt that messages show."""
+"""The largest number of characters of a prompt that messages show."""
 
 
 def make_canary(
@@ -43,8 +43,9 @@ def make_canary(
 ) -> list[str]:
     """Write canary.json for a checkpoint that is known to be right, and return lines of text that describe it.
 
-    If `prompts` is empty, PROMPTS are used. A completion has at most `tokens` tokens. The file is written beside the
-    weights, or to `out`. The lines are one for each completion and a summary at the end. Raises CheckpointError (also
+    If `prompts` is empty, PROMPTS are used. A completion has at most `tokens` tokens. The model runs in `dtype` on the
+    first `gpus` GPUs, or on the CPU if that is 0. The file is written beside the weights, or to `out`. There is a line
+    for each completion, and a summary at the end. Raises CheckpointError (also
     if the file exists and `force` is false), RequestError, KernelError and StorageError.
     """
     import torch
@@ -94,13 +95,15 @@ def make_canary(
 
 
 def _record(case: "Case", prompt: int) -> CanaryCase:
+    """Return a case as canary.json stores it. `prompt`: the position of its prompt in the file."""
     fields = asdict(case)
     del fields["prompt_ids"]
     return CanaryCase(prompt=prompt, **fields)
 
 
 def check_canary(pair: "TwoTower", tokenizer: "Tokenizer", checkpoint: str, canary: CanaryFile) -> None:
-    """Raise CheckpointError, with what to do, if a loaded model is not the one that the canary was made from."""
+    """Raise CheckpointError, with what to do, if a loaded model or its tokenizer does not agree with the canary: it has
+    another vocabulary or other prompt tokens, or computes other completions or scores."""
     from model.checks.canary import SETTINGS, Case, check_cases
 
     where = safe_url(canary_url(checkpoint))
@@ -130,11 +133,12 @@ def check_canary(pair: "TwoTower", tokenizer: "Tokenizer", checkpoint: str, cana
 
 
 def _diagnosis(checkpoint: str, canary: CanaryFile) -> str:
+    """Return what to do, which depends on whether the checkpoint's files are those that the canary was made from."""
     identity = open_checkpoint(checkpoint).identity()
     if identity == canary.checkpoint:
         return (
             "its files look like those that canary.json was made from: copy the weights again (of large shards only "
-            "samples are compared), try another node, or look at what is new in this version"
+            "samples are compared), try another node, or look at what has changed in this version"
         )
     return (
         f"canary.json was made from other files (identity {canary.checkpoint[:12]}, here {identity[:12]}): copy the "

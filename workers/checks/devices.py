@@ -9,19 +9,21 @@ from collections.abc import Iterator
 from pipeline.checks.findings import Check, Finding, fail, ok, warn
 from pipeline.checks.machine import GIB, installed_version
 from pipeline.config.job import Job
+from pipeline.core.text import counted
 from workers.checks.kernels import check_kernels
 
 BUSY = 0.1
-"""If more than this share (0 to 1) of a GPU's memory is already in use, the operator gets a warning."""
+"""If more than this share (0 to 1) of a GPU's memory is in use already, its finding is a warning."""
 OLDEST = (8, 0)
 """Lowest compute capability of GPUs that can compute in bfloat16."""
 NO_GPU = "set workers.gpus: 0 to run on the CPU; else see whether `nvidia-smi` works and torch is built for CUDA"
+"""The fix if torch finds no GPU."""
 
 
 def device_checks(job: Job | None) -> list[Check]:
     """Return the checks of this machine's devices, which load torch and create a CUDA context on each GPU.
 
-    The memory plan is checked only if there is a job.
+    The memory plan is checked only if there is a job. A job also says whether no GPU is a problem.
     """
     checks = [
         Check("torch", check_torch, seconds=120),
@@ -33,6 +35,7 @@ def device_checks(job: Job | None) -> list[Check]:
 
 
 def check_torch() -> Iterator[Finding]:
+    """Report the versions of torch and Triton; warn if torch has no CUDA on a machine with an NVIDIA driver."""
     import torch
 
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
@@ -44,6 +47,7 @@ def check_torch() -> Iterator[Finding]:
 
 
 def check_memory() -> Iterator[Finding]:
+    """Report the free memory of the host, and warn if it is less than 2 GiB."""
     from model.checkpoint.loader import free_memory
 
     free = free_memory("cpu")
@@ -52,7 +56,10 @@ def check_memory() -> Iterator[Finding]:
 
 
 def check_gpus(job: Job | None) -> Iterator[Finding]:
-    """Yield one finding for each GPU, after creating a CUDA context on it, or one finding if there is no GPU."""
+    """Yield one finding for each GPU, after creating a CUDA context on it, or one finding if there is no GPU.
+
+    Warn about a GPU without bfloat16 or with much memory in use, and about no GPU unless the job asks for none.
+    """
     import torch
 
     count = torch.cuda.device_count()
@@ -72,13 +79,17 @@ def check_gpus(job: Job | None) -> Iterator[Finding]:
         if capability < OLDEST:
             yield warn(f"{found}: no bfloat16", "use an Ampere GPU or a later one, or model.dtype: float32")
         elif total - free > BUSY * total:
-            yield warn(f"{found}: others hold the rest", "see `nvidia-smi`, and stop what else runs there")
+            yield warn(f"{found}: other processes hold the rest", "see `nvidia-smi`, and stop what else runs there")
         else:
             yield ok(found)
 
 
 def check_plan(job: Job) -> Iterator[Finding]:
-    """Check whether the weights fit on the devices of a replica, and report how many rows fit beside them."""
+    """Check whether the weights fit on the devices of a replica, and report how many rows fit beside them.
+
+    If this machine has fewer GPUs than a replica needs, fail, or warn if RAY_ADDRESS names a cluster that may have
+    them. Raises CheckpointError if the weights do not fit, and RequestError if no row fits beside them.
+    """
     import torch
 
     from model.checkpoint.loader import check_memory, free_memory
@@ -89,13 +100,13 @@ def check_plan(job: Job) -> Iterator[Finding]:
 
     gpus, found = job.workers.gpus, torch.cuda.device_count()
     if gpus > found:
-        text = f"a replica asks for {gpus} GPU, {found} are here"
+        text = f"a replica asks for {counted(gpus, 'GPU')}, this machine has {found}"
         if os.environ.get("RAY_ADDRESS"):
             yield warn(
                 f"{text}, and the cluster may have them", "run doctor on a GPU node: ray job submit … doctor JOB"
             )
         else:
-            yield fail(text, "lower workers.gpus, 0 is the CPU, or set RAY_ADDRESS")
+            yield fail(text, "lower workers.gpus (0 is the CPU), or set RAY_ADDRESS")
         return
     names = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
     checkpoint, towers, dtype = open_checkpoint(job.model.checkpoint), job.generation.towers, DTYPES[job.model.dtype]
@@ -107,7 +118,7 @@ def check_plan(job: Job) -> Iterator[Finding]:
     left = min(device.left(plan.max_rows, plan.kv_tokens) for device in plan.devices)
     yield ok(
         f"{max(weights) / GIB:.2f} GiB of weights at most on each of {', '.join(names)}; max_rows {plan.max_rows}, "
-        f"kv_tokens {plan.kv_tokens:,}; {left / GIB:.1f} GiB left then"
+        f"kv_tokens {plan.kv_tokens:,}; {left / GIB:.1f} GiB stay free"
     )
 
 

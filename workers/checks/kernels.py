@@ -1,4 +1,4 @@
-"""Provides the check of `doctor` for kernels: which kernels each device uses, and whether their results are right."""
+"""Provides the check of `doctor` for kernels: which kernels each device uses, and whether their results are correct."""
 
 import os
 import time
@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 
 
 RELEASED_LAYERS = 4 * GIB
-"""Free GPU memory, in bytes, that the check at the released model's sizes needs for weights and for the comparison."""
+"""Free GPU memory, in bytes, that the check at the released model's sizes needs: for weights and the comparison."""
 
 PREFILL_SCAN = "ops/triton/ssd_combined.py"
+"""The file of the package mamba-ssm that has its scan for prompts."""
 
 
 def check_kernels() -> Iterator[Finding]:
-    """Yield a finding for each device: which kernels it uses, and whether their results are right.
+    """Yield a finding for each device: which kernels it uses, and whether their results are correct.
 
-    Kernels are checked with builtin:noise; on a GPU they are also checked at the released model's sizes.
+    Kernels are checked with builtin:noise; on a GPU they are also checked at the released model's sizes. One more
+    finding says whether mamba-ssm's scan is installed; on a machine without GPUs, only if it is.
     """
     import torch
 
@@ -44,6 +46,7 @@ def check_kernels() -> Iterator[Finding]:
 
 
 def _check_kernels_on(device: str) -> Finding:
+    """Return the finding for the kernels of one device, `cpu` or `cuda:N`."""
     import torch
 
     from model import load_model
@@ -64,7 +67,7 @@ def _check_kernels_on(device: str) -> Finding:
         text = f"{device}: {name} failed: {type(error).__name__}: {first_line(error)}"
         return fail(text, "compare driver, torch and Triton with a machine where they run, or set workers.gpus: 0")
     compared = ", ".join(f"{seconds:.1f} s for {size} sizes" for size, seconds in took.items())
-    return ok(f"{device}: {name}, right in {dtype}, compiled and compared in {compared}")
+    return ok(f"{device}: {name}, correct in {dtype}, compiled and compared in {compared}")
 
 
 def _released_layers(device: str) -> "TwoTower":
@@ -89,6 +92,7 @@ def _released_layers(device: str) -> "TwoTower":
 
 
 def _seconds(call: Callable[[], object]) -> float:
+    """Call the function and return how many seconds it took."""
     started = time.monotonic()
     call()
     return time.monotonic() - started

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.checks.canary_file import read_canary
 from pipeline.core.errors import CheckpointError
+from pipeline.core.text import counted
 from pipeline.storage.urls import safe_url
 from workers.checks.canary import PROMPTS, check_canary
 
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
 
 def self_check(pair: "TwoTower", tokenizer: "Tokenizer", checkpoint: str) -> str:
-    """Check the model and return one line about what was checked. The GPU memory used for it is freed again.
+    """Check the kernels, then the completions of canary.json, or only that logits are finite if the checkpoint has no
+    canary.json.
 
-    Raises KernelError, CheckpointError (also if canary.json is broken or belongs to another checkpoint), StorageError.
+    Return one line about what was checked. The GPU memory that the checks used is free again afterwards. Raises
+    KernelError, CheckpointError (also if canary.json is broken or belongs to another checkpoint) and StorageError.
     """
     import torch
 
@@ -40,8 +43,8 @@ def self_check(pair: "TwoTower", tokenizer: "Tokenizer", checkpoint: str) -> str
         compared = "logits are finite (no canary.json to compare completions with)"
     else:
         check_canary(pair, tokenizer, checkpoint, canary)
-        compared = f"{len(canary.prompts)} prompts of canary.json agree"
+        compared = f"{counted(len(canary.prompts), 'prompt')} of canary.json as expected"
     if torch.cuda.is_available():  # the memory plan that follows counts free memory
         gc.collect()
         torch.cuda.empty_cache()
-    return f"self-check passed in {time.monotonic() - started:.1f} s: kernels are right, {compared}"
+    return f"self-check passed in {time.monotonic() - started:.1f} s: kernels are correct, {compared}"

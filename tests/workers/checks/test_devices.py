@@ -67,7 +67,7 @@ def test_a_job_for_more_gpus_than_are_here_fails_unless_a_cluster_may_have_them(
         monkeypatch.setenv("RAY_ADDRESS", address)
     [found] = check_plan(job_for(100))
     assert found.level == level
-    assert "a replica asks for 100 GPU" in found.found
+    assert "a replica asks for 100 GPUs" in found.found
 
 
 def test_a_wrong_kernel_fails_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_the_kernels_of_this_gpu_are_right_at_the_released_sizes() -> None:
     ("capability", "free", "level", "text"),
     [
         ((9, 0), 79 << 30, "ok", "cuda:0 H100, 79.0 of 80.0 GiB free, compute capability 9.0, driver"),
-        ((9, 0), 30 << 30, "warn", "others hold the rest"),
+        ((9, 0), 30 << 30, "warn", "other processes hold the rest"),
         ((7, 5), 79 << 30, "warn", "no bfloat16"),
     ],
 )

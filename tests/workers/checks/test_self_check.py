@@ -72,7 +72,7 @@ def test_a_checkpoint_that_is_well_passes(checkpoint: Path) -> None:
     for arguments in cases:
         text = check(checkpoint, **arguments)
         assert text.startswith("self-check passed in ")
-        assert text.endswith(" s: kernels are right, 1 prompts of canary.json agree")
+        assert text.endswith(" s: kernels are correct, 1 prompt of canary.json as expected")
     assert check("builtin:noise").endswith("logits are finite (no canary.json to compare completions with)")
 
 
@@ -224,7 +224,7 @@ def test_the_command_writes_elsewhere(tmp_path: Path, monkeypatch: pytest.Monkey
     assert done.exit_code == 0, done.output
     assert not (folder / "canary.json").exists()
     (tmp_path / "mine.json").rename(folder / "canary.json")
-    assert check(folder, towers="context").endswith("1 prompts of canary.json agree")
+    assert check(folder, towers="context").endswith("1 prompt of canary.json as expected")
 
 
 @pytest.mark.parametrize(
