@@ -68,7 +68,7 @@ def test_ctrl_c_stops_the_job_and_its_cluster(job: Path) -> None:
     assert first == f"job job: {job.parent}/in -> {job.parent}/out"
     assert last.endswith(" of 40 units are done; submit the same job again to resume")
     assert last.startswith("stopped; ")
-    saved = "finished rows of units under way that were written down: "  # shown if some were finished
+    saved = "saved "  # shown if rows of unfinished units were finished
     # Ray's own logs are not shown
     assert all("/200 rows" in line or line.startswith(saved) for line in progress), output
 

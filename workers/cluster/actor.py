@@ -1,4 +1,5 @@
-"""Holds the room for a replica on Ray, and the actor in it, for the pool and for the bench of a calibration."""
+"""Reserves the GPUs and CPUs of a replica on a node of Ray and runs an actor there, for the pool and for the bench of a
+calibration."""
 
 import contextlib
 import functools
@@ -18,10 +19,13 @@ _actor_class = functools.cache(ray.remote(concurrency_groups={"control": 1}))  #
 
 
 class ReplicaActor:
-    """A placement group for one replica of a job, and the actor in it. After a loss it holds another actor."""
+    """A placement group (GPUs and CPUs reserved on one node) for a replica of a job, and the actor in it.
+
+    After `kill`, `start` starts another actor in the same group.
+    """
 
     def __init__(self, process: type, workers: WorkersSection) -> None:
-        """Request the placement group. `process` is the class of the actor."""
+        """Request the placement group without waiting for it. `process` is the class of the actor."""
         bundle = {"CPU": float(workers.cpus)} | ({"GPU": float(workers.gpus)} if workers.gpus else {})
         self._group = placement_group([bundle], strategy="STRICT_PACK")
         self._class = _actor_class(process).options(
@@ -33,31 +37,33 @@ class ReplicaActor:
         self._actor: Any = None
 
     def has_room(self, wait_s: float = 0.0) -> bool:
-        """Return whether the placement group has its room, after waiting for it for at most `wait_s` seconds."""
+        """Return whether the placement group has been created, after waiting for that for at most `wait_s` seconds."""
         if wait_s:
             self._group.wait(wait_s)
         return bool(placement_group_table(self._group).get("state") == "CREATED")
 
     def start(self, *arguments: Any) -> None:
-        """Start an actor in the room. The arguments are those of its class."""
+        """Start an actor in the placement group, which must have been created. `arguments` go to its class."""
         self._actor = self._class.remote(*arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the actor, and return a reference to its result."""
+        """Call a method of the actor and return a reference to its result at once. Methods called so run one at a
+        time."""
         return getattr(self._actor, method).remote(*arguments)
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Call a method that may run beside a method of `call`, and return a reference to its result."""
+        """Call a method of the actor that may run beside a method of `call`. Return a reference to its result at
+        once."""
         return getattr(self._actor, method).options(concurrency_group="control").remote(*arguments)
 
     def kill(self) -> None:
-        """Kill the actor if there is one, and keep the room."""
+        """Kill the actor if there is one. The placement group stays reserved."""
         if self._actor is not None:
             ray.kill(self._actor, no_restart=True)
         self._actor = None
 
     def close(self) -> None:
-        """Kill the actor and give the room back, as far as Ray still answers."""
+        """Kill the actor and remove the placement group, as far as Ray still answers."""
         with contextlib.suppress(RayError):
             self.kill()
             remove_placement_group(self._group)
@@ -72,7 +78,8 @@ def death_text(error: RayError) -> str:
 
 
 def no_room(workers: WorkersSection, advice: str) -> ClusterError:
-    """Return the error that a replica found no room within workers.start_timeout_s. `advice` ends its text."""
+    """Return the error for a replica that no node had room for within workers.start_timeout_s. `advice` ends its
+    text."""
     return ClusterError(
         f"no node has room for a replica of {amounts({'GPU': workers.gpus, 'CPU': workers.cpus})} after "
         f"{workers.start_timeout_s:g} s (workers.start_timeout_s); the cluster has {describe_nodes()}; lower "

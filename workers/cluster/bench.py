@@ -19,23 +19,24 @@ from workers.cluster.connection import connect, lost_cluster
 
 T = TypeVar("T")
 LOOK_S = 0.5
-"""Seconds between two questions to the actor about its progress."""
+"""Seconds between two looks: at whether there is room, and at the progress of the actor."""
 MakeBench = Callable[[Job], Bench]
+"""A function that returns the bench for a job, in the actor's process."""
 
 
 class BenchProcess:
-    """A bench in an actor's process. Only `progress` may be called while another call runs."""
+    """A bench in an actor's process, for RayBench. Only `progress` may be called while another call runs."""
 
     def __init__(self, make_bench: MakeBench, job: Job) -> None:
         self._bench = make_bench(job)
         self._progress = (0, 0)
 
     def start(self, rows: Sequence[SampleRow], limits: Sequence[RowLimit]) -> "Replica | JobFailed":
-        """See Bench."""
+        """See Bench. Returns a failure as JobFailed instead of raising it."""
         return _answer(lambda: self._bench.start(rows, limits, self._tick))
 
     def measure(self, task: Task) -> "Run | JobFailed":
-        """See Bench."""
+        """See Bench. Returns a failure as JobFailed instead of raising it."""
         self._progress = (0, 0)
         return _answer(lambda: self._bench.measure(task, self._tick))
 
@@ -48,10 +49,14 @@ class BenchProcess:
 
 
 class RayBench:
-    """A pipeline.calibration.bench.Bench on Ray. After a tick has raised, the bench can only be closed."""
+    """A pipeline.calibration.bench.Bench that measures points on one replica in a Ray actor.
+
+    If a tick raises, the actor's call still runs, so only `close` may follow.
+    """
 
     def __init__(self, job: Job, make_bench: MakeBench, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Connect to Ray. `make_bench` must be picklable; the actor calls it. Raises ClusterError."""
+        """Connect to Ray. `make_bench` must be picklable; the actor calls it. `stopped`: see connect. Raises
+        ClusterError if Ray cannot be used."""
         self._job, self._make_bench = job, make_bench
         self._ours = connect(stopped)
         self._actor: ReplicaActor | None = None
@@ -89,7 +94,8 @@ class RayBench:
             self._ours = False
 
     def _call(self, method: str, arguments: tuple[Any, ...], tick: Tick) -> Any:
-        """Call a method of the actor and return its answer; meanwhile ask the actor for its progress for `tick`.
+        """Call a method of the actor and return its answer. Meanwhile pass the actor's progress to `tick`, or (0, 0) if
+        the actor does not answer in time.
 
         Raises JobFailed if the actor dies or answers with a failure.
         """
@@ -109,7 +115,8 @@ class RayBench:
 
 
 def _answer(function: Callable[[], T]) -> "T | JobFailed":
-    """Return the result of the function, or its failure as a value: Ray would turn an exception into a long text."""
+    """Return the result of the function. Return an exception as a JobFailed with one line of text, because Ray would
+    turn it into a long text."""
     try:
         return function()
     except TwoTowerError as error:

@@ -1,4 +1,4 @@
-"""Provides the check of `doctor` for Ray: the cluster or the job server that RAY_ADDRESS names."""
+"""Provides the check of `doctor` for Ray: for the cluster or the job server that RAY_ADDRESS names."""
 
 import functools
 import json
@@ -16,16 +16,17 @@ JOIN_S = 60.0
 """Time limit for joining a Ray cluster, in seconds."""
 
 JOIN = "from workers.cluster.connection import print_nodes; print_nodes()"
+"""The Python program that joins the cluster, in a process of its own."""
 
 
 def cluster_checks(job: Job | None) -> list[Check]:
-    """Return the check of the Ray cluster that RAY_ADDRESS names."""
+    """Return the check of what RAY_ADDRESS names, as the only item of a list."""
     return [Check("ray", functools.partial(check_cluster, job, os.environ.get("RAY_ADDRESS")), seconds=JOIN_S + 30)]
 
 
 def check_cluster(job: Job | None, address: str | None) -> Iterator[Finding]:
-    """Check the Ray at `address`: that a cluster can be joined and has room for a replica, or, if it is a job server,
-    that it answers and asks for a token."""
+    """Check the Ray at `address`: whether a cluster can be joined and has a node that is large enough for a replica of
+    the job, or whether a job server answers and asks for a token. None or "": only report the version of Ray."""
     if not address:
         yield ok(
             f"Ray {installed_version('ray')}; RAY_ADDRESS is not set: `run` starts a Ray of its own on this machine"
@@ -37,7 +38,8 @@ def check_cluster(job: Job | None, address: str | None) -> Iterator[Finding]:
 
 
 def _job_server(address: str) -> Finding:
-    """Check the job server with the address and the token that `ray job submit` would use."""
+    """Check the job server at `address` with the token that `ray job submit` would use. Raises ValueError if it answers
+    with something other than JSON."""
     shown, url = safe_url(address), f"{address.rstrip('/')}/api/version"
     try:
         status, _, body = answer(url)
@@ -71,7 +73,8 @@ def _job_server(address: str) -> Finding:
 
 
 def _cluster(job: Job | None, address: str) -> Finding:
-    """Check the cluster by joining it from a separate process, which is killed if it takes too long."""
+    """Check the cluster by joining it from a separate process, which is killed if it takes longer than JOIN_S. Raises
+    ClusterError if nothing answers at `address`."""
     from workers.cluster.connection import amounts, check_reachable
 
     check_reachable(address)
@@ -102,7 +105,7 @@ def _cluster(job: Job | None, address: str) -> Finding:
 
 
 def _token(source: str) -> str:
-    """Return Ray's token. It must never be shown."""
+    """Return Ray's token from the place that token_source named. The token must never be shown."""
     from pipeline.storage.storage import read_text
 
     if source == "RAY_AUTH_TOKEN":

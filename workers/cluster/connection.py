@@ -15,8 +15,9 @@ from pipeline.core.errors import ClusterError
 from pipeline.core.text import one_line
 
 CONNECT_S = 10.0
+"""Seconds to wait until something answers at RAY_ADDRESS."""
 STARTS = 4
-"""How often this process tries to start a node of Ray before it gives up."""
+"""The number of times that this process tries to start a node of Ray before it gives up."""
 OBJECT_STORE_BYTES = 100 << 20
 """Size of the object store, in bytes, of a cluster started here; it only has to hold small reports."""
 
@@ -24,8 +25,9 @@ OBJECT_STORE_BYTES = 100 << 20
 def connect(stopped: Callable[[], bool] = lambda: False) -> bool:
     """Join the cluster at RAY_ADDRESS (set in a submitted job), or start one on this machine for the time of the job.
 
-    Returns True if this call connected, so that the caller must call `ray.shutdown`. `stopped` returns whether the job
-    is being stopped: Ray is then not started once more. Raises ClusterError.
+    Return True if this call connected, so that the caller must call `ray.shutdown`; False if this process was connected
+    already. `stopped` returns whether the job is being stopped: a start of Ray that failed is then not repeated. Raises
+    ClusterError if Ray cannot be joined or started, or if RAY_ADDRESS is a job server.
     """
     if ray.is_initialized():
         return False
@@ -90,7 +92,7 @@ def check_reachable(address: str) -> None:
 
 @contextlib.contextmanager
 def lost_cluster(advice: str = "") -> Iterator[None]:
-    """Turn a RayError of the body into the ClusterError of a lost cluster. `advice` ends its text."""
+    """Turn a RayError that the `with` block raises into the ClusterError of a lost cluster. `advice` ends its text."""
     try:
         yield
     except RayError as error:
@@ -112,7 +114,7 @@ def describe_nodes() -> str:
 
 
 def amounts(resources: dict[str, Any]) -> str:
-    """Return the numbers of GPUs and CPUs as messages show them."""
+    """Return the numbers of GPUs and CPUs in Ray's resources as text such as `2 GPU, 16 CPU`. Others are left out."""
     return ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in ("GPU", "CPU"))
 
 

@@ -29,7 +29,7 @@ COUNTERS = {
         "Prompt tokens put through the context tower, padding included.",
         (REPLICA,),
     ),
-    "twotower_preemptions_total": ("Rows put back because pages of the context cache ran out.", (REPLICA,)),
+    "twotower_preemptions_total": ("Rows queued again because pages of the context cache ran out.", (REPLICA,)),
     "twotower_error_rows_total": ("Error rows by kind, repeated work included.", (KIND,)),
     "twotower_retries_total": (
         "Retries of a kind: of a forward, of rows that loop, of storage requests, of units.",
@@ -37,11 +37,12 @@ COUNTERS = {
     ),
     "twotower_replicas_lost_total": ("Replicas that were lost or did not start.", ()),
 }
+"""Metrics that only grow: by name, (description, labels besides JOB)."""
 GAUGES = {
-    "twotower_tokens_per_second": ("Completion tokens a second over the last minute.", (REPLICA,)),
-    "twotower_rows_per_second": ("Rows a second over the last minute.", (REPLICA,)),
+    "twotower_tokens_per_second": ("Completion tokens per second over the last minute.", (REPLICA,)),
+    "twotower_rows_per_second": ("Rows per second over the last minute.", (REPLICA,)),
     "twotower_tokens_per_forward": ("Tokens that a denoiser forward adds to a row, over the last minute.", (REPLICA,)),
-    "twotower_batch_rows": ("Mean rows computed together, over the last minute.", (REPLICA,)),
+    "twotower_batch_rows": ("Mean number of rows computed together, over the last minute.", (REPLICA,)),
     "twotower_padding_share": ("Share of padding in prefill, over the last minute.", (REPLICA,)),
     "twotower_queue_rows": ("Rows that are read and wait for a slot.", (REPLICA,)),
     "twotower_active_rows": ("Rows in slots.", (REPLICA,)),
@@ -63,12 +64,13 @@ GAUGES = {
     "twotower_job_units": ("Units of the job.", ()),
     "twotower_job_eta_seconds": ("Seconds left at the rate of the last minute; -1 if unknown.", ()),
 }
+"""Metrics that show a present value: by name, (description, labels besides JOB)."""
 Key = tuple[str, str]
 """A metric and its label: (metric name, replica or kind), with "" if the metric has no such label."""
 
 
 class RayMetrics:
-    """A sink of pipeline.monitoring.reporter. It does nothing while Ray is not connected."""
+    """A pipeline.monitoring.reporter.Sink that sets Ray's metrics. It does nothing while Ray is not connected."""
 
     def __init__(self, job: str) -> None:
         self._job = job
@@ -77,6 +79,7 @@ class RayMetrics:
         self._shown: set[Key] = set()
 
     def __call__(self, live: Live) -> None:
+        """Add what was counted since the last call to the counters, and set the gauges."""
         ray = sys.modules.get("ray")  # not imported here: the pool imports it, and the import is slow
         if ray is None or not ray.is_initialized():
             return
@@ -94,6 +97,7 @@ class RayMetrics:
         self._shown = set(values)
 
     def _metric(self, name: str) -> Any:
+        """Return Ray's metric of this name, made at its first use."""
         if name not in self._metrics:
             from ray.util.metrics import Counter, Gauge
 
@@ -135,6 +139,7 @@ def _counts(live: Live) -> dict[str, dict[Key, float]]:
 
 
 def _gauges(live: Live) -> Iterator[tuple[Key, float]]:
+    """Yield the present value of each gauge."""
     for replica in live.replicas:
         stats = replica.stats
         values = {
@@ -167,4 +172,5 @@ def _gauges(live: Live) -> Iterator[tuple[Key, float]]:
 
 
 def _place(replica: LiveReplica) -> str:
+    """Return the label of a replica's place: r0 for r0 and for each of its replacements, such as r0.2."""
     return replica.name.partition(".")[0]

@@ -1,4 +1,5 @@
-"""Runs a pool of replicas on Ray. A lost replica is replaced, and more replicas start when nodes join the cluster.
+"""Runs a pool of replicas on Ray. A lost replica is replaced, and further wanted replicas start when nodes join the
+cluster.
 
 In this module a slot is a place for a replica. It has one placement group, which waits for room and then holds one
 actor after the other (r0, then r0.2 after a loss). The driver keeps two `work` calls outstanding on every actor, so
@@ -17,6 +18,7 @@ from ray.exceptions import RayError
 
 from pipeline.config.job import WorkersSection
 from pipeline.core.events import Event, ReplicaLost, ReplicaReady
+from pipeline.core.text import counted
 from pipeline.core.types import Assignment
 from workers.cluster.actor import ReplicaActor, death_text, no_room
 from workers.cluster.connection import amounts, connect, describe_nodes, lost_cluster
@@ -25,13 +27,14 @@ from workers.replica.replica import FLUSH_S, MakeRunner, ReplicaProcess, Report
 WORK_S = 2.0
 """Seconds after which a `work` call returns; the driver learns of progress at most this late."""
 CALLS_AHEAD = 2
+"""The number of `work` calls that are outstanding on every ready actor."""
 LOOK_S = 5.0
 """If a replica has not reported for this many seconds, it is asked what it is doing, while its `work` call still
 runs."""
 CHECK_S = 0.5
 """Seconds between two looks at the placement groups that wait for room."""
 NOTICE_S = 5.0
-"""If there is no room for all wanted replicas after this many seconds, a message says what the cluster has."""
+"""If there is no room for all wanted replicas after this many seconds, one message says what the cluster has."""
 START_S = 3600.0
 """A replica that has not loaded its model after this many seconds is replaced. The stall watch cannot do that, because
 it only watches replicas that hold work."""
@@ -42,33 +45,40 @@ and the longest pause."""
 
 @dataclass
 class _Slot:
-    """A place for a replica."""
+    """A place for a replica, with the state of the replica that is there now. Times are in seconds of a monotonic
+    clock."""
 
     number: int
     actor: ReplicaActor
     lives: int = 0
+    """Number of actors that were started here so far."""
     started_at: float = 0.0
-    """Time at which its actor was requested."""
+    """Time at which the last actor was started."""
     ready: bool = False
+    """Whether the replica has loaded its model and is not lost."""
     calls: deque[Any] = field(default_factory=deque)
     """Outstanding `work` calls, oldest first; until the replica is ready, its `start` call; none without an actor."""
     looks: list[Any] = field(default_factory=list)
     """The outstanding `look` call, which asks the replica what it is doing, if there is one."""
     heard_at: float = 0.0
+    """Time of the last report of a `work` call, or of the last `look` call if that is later."""
     failures: int = 0
     """Number of failed starts since the replica was last ready."""
     not_before: float = 0.0
+    """Time before which no other actor is started, after a failed start."""
 
     @property
     def name(self) -> str:
+        """Return the name of the replica that was started here last: r0, and then r0.2 for its replacement."""
         return f"r{self.number}" if self.lives == 1 else f"r{self.number}.{self.lives}"
 
 
 class RayPool:
-    """A pipeline.driver.dispatcher.Pool on Ray.
+    """A pipeline.driver.dispatcher.Pool whose replicas are Ray actors, one in each placement group.
 
-    It starts at most `units` replicas; `tell` is called with messages for the operator; `stopped` returns whether the
-    job is being stopped.
+    It runs at most `units` replicas at a time, and not more than workers.replicas. `tell` is called with messages for
+    the operator. `stopped` returns whether the job is being stopped (see connect). Creating a pool raises ClusterError
+    if Ray cannot be used.
     """
 
     def __init__(
@@ -130,9 +140,13 @@ class RayPool:
             with contextlib.suppress(RayError):  # the replica is dead
                 rows += ray.get(call)
         if rows:
-            self._tell(f"finished rows of units under way that were written down: {rows:,}")
+            self._tell(f"saved {counted(rows, 'finished row')} of unfinished units")
 
     def _listen(self, timeout_s: float) -> list[Event]:
+        """Wait until a call has returned, for at most `timeout_s` seconds, and return the events of all that have.
+
+        A replica that has not loaded its model within START_S is given up as lost.
+        """
         self._look_in()
         now, late = time.monotonic(), Report(fatal=f"its model was not loaded within {START_S / 60:g} minutes")
         loading = [slot for slot in self._slots if slot.calls and not slot.ready]
@@ -156,6 +170,7 @@ class RayPool:
         return events
 
     def _look_in(self) -> None:
+        """Ask each replica that has not reported for LOOK_S what it is doing."""
         now = time.monotonic()
         for slot in self._slots:
             if slot.ready and not slot.looks and now - slot.heard_at >= LOOK_S:
@@ -180,6 +195,7 @@ class RayPool:
         return events
 
     def _lose(self, slot: _Slot, report: Report) -> ReplicaLost:
+        """Kill the replica in the slot and return its ReplicaLost event. `report` says why it is lost."""
         lost = ReplicaLost(slot.name, report.fatal or "", report.refused, report.excused)
         if not slot.ready:
             slot.failures += 1
@@ -208,7 +224,8 @@ class RayPool:
         self._check_room(len(without_room), now)
 
     def _settle(self, slot: _Slot, now: float, wait_s: float = 0.0) -> bool:
-        """Return whether the slot's group has room. If so, start an actor, unless a pause after a failed start runs."""
+        """Return whether the slot's placement group has room. If so, start an actor in it, unless it is too early after
+        a failed start (`not_before`)."""
         if not slot.actor.has_room(wait_s):
             return False
         if now >= slot.not_before:
@@ -218,7 +235,7 @@ class RayPool:
         return True
 
     def _check_room(self, without_room: int, now: float) -> None:
-        """Tell the operator if groups wait for room.
+        """Tell the operator once if `without_room` placement groups still wait for room after NOTICE_S.
 
         Raises ClusterError if there was no room for any replica for `start_timeout_s`.
         """
@@ -234,6 +251,6 @@ class RayPool:
             if fits == 0 or self._settings.replicas != "auto":
                 size = amounts({"GPU": self._settings.gpus, "CPU": self._settings.cpus})
                 self._tell(
-                    f"room for {fits} of {len(self._slots)} replicas of {size} each; the cluster has "
-                    f"{describe_nodes()}; the others start as room comes"
+                    f"room for {fits} of {counted(len(self._slots), 'replica')} of {size} each; the cluster has "
+                    f"{describe_nodes()}; the others start as soon as there is room"
                 )

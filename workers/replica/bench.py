@@ -1,4 +1,5 @@
-"""Measures the points of a calibration on a replica: the weights stay loaded, and each row limit gets a new engine."""
+"""Measures the points of a calibration on a replica. The weights stay loaded; each change of the row limit makes a new
+engine."""
 
 import gc
 import platform
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class ReplicaBench:
-    """A pipeline.calibration.bench.Bench in this process."""
+    """A pipeline.calibration.bench.Bench whose model and engine are in this process."""
 
     def __init__(self, job: Job) -> None:
-        """Create a bench. The `job` must load both towers."""
+        """Create a bench; this loads nothing yet. The settings of `job` must be such that both towers are loaded."""
         self._job = job
         self._pair: TwoTower | None = None
         self._engine: Engine | None = None
@@ -75,9 +76,11 @@ class ReplicaBench:
         self._pair = None
 
     def _limited(self, limit: RowLimit) -> Job:
+        """Return the job with this engine.max_rows."""
         return self._job.model_copy(update={"engine": self._job.engine.model_copy(update={"max_rows": limit})})
 
     def _engine_of(self, max_rows: int) -> "Engine":
+        """Return the engine with this row limit: the present one, or a new one that replaces it."""
         if self._engine is None or self._engine.limits.max_rows != max_rows:
             assert self._pair is not None, "not started"
             self._drop_engine()  # before the new engine is made: both together would not fit into memory
@@ -94,6 +97,8 @@ class ReplicaBench:
                 torch.cuda.empty_cache()
 
     def _requests(self, setting: Setting) -> list[Request]:
+        """Return a request for each row of the sample, with the setting to measure instead of the job's. A row with a
+        threshold of its own keeps it."""
         requests = []
         for row, prefix_tokens in zip(self._rows, self._prefixes, strict=True):
             params = replace(row.params, mode=setting.mode)
@@ -106,10 +111,12 @@ class ReplicaBench:
 
 
 def _tokens_under_way(engine: "Engine") -> int:
+    """Return the number of completion tokens that the rows in slots have so far."""
     return sum(len(row.tokens) for row in engine.scheduler.running.values())
 
 
 def _device(gpus: int) -> str:
+    """Return the devices of a replica with this number of GPUs as text (Replica.device)."""
     import torch
 
     if gpus:
@@ -120,6 +127,7 @@ def _device(gpus: int) -> str:
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
+    """Return (name, version) of twotower, torch and Python."""
     import torch
 
     ours = installed_version("twotower") or "unknown"  # not installed if it is run from its folder, as on Ray

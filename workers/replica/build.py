@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
-    """Everything that a replica needs to know. It is sent to the actor, so it must be picklable."""
+    """The settings from which a replica is built. A spec is sent to the actor, so it must be picklable."""
 
     job: Job
     fingerprint: str
@@ -32,7 +32,7 @@ class ReplicaSpec:
     schema: pa.Schema
     """Schema of every part."""
     json_logs: bool = False
-    """Whether replicas log JSON (pipeline.monitoring.logs)."""
+    """Whether the replica logs JSON (pipeline.monitoring.logs)."""
 
     def open_store(self, replica: str) -> UnitStore:
         """Return the store of a replica."""
@@ -40,7 +40,7 @@ class ReplicaSpec:
 
 
 def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
-    """Load the job's model, check it, and return a runner for it.
+    """Load the job's model, check it, and return a runner for it. `replica`: the name of the replica.
 
     Raises CheckpointError, RequestError, JobError and what the self-check raises.
     """
@@ -86,7 +86,8 @@ def load_pair(job: Job) -> "tuple[TwoTower, Tokenizer]":
 def make_engine(pair: "TwoTower", job: Job) -> "Engine":
     """Return an engine on a loaded model with the job's limits.
 
-    Raises RequestError or JobError if the limits do not fit the model or the memory.
+    Raises RequestError or JobError if the limits do not fit the model or the memory, and the device's own error if the
+    device was lost.
     """
     from model import Engine
 

@@ -1,6 +1,6 @@
-"""Provides a pool of one replica in this process, for `--local` and for tests.
+"""Provides a pool of one replica in the driver's process, for `--local` and for tests.
 
-It follows the same protocol as the Ray pool and reports failures in the same way.
+It implements the same protocol as the pool on Ray and reports failures in the same way.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,10 @@ from workers.replica.replica import FLUSH_S, MakeRunner, Replica, Report
 
 
 class LocalPool:
-    """A pipeline.driver.dispatcher.Pool whose replica works during `wait`: a replica that hangs blocks the driver."""
+    """A pipeline.driver.dispatcher.Pool of one replica, which works only during `wait`: if it hangs, the driver hangs.
+
+    The next `wait` replaces a lost replica: local-1, then local-2.
+    """
 
     def __init__(self, make_runner: MakeRunner) -> None:
         self._make_runner = make_runner
@@ -30,7 +33,7 @@ class LocalPool:
             self._replica.assign(work)
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
-        """See Pool. The first call loads the model and returns only when it is loaded.
+        """See Pool. If there is no replica, this makes one, and returns only when its model is loaded.
 
         Raises JobFailed if this process can no longer use its GPU, because a new replica in it would fail too.
         """
@@ -61,8 +64,8 @@ class LocalPool:
             return [*first, *report.events]
         if report.device_lost:
             raise JobFailed(
-                f"{report.fatal}; finished rows are written down: submit the same job again to resume, and where it "
-                "fails again look for Xid errors in dmesg"
+                f"{report.fatal}; finished rows are saved: submit the same job again to resume, and if it fails again, "
+                "look for Xid errors in dmesg"
             )
         self._replica = None
         return [*report.events, ReplicaLost(self._name, report.fatal, report.refused)]

@@ -1,8 +1,8 @@
 """Implements a replica: one loaded model with its unit runner.
 
 A replica runs in a process of its own (an actor of workers.cluster.pool) or in the driver's process
-(workers.replica.local_pool). This module does not use Ray. An error inside a replica is caught here and becomes a
-report.
+(workers.replica.local_pool). This module does not use Ray. Every error inside a replica is caught here and becomes a
+Report, which tells the pool that the replica is lost.
 """
 
 import logging
@@ -40,13 +40,14 @@ because it is sent to the actor."""
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The answer of a replica to a call of the driver: it carries counts, never rows."""
+    """The answer of a replica to a call of its pool. It carries counts and short texts, never rows."""
 
     events: tuple[Event, ...] = ()
+    """Events for the driver, in order."""
     fatal: str | None = None
     """The reason why the replica cannot continue and must be replaced; None if it can continue."""
     refused: bool = False
-    """Whether the replica failed to start with one of the project's own errors."""
+    """Whether the replica failed to start with one of the project's own errors, which a new replica would raise too."""
     excused: bool = False
     """Whether the replica stopped because it was asked to, so that its rows are not suspected of killing it."""
     device_lost: bool = False
@@ -54,7 +55,7 @@ class Report:
 
 
 class Replica:
-    """A loaded model with its unit runner.
+    """A loaded model with its unit runner, behind methods that report errors instead of raising them.
 
     `start` and `work` are called one at a time. All other methods may be called while they run, so that a replica gets
     its next unit before a running `work` returns.
@@ -68,7 +69,10 @@ class Replica:
         self._kept: tuple[object, ...] = ()
 
     def start(self) -> Report:
-        """Load the model. The constructor does not do this, because Ray reports a constructor's error as text only."""
+        """Load the model and make the runner. The report is fatal if that fails.
+
+        The constructor does not do this, because Ray reports a constructor's error as text only.
+        """
         try:
             self._runner = self._make_runner(self._name)
         except Exception as error:  # catches everything: the driver gets the reason and replaces the replica
@@ -79,7 +83,8 @@ class Replica:
         return Report()
 
     def assign(self, work: Assignment) -> None:
-        """Accept work. A dead replica ignores it; its next report says that it is dead."""
+        """Accept work, which a running or later `work` call does. A dead replica ignores it; its next report says that
+        it is dead."""
         if self._runner is not None:
             try:
                 self._runner.add(work)
@@ -88,7 +93,8 @@ class Replica:
                 self._die(error)
 
     def work(self, seconds: float) -> Report:
-        """Drive the engine until a unit is finished or `seconds` have passed."""
+        """Drive the engine until a unit is finished or `seconds` have passed. Report the progress, finished units and
+        notes, or the error that ended the replica."""
         runner = self._runner
         if runner is None:
             return Report(fatal=self._fatal, device_lost=self._device_lost)
@@ -101,12 +107,14 @@ class Replica:
             return self._die(error)
 
     def look(self) -> tuple[ReplicaActive, ...]:
-        """Return what the replica is doing. Answers at once, even while an engine step hangs."""
+        """Return what the replica is doing; () if it is dead or not started. Answers at once, even while an engine step
+        hangs."""
         runner = self._runner
         return () if runner is None else (ReplicaActive(self._name, runner.beats, runner.doing(), runner.stats()),)
 
     def stop(self, seconds: float) -> int:
-        """Save all finished rows within `seconds`, end the work for good, and return how many rows were saved."""
+        """End the work for good, save all finished rows within `seconds`, and return how many rows this call saved. An
+        error is only printed."""
         if self._runner is None:
             return 0
         try:
@@ -116,7 +124,7 @@ class Replica:
             return 0
 
     def close(self) -> None:
-        """Close and forget the runner."""
+        """Close and forget the runner, if there is one."""
         if self._runner is not None:
             self._runner.close()
             self._runner = None
@@ -132,6 +140,10 @@ class Replica:
         return tuple(ReplicaNote(self._name, text) for text in runner.notes())
 
     def _die(self, error: Exception, refused: bool = False) -> Report:
+        """Log the error, save the finished rows, close the runner, and return the report of the replica's end.
+
+        `refused`: see Report.
+        """
         self._device_lost = device_lost(error)
         text = first_line(error) if self._device_lost else one_line(error)
         self._fatal = text if isinstance(error, TwoTowerError) else f"{type(error).__name__}: {text}"
@@ -171,7 +183,7 @@ class ReplicaProcess(Replica):
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def work(self, seconds: float) -> Report:
-        """See Replica."""
+        """See Replica. After SIGTERM, wait until the finished rows are saved, and report the end of the replica."""
         report = super().work(seconds)
         if not self._told_to_leave.is_set() or report.fatal is not None:
             return report
@@ -184,6 +196,7 @@ class ReplicaProcess(Replica):
             threading.Thread(target=self._leave, name="leave", daemon=True).start()
 
     def _leave(self) -> None:
+        """Save the finished rows and end the process soon after. Runs in a thread of its own after SIGTERM."""
         if self._runner is None:  # no model is loaded: there is nothing to save, and no running `work` could report
             os._exit(STOPPED_EXIT)
         _leave_later(STOPPED_EXIT, FLUSH_S + LEAVE_S)  # ends the process even if the storage hangs
@@ -198,6 +211,7 @@ class ReplicaProcess(Replica):
 
 
 def _leave_later(code: int, seconds: float) -> None:
+    """End the process with this exit code after `seconds`, whatever it is doing."""
     # os._exit, because a normal exit would wait for threads of a broken engine or of a storage that hangs.
     timer = threading.Timer(seconds, os._exit, (code,))
     timer.daemon = True

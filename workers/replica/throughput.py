@@ -1,4 +1,4 @@
-"""Measures how fast an engine is while all its slots are taken, and collects the completions of a sample.
+"""Measures the tokens per second of an engine while all its slots are taken, and collects the completions of a sample.
 
 This module needs neither Ray nor torch.
 """
@@ -16,25 +16,26 @@ from pipeline.calibration.bench import Run, Speed, Tick
 from workers.units.protocols import EngineLike
 
 LEAST_ROWS = 8
-"""Smallest number of rows that end in the window, even if the engine has only a few slots."""
+"""Smallest number of rows that must end in the window, even if the engine has only a few slots."""
 TURNS = 2
-"""How many new rows a slot gets in the window on average, so that the speed includes the cost of filling slots."""
+"""Number of new rows that a slot gets in the window on average: the speed includes the cost of filling slots."""
 PIECES = 8
 """Number of equal pieces of the window; the differences between their speeds give the error of the speed."""
 Mark = tuple[float, int]
-"""A measured point: (seconds, tokens so far)."""
+"""A reading after an engine step: (time in seconds, number of completion tokens generated so far)."""
 
 
 class MeasuredEngine(EngineLike, Protocol):
     """The part of model.Engine that the measurement uses."""
 
-    def cancel(self, key: str) -> bool: ...
+    def cancel(self, key: str) -> bool:
+        """Remove a request without a completion. Returns False if no request with this key is in the engine."""
 
 
 def run_once(engine: MeasuredEngine, requests: Sequence[Request], tick: Tick) -> tuple[Completion, ...]:
     """Run every request to its end, and return the completions in the order of the requests.
 
-    Raises what the engine and the tick raise.
+    Raises what the engine and the tick raise; no request then stays in the engine.
     """
     done: dict[str, Completion] = {}
     try:
@@ -61,9 +62,10 @@ def measure(
 ) -> Run:
     """Return the speed of the engine (see pipeline.calibration.bench.Speed); with `whole` also all completions.
 
-    The requests are submitted repeatedly until the window is long enough. `tokens_under_way` returns the number of
-    tokens that the rows in slots have so far. If memory runs out, so that the engine lowers its row limit, the result
-    has no speed. Raises what the engine and the tick raise.
+    The requests are submitted repeatedly until the window lasts at least `window_s` seconds and enough rows have ended
+    in it. `tokens_under_way` returns the number of completion tokens that the rows in slots have so far. If memory runs
+    out, so that the engine lowers its row limit, the result has neither a speed nor completions. Raises what the engine
+    and the tick raise. No request stays in the engine.
     """
     watch = _Watch(engine, requests, tokens_under_way, whole, window_s, clock)
     try:
@@ -73,6 +75,8 @@ def measure(
 
 
 class _Watch:
+    """One measurement: it keeps the engine full, steps it, and collects the marks and the completions."""
+
     def __init__(
         self,
         engine: MeasuredEngine,
@@ -94,6 +98,7 @@ class _Watch:
         self._rows_before = 0
 
     def run(self, tick: Tick) -> Run:
+        """Measure until enough was seen; with `whole`, then also run the requests of the sample to their ends."""
         started, expected = self._clock(), self._slots + self._window_rows
         if self._whole:
             expected = max(expected, len(self._requests))
@@ -112,18 +117,20 @@ class _Watch:
         return Run(speed, tuple(self._first[request.key] for request in self._requests) if self._whole else ())
 
     def clear(self, keep: "set[str] | frozenset[str]" = frozenset()) -> None:
-        """Cancel the rows that are still in the engine, except those in `keep`."""
+        """Cancel the requests that are still in the engine, except those whose keys are in `keep`."""
         for key in self._live - keep:
             self._engine.cancel(key)
         self._live &= keep
 
     def _seen_enough(self) -> bool:
+        """Return whether the window is long enough and, with `whole`, all requests of the sample were submitted."""
         if not self._marks or (self._whole and self._fed < len(self._requests)):
             return False
         long_enough = self._marks[-1][0] - self._marks[0][0] >= self._window_s
         return long_enough and self._ended - self._rows_before >= self._window_rows
 
     def _fill(self) -> None:
+        """Submit requests until as many wait in the engine as it has slots."""
         while self._engine.waiting < self._slots:
             request = next(self._feed)
             self._engine.submit(request)
@@ -131,6 +138,7 @@ class _Watch:
             self._fed += 1
 
     def _step(self) -> None:
+        """Run an engine step. Once as many rows have ended as there are slots, the window is open: add a mark."""
         self._engine_step()
         if not self._marks:
             if self._ended < self._slots:
@@ -155,7 +163,10 @@ def _again_and_again(requests: Sequence[Request]) -> Iterator[Request]:
 
 
 def speed_of(marks: Sequence[Mark], rows: int, seconds: float) -> Speed:
-    """Return the speed between the first and the last mark."""
+    """Return the speed between the first and the last mark; its error is 1 if no token was generated between them.
+
+    `rows`: the number of rows that ended between them. `seconds`: the duration of the whole measurement.
+    """
     times = np.array([mark[0] for mark in marks])
     tokens = np.array([mark[1] for mark in marks], float)
     edges = np.linspace(times[0], times[-1], PIECES + 1)

@@ -98,5 +98,5 @@ def test_a_killed_job_goes_on_where_its_segments_end(s3: str, s3_endpoint: str, 
     assert len(rows) == ROWS
     assert dict(rows) == expected(prompts)
     for run, keys in enumerate(before, 2):
-        assert not finished(logs, run) & keys, "rows that were written down were generated again"
+        assert not finished(logs, run) & keys, "rows that were saved were generated again"
     assert [info.name for info in output.find() if "segments" in info.name] == []

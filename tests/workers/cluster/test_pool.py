@@ -21,6 +21,7 @@ import workers.cluster.pool
 from model.errors import CheckpointError
 from pipeline.core.errors import ClusterError, JobFailed
 from pipeline.core.events import Event, ReplicaActive, ReplicaLost, ReplicaReady, UnitDone, UnitProgress
+from pipeline.core.text import counted
 from pipeline.core.types import Assignment, UnitResult
 from pipeline.driver.dispatcher import dispatch
 from pipeline.driver.retry import RetryPolicy
@@ -298,7 +299,7 @@ def test_a_stopped_job_writes_down_every_finished_row(tmp_path: Path, monkeypatc
     finished = finished_rows(tmp_path)
     assert 0 < len(finished) < 200
     assert sorted(segment_rows(small)) == sorted(finished)
-    assert stopper.told == [f"finished rows of units under way that were written down: {len(finished)}"]
+    assert stopper.told == [f"saved {counted(len(finished), 'finished row')} of unfinished units"]
 
 
 def gone(pid: int) -> bool:

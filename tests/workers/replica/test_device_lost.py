@@ -116,4 +116,4 @@ def test_in_one_process_the_job_ends_and_can_be_resumed(tmp_path: Path) -> None:
     rows = small.rows()
     assert [row["completion"][::-1] for row in rows] == [*prompts_of(5), LOSE_GPU, *prompts_of(10)[6:]]
     again = [key for key in finished_rows(tmp_path) if key in saved]
-    assert len(again) == len(saved), "rows that were written down were generated again"
+    assert len(again) == len(saved), "rows that were saved were generated again"
