@@ -6,12 +6,12 @@ import threading
 from pipeline.cli.app import app
 
 LEAVE_S = 5.0
-"""Seconds that Python has for a normal exit before the process is ended. Python waits for all threads when it exits,
-and one of them may be retrying a storage that hangs."""
+"""Seconds that Python has for a normal exit before the process is ended by force. Python waits for all threads when it
+exits, and one of them may be retrying a storage that hangs."""
 
 
 def main() -> None:
-    """Run the command line and exit with its exit code."""
+    """Run the command line and exit with its exit code, at the latest LEAVE_S seconds after the command has ended."""
     try:
         app(prog_name="twotower")
     except SystemExit as ended:

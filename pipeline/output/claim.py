@@ -1,8 +1,8 @@
 """Decides which driver owns a job: the driver that started last wins.
 
-A driver claims the output when it starts, and ends once a newer driver has claimed it. So submitting a job again is
-always right and never waits, whether the previous driver is alive or dead. Two drivers at the same time do no harm
-until then, because parts are published by exclusive create.
+A driver claims the output folder when it starts, and ends once it sees the claim of a newer driver. A job can
+therefore be submitted again at any time without a wait, whether the previous driver is alive or dead. Until the older
+driver ends, both may work on the job. This does no harm, because parts are published by exclusive create.
 """
 
 import os
@@ -22,52 +22,60 @@ from pipeline.storage.storage import Storage
 from pipeline.storage.urls import safe_url
 
 CHECK_S = 10.0
-"""Seconds between two checks for a newer driver."""
+"""The seconds between two looks for a newer driver."""
 TRIES = 100
-"""Number of tries to claim the folder, each lost to a faster driver, before the claim is given up."""
+"""The number of tries to claim a folder, each lost to a faster driver, after which the claim fails."""
 _NAME = re.compile(r"(\d{8})\.json")
 
 
 class DriverRecord(BaseModel):
-    """The record of a driver in its claim file."""
+    """The content of a claim file: which process claimed the output folder, and when.
+
+    As text it is `pid 7 on host, since …`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     token: str = Field(max_length=64)
-    """Random id of this claim. It shows whether a claim that already exists was written by this driver, whose success
-    was not acknowledged, or by another one."""
+    """A random id of this claim. If the file exists already, the id shows who wrote it: this driver, if the store did
+    not confirm its write, or another one."""
     host: str = Field(max_length=255)
     pid: int
     started: str = Field(max_length=64)
+    """The time of the claim, ISO 8601 in UTC."""
 
     def __str__(self) -> str:
         return f"pid {self.pid} on {printable(self.host)}, since {printable(self.started)}"
 
 
 def read_driver(data: bytes) -> DriverRecord | None:
-    """Return the driver recorded in a claim file, or None if it cannot be read."""
+    """Return the record in the bytes of a claim file, or None if they hold no such record."""
     with suppress(ValidationError):
         return DriverRecord.model_validate_json(data)
     return None
 
 
 def newest_driver(storage: Storage) -> str | None:
-    """Return a short text about the driver that claimed an output folder last; None if no claim can be read."""
+    """Return a text about the driver that claimed an output folder last: its pid, host and time (see DriverRecord).
+
+    Returns None if there is no claim, or if the newest one cannot be read as a record.
+    """
     numbers = _numbers(storage)
     driver = read_driver(storage.read_if_exists(_name(max(numbers))) or b"") if numbers else None
     return None if driver is None else str(driver)
 
 
 class Claim:
-    """This driver's claim on an output folder.
+    """This driver's claim on an output folder, and the watch for a newer one.
 
-    Inside `with claim:` a thread looks for a newer driver every few seconds, and `check` raises once there is one. A
-    storage failure in the thread only delays this until it looks again.
+    The constructor writes the claim and removes older ones. Inside `with claim:` a thread looks for a newer claim every
+    `check_s` seconds, and `check` raises once it has found one. If the storage fails in the thread, the thread looks
+    again after `check_s` seconds. The claim file stays when the driver ends, so that `status` can name the last driver.
     """
 
     def __init__(self, output_path: str, *, check_s: float = CHECK_S) -> None:
-        """Claim the folder. Raises StorageError if the storage fails, OutputError if other drivers are always
-        faster."""
+        """Claim the folder. Raises StorageError if the storage fails, OutputError if other drivers were faster TRIES
+        times."""
         self._storage, self._shown, self._check_s = Storage(output_path), safe_url(output_path), check_s
         self._successor: str | None = None
         self._closed = threading.Event()
@@ -82,11 +90,11 @@ class Claim:
         self._closed.set()  # not joined: it may be waiting for storage
 
     def check(self) -> None:
-        """Raise JobFailed if a newer driver has been seen. Does not access the storage."""
+        """Raise JobFailed if the thread or `check_now` has seen a newer driver. Does not access the storage."""
         if self._successor is not None:
             raise JobFailed(
-                f"another driver of this job took over output {self._shown} ({self._successor}); it goes on with the "
-                "job and this one ends; to stop the job, stop that one"
+                f"another driver of this job took over output {self._shown} ({self._successor}); it continues the job "
+                "and this one ends; to stop the job, stop that one"
             )
 
     def check_now(self) -> None:
@@ -95,6 +103,7 @@ class Claim:
         self.check()
 
     def _take(self) -> int:
+        """Write this driver's claim with the next free number, remove the older claims and return the number."""
         record = DriverRecord(
             token=uuid.uuid4().hex,
             host=socket.gethostname()[:255],
@@ -115,7 +124,7 @@ class Claim:
                         self._storage.remove(_name(old))
                 return number
         raise OutputError(
-            f"output {self._shown}: {TRIES} other drivers were faster: stop them and submit one job alone"
+            f"output {self._shown}: other drivers were faster {TRIES} times; stop them and submit the job only once"
         )
 
     def _watch(self) -> None:
@@ -126,7 +135,7 @@ class Claim:
     def _look(self) -> None:
         numbers = _numbers(self._storage)
         if self._successor is None and numbers and max(numbers) != self.number:
-            self._successor = newest_driver(self._storage) or "which one cannot be read"
+            self._successor = newest_driver(self._storage) or "its record cannot be read"
 
 
 def _numbers(storage: Storage) -> list[int]:

@@ -1,7 +1,8 @@
 """Finds ids that occur more than once in the output, at the end of a job and in bounded memory.
 
-Ids are hashed to 64 bits and spread by hash range over files on the local disk, each small enough to sort in memory.
-Among 100 million text ids the chance that two different ids share a hash is below 0.1 %; integer ids never do.
+Ids are hashed to 64 bits and spread by ranges of the hash over files on the local disk (the buckets), each small enough
+to sort in memory. Different text ids may share a hash and then count as duplicates: among 100 million, the chance that
+any two do is below 0.1 %. Different integer ids never share a hash.
 """
 
 import threading
@@ -19,30 +20,40 @@ from pipeline.storage.storage import FileInfo, Storage
 from pipeline.storage.urls import safe_url
 
 IDS_A_BUCKET = 2_000_000
+"""The number of ids per bucket that the number of buckets is chosen for."""
 EXAMPLES = 10
+"""The most repeated ids that are given as examples."""
 BATCH_ROWS = 65_536
+"""The number of rows of a part whose ids are read at once."""
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it maps 64-bit integers one to one
 
 Hashes = npt.NDArray[np.uint64]
+"""The 64-bit hashes of ids, one per id (hash_ids)."""
 
 
 class IdCounter:
-    """A counter of ids that occur more than once. `add` may be called from many threads."""
+    """Counts the ids that repeat an earlier one, by means of temporary files.
+
+    `add` may be called from several threads. `count` is called once, after the last `add`.
+    """
 
     def __init__(self, files: Scratch, rows: int) -> None:
-        """Set up the buckets. `rows`: about how many ids will come, which decides the number of buckets."""
+        """Keep the buckets in `files`. `rows`: about how many ids will be added, for the number of buckets."""
         self._files = files
         self._buckets = max(1, -(-rows // IDS_A_BUCKET))
         self._lock = threading.Lock()
 
     def add(self, hashes: Hashes) -> None:
-        """Add these ids, hashed by hash_ids."""
+        """Add ids, given as their hashes (hash_ids)."""
         for bucket, members in _spread(hashes, self._buckets):
             with self._lock:
                 self._files.append(bucket, members.tobytes())
 
     def count(self) -> tuple[int, Hashes]:
-        """Return (number of ids that had occurred before, hashes of up to 10 of them)."""
+        """Return (number of added ids that repeat an earlier one, hashes of up to EXAMPLES different ids that repeat).
+
+        An id that was added three times counts as two repetitions.
+        """
         duplicates = 0
         repeated: list[np.uint64] = []
         for bucket in range(self._buckets):
@@ -54,10 +65,10 @@ class IdCounter:
 
 
 def find_duplicates(storage: Storage, parts: Sequence[FileInfo], rows: int) -> tuple[int, tuple[str, ...]]:
-    """Return (number of rows whose id occurred before, up to 10 such ids as text) for the `id` column of the parts.
+    """Return (number of rows whose id an earlier row has, up to EXAMPLES such ids as text) for the rows of these parts.
 
-    Null ids do not count. `rows` sets the number of buckets. Raises StorageError if the storage fails, OutputError if a
-    part's data is damaged.
+    Null ids do not count. `rows`: about how many rows the parts have, for the number of buckets. Raises StorageError if
+    the storage fails, OutputError if a part's data is damaged.
     """
     with scratch() as files:
         counter = IdCounter(files, rows)
@@ -68,6 +79,7 @@ def find_duplicates(storage: Storage, parts: Sequence[FileInfo], rows: int) -> t
 
 
 def _examples(storage: Storage, parts: Sequence[FileInfo], wanted: Hashes) -> tuple[str, ...]:
+    """Return up to EXAMPLES ids with these hashes, as text. Reads the parts only until enough ids are found."""
     found: dict[str, None] = {}
     for ids in _read_ids(storage, parts):
         for index in np.flatnonzero(np.isin(hash_ids(ids), wanted)):
@@ -78,6 +90,7 @@ def _examples(storage: Storage, parts: Sequence[FileInfo], wanted: Hashes) -> tu
 
 
 def _read_ids(storage: Storage, parts: Sequence[FileInfo]) -> "Iterator[pa.Array[Any]]":
+    """Yield the ids of the parts in arrays of up to BATCH_ROWS, without null ids."""
     for part in parts:
         try:
             with storage.open(part.name, part.size) as source:
@@ -91,15 +104,16 @@ def _read_ids(storage: Storage, parts: Sequence[FileInfo]) -> "Iterator[pa.Array
 
 
 def hash_ids(ids: "pa.Array[Any]") -> Hashes:
-    """Return a 64-bit hash of each id. No id may be null."""
+    """Return a 64-bit hash of each id, integer or text. It is the same only within this process. No id may be null."""
     if pa.types.is_integer(ids.type):
         unsigned = pa.types.is_uint64(ids.type)
         return ids.cast(pa.uint64() if unsigned else pa.int64()).to_numpy().view(np.uint64) * _MIX
-    # Python's own hash of text has 64 bits and a key that changes with each process, which does no harm here.
+    # The key of Python's own hash of text differs from process to process. All ids are hashed in one process here.
     return np.fromiter((hash(text) for text in ids.to_pylist()), np.int64, len(ids)).view(np.uint64)
 
 
 def _spread(hashes: Hashes, buckets: int) -> Iterator[tuple[int, Hashes]]:
+    """Yield (number of a bucket, the hashes that belong into it) for each bucket that gets any of them."""
     if buckets == 1:
         yield 0, hashes
         return

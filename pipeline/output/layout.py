@@ -1,6 +1,6 @@
 """Defines the names of files in an output folder and checks that the folder can be written to.
 
-The names are relative to the folder. Those of the job's own records begin with `_`.
+The names are relative to the folder. All of them except those of parts begin with `_`.
 """
 
 from contextlib import suppress
@@ -10,24 +10,27 @@ from pipeline.storage.storage import Storage
 from pipeline.storage.urls import cause, safe_url
 
 PLAN, MANIFEST, SUCCESS = "_job/plan.json", "_job/manifest.json", "_SUCCESS"
+"""The plan, the manifest, and the empty file that marks the output as complete."""
 REPORT = "_job/report.html"
 LIVE = "_job/live.json"
-"""The driver's latest report, which also shows that the driver is alive."""
+"""The progress of the job, which the driver writes again and again. `status` shows it and sees from it
+whether the driver is alive."""
 OWN = (PLAN, MANIFEST, SUCCESS, REPORT, LIVE)
-"""The job's own files that are not in one of its folders."""
+"""All files of a job that are neither a part nor in one of the folders below."""
 RECORDS = "_job/units"
-"""Folder of the commit records, one per unit."""
+"""The folder of the commit records, one per published unit."""
 SEGMENTS = "_job/segments"
-"""Folder of the segments, with one folder per unit: the finished rows of units that are not finished."""
+"""The folder of the segments, with one folder per unit. They hold the finished rows of units that have no part yet."""
 DRIVERS = "_job/drivers"
-"""Folder of the drivers' claims. The driver with the highest number owns the job."""
+"""The folder of the drivers' claims. The driver with the highest number owns the job (pipeline.output.claim)."""
 PARTS = "part-*.parquet"
+"""The pattern that the names of all parts match."""
 PROBE = "_writable"
-"""Name of the file that is written and removed to check whether the folder can be written to."""
+"""The name of the file that is written and removed to check whether the folder can be written to."""
 
 
 def part_name(unit_id: str) -> str:
-    """Return the file name of a unit's part."""
+    """Return the name of a unit's part, which lies directly in the output folder."""
     return f"part-{unit_id}.parquet"
 
 
@@ -37,7 +40,10 @@ def record_name(unit_id: str) -> str:
 
 
 def check_writable(url: str) -> None:
-    """Write an empty file `_writable` in the folder and remove it. Raises OutputError if the write fails."""
+    """Write an empty file PROBE to the folder and remove it.
+
+    Raises OutputError if the URL cannot be used or the write fails. A failure to remove the file is ignored.
+    """
     try:
         storage = Storage(url)
         storage.write(PROBE, b"")

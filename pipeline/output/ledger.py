@@ -1,7 +1,7 @@
 """Manages the output folder for the driver: which job it belongs to, which units are finished, and the final totals.
 
-Parts are the authoritative record. Commit records are written after them, and rewritten from them if they are missing.
-Then come the manifest and, last, `_SUCCESS`.
+A unit is finished if its part exists. Its commit record is written after the part, and again from the part if it is
+missing. When all units are finished, the manifest is written and, last, `_SUCCESS`.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config.job import Job
 from pipeline.core.errors import OutputError, StorageError
+from pipeline.core.text import counted
 from pipeline.core.types import Totals, UnitResult
 from pipeline.output.claim import newest_driver
 from pipeline.output.duplicate_ids import find_duplicates
@@ -43,12 +44,16 @@ from pipeline.storage.storage import FileInfo, Storage
 from pipeline.storage.urls import safe_url
 
 READ_THREADS = 16
+"""The number of files that are read or removed at the same time."""
 HALF_WRITTEN = (("", ".part-*.tmp"), (RECORDS, ".*.tmp"))
 """Files that a killed writer of a part or a record leaves on a local disk: (folder, pattern)."""
 
 
 class Ledger:
-    """One output folder. Methods raise OutputError if its content is not valid, StorageError if the storage fails."""
+    """The records of one output folder: its plan, its parts with their commit records, and its manifest.
+
+    All methods raise StorageError if the storage fails.
+    """
 
     def __init__(self, output_path: str, fingerprint_digest: str | None = None) -> None:
         """Open the folder for the job with this fingerprint digest; with None, call only methods that take no Plan."""
@@ -60,12 +65,11 @@ class Ledger:
     # For the driver, before and after the run.
 
     def open(self, plan: Plan, job: Job) -> None:
-        """Take the folder for this job.
+        """Check that the folder can be this job's, and write its plan.json unless it holds this plan already.
 
-        Raises OutputError if the folder cannot be written to, belongs to another job, holds rows of unknown origin, or
-        was planned over other input. The plan of another job that never finished a row is replaced, because nothing is
-        lost. With `input.on_change: extend` the plan is replaced by one with more files, and `_SUCCESS` is removed
-        before.
+        The plan of another job is replaced if that job never saved a row, because nothing is lost. With
+        `input.on_change: extend`, the plan is replaced by one with more files. In both cases `_SUCCESS` is removed
+        first. Raises OutputError if the folder cannot be written to, or as `check` does.
         """
         old = self.check(plan, job)
         if old is None:
@@ -84,15 +88,19 @@ class Ledger:
             check_writable(self.path)
 
     def check(self, plan: Plan, job: Job) -> PlanRecord | None:
-        """Return the folder's plan.json, or None if there is none; write nothing. Raises OutputError if the folder
-        cannot be this job's."""
+        """Return the folder's plan.json, or None if there is none; write nothing.
+
+        Raises OutputError if the folder cannot be this job's: it is a file, its plan.json cannot be read, or it holds
+        finished rows without a plan.json, of a job with other settings, or of other input files (new files are allowed
+        with `input.on_change: extend`).
+        """
         self._refuse_file()
         data = self._storage.read_if_exists(PLAN)
         if data is None:
             if found := self._finished_rows():
                 raise OutputError(
-                    f"output {self._shown} holds {len(found)} file(s) of finished rows such as {found[0]} but no "
-                    f"{PLAN}: they are of unknown origin; use another output.path or delete it"
+                    f"output {self._shown} holds {counted(len(found), 'file')} with finished rows such as {found[0]}, "
+                    f"but no {PLAN}, so their origin is unknown; use another output.path or delete it"
                 )
             return None
         old = self._parse_plan(data)
@@ -105,10 +113,11 @@ class Ledger:
         """Return the results of the units that have a part, by unit id. With `repair`, missing commit records are
         written again.
 
-        This takes one request per part: its footer is read but not its data, and its commit record is only looked for,
-        so the `sha256` of the result is empty unless that record was written again. Raises OutputError with the name of
-        the part if one is truncated, replaced or of another job. Damaged data and a commit record that does not fit its
-        part are found only by `verify`.
+        Only the footer of each part is read, not its data, and of a commit record only its name in the listing. The
+        `sha256` of a result is therefore empty unless the commit record was written again, for which the whole part is
+        read. Raises OutputError with the name of the part if one is truncated, of another job, of another version of
+        its input file or not in the plan. Only `verify` finds damaged data and a commit record that does not fit its
+        part.
         """
         planned = {part_name(unit.id): unit for unit in plan.units}
         parts = self._parts()
@@ -134,10 +143,12 @@ class Ledger:
     def complete(
         self, plan: Plan, job: Job, totals: Totals, *, seconds: float, warnings: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """Write the manifest, then `_SUCCESS`, and return the manifest. `seconds`: wall-clock time of the run.
+        """Write the manifest, then `_SUCCESS`, remove the segments and return the content of the manifest.
 
-        Raises OutputError if a unit has no part, if the totals do not cover all rows, or if another run has taken the
-        folder: the job is not complete then.
+        `seconds`: wall-clock time of the run. `warnings`: texts for the manifest. Ids that repeat are counted if the
+        job names an id column. Raises OutputError, and writes nothing, if a unit has no part, a part is not in the
+        plan, `totals` do not have all rows of the plan, the data of a part is damaged, or another run has replaced the
+        plan in the folder.
         """
         self._refuse_taken(plan)
         parts = self._parts()
@@ -147,8 +158,8 @@ class Ledger:
             raise OutputError(f"output {self._shown}: {unknown[0]} is no part of this job's plan: submit the job again")
         if missing or totals.rows != plan.rows:
             raise OutputError(
-                f"output {self._shown} is not complete: {missing} of {len(plan.units)} parts are missing and "
-                f"{totals.rows} of {plan.rows} rows are counted: submit the job again"
+                f"output {self._shown} is not complete: missing parts: {missing} of {len(plan.units)}; "
+                f"finished rows: {totals.rows} of {plan.rows}; submit the job again"
             )
         # Ids that the pipeline makes itself (file and row) cannot repeat.
         given = job.input.id_column is not None
@@ -170,13 +181,16 @@ class Ledger:
             self._storage.remove(SUCCESS)
 
     def read_manifest(self) -> ManifestRecord:
-        """Return the manifest, or one without content if it is missing or cannot be read."""
+        """Return the manifest; if it is missing or cannot be read, a ManifestRecord with its defaults."""
         with contextlib.suppress(NotOursError):
             return ManifestRecord.read(self._storage.read_if_exists(MANIFEST) or b"")
         return ManifestRecord()
 
     def read_plan(self) -> PlanRecord:
-        """Return the folder's plan.json. Raises OutputError if the folder is not a job's output."""
+        """Return the folder's plan.json.
+
+        Raises OutputError if the folder is not a job's output: plan.json is missing or cannot be read.
+        """
         self._refuse_file()
         data = self._storage.read_if_exists(PLAN)
         if data is None:
@@ -185,15 +199,18 @@ class Ledger:
         return self._parse_plan(data)
 
     def read_parts(self) -> dict[FileInfo, Totals]:
-        """Return the totals of each part of the folder's job, without a Plan. Raises OutputError if the folder is not a
-        job's output."""
+        """Return the totals of each part of the folder's job, without a Plan.
+
+        A part that cannot be read or belongs to another job is left out. Raises OutputError if the folder is not a
+        job's output.
+        """
         return self._read_totals(self.read_plan().fingerprint.digest)
 
     def read_status(self, parts: Mapping[FileInfo, Totals] | None = None) -> Status:
-        """Return the progress of the folder's job, without a Plan. Raises OutputError if the folder is not a job's
-        output.
+        """Return the progress of the folder's job, without a Plan.
 
-        `parts`: the result of read_parts, if the caller has it already.
+        `parts`: the result of read_parts, if the caller has it already; None to read the parts now. Raises OutputError
+        if the folder is not a job's output.
         """
         plan = self.read_plan()
         digest = plan.fingerprint.digest
@@ -229,15 +246,18 @@ class Ledger:
         return [part.name for part in self._parts()] or [f"{SEGMENTS}/{segment.name}" for segment in self._segments()]
 
     def count_saved(self, digest: str) -> int:
-        """Return the number of rows in segments of units without a part, for the job with this fingerprint."""
-        # listed before the parts, so that a unit that is published meanwhile is not counted
+        """Return the number of rows in segments of units without a part, for the job with this fingerprint digest.
+
+        A row that two attempts saved counts twice. A segment that cannot be read counts no rows.
+        """
+        # The segments are listed before the parts, so that a unit that is published meanwhile is not counted.
         if not (segments := self._segments()):
             return 0
         published = {part.name for part in self._parts()}
         open_units = [each for each in segments if part_name(each.name.partition("/")[0]) not in published]
 
         def read(segment: FileInfo) -> int:
-            # a segment that is gone by now or belongs to another job holds no saved rows
+            # A segment that is gone by now or belongs to another job holds no saved rows.
             with (
                 contextlib.suppress(NotOursError, StorageError),
                 self._storage.open(f"{SEGMENTS}/{segment.name}", segment.size) as source,
@@ -276,14 +296,14 @@ class Ledger:
             ) from None
 
     def _refuse_taken(self, plan: Plan) -> None:
-        """Raise OutputError if another run, with other settings or input, has taken the folder meanwhile."""
+        """Raise OutputError if another run, with other settings or input, has replaced plan.json meanwhile."""
         data = self._storage.read_if_exists(PLAN)
         if data is None:
             return
         self._refuse_settings(there := self._parse_plan(data), plan)
         if (change := listing_change(there.listing, plan.listing)).any:
             raise OutputError(
-                f"output {self._shown} is another run's by now, whose input files differ: {change}; "
+                f"output {self._shown} belongs to another run by now, whose input files differ: {change}; "
                 "submit the job again"
             )
 
@@ -301,18 +321,17 @@ class Ledger:
         """Raise OutputError if the folder's plan has other input files; with `extend`, new files are allowed."""
         change = listing_change(old.listing, plan.listing)
         if change.any and not (extend and change.only_added):
-            remedy = "set input.on_change: extend to take them" if change.only_added else "put the input back"
+            remedy = "set input.on_change: extend to add them" if change.only_added else "restore the input files"
             raise OutputError(
                 f"output {self._shown} was planned over other input files: {change}; {remedy}, "
                 "or use another output.path"
             )
 
     def _read_totals(self, digest: str) -> dict[FileInfo, Totals]:
-        """Return the totals of each part of the job with this fingerprint. A part that cannot be read or is another
-        job's is left out.
+        """Return the totals of each part of the job with this fingerprint digest.
 
-        The units are not known without a Plan, but a part that has this fingerprint and its own unit's name is one of
-        them.
+        A part that cannot be read, belongs to another job or does not have its own unit's name is left out. This needs
+        no Plan: the record in the part names the job and the unit.
         """
 
         def read(part: FileInfo) -> Totals | None:
@@ -329,6 +348,7 @@ class Ledger:
 
 
 def _same(old: PlanRecord, plan: Plan) -> bool:
+    """Return True if both have the same settings and the same input files."""
     return old.fingerprint.digest == plan.fingerprint.digest and old.listing == plan.listing
 
 

@@ -19,17 +19,19 @@ from pipeline.core.types import RowResult, Totals, WorkUnit
 from pipeline.input.unit_reader import UnitData
 
 TOTALS_KEY = "twotower.totals"
+"""The key of a part's totals in the key-value metadata of the Parquet file."""
 
 
 def row_key(unit: WorkUnit, index: int) -> str:
-    """Return the key of a row from its position in the unit. Row and Completion use the same key."""
+    """Return the key of the row at position `index` (from 0) of the unit: `<input file>#<row number in the file>`."""
     return f"{unit.name}#{unit.first_row + index}"
 
 
 def result_table(unit: WorkUnit, results: Sequence[RowResult]) -> pa.Table:
-    """Return finished rows of a unit as a table with RESULT_SCHEMA, without id and carried columns, in the order given.
+    """Return finished rows of a unit as a table with RESULT_SCHEMA, in the order given.
 
-    Raises ValueError if a result belongs to another row, which is a mistake of the caller.
+    The id and the carried columns are added later, by build_part. Raises ValueError if the key of a completion is not
+    the key of the row at result.index, which is a mistake of the caller.
     """
     columns: dict[str, list[Any]] = {name: [] for name in RESULT_COLUMNS}
     for result in results:
@@ -47,14 +49,15 @@ def result_table(unit: WorkUnit, results: Sequence[RowResult]) -> pa.Table:
 def build_part(
     data: UnitData, finished: Sequence[pa.Table], schema: pa.Schema, header: dict[str, str]
 ) -> tuple[bytes, Totals]:
-    """Return one part as Parquet bytes, with its rows in input order, and its totals.
+    """Return (the bytes of a unit's part, its totals). The rows of the part are in input order.
 
-    `finished` holds tables made by result_table. Together they hold every row of the unit once, in any order. `header`
-    goes into the key-value metadata of the file, and the totals are added to it. Raises ValueError if a row is missing,
-    repeated or unknown: this is a mistake of the caller, and nothing may be published then.
+    `data` gives the unit with its id and carried columns. `finished` are tables made by result_table, which together
+    hold every row of the unit once, in any order. `schema`: that of every part. `header` goes into the key-value
+    metadata of the file, and the totals are added to it. Raises ValueError if a row is missing, repeated or not in the
+    unit: this is a mistake of the caller, and nothing may be published then.
     """
     results = _in_order(data.unit, pa.concat_tables([RESULT_SCHEMA.empty_table(), *finished]))
-    # A column, or a nested field, that is all null in this file may have another type in other files.
+    # A column, or a nested field, that is all null in this input file may have a type in other files.
     columns: dict[str, Any] = {
         name: data.columns.column(name).cast(schema.field(name).type) for name in data.columns.column_names
     }
@@ -68,14 +71,17 @@ def build_part(
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """Return the table as a Parquet file for the job's own use, with page checksums, which reveal damaged pages."""
+    """Return the table as the bytes of a Parquet file that is not a part, such as a segment (for parts: encode_part).
+
+    It has page checksums, which reveal damaged pages when they are read.
+    """
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 
 def tally(results: pa.Table | pa.RecordBatch) -> Totals:
-    """Return the totals of rows with RESULT_COLUMNS, without the counts of duplicate and null ids."""
+    """Return the totals of rows with RESULT_COLUMNS. `duplicate_ids` and `null_ids` are 0, as ids are not looked at."""
     reasons = dict(Counter(map(str, results["finish_reason"].to_pylist())))
     errors = reasons.get("error", 0)
     return Totals(
@@ -95,22 +101,24 @@ def _sum(column: "pa.Array[Any] | pa.ChunkedArray[Any]") -> int:
 
 
 def _in_order(unit: WorkUnit, results: pa.Table) -> pa.Table:
+    """Return the results sorted by row. Raises ValueError unless each row of the unit has exactly one result."""
     rows = results["source_row"].to_numpy()
     order = np.argsort(rows, kind="stable")
     found = rows[order] - unit.first_row
     repeated = len(found) - len(np.unique(found))
     if repeated:
-        raise ValueError(f"unit {unit.id}: {repeated} rows have more than one result")
+        raise ValueError(f"unit {unit.id}: rows with more than one result: {repeated}")
     inside = (found >= 0) & (found < unit.row_count)
     missing = np.setdiff1d(np.arange(unit.row_count), found[inside])
     if len(missing):
         raise ValueError(f"unit {unit.id}: row {row_key(unit, int(missing[0]))} has no result")
     if not inside.all():
-        raise ValueError(f"unit {unit.id}: {int((~inside).sum())} results belong to no row")
+        raise ValueError(f"unit {unit.id}: results that belong to no row: {int((~inside).sum())}")
     return results.take(order)
 
 
 def _result_row(done: Completion) -> dict[str, Any]:
+    """Return the values of the RESULT_COLUMNS that follow from the completion alone, by column."""
     tokens = len(done.token_ids)
     return {
         "completion": done.text,
@@ -135,22 +143,23 @@ def _result_row(done: Completion) -> dict[str, Any]:
 
 
 GROUP_ROWS, GROUP_BYTES = 100_000, 128 << 20
-"""Maximum number of rows and of bytes in a row group, which one task of a reader takes at a time. The bytes are counted
-before encoding, with all rows taken to be of mean size."""
+"""The most rows and the most bytes in a row group, which one task of a reader takes at a time. The bytes are counted
+before encoding, as if all rows were of mean size."""
 
 MOSTLY_UNIQUE = frozenset({"id", "completion", "mean_confidence", "queue_s", "latency_s", "tokens_per_s", "source_row"})
-"""Columns written without a dictionary: hardly any value occurs twice, so a dictionary would be a second copy."""
+"""The columns that are written without a dictionary: hardly any value occurs twice, so a dictionary would be a second
+copy of the column."""
 
 NO_STATISTICS = frozenset({"completion"})
-"""Columns written without statistics: nobody selects texts by range, and the statistics would enlarge the footer, which
-every resume reads."""
+"""The columns that are written without statistics: nobody selects texts by range, and the statistics would enlarge the
+footer, which every resume reads."""
 
 
 def encode_part(table: pa.Table) -> bytes:
-    """Return the rows of a part, which are in input order, as one Parquet file with the schema's metadata.
+    """Return the bytes of a part with these rows, which must be in input order, and with the metadata of their schema.
 
-    Page checksums reveal damaged pages when they are read. The format and the encodings are those that Spark 3 and
-    Athena can read: data pages of version 1, plain and dictionary encodings.
+    Page checksums reveal damaged pages when they are read. Spark 3 and Athena can read the file, because it has only
+    data pages of version 1 with plain and dictionary encodings.
     """
     leaves = [(field.name, leaf) for field in table.schema for leaf in _leaves(field.name, field.type)]
     sink = pa.BufferOutputStream()
@@ -179,13 +188,14 @@ def _order(table: pa.Table) -> Sequence[tuple[str, Literal["ascending"]]]:
 
 
 def _group_rows(table: pa.Table) -> int:
+    """Return the number of rows per row group: as few groups of about equal size as the two limits allow."""
     groups = max(table.num_rows / GROUP_ROWS, table.nbytes / GROUP_BYTES, 1)
     return max(1, math.ceil(table.num_rows / math.ceil(groups)))
 
 
 def _leaves(path: str, kind: pa.DataType) -> Iterator[str]:
-    """Yield the paths of a column's leaves in the Parquet file. Writer options use these paths, and a nested column has
-    several."""
+    """Yield the paths of a column's leaves in the Parquet file; a nested column may have several. The options of the
+    writer name leaves, not columns."""
     if pa.types.is_map(kind):
         yield from _leaves(f"{path}.key_value.key", kind.key_type)
         yield from _leaves(f"{path}.key_value.value", kind.item_type)

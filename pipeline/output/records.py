@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pipeline.config.job import Job, rename_old_keys
 from pipeline.config.messages import shown
 from pipeline.core.schema import SCHEMA_VERSION
-from pipeline.core.text import one_line, printable
+from pipeline.core.text import counted, one_line, printable
 from pipeline.core.types import Totals, UnitResult, WorkUnit
 from pipeline.output.part import TOTALS_KEY
 from pipeline.planning.fingerprint import Fingerprint, Listing, digest_of
@@ -22,25 +22,32 @@ from pipeline.planning.plan import Plan
 from pipeline.storage.urls import safe_url
 
 RECORD_KEY = "twotower.unit"
+"""The key of a part's PartRecord in the key-value metadata of the Parquet file."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""A count as a field of a record: not negative, and small enough for 64 bits."""
 
 
 class NotOursError(ValueError):
-    """A file whose content is not what this project writes under that name."""
+    """The content of a file is not what this project, or this job, writes under its name.
+
+    The message says what is wrong, without the name of the file.
+    """
 
 
 class Record(BaseModel):
-    """The base of all records: frozen, and read without conversion of types ("1" and true are not numbers).
+    """The base of the models that check a JSON record when it is read from an output folder.
 
-    A field with a default is missing in records of earlier versions. Unknown keys are ignored.
+    Types are not converted: "1" and true are not numbers. Unknown keys are ignored. Records of earlier versions may
+    lack fields that have a default.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
 
     @classmethod
     def read(cls, data: bytes) -> Self:
-        """Return the record in these JSON bytes. Raises NotOursError if they hold no such record."""
+        """Return the record in these JSON bytes. Raises NotOursError, which names the first wrong key, if they hold no
+        such record."""
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
@@ -61,25 +68,29 @@ def _first_fault(error: ValidationError) -> str:
 
 
 class PartRecord(Record):
-    """A part's record about itself, kept in its key-value metadata."""
+    """The record in a part's key-value metadata: which rows of which job it holds, and which attempt made it."""
 
     unit: str
+    """The unit's id."""
     file: str
+    """The name of the input file (WorkUnit.name)."""
     first_row: Count
     rows: Count
     fingerprint: str
+    """The digest of the job's fingerprint."""
     writer: str
-    """Unique id of the attempt that wrote the part. It shows whether a part that already exists was written by this
-    attempt, whose success was not acknowledged, or by another one."""
+    """A unique id of the attempt that made the part. An attempt that finds a part in its place sees from the id whether
+    it wrote that part itself, in a call whose answer was lost, or another attempt did."""
     replica: str
     attempt: Count
     seconds: float
+    """The seconds from when the replica had read the unit until it began to build the part."""
     size: int
-    """Size of the input file in bytes; with `stamp`, it tells which version of the file the rows were read from."""
+    """The size of the input file in bytes. With `stamp`, it tells which version of the file the rows were read from."""
     stamp: str
     schema_version: Count
     published: str = ""
-    """Time just before the publication, ISO 8601 in UTC by the replica's clock; "" in parts of earlier versions."""
+    """The time just before the publication, ISO 8601 in UTC by the replica's clock; "" in parts of earlier versions."""
 
 
 class TotalsRecord(Record):
@@ -99,51 +110,69 @@ class TotalsRecord(Record):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.ok + self.errors == sum(self.finish_reasons.values()) == self.rows:
-            raise ValueError(f"{self.rows} rows are not {self.ok} ok and {self.errors} errors")
+            raise ValueError(
+                f"rows is {self.rows}, but ok is {self.ok}, errors is {self.errors}, and finish_reasons has "
+                f"{sum(self.finish_reasons.values())}"
+            )
         return self
 
 
 class CommitRecord(TotalsRecord, PartRecord):
-    """A unit's commit record: its part's own record and totals, and the part's checksum and size in bytes. `seconds`
-    is measured again, after the part is published."""
+    """A unit's commit record: its part's PartRecord and totals, and the checksum and size of the part's bytes.
 
-    model_config = ConfigDict(extra="allow")  # so that `verify` names keys that the part does not have
+    `seconds` includes the publication if the attempt that made the part also wrote this record; otherwise it is the
+    part's own value.
+    """
+
+    model_config = ConfigDict(extra="allow")  # so that `verify` can name keys that the part does not have
 
     sha256: str
+    """The SHA-256 (hex) of the part's bytes."""
     part_bytes: Count
 
 
 class ManifestRecord(Record):
-    """The fields of manifest.json that are read back."""
+    """The two fields of manifest.json that a resume, `status` and the report read."""
 
     finished: str | None = None
-    """Time when the job completed, ISO 8601 in UTC; None if the manifest does not say."""
+    """The time when the job completed, ISO 8601 in UTC; None if there is no readable manifest."""
     warnings: tuple[str, ...] = ()
+    """The warnings of the run that completed the job."""
 
 
 class PlannedFile(Record):
-    """An input file in plan.json, with its size in bytes."""
+    """An input file as plan.json lists it."""
 
     name: str
+    """The path relative to the input root."""
     size: Count
+    """The size in bytes."""
     stamp: str
+    """The FileInfo.stamp of the file when the plan was made."""
     rows: Count
+    """The number of rows."""
 
 
 class PlanRecord(Record):
-    """The content of plan.json."""
+    """The content of plan.json: which job the output folder belongs to, and what the job is to generate.
+
+    Reading it fails if the digest is not that of the fingerprint's fields, or `rows` is not the sum over the files.
+    """
 
     fingerprint: Fingerprint
     rows: Count
+    """The number of input rows."""
     units: Count
+    """The number of work units."""
     files: Annotated[tuple[PlannedFile, ...], Field(fail_fast=True)]
     created: str
+    """The time when the job first ran, ISO 8601 in UTC."""
     job: Annotated[dict[str, Any], AfterValidator(rename_old_keys)]
-    """Settings of the job without credentials, under today's names of the keys."""
+    """The job's settings without credentials. Keys that were renamed after the plan was made have their new names."""
 
     @cached_property
     def listing(self) -> Listing:
-        """Return the input files in the form of a listing, as they are compared with those of a Plan."""
+        """Return the input files by name, in the form in which they are compared with those of a Plan."""
         return {file.name: (file.size, file.stamp, file.rows) for file in self.files}
 
     @model_validator(mode="after")
@@ -160,39 +189,45 @@ class Status:
     """The progress of a job, read from its output folder alone."""
 
     rows_done: int
+    """The number of rows in parts."""
     rows_total: int
     units_done: int
+    """The number of units that have a part."""
     units_total: int
     totals: Totals
+    """The sum of the parts' totals. `duplicate_ids` counts only ids that repeat inside one part."""
     complete: bool
-    """Whether `_SUCCESS` and all rows are there."""
+    """True if `_SUCCESS` exists and all units have their parts."""
     fingerprint: str
+    """The digest of the job's fingerprint."""
     created: str
-    """Time when the job first ran, ISO 8601 in UTC."""
+    """The time when the job first ran, ISO 8601 in UTC."""
     finished: str | None
-    """Time when the job completed, ISO 8601 in UTC; None if it is not complete or its manifest cannot be read."""
+    """The time when the job completed, ISO 8601 in UTC; None if it is not complete or its manifest cannot be read."""
     rows_saved: int = 0
-    """Number of rows in segments of units that have no part yet; resuming does not generate them again. Rows that two
-    attempts saved count twice."""
+    """The number of rows in segments of units that have no part yet. A resume does not generate them again. A row that
+    two attempts saved counts twice."""
     driver: str | None = None
-    """The driver that runs the job or ran it last, as text; None if no claim can be read."""
+    """The driver that runs the job or ran it last, as text; None if there is no claim or the newest cannot be read."""
     warnings: tuple[str, ...] = ()
-    """Warnings in the manifest; empty if the job is not complete."""
+    """The warnings in the manifest; empty if the job is not complete."""
 
 
 def now(timespec: str = "seconds") -> str:
-    """Return the current time, ISO 8601 in UTC, in whole seconds or in `milliseconds`."""
+    """Return the current time as ISO 8601 in UTC; `timespec`: its precision, as datetime.isoformat takes it."""
     return datetime.now(UTC).isoformat(timespec=timespec)
 
 
 def to_json(value: Any) -> bytes:
-    """Return the value as readable JSON, the format of all records."""
+    """Return the value as indented JSON in UTF-8, the format of all records that are files of their own."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def from_json(data: bytes) -> dict[str, Any]:
-    """Return the fields of a record. Raises NotOursError if the bytes are not a JSON object, for example after an
-    interrupted write."""
+    """Return the JSON object in these bytes as a dict whose fields are not checked.
+
+    Raises NotOursError if they are not a JSON object, for example after an interrupted write.
+    """
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -203,7 +238,7 @@ def from_json(data: bytes) -> dict[str, Any]:
 
 
 def unit_fields(unit: WorkUnit) -> dict[str, Any]:
-    """Return the fields that say in the record of a part or a segment which rows of which input file it holds."""
+    """Return the fields in the record of a part or a segment that say which rows of which input file it holds."""
     return {
         "unit": unit.id,
         "file": unit.name,
@@ -216,8 +251,11 @@ def unit_fields(unit: WorkUnit) -> dict[str, Any]:
 
 
 def read_part(source: pa.NativeFile) -> tuple[PartRecord, Totals]:
-    """Return a part's record and totals from its footer. Raises NotOursError if it is not a whole part of this
-    project."""
+    """Return a part's record and totals from its footer; the data of its rows is not read.
+
+    Raises NotOursError if the footer cannot be read or has no such record or totals, or if they do not give the number
+    of rows in the file.
+    """
     try:
         metadata = pq.read_metadata(source)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column name that is not UTF-8
@@ -229,7 +267,7 @@ def read_part(source: pa.NativeFile) -> tuple[PartRecord, Totals]:
     except (KeyError, NotOursError) as error:
         raise NotOursError("its footer has no unit record of this project") from error
     if not record.rows == totals.rows == metadata.num_rows:
-        raise NotOursError(f"it holds {metadata.num_rows} rows, its record says {record.rows}")
+        raise NotOursError(f"it holds {counted(metadata.num_rows, 'row')}, its record says {record.rows}")
     return record, Totals(**totals.model_dump())
 
 
@@ -248,7 +286,11 @@ def manifest_fields(
     seconds: float,
     warnings: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the content of manifest.json for a complete job. `seconds`: wall clock of the run that completed it."""
+    """Return the content of manifest.json for a complete job.
+
+    `totals`: those of all parts. `duplicate_ids`: the rows that repeat an id anywhere in the output, with `examples` of
+    such ids. `seconds`: wall clock of the run that completed the job.
+    """
     return {
         "rows": totals.rows,
         "ok": totals.ok,
@@ -272,6 +314,7 @@ def manifest_fields(
 
 
 def _job_settings(job: Job) -> dict[str, Any]:
+    """Return all settings as JSON values, without the credentials in the URLs of input, output and checkpoint."""
     settings = job.model_dump(mode="json")
     settings["input"]["path"] = safe_url(job.input.path)
     settings["output"]["path"] = safe_url(job.output.path)
@@ -280,8 +323,7 @@ def _job_settings(job: Job) -> dict[str, Any]:
 
 
 def plan_fields(plan: Plan, job: Job) -> dict[str, Any]:
-    """Return the content of plan.json: the fingerprint with its fields, the input files, the counts and the
-    settings."""
+    """Return the content of plan.json, as PlanRecord reads it. `created` is the current time."""
     return {
         "fingerprint": {"digest": plan.fingerprint.digest, "fields": plan.fingerprint.fields},
         "rows": plan.rows,

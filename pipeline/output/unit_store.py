@@ -1,11 +1,11 @@
-"""Saves what replicas finish in the output folder: rows in segments first, then the part and its commit record.
+"""Saves the finished rows of units in the output folder: first in segments, then in the part, with a commit record.
 
     _job/segments/<unit id>/<writer>-<number>-<checksum>.parquet
     part-<unit id>.parquet
 
-Parts are the authoritative record: the first writer wins, and the commit record is written after the part, as an aid
-only. The segments are removed once the part exists. A segment is written once, as a whole, under a unique name, so
-attempts of one unit never disturb each other.
+A unit is finished if its part exists. If several attempts publish a part, the first one wins. The commit record is
+written after the part, and the job does not depend on it. The segments are removed once the part exists. A segment is
+written once, as a whole, under a unique name, so attempts at one unit never disturb each other.
 """
 
 import contextlib
@@ -40,34 +40,41 @@ from pipeline.storage.storage import Storage
 from pipeline.storage.urls import safe_url
 
 IO_THREADS = 8
-"""Number of segments of one unit that are read or removed at the same time."""
+"""The number of segments of one unit that are read or removed at the same time."""
 
 
 class UnitStore:
-    """The rows of one job's units, as a replica reads, saves and publishes them.
+    """The input and the output folder of a job, as a replica reads its units and saves and publishes their rows.
 
-    The methods may be called from several threads; `input` belongs to one of them. They raise StorageError if the
-    storage fails. `published` and `publish` raise OutputError if the unit's part is broken or of another job: a retry
-    of the unit cannot help then.
+    The methods may be called from several threads, but `input` (the reader of the units) only from one. They raise
+    StorageError if the storage fails. `published` and `publish` raise OutputError if the unit's part is broken, or of
+    another job, unit or version of the input file: a retry of the unit cannot help then.
     """
 
     def __init__(self, job: Job, fingerprint_digest: str, schema: pa.Schema, replica: str) -> None:
-        """Open the input and the output folder of a job. `schema`: that of every part."""
+        """Open the input and the output folder of a job. `schema`: that of every part. `replica`: the replica's name,
+        which the parts record."""
         self.input = UnitReader(job.input)
         self._digest, self._schema, self._replica = fingerprint_digest, schema, replica
         self._storage = Storage(job.output.path)
         self._shown = safe_url(job.output.path)
 
     def write_segment(self, unit: WorkUnit, rows: pa.Table, *, writer: str, number: int, attempt: int) -> None:
-        """Write rows (RESULT_SCHEMA) as one segment. `writer` (32 hex digits) and `number` together must be unique."""
+        """Write rows (RESULT_SCHEMA) of the unit as one segment.
+
+        `writer` (32 hex digits, an id of the attempt) and `number` together must be unique. To call it again with the
+        same arguments does no harm.
+        """
         data = to_segment(unit, self._digest, rows, writer=writer, attempt=attempt)
         # If the name exists already, it is this same segment: an earlier try succeeded, but its answer was lost.
         self._storage.create(f"{folder_of(unit.id)}/{segment_name(writer, number, data)}", data)
 
     def read_segments(self, unit: WorkUnit) -> SegmentRows:
-        """Return the rows of all segments of the unit. If several segments hold a row, the first by name counts.
+        """Return the rows of all segments of the unit. If several segments hold a row, the one that comes first by name
+        counts.
 
-        A segment that is damaged or not of this job and unit is left out and reported; its rows are generated again.
+        A segment that is damaged or not of this job and unit is left out, and `ignored` of the result names it; its
+        rows are generated again.
         """
         tables, ignored = [RESULT_SCHEMA.empty_table()], []
         files = self._storage.list_files(folder_of(unit.id), "*.parquet")
@@ -84,8 +91,8 @@ class UnitStore:
         return SegmentRows(rows.take(first), tuple(ignored))
 
     def remove_segments(self, unit: WorkUnit) -> None:
-        """Remove the segments of a unit that has its part. A failure here does not fail the unit: leftovers do no
-        harm."""
+        """Remove the segments of a unit that has its part. A failure of the storage is ignored, because segments that
+        are left do no harm."""
         with contextlib.suppress(StorageError), ThreadPoolExecutor(IO_THREADS, "segments") as pool:
             names = [file.name for file in self._storage.list_files(folder_of(unit.id), "*.parquet")]
             list(pool.map(self._storage.remove, names))
@@ -93,11 +100,11 @@ class UnitStore:
     def make_part(
         self, data: UnitData, rows: Sequence[pa.Table], *, writer: str, attempt: int, seconds: float
     ) -> bytes:
-        """Return the part of a unit, for `publish`.
+        """Return the bytes of a unit's part, for `publish`. Nothing is written.
 
-        `rows` are tables with RESULT_SCHEMA that hold each row of the unit exactly once. `writer` must be the same for
-        each try to publish the part of one attempt. `seconds`: time from the unit's start until now. Raises ValueError,
-        which ends the replica, if a row has no result or more than one.
+        `rows` are tables with RESULT_SCHEMA that hold each row of the unit exactly once. `writer` is an id of the
+        attempt and must be the same whenever the attempt makes its part again. `seconds`: time from when the unit had
+        been read until now. Raises ValueError, which ends the replica, if a row has no result or more than one.
         """
         record = PartRecord(
             **unit_fields(data.unit),
@@ -111,7 +118,7 @@ class UnitStore:
         return build_part(data, rows, self._schema, {RECORD_KEY: json.dumps(record.model_dump())})[0]
 
     def publish(self, unit: WorkUnit, part: bytes) -> UnitResult:
-        """Publish a part that was made by `make_part`, remove the unit's segments and return the result.
+        """Publish a part made by `make_part`, write its commit record, remove the segments and return the result.
 
         The first writer wins: if another attempt's part exists already, this one is dropped and the result describes
         the existing one, with `published_by_other` set. May be called again after a StorageError.
@@ -123,15 +130,21 @@ class UnitStore:
         return self._settle(unit, part, ours.writer, started)
 
     def published(self, unit: WorkUnit) -> UnitResult | None:
-        """Return the result of a part that exists already, with `published_by_other` set; None if there is no part."""
+        """Return the result of the unit's part with `published_by_other` set; None if the unit has no part yet.
+
+        If there is a part, its commit record is written again and the unit's segments are removed.
+        """
         data = self._storage.read_if_exists(part_name(unit.id))
         return None if data is None else self._settle(unit, data, None, time.monotonic())
 
     def _settle(self, unit: WorkUnit, stored: bytes, writer: str | None, started: float) -> UnitResult:
-        """Return the result of the stored part, whoever wrote it. Its commit record is written and its segments are
-        removed."""
+        """Write the commit record of a stored part, remove the unit's segments and return the part's result.
+
+        `writer`: this attempt's id, or None if it made no part. `started`: when its publication began.
+        """
         record, totals = check_part(self._shown, self._digest, unit, pa.BufferReader(stored))
-        # If the part has our own writer id, our first try to create it succeeded and only its answer was lost.
+        # If the part has our own writer id although `create` found it there, an earlier call wrote it, but its answer
+        # was lost.
         by_other = record.writer != writer
         seconds = record.seconds + (0 if by_other else time.monotonic() - started)
         sha256 = hashlib.sha256(stored).hexdigest()
@@ -142,10 +155,10 @@ class UnitStore:
 
 
 def check_part(shown: str, digest: str | None, unit: WorkUnit, source: pa.NativeFile) -> tuple[PartRecord, Totals]:
-    """Return a part's record and totals.
+    """Return the record and the totals in the footer of a unit's part; the data of its rows is not read.
 
-    Raises OutputError if the part is broken, or is not the part of this unit in the job with fingerprint `digest`.
-    `shown`: name of the output folder in messages.
+    `shown`: the name of the output folder in messages. Raises OutputError if the footer is broken, or if it is not that
+    of a part of this unit, of this version of the input file, in the job with the fingerprint `digest`.
     """
     name = part_name(unit.id)
     try:
@@ -167,7 +180,7 @@ def check_part(shown: str, digest: str | None, unit: WorkUnit, source: pa.Native
 
 
 def write_record(storage: Storage, record: PartRecord, result: UnitResult, part_bytes: int) -> None:
-    """Write a unit's commit record. A failure here does not fail the unit: its part exists, and the next resume writes
-    the record."""
+    """Write a unit's commit record. A failure of the storage is ignored, because the part exists, and the next resume
+    writes the record."""
     with contextlib.suppress(StorageError):
         storage.write(record_name(result.unit_id), to_json(commit_record(record, result, part_bytes)))

@@ -386,7 +386,7 @@ def test_added_files_are_named_and_taken_with_extend(job: Path) -> None:
     for command in ("run", "plan"):
         refused = call(command, job)
         assert refused.exit_code == 1
-        assert "planned over other input files: b.parquet is new; set input.on_change: extend to take" in refused.stderr
+        assert "planned over other input files: b.parquet is new; set input.on_change: extend to add" in refused.stderr
     extend = ("--set", "input.on_change=extend")
     planned = call("plan", job, *extend)
     assert "added      1 file, 12 rows since the last run: b.parquet" in planned.stdout

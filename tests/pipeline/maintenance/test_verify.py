@@ -177,7 +177,10 @@ SAID: dict[str, tuple[Callable[[Path], object], str]] = {
         "part-000000000000-0000000000.parquet is a copy or was renamed",
     ),
     "stray": (lambda out: (out / "notes.txt").write_text("x"), "notes.txt is not from this project: move it away"),
-    "record": (lambda out: edit(record_of(parts_of(out)[0]), rows=3, ok=3, errors=0), "is damaged: 3 rows are not"),
+    "record": (
+        lambda out: edit(record_of(parts_of(out)[0]), rows=3, ok=3, errors=0),
+        "is damaged: rows is 3, but ok is 3",
+    ),
     "record's writer": (lambda out: edit(record_of(parts_of(out)[0]), writer="x"), "it says writer 'x', not '"),
     "no record": (lambda out: record_of(parts_of(out)[0]).unlink(), ".json is missing: submit the job again"),
     "manifest": (lambda out: edit(out / "_job/manifest.json", rows=24), "manifest.json says rows 24, not 25"),

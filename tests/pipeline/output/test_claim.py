@@ -112,7 +112,7 @@ def test_foreign_files_beside_claims_and_a_broken_claim_do_no_harm(tmp_path: Pat
     assert claim.number == 1
     claim.check_now()
     (folder / "00000004.json").write_bytes(b"\xff\x00")
-    with pytest.raises(JobFailed, match="which one cannot be read"):
+    with pytest.raises(JobFailed, match="its record cannot be read"):
         claim.check_now()
 
 

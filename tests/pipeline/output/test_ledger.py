@@ -275,7 +275,7 @@ def test_segments_protect_a_folder_as_parts_do(job: Job) -> None:
         open_ledger(other, plan_of(other))
     open_ledger(job, plan)
     out(job, "_job/plan.json").unlink()
-    with pytest.raises(OutputError, match=r"such as _job/segments/.* but no _job/plan\.json: they are of unknown"):
+    with pytest.raises(OutputError, match=r"such as _job/segments/.*, but no _job/plan\.json, so their origin"):
         open_ledger(job, plan)
 
 
@@ -346,7 +346,7 @@ def test_a_damaged_plan_file_is_named(job: Job, path: str, value: object) -> Non
 def test_parts_of_unknown_origin_are_refused(job: Job) -> None:
     run(job)
     out(job, "_job/plan.json").unlink()
-    with pytest.raises(OutputError, match=r"holds 3 file\(s\) of finished rows such as part-.* but no _job/plan"):
+    with pytest.raises(OutputError, match=r"holds 3 files with finished rows such as part-.*, but no _job/plan"):
         open_ledger(job, plan_of(job))
 
 
@@ -451,9 +451,9 @@ def test_a_job_with_a_part_missing_is_not_complete(job: Job) -> None:
     ledger = open_ledger(job, plan)
     totals = sum((result.totals for result in publish(job, plan)), Totals())
     out(job, part_name(plan.units[2].id)).unlink()
-    with pytest.raises(OutputError, match="1 of 3 parts are missing"):
+    with pytest.raises(OutputError, match="missing parts: 1 of 3"):
         ledger.complete(plan, job, totals, seconds=1.0)
-    with pytest.raises(OutputError, match="0 of 25 rows are counted"):
+    with pytest.raises(OutputError, match="finished rows: 0 of 25"):
         ledger.complete(plan, job, Totals(), seconds=1.0)
     assert not ledger.is_complete()
     assert not out(job, "_job/manifest.json").exists()

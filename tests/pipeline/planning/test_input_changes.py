@@ -37,7 +37,7 @@ def test_added_files_are_refused_with_the_way_to_take_them(job: Job) -> None:
     for name in "cdef":
         write(Path(job.input.path) / f"{name}.parquet", prompt=["new"], key=[1])
     said = (
-        r"c\.parquet is new, d\.parquet is new, e\.parquet is new and 1 more; set input\.on_change: extend to take them"
+        r"c\.parquet is new, d\.parquet is new, e\.parquet is new and 1 more; set input\.on_change: extend to add them"
     )
     with pytest.raises(OutputError, match=said):
         open_ledger(job, plan_of(job))
@@ -88,7 +88,7 @@ def test_extend_takes_additions_alone(job: Job, what: str) -> None:
     if what.startswith("other"):
         files = (plan.files[0], replace(plan.files[1], rows=6))
         changed = replace(plan, files=files)
-    said = r"was planned over other input files: b\.parquet (is gone|has changed).*; put the input back"
+    said = r"was planned over other input files: b\.parquet (is gone|has changed).*; restore the input files"
     for settings in (job, extending(job)):
         with pytest.raises(OutputError, match=said):
             open_ledger(settings, changed)
@@ -116,7 +116,8 @@ def test_a_plan_that_grew_meanwhile_is_not_completed_by_the_older_run(job: Job) 
     longer = plan_of(job)
     open_ledger(extending(job), longer)
     with pytest.raises(
-        OutputError, match=r"another run's by now, whose input files differ: c\.parquet is gone; submit the job again"
+        OutputError,
+        match=r"belongs to another run by now, whose input files differ: c\.parquet is gone; submit the job again",
     ):
         older.complete(plan, job, totals, seconds=1.0)
     assert not older.is_complete()
@@ -137,7 +138,7 @@ def test_a_plan_that_grows_while_ids_are_counted_is_not_completed_by_the_older_r
         return 0, ()
 
     monkeypatch.setattr(pipeline.output.ledger, "find_duplicates", count_slowly)
-    with pytest.raises(OutputError, match="another run's by now"):
+    with pytest.raises(OutputError, match="belongs to another run by now"):
         older.complete(plan, job, totals, seconds=1.0)
     assert not older.is_complete()
     assert not out(job, "_job/manifest.json").exists()

@@ -131,7 +131,7 @@ def test_of_two_drivers_the_newer_goes_on_and_the_older_says_so_and_ends(folder:
     newer = start(SLOW_S)
     text = finish(older, 1).splitlines()[-1]
     assert text.startswith(f"error: another driver of this job took over output {folder}/out (pid {newer.pid} on ")
-    assert text.endswith("; it goes on with the job and this one ends; to stop the job, stop that one")
+    assert text.endswith("; it continues the job and this one ends; to stop the job, stop that one")
     newer.terminate()
     finish(newer, 1)
     finish(start(), 0)
