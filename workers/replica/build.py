@@ -1,4 +1,4 @@
-"""Builds the parts of a replica from a job: the model, the engine and the store of units."""
+"""Makes what a replica consists of, from its job: the loaded model, the engine, the store of units and the runner."""
 
 import os
 from dataclasses import dataclass
@@ -24,27 +24,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
-    """The settings from which a replica is built. A spec is sent to the actor, so it must be picklable."""
+    """The job and the results of its planning that a replica needs to load the model and to save its rows.
+
+    All replicas of a job get the same one. It is sent to their processes, so it must be picklable.
+    """
 
     job: Job
     fingerprint: str
-    """Digest of the plan's fingerprint, which identifies the job in its output folder."""
+    """The digest of the plan's fingerprint, which identifies the job in its output folder."""
     schema: pa.Schema
-    """Schema of every part."""
+    """The schema of every part."""
     json_logs: bool = False
-    """Whether the replica logs JSON (pipeline.monitoring.logs)."""
+    """True if replicas are to log JSON lines (pipeline.monitoring.logs)."""
 
     def open_store(self, replica: str) -> UnitStore:
-        """Return the store of a replica."""
+        """Return the store through which the replica of this name reads and saves units.
+
+        Raises StorageError if a URL of the job cannot be used.
+        """
         return UnitStore(self.job, self.fingerprint, self.schema, replica)
 
 
 def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
-    """Load the job's model, check it, and return a runner for it. `replica`: the name of the replica.
+    """Load the job's model, check it, make an engine on it, and return the runner of the replica of this name.
 
-    Raises CheckpointError, RequestError, JobError and what the self-check raises.
+    Raises what `load_pair`, the self-check, `make_engine` and `ReplicaSpec.open_store` raise.
     """
-    if spec.json_logs and not is_json():  # with --local the driver has switched it on already
+    if spec.json_logs and not is_json():  # with --local, this is the driver's process, which has switched it on already
         use_json()
     job = spec.job
     pair, tokenizer = load_pair(job)
@@ -66,8 +72,10 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
 def load_pair(job: Job) -> "tuple[TwoTower, Tokenizer]":
     """Load the job's model on the devices of this process, and return it with its tokenizer.
 
-    The devices are the GPUs that Ray makes visible to this process, from cuda:0 up to the replica's number of GPUs, or
-    the CPU. Raises CheckpointError, RequestError and JobError.
+    The devices are the first `workers.gpus` GPUs that this process sees (Ray limits which these are), or the CPU if
+    that number is 0. Also sets the number of torch's threads. Raises JobError if this process sees too few GPUs,
+    CheckpointError if the checkpoint cannot be loaded or has no tokenizer, and RequestError if the model cannot be
+    loaded with this dtype or on these devices.
     """
     import torch  # imported here, because only a process that builds a runner needs it
 
@@ -75,19 +83,18 @@ def load_pair(job: Job) -> "tuple[TwoTower, Tokenizer]":
 
     torch.set_num_threads(min(job.workers.cpus, os.cpu_count() or 1))
     if job.workers.gpus > (found := torch.cuda.device_count()):  # with --local, or if torch cannot use the driver
-        raise JobError(f"workers.gpus is {job.workers.gpus}, but torch finds {found} here; lower it, 0 is the CPU")
+        raise JobError(f"workers.gpus is {job.workers.gpus}, but torch finds {found} here; lower it (0: the CPU)")
     devices = [f"cuda:{index}" for index in range(job.workers.gpus)] or ["cpu"]
     pair = load_model(job.model.checkpoint, dtype=job.model.dtype, devices=devices, towers=job.generation.towers)
     if pair.tokenizer is None:
-        raise CheckpointError(f"checkpoint {job.model.checkpoint} has no tokenizer.json: prompts cannot be read")
+        raise CheckpointError(f"checkpoint {job.model.checkpoint} has no tokenizer.json to read prompts with; add it")
     return pair, pair.tokenizer
 
 
 def make_engine(pair: "TwoTower", job: Job) -> "Engine":
-    """Return an engine on a loaded model with the job's limits.
+    """Return an engine on a loaded model with the limits in the job's section `engine`.
 
-    Raises RequestError or JobError if the limits do not fit the model or the memory, and the device's own error if the
-    device was lost.
+    Raises RequestError if the limits do not suit the model, or RequestError or JobError if there is too little memory.
     """
     from model import Engine
 

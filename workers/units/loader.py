@@ -1,7 +1,7 @@
-"""Opens work units: reads their rows, skips the finished ones, tokenises the rest and sorts them for the engine.
+"""Opens assignments: reads their rows, tokenises those that are not finished and sorts them for the engine.
 
-If the unit's part exists already, nothing is read. Rows found in segments are kept as they are. Other rows that cannot
-be generated become error rows here.
+If the unit's part exists already, no rows are read. Rows in segments are finished and are kept as they are. Of the
+other rows, those without a usable prompt become error rows here.
 """
 
 from array import array
@@ -22,11 +22,14 @@ from workers.units.protocols import TokenizerLike
 from workers.units.unit import OpenUnit, QueuedRow, name_of
 
 TOKENISE_ROWS = 1000
-"""Number of prompts tokenised in one call; it limits how many token ids exist as Python lists at a time."""
+"""The number of prompts that are tokenised in one call. It limits how many token ids are in Python lists at a time."""
 
 
 class UnitLoader:
-    """Opens assignments, one at a time."""
+    """Makes an OpenUnit of each assignment. Not thread-safe: `open` is called for one assignment at a time.
+
+    It remembers the prefixes that prompts of recent units had in common, because the engine still holds them.
+    """
 
     def __init__(
         self,
@@ -38,20 +41,27 @@ class UnitLoader:
         tell: Callable[[str], None],
         clock: Callable[[], float],
     ) -> None:
-        """Create a loader. `params` are the job's settings; `tell` is called with messages for the operator."""
+        """Create a loader for one replica.
+
+        `params`: the job's generation settings. `replica`: the replica's name. `tell` is called with messages for the
+        operator. `clock` returns the time in seconds by which the units are timed.
+        """
         self._tokenizer, self._store, self._params, self._replica = tokenizer, store, params, replica
         self._tell, self._clock = tell, clock
         self._prefixes: deque[array[int]] = deque(maxlen=PREFIX_SLOTS)  # those used most recently, newest last
 
     def open(self, work: Assignment) -> OpenUnit | UnitResult:
-        """Return the assignment ready to generate, or the result of its unit if its part is published already.
+        """Return the assignment with the rows that are to be generated, or the result of its unit if the part exists.
 
-        Raises what the store and its input raise.
+        Messages say if the part exists, which segments are left out, and how many rows segments hold. Raises
+        StorageError if the storage fails, InputError if the unit cannot be read, OutputError if the unit's part is
+        broken or not this job's.
         """
         unit = work.unit
         if (result := self._store.published(unit)) is not None:
             self._tell(
-                f"unit {unit.id}: its part is there, published by replica {result.replica} in attempt {result.attempt}"
+                f"unit {unit.id}: its part exists already, published by replica {result.replica} in attempt "
+                f"{result.attempt}"
             )
             return result
         segments = self._store.read_segments(unit)
@@ -60,7 +70,7 @@ class UnitLoader:
         first, end = work.span
         kept = _between(segments.table, unit.first_row + first, unit.first_row + end)
         if kept.num_rows:
-            self._tell(f"{name_of(work)}: {kept.num_rows} of {end - first} rows were finished by earlier attempts")
+            self._tell(f"{name_of(work)}: rows finished by earlier attempts: {kept.num_rows} of {end - first}")
         wanted = np.setdiff1d(np.arange(first, end), kept["source_row"].to_numpy() - unit.first_row).tolist()
         # The file of a condemned row is not opened, because reading it may be what kills the replicas.
         needed = work.rows is None or (wanted and not work.condemned)
@@ -82,6 +92,10 @@ class UnitLoader:
         return opened
 
     def _queue(self, opened: OpenUnit, rows: Iterable[Row]) -> None:
+        """Tokenise the rows and queue them in `opened`, those with the most tokens after the common prefix first.
+
+        A row without a prompt, or whose prompt has no tokens, becomes an error row.
+        """
         good = []
         for row in rows:
             if row.prompt is None:
@@ -106,7 +120,10 @@ class UnitLoader:
         opened.queue.extend(sorted(queued, key=lambda row: (row.prefix_tokens - len(row.ids), row.index)))
 
     def _find_prefix(self, prompts: "Sequence[array[int]]") -> "array[int]":
-        """Return the common prefix to use for these prompts, and remember it for the next units."""
+        """Return the prefix that the engine is to compute once for these prompts, and remember it for the next units.
+
+        It is empty if none saves anything.
+        """
         prefix = best_prefix(prompts, self._prefixes)
         if prefix:
             if prefix in self._prefixes:

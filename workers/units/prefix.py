@@ -1,4 +1,4 @@
-"""Finds the tokens that many prompts of a unit begin with, such as a template: the engine computes them only once."""
+"""Finds the tokens that many prompts of a unit begin with, such as a template's. The engine prefills them only once."""
 
 from array import array
 from collections.abc import Collection, Iterator, Sequence
@@ -6,14 +6,14 @@ from collections.abc import Collection, Iterator, Sequence
 from model.runtime.page_allocator import PAGE_SIZE
 
 FORWARD_TOKENS = 1024
-"""Fixed cost of a forward, expressed in tokens: even for a few tokens it reads all weights. A new prefix needs a
-forward of its own, so it must save more tokens than this."""
+"""The assumed cost of a forward with hardly any tokens, which still reads all weights, in tokens of a larger forward. A
+new prefix needs a forward of its own, so it must save more tokens than this."""
 
 
 def has_prefix(prompt: "array[int]", prefix: "array[int]") -> bool:
-    """Return True if the prompt begins with the prefix and is longer.
+    """Return True if the prompt begins with the prefix and is longer than it.
 
-    It must be longer because the AR modes do not prefill a prompt's last token.
+    A prompt that equals the prefix does not count, because the AR modes do not prefill a prompt's last token.
     """
     return len(prompt) > len(prefix) and prompt[: len(prefix)] == prefix
 
@@ -21,10 +21,10 @@ def has_prefix(prompt: "array[int]", prefix: "array[int]") -> bool:
 def best_prefix(prompts: "Sequence[array[int]]", known: "Collection[array[int]]" = ()) -> "array[int]":
     """Return the prefix, in whole pages, that saves the most context tokens; an empty one if none saves any.
 
-    A `known` prefix, from earlier units, is in the engine already. With n tokens in k prompts it saves n * k tokens. A
-    new prefix must be computed first and saves n * (k - 1) - FORWARD_TOKENS. Of two equal savings a known prefix wins,
-    then the shorter one. A few unusual prompts therefore do not change the choice, and neither does a page that a few
-    prompts share by chance.
+    A prefix of n tokens that is `known` from earlier units is in the engine already, so with k prompts it saves n * k
+    tokens. A new one must be computed first and saves n * (k - 1) - FORWARD_TOKENS. If savings are equal, a known
+    prefix wins over a new one, and a shorter new one over a longer one. A few unusual prompts therefore do not change
+    the choice, and neither does a page that a few prompts share by chance.
     """
     best, most = array("i"), 0
     for prefix in known:
@@ -39,9 +39,9 @@ def best_prefix(prompts: "Sequence[array[int]]", known: "Collection[array[int]]"
 
 
 def _groups(prompts: "Sequence[array[int]]") -> "Iterator[tuple[int, list[array[int]]]]":
-    """Yield (n, prompts) for each group of two or more prompts that begin with the same n tokens and are longer.
+    """Yield (n, prompts) for each group of two or more prompts that begin with the same n tokens and are longer than n.
 
-    n takes every multiple of PAGE_SIZE, in ascending order, as long as such groups exist.
+    n is PAGE_SIZE, then each larger multiple of it, until there is no such group.
     """
     end, groups = 0, [list(prompts)]
     while groups:

@@ -1,14 +1,14 @@
-"""Runs the work of one replica without Ray: reads units, keeps the engine full, saves finished rows, publishes parts.
+"""Runs the work of one replica: reads units, keeps the engine full, saves finished rows and publishes parts.
 
     add(unit) -> read + tokenise (thread) -> rows, longest first -> engine -> segments, then part (threads) -> UnitDone
 
-The rows of a unit finish in any order. A replica holds up to two units at once (the driver sees to that), so the engine
-continues with rows of the second unit while the last rows of the first finish. Reading, flushing and publishing run in
-threads beside the engine.
+The rows of a unit finish in any order. The driver gives a replica up to two units at once, so the engine continues with
+rows of the second unit while the last rows of the first finish. Reading, flushing and publishing run in threads beside
+the engine. This module does not use Ray.
 
-Rows that are lost in a failed forward are submitted once more. If one of them is lost again, the error is raised: the
-engine is then taken to be at fault, and the unit goes to another replica. An error that makes the GPU unusable
-(model.runtime.device_errors) is raised at once.
+Rows that are lost in a failed forward are submitted once more. If one of them is lost again, the error is raised and
+ends the replica, because the engine is then assumed to be at fault; its units go to other replicas. An error that makes
+the GPU unusable (model.runtime.device_errors) is raised at once.
 """
 
 import threading
@@ -38,19 +38,19 @@ from workers.units.tries import judge, next_params
 from workers.units.unit import OpenUnit, QueuedRow, StorageRetry, name_of
 
 QUEUE_FACTOR = 2
-"""How many rows may wait in the engine without a slot, in multiples of its row limit. The reserve is large enough for
-all slots to get new rows in one step."""
+"""The number of rows that may wait in the engine without a slot, in multiples of its row limit at the start. With this
+reserve, all slots can get new rows in one step."""
 MAX_NOTES = 1000
-"""Largest number of notes kept until they are collected; the oldest are dropped."""
+"""The most messages for the operator that are kept until `notes` is called; the oldest are dropped."""
 STOP_PAUSE_S = 0.5
-"""Seconds that `stop` waits after a failed flush before the next one."""
+"""The seconds that `stop` waits after a failed flush before the next one."""
 
 
 class UnitRunner:
-    """The object that drives one engine over units. Only `work` belongs to one thread; all other methods may be called
-    from any thread at any time.
+    """One replica's engine with the units and ranges that it holds, from `add` until their outcome.
 
-    A lock guards the shared state. It is released during an engine step and while waiting, so that a step that hangs
+    `work` must always be called from the same thread; all other methods may be called from any thread at any time. A
+    lock guards the shared state. It is released during an engine step and while `work` waits, so that a step that hangs
     does not block other callers.
     """
 
@@ -70,6 +70,7 @@ class UnitRunner:
     ) -> None:
         """Create a runner.
 
+        `params`: the job's generation settings. `replica`: the replica's name. `flush`: when finished rows are saved.
         If `retry_degenerate` is true, rows whose completion is a loop are generated again (workers.units.tries).
         `notes` are the first messages for the operator. `room` returns how much of the engine is in use; it is called
         from any thread.
@@ -80,7 +81,7 @@ class UnitRunner:
         self._read_failures = 0
         self._watch = ForwardsWatch()
         self._max_rows = engine.max_rows  # the row limit last reported to the operator
-        # Not adjusted if the engine lowers its row limit because memory ran out: the rows then wait in the engine.
+        # It stays if the engine lowers its row limit because memory ran out; more rows then wait in the engine.
         self._queue_limit = QUEUE_FACTOR * engine.max_rows
         self._notes = deque(notes, maxlen=MAX_NOTES)
         self._lock = threading.Lock()
@@ -104,24 +105,28 @@ class UnitRunner:
 
     @property
     def busy(self) -> bool:
-        """Return True if the runner holds any unit."""
+        """Return True if the runner holds any assignment."""
         return bool(self._units)
 
     @property
     def beats(self) -> int:
         """Return a number that changes whenever an engine step, a read, a flush or a publication has ended.
 
-        Failed ones count too: a replica whose storage is unavailable does not stand still.
+        Failed ones count too, so a replica whose storage is unavailable is not taken for one that hangs.
         """
         return self._steps + self._reads + self._saver.ended
 
     def notes(self) -> list[str]:
-        """Return the new messages for the operator, each message only once."""
+        """Return the messages for the operator that no earlier call has returned, oldest first."""
         with self._lock:
             return [self._notes.popleft() for _ in range(len(self._notes))]
 
     def add(self, work: Assignment) -> None:
-        """Accept a unit. Raises ValueError if the runner holds it already, since row keys are unique in the engine."""
+        """Accept an assignment. It is read in the background and generated by `work`.
+
+        Raises ValueError if the runner already holds an assignment of the same unit, because row keys must be unique in
+        the engine.
+        """
         unit_id = work.unit.id
         with self._lock:
             if unit_id in self._units:
@@ -131,11 +136,13 @@ class UnitRunner:
         self._wake.set()
 
     def work(self, seconds: float) -> list[Outcome]:
-        """Run until a unit is finished or `seconds` have passed, and return the outcomes of the finished units.
+        """Run the engine until an assignment ends or `seconds` have passed, and return the outcomes, perhaps none.
 
-        It also returns early after reading a unit that may kill the replica. Raises what the engine raises (EngineError
-        if a row failed twice), and errors of reading, flushing or publishing that the project does not expect. After an
-        error only `stop` and `close` may be called.
+        It also returns after it has read an assignment that may kill the replica, so that the driver learns this first.
+        After `stop` it returns an empty list at once. Raises EngineError if a row is lost a second time, if the error
+        names no row, or if the GPU is unusable. Raises other errors of the engine, errors of a flush other than
+        StorageError, and errors of a read or a publication other than TwoTowerError. After an error only `stop` and
+        `close` may be called.
         """
         deadline = self._clock() + seconds
         with self._lock:
@@ -146,12 +153,12 @@ class UnitRunner:
                 self._idle.set()
 
     def progress(self) -> list[UnitProgress]:
-        """Return the progress of every unit that has been read."""
+        """Return the progress of every assignment that has been read and has no outcome yet."""
         with self._lock:
             return [opened.progress() for opened in self._open.values()]
 
     def stats(self) -> ReplicaStats:
-        """Return what the runner has done since its start, and what it holds now."""
+        """Return counts of the rows that ended since the start, and of the rows that the runner holds now."""
         with self._lock:
             counts = RowCounts()
             for each in (self._counts, *(opened.counts for opened in self._open.values())):
@@ -169,7 +176,7 @@ class UnitRunner:
             )
 
     def doing(self) -> str:
-        """Return what the runner is doing, in a few words."""
+        """Return one text about all assignments: `reading unit a; publishing unit b`, or `idle` if there are none."""
         with self._lock:
             in_engine = Counter(opened.work.unit.id for opened, _ in self._in_engine.values())
             texts = [opened.describe(in_engine[unit_id]) for unit_id, opened in self._open.items()]
@@ -177,10 +184,11 @@ class UnitRunner:
         return "; ".join(texts) or "idle"
 
     def stop(self, seconds: float) -> int:
-        """End the work for good, write all finished rows to segments, and return how many rows were written.
+        """End the work for good, write all finished rows to segments, and return how many rows this call wrote.
 
-        A running `work` returns after its engine step, and every later call of `work` returns at once. Gives up after
-        `seconds`; half of them is the longest wait for the engine step. Call it from another thread than `work`.
+        A running `work` returns after its engine step, and every later call of `work` returns at once. A flush that
+        fails is repeated. Gives up after `seconds`, and waits at most half of them for the engine step. Call it from
+        another thread than `work`. Raises errors of a flush other than StorageError.
         """
         deadline = time.monotonic() + seconds
         self._stopped = True
@@ -205,7 +213,10 @@ class UnitRunner:
         return flushed
 
     def close(self) -> None:
-        """Shut down the threads without waiting for them; open units are abandoned. Safe to call twice."""
+        """Shut down the threads without waiting for them, and close the input.
+
+        Units that are not finished are given up, and their rows that are in no segment are lost. Safe to call twice.
+        """
         if self._closed:
             return
         self._closed = True
@@ -218,6 +229,7 @@ class UnitRunner:
     # The methods below are called with the lock held.
 
     def _run(self, deadline: float) -> list[Outcome]:
+        """Do the work of `work` until the deadline, by the runner's clock."""
         while not self._stopped:
             self._wake.clear()
             self._start_reading()
@@ -235,6 +247,7 @@ class UnitRunner:
 
     @contextmanager
     def _unlocked(self) -> Iterator[None]:
+        """Release the lock for the `with` block."""
         self._lock.release()
         try:
             yield
@@ -242,7 +255,7 @@ class UnitRunner:
             self._lock.acquire()
 
     def _wait(self, seconds: float) -> None:
-        """Wait until there is something to do, but at most `seconds`."""
+        """Wait until a background task ends, work is added, or a write or read is due, but at most `seconds`."""
         due = [self._saver.due_at(opened) for opened in self._open.values()]
         due += [retry.not_before for unit_id, retry in self._to_read.items() if unit_id not in self._reading]
         seconds = min([seconds, *(at - self._clock() for at in due)])
@@ -250,6 +263,7 @@ class UnitRunner:
             self._wake.wait(max(0, seconds))
 
     def _start_reading(self) -> None:
+        """Start to read each assignment that waits for it, unless a pause after a failure is still running."""
         for unit_id, retry in self._to_read.items():
             if unit_id not in self._reading and self._clock() >= retry.not_before:
                 future = self._reader.submit(self._loader.open, self._units[unit_id])
@@ -257,6 +271,8 @@ class UnitRunner:
                 self._reading[unit_id] = future
 
     def _collect_read(self) -> list[Outcome]:
+        """Take in the reads that have ended. Return the outcomes of assignments that could not be read, or whose unit
+        has its part already."""
         outcomes: list[Outcome] = []
         for unit_id in [unit_id for unit_id, future in self._reading.items() if future.done()]:
             self._reads += 1
@@ -275,14 +291,17 @@ class UnitRunner:
         return outcomes
 
     def _read_again(self, unit_id: str, error: TwoTowerError) -> bool:
-        """Record a failed read of a unit, and return True if the read is to be retried later."""
+        """Record a failed read, and return True if it is to be retried after a pause.
+
+        Only failures of the storage that may pass are retried, once per pause in PAUSES_S.
+        """
         retry = self._to_read[unit_id]
         retry.failed(self._clock(), error)
         if not isinstance(error, StorageError) or error.__cause__ is None or not is_transient(error.__cause__):
             return False
         self._read_failures += 1
         if retry.failures == 1:
-            self._notes.append(f"unit {unit_id}: reading it is tried again: {error}")
+            self._notes.append(f"unit {unit_id}: reading it failed and is tried again: {error}")
         return not retry.exhausted
 
     def _published(self, result: UnitResult) -> Outcome:
@@ -293,11 +312,12 @@ class UnitRunner:
         return UnitDone(result, result.totals.rows, result.totals.completion_tokens)
 
     def _settle(self) -> list[Outcome]:
+        """Let the saver handle every open unit, and return the outcomes of those that have ended."""
         found = [(unit_id, self._saver.settle(opened)) for unit_id, opened in self._open.items()]
         return [self._end(unit_id, outcome) for unit_id, outcome in found if outcome]
 
     def _end(self, unit_id: str, outcome: Outcome) -> Outcome:
-        """Forget the unit, keep its counts, and return its outcome."""
+        """Forget the assignment of this unit, add its counts to those of the runner, and return the outcome."""
         del self._units[unit_id]
         self._to_read.pop(unit_id, None)
         if opened := self._open.pop(unit_id, None):
@@ -305,21 +325,27 @@ class UnitRunner:
         return outcome
 
     def _top_up(self) -> None:
+        """Submit queued rows, first those of the unit that was opened first, until enough rows wait in the engine."""
         for opened in self._open.values():
             while opened.queue and self._engine.waiting < self._queue_limit:
                 self._submit(opened, opened.queue.popleft())
 
     def _submit(self, opened: OpenUnit, row: QueuedRow) -> None:
+        """Submit a row to the engine. If the engine refuses it, it becomes an error row."""
         key = row_key(opened.work.unit, row.index)
         try:
             self._engine.submit(Request(key, row.ids, row.params, row.prefix_tokens))
         except RequestError as error:
             opened.add_error(row.index, row.refusal(error), prompt_tokens=len(row.ids))
-            self._wake.set()  # it may have been the last one
+            self._wake.set()  # it may have been the last row of its unit
         else:
             self._in_engine[key] = opened, row
 
     def _step(self) -> None:
+        """Run one engine step, record the rows that ended in it, and queue the rows that it lost once more.
+
+        Raises EngineError as `_put_back` does.
+        """
         failure: EngineError | None = None
         try:
             with self._unlocked():
@@ -328,7 +354,10 @@ class UnitRunner:
             failure, completions = error, error.completions
         self._steps += 1
         if (rows := self._engine.max_rows) < (before := self._max_rows):
-            self._notes.append(f"memory ran out: engine.max_rows is {rows} from now on, not {before}; set it so")
+            self._notes.append(
+                f"memory ran out: the engine lowered its max_rows from {before} to {rows}; "
+                f"set engine.max_rows to {rows}"
+            )
             self._max_rows = rows
         for completion in completions:
             self._take_in(*self._in_engine.pop(completion.key), completion)
@@ -336,9 +365,10 @@ class UnitRunner:
             self._put_back(failure)
 
     def _take_in(self, opened: OpenUnit, row: QueuedRow, completion: Completion) -> None:
-        """Record a try that has ended.
+        """Record a try of a row that has ended with this completion.
 
-        If the row gets another try, submit it at once with the same key, ahead of the queued rows.
+        If the row gets another try, it is submitted at once with the same key, ahead of the queued rows. Otherwise the
+        row is finished.
         """
         if warning := self._watch.take(row.params, completion):
             self._notes.append(warning)
@@ -351,9 +381,10 @@ class UnitRunner:
             self._submit(opened, replace(row, params=params, tries=tries, failures=0))
 
     def _put_back(self, error: EngineError) -> None:
-        """Queue the rows that a failed step lost for another forward.
+        """Put the rows that a failed step lost back to the front of their queues.
 
-        Raises the error if it names no rows, if it names a row that failed before, or if the GPU is unusable.
+        Raises the error instead if it names no rows, if it names a row that was lost before in the same try, or if the
+        GPU is unusable.
         """
         lost = [self._in_engine.pop(key) for key in error.keys]
         if not lost or any(row.failures for _, row in lost) or device_lost(error):
@@ -361,4 +392,4 @@ class UnitRunner:
         for opened, row in reversed(lost):
             opened.queue.appendleft(replace(row, failures=1))
         self._counts.forward_retries += len(lost)
-        self._notes.append(f"{error}; trying its {len(lost)} rows once more")
+        self._notes.append(f"{error}; rows that are submitted once more: {len(lost)}")

@@ -1,8 +1,8 @@
-"""Saves finished rows while the engine runs: as segments until the unit is complete, then as its part.
+"""Saves finished rows while the engine runs: in segments until the unit is complete, then in its part.
 
-For each unit, one flush or one publication runs at a time. If the storage fails, the rows stay in memory and the write
-is retried after growing pauses. An assignment fails only if all its rows are finished and their part (for a range:
-their segment) cannot be written.
+For each assignment, one flush or one publication runs at a time. If the storage fails, the rows stay in memory and the
+write is retried after growing pauses. An assignment fails only if all its rows are finished and its part (for a range:
+its last segment) cannot be written.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,19 +14,22 @@ from model.errors import TwoTowerError
 from pipeline.config.job import FlushSection
 from pipeline.core.errors import StorageError
 from pipeline.core.events import RangeDone, UnitDone, UnitFailed
+from pipeline.core.text import counted
 from pipeline.core.types import RowResult, UnitResult
 from pipeline.output.part import result_table
 from pipeline.output.unit_store import UnitStore
 from workers.units.unit import OpenUnit, name_of
 
 Outcome = UnitDone | RangeDone | UnitFailed
+"""The end of an assignment on this replica, which the driver is told."""
 NEVER = float("inf")
+"""The time of something that is not due; -NEVER is the time of something that is due at once."""
 
 
 class Saver:
-    """The writer of segments and parts, with a thread for each of the two, so that no segment waits behind a part.
+    """Decides when finished rows are written and writes them: segments in one thread, parts in another.
 
-    Not thread-safe: all methods must be called under one lock.
+    No segment therefore waits behind a part. Not thread-safe: all methods must be called under one lock.
     """
 
     def __init__(
@@ -41,23 +44,23 @@ class Saver:
     ) -> None:
         """Create a saver with its two threads.
 
-        `tell` is called with messages for the operator. `done` is called when a flush or a publication has ended,
-        usually in the thread that ran it.
+        `settings`: when finished rows are flushed. `tell` is called with messages for the operator. `done` is called
+        when a flush or a publication has ended, usually in the thread that ran it, so that somebody calls `settle`.
         """
         self._store, self._settings, self._replica = store, settings, replica
         self._tell, self._done, self._clock = tell, done, clock
         self._flusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
         self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self.ended = 0
-        """Number of flushes and publications that have ended, failed ones included."""
+        """The number of flushes and publications that have ended, failed ones included."""
         self.failures = 0
-        """Number of flushes and publications that failed at the storage."""
+        """The number of flushes and publications that failed at the storage."""
 
     def settle(self, opened: OpenUnit) -> Outcome | None:
-        """Handle writes that have ended, start the write that is due, and return the outcome if there is one already.
+        """Take in a write that has ended, start the write that is due, and return the outcome of the assignment.
 
-        Raises an error of a flush that is not a StorageError, and an error of a publication that is not one of the
-        project's own.
+        Returns None while the assignment is in progress. Raises an error of a flush that is not a StorageError, and an
+        error of a publication that is not one of the project's own.
         """
         if opened.flush and opened.flush.done():
             self.end_flush(opened)
@@ -79,13 +82,16 @@ class Saver:
         return None
 
     def due_at(self, opened: OpenUnit) -> float:
-        """Return the time at which `settle` must be called even if no write has ended; infinity if there is none."""
+        """Return the time at which `settle` must be called even if no write has ended.
+
+        It is NEVER if a write is in progress or there is nothing to write.
+        """
         if opened.flush or opened.publishing:
             return NEVER
         return min(self._flush_at(opened), self._publish_at(opened))
 
     def begin_flush(self, opened: OpenUnit) -> None:
-        """Start to write the finished rows as a segment."""
+        """Start to write the finished rows as a segment, in the flush thread."""
         opened.flushing, opened.finished = opened.finished, []
         opened.flushed_at = self._clock()
         opened.flushes += 1
@@ -93,9 +99,10 @@ class Saver:
         opened.flush.add_done_callback(lambda _future: self._done())
 
     def end_flush(self, opened: OpenUnit) -> int:
-        """Take the result of a flush that has ended, and return how many rows it wrote.
+        """Take in the result of a flush that has ended, and return how many rows it wrote.
 
-        If the storage failed, the rows go back to the unit's finished rows. Raises any other error of the flush.
+        If the storage failed, these are none, and the rows go back to the finished rows that wait to be saved. Raises
+        any other error of the flush.
         """
         assert opened.flush is not None
         flush, rows = opened.flush, opened.flushing
@@ -107,31 +114,37 @@ class Saver:
             opened.finished[:0] = rows
             self.failures += 1
             if not opened.flush_retry.failures:
-                self._tell(f"{name_of(opened.work)}: {len(rows)} finished rows stay in memory for now: {error}")
+                self._tell(
+                    f"{name_of(opened.work)}: {counted(len(rows), 'finished row')} kept in memory, as saving failed: "
+                    f"{error}"
+                )
             opened.flush_retry.failed(self._clock(), error)
             return 0
         if opened.flush_retry.failures:
-            self._tell(f"{name_of(opened.work)}: its finished rows are saved again")
+            self._tell(f"{name_of(opened.work)}: the storage works again, and its finished rows are saved")
         opened.flush_retry.succeeded()
         return len(rows)
 
     def close(self) -> None:
-        """Shut down the threads without waiting for them."""
+        """Shut down the threads without waiting for them. Writes that have not begun are dropped."""
         for threads in (self._flusher, self._publisher):
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _flush_at(self, opened: OpenUnit) -> float:
+        """Return the time at which the next flush is due; NEVER if there are no rows for one, or if they go straight
+        into the part."""
         into_part = opened.complete and opened.work.rows is None and not opened.publish_retry.failures
         if into_part or not opened.finished:
             return NEVER
         at = opened.flushed_at + self._settings.seconds
         most = self._settings.rows
-        # If the unit may kill replicas, or is complete but not published, its rows are saved as soon as possible.
+        # If the unit may kill replicas, or is complete but could not be published, its rows are saved at once.
         if opened.work.suspect or opened.complete or (most is not None and len(opened.finished) >= most):
             at = -NEVER
         return max(at, opened.flush_retry.not_before)
 
     def _publish_at(self, opened: OpenUnit) -> float:
+        """Return the time at which the publication is due; NEVER if the unit is not complete or is only a range."""
         ready = opened.complete and opened.work.rows is None
         return opened.publish_retry.not_before if ready else NEVER
 
@@ -143,6 +156,7 @@ class Saver:
         return table
 
     def _begin_publishing(self, opened: OpenUnit) -> None:
+        """Start to publish the part of a complete unit, in the publish thread."""
         saved, finished = list(opened.saved), list(opened.finished)
         opened.publishing = self._publisher.submit(self._publish, opened, saved, finished)
         opened.publishing.add_done_callback(lambda _future: self._done())
@@ -156,6 +170,7 @@ class Saver:
         return self._store.publish(work.unit, part)
 
     def _end_publishing(self, opened: OpenUnit) -> Outcome | None:
+        """Take in the result of a publication that has ended, and return the outcome; None if it is to be retried."""
         publishing: Future[UnitResult] | None = opened.publishing
         assert publishing is not None
         opened.publishing = None
@@ -168,7 +183,7 @@ class Saver:
             retry.failed(self._clock(), error)
             if retry.exhausted:
                 return UnitFailed(self._replica, work, f"{error} ({retry.failures} times)")
-            self._tell(f"unit {work.unit.id}: its part is tried again in {retry.pause:g} s: {error}")
+            self._tell(f"unit {work.unit.id}: its part could not be published; next try in {retry.pause:g} s: {error}")
             return None
         except TwoTowerError as error:
             return UnitFailed(self._replica, work, str(error))

@@ -1,9 +1,11 @@
-"""Decides whether and how a row is generated again if its completion is a loop. Each further try is more careful:
+"""Decides whether and how a row is generated again if its completion is a loop (`on_degenerate: retry`).
+
+Each further try uses more careful settings:
 
     diffusion at its threshold -> diffusion at a threshold half way to 1 -> ar        (mock_ar -> ar; ar: no retry)
 
-Every try uses the row's own key and seed. Its tokens are therefore those of a job with that mode and threshold; they do
-not depend on the tries before it or on the replica.
+Every try uses the row's own key and seed. Its tokens are therefore those that a job with its mode and threshold would
+give the row. They depend neither on the tries before it nor on the replica.
 """
 
 from collections.abc import Sequence
@@ -15,29 +17,31 @@ from pipeline.core.repetition import DEGENERATE, repetition
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """The result of generating a row once."""
+    """One generation of a row, with its settings and its completion."""
 
     params: GenerationParams
+    """The settings of this try."""
     completion: Completion
     repetition: float | None
-    """Share of the completion that is a loop (see RowResult); None for an error without tokens."""
+    """The share of the completion that is a loop (pipeline.core.repetition); None for an error without tokens."""
 
     @property
     def good(self) -> bool:
-        """Return True if the try is neither an error nor a loop."""
+        """Return True if the completion is neither an error nor a loop (repetition of DEGENERATE or more)."""
         return self.completion.finish_reason != "error" and (self.repetition or 0.0) < DEGENERATE
 
 
 def judge(params: GenerationParams, completion: Completion) -> Try:
-    """Return the try with these settings and this completion, and with its repetition measured."""
+    """Measure how much of the completion is a loop, and return the try with these settings and this completion."""
     nothing = completion.finish_reason == "error" and not completion.token_ids
     return Try(params, completion, None if nothing else repetition(completion.token_ids, params.eos_ids))
 
 
 def next_params(tries: Sequence[Try]) -> GenerationParams | None:
-    """Return the settings of the row's next try, or None if there is no next try.
+    """Return the settings of the next try of a row after these tries, or None if it gets none.
 
-    There is none after a good try, after an error in the first try, and after the most careful settings.
+    It gets none if its last try is good, its first one is an error, or the most careful settings have been tried. An
+    error in a later try does not end the tries.
     """
     first = tries[0]
     if tries[-1].good or first.completion.finish_reason == "error":
@@ -47,9 +51,11 @@ def next_params(tries: Sequence[Try]) -> GenerationParams | None:
 
 
 def _ladder(params: GenerationParams) -> list[GenerationParams]:
+    """Return the settings of all tries that a row with these settings may get, the first one included."""
     ladder = [params]
     careful = replace(params, confidence_threshold=(1 + params.confidence_threshold) / 2)
-    # If a step cannot choose which tokens to commit, a threshold changes nothing.
+    # With one step per block or one token per block, all tokens of a block are committed at once, and the threshold
+    # changes nothing.
     matters = params.mode == "diffusion" and params.steps_per_block > 1 and params.block_size > 1
     if matters and careful.confidence_threshold > params.confidence_threshold:
         ladder.append(careful)
@@ -59,9 +65,11 @@ def _ladder(params: GenerationParams) -> list[GenerationParams]:
 
 
 def best(tries: Sequence[Try]) -> Try:
-    """Return the first good try, else the one that loops least, or an error if all tries are errors.
+    """Return the try that becomes the row's result: the first good one, else the one that loops least.
 
-    The seconds of its completion are the sums over all tries, so that they show the whole time spent on the row; the
+    It is an error only if all tries are errors.
+
+    The times of its completion are summed over all tries, so that they show the whole time that the row took. Its
     counts (forwards, steps, confidences) are those of the returned try alone.
     """
     texts = [one for one in tries if one.completion.finish_reason != "error"] or tries

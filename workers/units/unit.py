@@ -1,4 +1,4 @@
-"""Holds the state of a unit, or of a range of its rows, on a replica: rows to submit, finished rows, saved rows."""
+"""Holds the state of an assignment on a replica: its rows to submit, its finished rows and its saved rows."""
 
 import uuid
 from array import array
@@ -18,34 +18,36 @@ from workers.units.counts import RowCounts
 from workers.units.tries import Try, best, judge
 
 PAUSES_S = (1.0, 5.0, 15.0, 60.0, 120.0)
-"""Seconds to wait after each try that failed at the storage; later tries use the last value. The storage layer retries
-for seconds within each try, so all tries together survive a storage that is unavailable for minutes."""
+"""The seconds to wait after the first, second, … failure at the storage without a success between them; after more
+failures, the last value is used. Within each try, the storage itself retries for a while, so the tries together survive
+a storage that is unavailable for minutes."""
 FEW_TABLES = 64
-"""Largest number of separate tables of saved rows; more are merged into one, because every table has a fixed cost."""
+"""The most separate tables of saved rows per assignment; more are merged into one, as every table has a fixed cost."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueuedRow:
-    """A row that waits to be submitted to the engine, or that is in the engine."""
+    """A row with a usable prompt that waits to be submitted to the engine, or that is in the engine."""
 
     index: int
-    """Position in the unit, from 0."""
+    """The position in the unit, from 0."""
     ids: "array[int]"
-    """Token ids of the prompt, stored compactly with 4 bytes per token."""
+    """The token ids of the prompt, stored compactly with 4 bytes per token."""
     prefix_tokens: int
+    """The number of first tokens of the prompt that the engine computes once for many rows (Request.prefix_tokens)."""
     params: GenerationParams
-    """Settings of the current try."""
+    """The settings of the current try."""
     settings: tuple[RowSetting, ...] = ()
-    """The settings that come from the row's own columns instead of the job."""
+    """The settings that come from columns of the row. `params` contains them; texts of errors name the columns."""
     failures: int = 0
-    """Number of failed forwards that this row took part in, in the current try."""
+    """The number of failed forwards that this row was lost in, in the current try."""
     tries: tuple[Try, ...] = ()
-    """The earlier tries of the row."""
+    """The earlier tries of the row, oldest first (`on_degenerate: retry`)."""
 
     def refusal(self, error: Exception) -> str:
-        """Return the text of an error with which the engine refused the row.
+        """Return the text for column `error` of a row that the engine refused with this error.
 
-        If the error names settings that the row brought along, the text names their columns too.
+        If the error names a setting that comes from a column, the text names the column too.
         """
         named = [f"{one.name} is that of column '{one.column}'" for one in self.settings if one.name in str(error)]
         return f"{error} ({', '.join(named)})" if named else str(error)
@@ -53,22 +55,25 @@ class QueuedRow:
 
 @dataclass(slots=True)
 class StorageRetry:
-    """The state of an operation at the storage that is retried after growing pauses."""
+    """Counts the failures of one operation at the storage (reading, flushing or publishing a unit), and says when the
+    operation may be tried again. The pauses grow with the failures."""
 
     failures: int = 0
-    """Number of failures since the last success."""
+    """The number of failures since the last success."""
     not_before: float = float("-inf")
+    """The time before which there is no new try, by the runner's clock; -inf if nothing has failed since the last
+    success."""
     error: str = ""
-    """Text of the last failure."""
+    """The text of the last error that was passed to `failed`; "" if there was none. A success does not clear it."""
 
     @property
     def exhausted(self) -> bool:
-        """Return True if all pauses have been used."""
+        """Return True if all PAUSES_S have been used: there are more failures since the last success than pauses."""
         return self.failures > len(PAUSES_S)
 
     @property
     def pause(self) -> float:
-        """Return the seconds from the last failure to the next try."""
+        """Return the seconds from the last failure to the next try. Only valid after a failure."""
         return PAUSES_S[min(self.failures, len(PAUSES_S)) - 1]
 
     def failed(self, now: float, error: Exception) -> None:
@@ -77,12 +82,16 @@ class StorageRetry:
         self.error, self.not_before = str(error), now + self.pause
 
     def succeeded(self) -> None:
-        """Record a success: the pauses start from the first one again."""
+        """Record a success: after the next failure, the pauses start from the first one again."""
         self.failures, self.not_before = 0, float("-inf")
 
 
 class OpenUnit:
-    """An assignment whose rows have been read. Not thread-safe: the runner's lock guards it."""
+    """An assignment that has been read: a unit or a range of it, with the state of its rows.
+
+    A row is in `queue` or in the engine until it is finished; then in `finished`, in `flushing` and, once a segment
+    holds it, in `saved`. Not thread-safe: the runner's lock guards it.
+    """
 
     def __init__(
         self,
@@ -97,31 +106,32 @@ class OpenUnit:
     ) -> None:
         """Open an assignment.
 
-        `data` is None if the rows go to segments only, as those of a range do. `kept` holds the assignment's rows that
-        segments hold already. `rows` is the number of all rows of the assignment, the kept ones included. `params` are
-        the job's settings.
+        `data` has what the part needs beside the results, or is None if the rows go to segments only, as those of a
+        range do. `kept` holds the assignment's rows that segments hold already. `rows` is the number of all rows of the
+        assignment, the kept ones included. `params` are the job's generation settings. `replica` is the replica's name.
+        `now` is the time by the runner's clock.
         """
         self.work, self.data, self.started = work, data, now
         self.writer = uuid.uuid4().hex
         self.queue: deque[QueuedRow] = deque()
-        """Rows to submit. Those with the most tokens to compute come first, so that rows of similar length are
+        """The rows to submit. Those with the most tokens to compute come first, so that rows of similar length are
         prefilled together."""
         self.finished: list[RowResult] = []
-        """Finished rows that are in no segment yet, without the rows of the running flush."""
+        """The finished rows that are in no segment yet, without the rows of the running flush."""
         self.saved = [kept]
-        """Tables of the rows that segments hold."""
+        """The tables of the rows that segments hold, those of earlier attempts included."""
         self.rows = self.kept_rows = kept.num_rows
         totals = tally(kept)
         self.errors = totals.errors
         self.tokens = self.kept_tokens = totals.completion_tokens
         self.counts = RowCounts()
-        """Counts of the rows that ended in this attempt."""
+        """The counts of the rows that ended in this attempt."""
         self.flush: Future[pa.Table] | None = None
         self.flushing: list[RowResult] = []
         """The rows of the running flush."""
         self.flushes = 0
         self.flushed_at = now
-        """Time at which the last flush began; before the first flush, the time at which the unit was opened."""
+        """The time at which the last flush began; before the first flush, the time at which the unit was opened."""
         self.flush_retry = StorageRetry()
         self.publishing: Future[UnitResult] | None = None
         self.publish_retry = StorageRetry()
@@ -133,7 +143,7 @@ class OpenUnit:
         return self.rows == self._wanted
 
     def add(self, index: int, tries: Sequence[Try]) -> None:
-        """Record a finished row with all its tries; the best one becomes its result."""
+        """Record that the row at position `index` of the unit is finished. The best of its tries becomes its result."""
         kept = best(tries)
         completion, attempt = kept.completion, self.work.attempt + len(tries) - 1
         result = RowResult(index, completion, kept.params.mode, attempt, self._replica, kept.repetition)
@@ -144,25 +154,31 @@ class OpenUnit:
         self.tokens += len(completion.token_ids)
 
     def add_error(self, index: int, error: str, prompt_tokens: int = 0) -> None:
-        """Record a row that cannot be generated as an error row."""
+        """Record that the row at position `index` of the unit cannot be generated: it becomes an error row.
+
+        `error`: the text for column `error`. `prompt_tokens`: the length of its prompt; 0 if it was not tokenised.
+        """
         key = row_key(self.work.unit, index)
         done = Completion(key=key, finish_reason="error", error=error, prompt_tokens=prompt_tokens)
         self.add(index, [judge(self._params, done)])
 
     def save(self, rows: pa.Table) -> None:
-        """Record that a segment holds these rows now."""
+        """Record that a segment holds these rows now. They are kept in memory for the part."""
         self.saved.append(rows)
         if len(self.saved) > FEW_TABLES:
             self.saved = [pa.concat_tables(self.saved).combine_chunks()]
 
     def progress(self) -> UnitProgress:
-        """Return the progress of the assignment."""
+        """Return the progress of the assignment as the driver gets it, rows of earlier attempts included."""
         return UnitProgress(
             self._replica, self.work.key, self.rows, self.errors, self.tokens, self.kept_rows, self.kept_tokens
         )
 
     def describe(self, in_engine: int) -> str:
-        """Return a text for the operator that says what is being done with the assignment."""
+        """Return a text for the operator that says what is being done with the assignment, and how far it is.
+
+        `in_engine`: the number of its rows that are in the engine.
+        """
         what = name_of(self.work)
         if self.complete:
             return f"{'publishing' if self.work.rows is None else 'saving'} {what}"
@@ -170,7 +186,10 @@ class OpenUnit:
 
 
 def name_of(work: Assignment) -> str:
-    """Return the assignment's name for notes. Rows are positions in the unit; the last one is included."""
+    """Return the name of an assignment in messages: `unit a`, `row 3 of unit a` or `rows 3-7 of unit a`.
+
+    The rows are positions in the unit, from 0; the last one is included.
+    """
     if work.rows is None:
         return f"unit {work.unit.id}"
     first, end = work.rows

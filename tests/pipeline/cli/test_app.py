@@ -314,7 +314,7 @@ def test_an_output_begun_by_an_older_version_is_read_and_resumed(
     resumed = call("run", job, "--set", "checkpoint.seconds=9")
     assert resumed.exit_code == 0, resumed.output
     assert f"({len(finished)} of 4 units done before)" in resumed.stdout
-    assert "rows were finished by earlier attempts" in resumed.stderr
+    assert "rows finished by earlier attempts" in resumed.stderr
     assert {part: part.read_bytes() for part in finished} == finished
     assert (out / "_job/plan.json").read_bytes() == begun
     assert json.loads((out / "_job/manifest.json").read_text())["job"]["flush"] == {"seconds": 9.0, "rows": 1}

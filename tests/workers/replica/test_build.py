@@ -17,7 +17,7 @@ def test_gpus_that_are_not_there_are_named_by_the_setting(tmp_path: Path, monkey
     """A job file for GPUs is run with --local on a machine with fewer of them. The one line says what to change."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     small = open_job(tmp_path, prompts_of(1), workers={"gpus": 2})
-    with pytest.raises(JobError, match=r"workers\.gpus is 2, but torch finds 1 here; lower it, 0 is the CPU"):
+    with pytest.raises(JobError, match=r"workers\.gpus is 2, but torch finds 1 here; lower it \(0: the CPU\)"):
         build.make_runner(small.spec, "r0")
 
 

@@ -142,7 +142,7 @@ def test_a_report_says_how_far_and_what_for_the_operator(tmp_path: Path) -> None
     assert (stats.rows, stats.errors, stats.forwards, stats.queue, stats.active) == (10, 0, 30, 0, 0)
     assert stats.tokens == sum(map(len, prompts_of(10)))
     assert 1 <= stats.forward_retries <= 4
-    assert "the forward failed; trying its" in note.text
+    assert "the forward failed; rows that are submitted once more" in note.text
 
 
 def test_a_dropped_local_replica_is_lost_with_the_reason_given(tmp_path: Path) -> None:

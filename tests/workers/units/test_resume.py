@@ -130,9 +130,7 @@ def test_a_process_killed_by_sigkill_leaves_what_it_flushed(tmp_path: Path) -> N
     kept = {row["id"] for row in rows if row["attempt"] == 1}
     assert kept == store.held
     assert done.kept_tokens == sum(row["completion_tokens"] for row in rows if row["attempt"] == 1)
-    assert runner.notes() == [
-        f"unit {small.plan.units[0].id}: {len(kept)} of 300 rows were finished by earlier attempts"
-    ]
+    assert runner.notes() == [f"unit {small.plan.units[0].id}: rows finished by earlier attempts: {len(kept)} of 300"]
 
 
 @pytest.mark.slow
@@ -266,7 +264,7 @@ def test_a_unit_that_was_published_meanwhile_is_not_generated_again(tmp_path: Pa
     assert (done.result.published_by_other, done.result.replica, done.result.attempt) == (True, "r0", 1)
     assert (done.kept_rows, done.kept_tokens) == (10, done.result.totals.completion_tokens)
     assert not engine.order
-    assert runner.notes() == [f"unit {unit.id}: its part is there, published by replica r0 in attempt 1"] * 2
+    assert runner.notes() == [f"unit {unit.id}: its part exists already, published by replica r0 in attempt 1"] * 2
 
 
 def test_two_attempts_at_the_same_time(tmp_path: Path) -> None:

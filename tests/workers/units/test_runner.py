@@ -237,8 +237,8 @@ def test_rows_that_a_failed_step_took_down_are_submitted_once_more(tmp_path: Pat
         runner.add(Assignment(unit, 1))
     assert all(isinstance(outcome, UnitDone) for outcome in work_all(runner))
     assert [row["completion"] for row in small.rows()] == [prompt[::-1] for prompt in prompts_of(40)]
-    said = [note for note in runner.notes() if "the forward failed; trying its" in note]
-    again = sum(int(line.split()[-4]) for line in said)
+    said = [note for note in runner.notes() if "the forward failed; rows that are submitted once more" in note]
+    again = sum(int(line.split()[-1]) for line in said)
     assert len(said) == 2
     assert len(engine.order) == 40 + again > 42
 
@@ -260,7 +260,7 @@ def test_an_engine_that_runs_out_of_memory_says_so_once(tmp_path: Path) -> None:
         runner.add(Assignment(unit, 1))
     assert all(isinstance(outcome, UnitDone) for outcome in work_all(runner))
     assert runner.notes() == [
-        f"memory ran out: engine.max_rows is {rows} from now on, not {before}; set it so"
+        f"memory ran out: the engine lowered its max_rows from {before} to {rows}; set engine.max_rows to {rows}"
         for rows, before in ((4, 8), (2, 4))
     ]
 

@@ -32,8 +32,8 @@ def test_a_flush_that_fails_keeps_its_rows_until_it_succeeds(tmp_path: Path) -> 
     assert store.read_segments(unit).table.num_rows == 20
     first, last = runner.notes()
     assert "rows 0-19 of unit" in first
-    assert "finished rows stay in memory for now: cannot create it: no route" in first
-    assert "its finished rows are saved again" in last
+    assert "finished rows kept in memory, as saving failed: cannot create it: no route" in first
+    assert "the storage works again, and its finished rows are saved" in last
 
 
 @pytest.mark.usefixtures("short_pauses")
@@ -67,7 +67,7 @@ def test_a_part_that_cannot_be_published_for_a_while(tmp_path: Path) -> None:
     assert not segments_of(small)
     notes = runner.notes()
     assert len(notes) == 5
-    assert all("its part is tried again in 0.01 s: cannot create it" in note for note in notes)
+    assert all("its part could not be published; next try in 0.01 s: cannot create it" in note for note in notes)
 
 
 @pytest.mark.usefixtures("short_pauses")
