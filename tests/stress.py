@@ -1,6 +1,7 @@
-"""`make stress`: runs all tests several times in a row, beside processes that keep the cores busy.
+"""Runs all tests several times in a row, beside processes that keep the cores busy; `make stress` calls it.
 
-A test that depends on the speed of the machine fails here sooner or later. Ends with exit code 1 at the first failure.
+A test that depends on the speed of the machine fails here sooner or later. After the first run with
+a failure it stops with exit code 1.
 `python -m tests.stress --times 30 tests/end_to_end/test_run.py` does the same with some files.
 """
 
@@ -15,9 +16,9 @@ BUSY = "while True: pass"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", default=["tests"], help="what pytest runs; without: all tests")
+    parser.add_argument("files", nargs="*", default=["tests"], help="files or folders to run; by default all")
     parser.add_argument("--times", type=int, default=5)
-    parser.add_argument("--busy", type=int, default=2, help="processes that compute beside the tests")
+    parser.add_argument("--busy", type=int, default=2, help="number of processes that keep cores busy")
     options = parser.parse_args()
     command = [sys.executable, "-m", "pytest", "-n", "3", "--no-loadscope-reorder", *options.files]
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Checks the architecture: which package may import which, by the source code and by what importing a module loads."""
+"""Checks the architecture: which package and folder may import which, and which modules an import loads."""
 
 import ast
 import functools
@@ -38,9 +38,9 @@ FLOORS = {
 """The floors of each package, lowest first. Folders on one line do not import each other. A module that stands beside
 the folders (`errors`) is a floor of its own."""
 FACES = {"model/__init__.py", "pipeline/__init__.py", "pipeline/__main__.py", "workers/__init__.py"}
-"""Files above all floors. `model/__init__.py` lazily re-exports names from all of them."""
+"""Files above all floors, which may import all of them. `model/__init__.py` imports names from them on first use."""
 MOST_MODULES = 12
-"""Maximum number of modules in one folder, so that each folder keeps one clear subject."""
+"""The most modules in one folder, so that each folder keeps one clear subject."""
 COMPOSITION = "pipeline/cli/compose.py"
 """The only file that connects the pipeline with the workers."""
 
@@ -63,7 +63,10 @@ def tree_of(name: str) -> ast.Module:
 
 @functools.cache
 def imports(name: str) -> list[tuple[str, bool]]:
-    """Return (module, whether importing the file imports it) for every import of a file, except those for typing."""
+    """Return (module, True if it is loaded as soon as the file is imported) for every import of a file.
+
+    Imports inside functions have False. Imports for typing only are left out.
+    """
     return list(_imports(tree_of(name), name))
 
 
@@ -107,7 +110,7 @@ def test_packages_keep_to_their_side(package: str) -> None:
 
 
 def floor(name: str) -> tuple[int, str] | None:
-    """Return (number from the bottom, folder) of a file, or None if it stands above all floors."""
+    """Return (number of the floor from the bottom, folder) of a file, or None if it stands above all floors."""
     package, folder = name.split("/")[:2]
     place = folder.removesuffix(".py")
     numbers = [number for number, line in enumerate(FLOORS[package]) if place in line.split()]
@@ -182,7 +185,7 @@ OPENER_HOMES = ("os", "io", "pa", "Path", "path", "fsspec", "tempfile", "pathlib
 
 
 def test_only_storage_and_the_checkpoint_open_paths() -> None:
-    """Only a few files, and the makers of the built-in checkpoints, open paths."""
+    """No files but those in OPENS_PATHS, and those of the built-in checkpoints, open paths."""
     others = [name for name in FILES if name not in OPENS_PATHS and not name.startswith("model/builtin/")]
     calls = ((name, node) for name in others for node in ast.walk(tree_of(name)) if isinstance(node, ast.Call))
     for name, node in calls:
@@ -212,7 +215,10 @@ def test_only_storage_and_the_checkpoint_open_paths() -> None:
     ],
 )
 def test_importing_loads_no_more_than_it_must(module: str, unwanted: list[str]) -> None:
-    """In a fresh interpreter, planning and --help start without torch, Ray and other packages that they do not need."""
+    """In a fresh interpreter, importing a module does not load the packages that it must do without.
+
+    Planning and `--help`, for example, must not load torch or Ray.
+    """
     code = f"import sys, {module}; print([m for m in {unwanted!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.stdout.strip() == "[]", done.stderr

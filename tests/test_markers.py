@@ -1,4 +1,4 @@
-"""Tests that a test which starts Ray or a server without the marker fails."""
+"""Tests that conftest.py fails a test that starts Ray or a server without the marker, and selects and groups files."""
 
 import subprocess
 import sys
@@ -14,13 +14,14 @@ POPEN = "import subprocess\n    subprocess.run([{!r}, '-c', '', 'pipeline', 'run
 
 
 def run(folder: Path, text: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run pytest, with the conftest of the project's tests, on a file with this text."""
+    """Run pytest, with the conftest of the project's tests, on a file with this text, and return the ended process."""
     (folder / "test_it.py").write_text(text)
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", str(folder), *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def a_test(body: str, marker: str = "") -> str:
+    """Return the text of a test file with one test, which has this body and this marker, if any."""
     mark = f"@pytest.mark.{marker}\n" if marker else ""
     return f"import pytest\n\n{mark}def test_it():\n    {body}\n"
 

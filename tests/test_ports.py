@@ -30,7 +30,8 @@ def test_a_server_takes_a_held_port_again_and_again() -> None:
 
 
 def test_what_is_held_is_held_once() -> None:
-    """The ports of two holders differ, including those at an offset, and nobody can bind one without SO_REUSEADDR."""
+    """Ports held at the same time differ, including those at an offset. A socket without SO_REUSEADDR cannot be
+    bound to one."""
     with held_ports(5, (0, 10_000)) as ours, held_ports(50) as others:
         taken = {*ours, *(port + 10_000 for port in ours)}
         assert len(taken) == 10

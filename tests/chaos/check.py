@@ -1,4 +1,4 @@
-"""Compares a job's output with the run without faults, and adds up what the faults cost."""
+"""Compares the output of a job that suffered faults with the expected rows, and measures what the faults cost."""
 
 import statistics
 import subprocess
@@ -15,26 +15,35 @@ from tests.chaos.logs import finished_since, read_lives, replaced, times_finishe
 from tests.chaos.rows import COLUMNS
 
 Rows = Mapping[str, tuple[object, ...]]
+"""Row key -> the values of COLUMNS."""
 
 
 @dataclass(slots=True)
 class Verdict:
-    """The findings for one seed, or the sum over several seeds."""
+    """The findings about the output of one seed's job, or the sums over several seeds."""
 
     rows: int = 0
+    """The number of rows that the output must have."""
     faults: Counter[str] = field(default_factory=Counter)
+    """The number of faults by kind."""
     lost: list[str] = field(default_factory=list)
+    """The keys of rows that are in no part."""
     duplicated: list[str] = field(default_factory=list)
+    """The keys of rows that are in the parts more than once."""
     changed: list[str] = field(default_factory=list)
+    """One text for each row that is in a part but not as expected."""
     repeated: int = 0
-    """Number of times that an engine finished a row that had been finished before."""
+    """The number of times that an engine finished a row that had been finished before."""
     forwards: int = 0
     """Denoiser forwards that were computed, counted per row, including those of rows lost with their process."""
     needed: int = 0
     """Denoiser forwards that the run without faults computes, counted per row."""
     recover_s: dict[str, list[float]] = field(default_factory=lambda: {"actor": [], "node": [], "driver": []})
+    """The seconds from each fault of this kind until the replacements of what it ended had finished a row."""
     runs: int = 0
+    """The number of times that the job was submitted."""
     exits: list[str] = field(default_factory=list)
+    """The last output of each run that failed by itself."""
     findings: list[str] = field(default_factory=list)
     """The output of `verify` if it found something wrong."""
     seconds: float = 0.0
@@ -46,20 +55,22 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        """Whether every row is in the output exactly once, as without faults."""
+        """Return True if every row is in the output once, as without faults, and `verify` finds nothing wrong."""
         return not (self.lost or self.duplicated or self.changed or self.findings)
 
     @property
     def repeated_share(self) -> float:
+        """Return `repeated` as a share of the rows."""
         return self.repeated / self.rows
 
     def medians(self) -> dict[str, float | None]:
-        """Return the medians of recover_s, with None for a kind of which nothing was measured."""
+        """Return the median of recover_s for each kind of fault; None if nothing was measured."""
         return {kind: round(statistics.median(x), 2) if x else None for kind, x in self.recover_s.items()}
 
 
 def judge(history: History, expected: Rows) -> Verdict:
-    """Read everything that the job left, and return the verdict."""
+    """Read the parts and the logs that a job left, run `verify`, and return the verdict. `expected`: the rows without
+    faults."""
     found = Counter[str]()
     changed = []
     for key, row in read_output(Storage(history.output)):
@@ -89,7 +100,7 @@ def judge(history: History, expected: Rows) -> Verdict:
             found_ends = [finished_since(lives, killed.run + 1, killed.time)]
         else:
             found_ends = [replaced(lives, life) for life in killed.lives]
-        ends = [end for end in found_ends if end is not None]  # None: no work was left for it, or the driver died too
+        ends = [end for end in found_ends if end is not None]  # None: no work was left, or the driver died too
         if killed.kind in verdict.recover_s and ends:
             verdict.recover_s[killed.kind].append(max(ends) - killed.time)
     return verdict

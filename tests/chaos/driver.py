@@ -1,6 +1,8 @@
 """Runs the job once in a process of its own: `python -m tests.chaos.driver JOB.json LOGS NUMBER TURN_S [local]`.
 
-It does what `python -m pipeline run` does, with the made-up engine in the replicas; `local` is like its --local.
+It does what `python -m pipeline run` does, but its replicas have the engine without weights (tests.chaos.engine).
+NUMBER is the number of the run, for the names of the logs; TURN_S is how long a turn of the engine lasts; `local` is
+like `--local`.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Provides an engine without weights: the real loop and scheduler over a backend that makes up completions.
 
-A completion depends only on the row's key, prompt and seed, as in the real engine, so that a test can check that rows
-are unchanged. Some prompts crash the process. Each process writes what it does to a log of its own, which survives a
+A completion depends only on the row's key, prompt and seed, as in the real engine, so that a test can check that faults
+change no row. Some prompts crash the process. Each process writes what it does to a log of its own, which survives a
 kill -9.
 """
 
@@ -26,7 +26,7 @@ from workers.units.runner import UnitRunner
 
 BLOCK, EOS, MAX_TOKENS = 16, 0, 48
 TOO_LONG = 400
-"""The most prompt tokens that the engine accepts."""
+"""The largest number of prompt tokens that the engine accepts."""
 MAX_ROWS, PAGES, PREFILL_TOKENS = 64, 4096, 4096
 MARK = "kill the process by "
 KILLERS = ("exit", "kill", "fault")
@@ -46,9 +46,9 @@ class Story:
     """The completion that the backend makes up for one request."""
 
     tokens: tuple[int, ...]
-    """Letters, and an EOS if the text stops; the tokens fill all blocks."""
+    """Tokens for all blocks of the row: letters, and an EOS if the text ends before the last one."""
     steps: tuple[int, ...]
-    """Denoiser forwards of each block."""
+    """The number of denoiser forwards that each block takes."""
     confidences: tuple[float, ...]
 
     @classmethod
@@ -65,7 +65,7 @@ class Story:
 
 @dataclass(slots=True)
 class Forward:
-    """A forward under way, and the reports on the blocks that it completes."""
+    """A launched forward, which has its result at once: the reports on the blocks that it completes."""
 
     reports: Sequence[BlockReport] = ()
     seconds: float = 0.0
@@ -76,13 +76,17 @@ class Forward:
 
 
 class Backend:
-    """A backend of model.engine.loop.Loop, for diffusion rows only."""
+    """A backend of model.engine.loop.Loop that plays the stories of the rows. It has only rows in mode diffusion."""
 
     def __init__(self, slots: PageAllocator, crash: Callable[[str], None] | None) -> None:
-        """Set up the backend. `crash` gets the start of the prompt for each completed block; it may not return."""
+        """Set up the backend.
+
+        `crash`, if given, is called with the start of the row's prompt for each completed block. It may end the
+        process.
+        """
         self.slots, self.crash = slots, crash
         self.forwards = 0
-        """Denoiser forwards, counted per row."""
+        """The denoiser forwards, each counted once for every row that took part in it."""
         self._stories: dict[str, Story] = {}
         self._taken: dict[ActiveRow, int] = {}  # forwards of the row's current block so far
 
@@ -139,18 +143,21 @@ class Backend:
 
 
 class Log:
-    """A log of one process, with one line per step: time, forwards counted per row, keys of rows that ended. It is
-    written without buffers."""
+    """A log of one replica's process, with one line per step: time, forwards counted per row, keys of rows that ended.
+
+    Its first line is `head`. It is written without buffers, so a killed process loses no line.
+    """
 
     def __init__(self, path: Path, head: str) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(self._file, f"{head}\n".encode())
 
     def add(self, forwards: int, keys: Sequence[str]) -> None:
+        """Write the line of a step."""
         os.write(self._file, f"{time.time():.3f} {forwards} {' '.join(keys)}\n".encode())
 
     def crash_if_told(self, prompt: str) -> None:
-        """Log that this process ends, and end it, if the prompt says so."""
+        """If the prompt begins with MARK, log `crash` and end this process in the way that the prompt names."""
         if not prompt.startswith(MARK):
             return
         os.write(self._file, b"crash\n")
@@ -163,7 +170,10 @@ class Log:
 
 
 class Engine(Loop):
-    """The made-up engine. `turn_s`: seconds of a turn, as if a device computed. Without a log nothing crashes."""
+    """The engine without weights. `turn_s`: the seconds that each step waits, as if a device computed.
+
+    Without a log, no prompt ends the process.
+    """
 
     def __init__(self, log: Log | None = None, turn_s: float = 0.0) -> None:
         slots = PageAllocator(MAX_ROWS + PREFIX_SLOTS, PAGES)
@@ -193,7 +203,10 @@ def _text(ids: Sequence[int]) -> str:
 
 
 class Maker:
-    """A picklable maker of runners with this engine. Each leaves a log `<run>_<replica>_<process>` in a folder."""
+    """Makes the runners of replicas with this engine; picklable, so that it can be sent to actors.
+
+    Each runner writes a log `<run>_<replica>_<process id>` to the folder `logs`.
+    """
 
     def __init__(self, spec: ReplicaSpec, logs: Path, run: int, turn_s: float) -> None:
         self.spec, self.logs, self.run, self.turn_s = spec, logs, run, turn_s

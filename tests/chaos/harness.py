@@ -24,73 +24,88 @@ REPLICAS, NODES, CPUS_A_NODE = 4, 3, 2
 NODE_CONFIG = {"include_dashboard": False, "dashboard_port": 0, "object_store_memory": 80 << 20}
 HEALTH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 2000}
 ROWS_BYTES = 1_000
-"""If a run has added more bytes than this to the logs, rows have ended: the heads of the logs are smaller."""
+"""If a run has added more bytes than this to the logs, rows have ended: the first lines of the logs are shorter."""
 MOST_EXITS = 5
-"""Number of runs that may end by themselves, without finishing the job, before the suite gives up."""
+"""The number of runs of a job that may fail by themselves before the suite gives up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The faults of a job. Periods are mean seconds between two faults of a kind; 0 means never."""
+    """How often each kind of fault hits a job, and the settings of the job that the faults depend on.
+
+    `actor_s`, `node_s` and `driver_s` are the mean seconds between two faults of that kind; 0 means never.
+    """
 
     rows_per_file: int = 500
     turn_s: float = 0.04
+    """The seconds of a turn of the engine."""
     first_turn_s: float | None = None
-    """Seconds of a turn in the first run, if it should differ: slow, so that the job is not done too early."""
+    """The seconds of a turn in the first run; None: turn_s. A slow first run is not done before the faults begin."""
     flush_s: float = 0.4
     attempts: int = 3
-    """Number of losses after which a lone row becomes an error row: more than random kills cause for a good row."""
+    """The number of lost replicas after which a lone row becomes an error row (retry.attempts). It must be more than
+    random kills cause for a good row."""
     actor_s: float = 6.0
     node_s: float = 40.0
     node_away_s: float = 3.0
+    """The seconds until a new node replaces a killed one."""
     driver_s: float = 40.0
     actors: int = 1_000
-    """Maximum number of faults of this kind. `nodes` and `drivers` limit the other two kinds."""
+    """The most faults of this kind. `nodes` and `drivers` limit the other two kinds."""
     nodes: int = 1_000
     drivers: int = 3
     """Only a few, because a new driver does not know which units were suspect."""
     storage_rate: float = 0.03
-    """Share of all requests to the store that fail."""
+    """The share of all requests to the store that fail."""
     limit_s: float = 2_400.0
+    """The seconds after which a job that is not done fails the suite."""
 
 
 @dataclass(slots=True)
 class Killed:
-    """A fault that ends replicas, and its time."""
+    """A process or a node that was killed."""
 
     kind: str
+    """`actor` (SIGKILL to a replica), `spot` (SIGTERM to a replica), `node` or `driver`."""
     time: float
+    """The seconds since the epoch."""
     lives: list[Life]
+    """The replicas' processes that it ended; empty for a driver."""
     run: int
+    """The number of the run that it hit, from 1."""
 
 
 @dataclass(slots=True)
 class History:
-    """The record of one job."""
+    """Where one job wrote, and what happened to it."""
 
     output: str
+    """The URL of the output folder."""
     logs: Path
+    """The folder of the replicas' logs."""
     killed: list[Killed] = field(default_factory=list)
     injected: Counter[str] = field(default_factory=Counter)
-    """Number of failed requests by kind of fault."""
+    """The number of requests to the store that were made to fail, by kind of fault."""
     exits: list[str] = field(default_factory=list)
     """The last output of each run that ended by itself without finishing the job."""
     runs: int = 0
+    """The number of times that the job was submitted."""
     seconds: float = 0.0
 
 
 class World:
-    """An S3 server behind the fault proxy, and a Ray cluster whose nodes use it."""
+    """The place where the jobs run: an S3 server behind a proxy that can make requests fail, and a Ray cluster."""
 
     def __init__(self, cluster: Any, proxy: FaultProxy, folder: Path) -> None:
         self.cluster, self.proxy, self.folder = cluster, proxy, folder
         self.nodes = [self._add_node() for _ in range(NODES)]
 
     def _add_node(self) -> Any:
-        # without `wait`: the node has joined when its constructor returns, and Ray's own wait gives up after 30 s
+        # Without `wait`, because the node has joined when its constructor returns, and Ray's wait gives up after 30 s.
         return start_patiently(lambda: self.cluster.add_node(num_cpus=CPUS_A_NODE, wait=False, **NODE_CONFIG))
 
     def pick_node(self, rng: random.Random) -> Any:
+        """Return a random node. The head is never drawn."""
         return rng.choice(self.nodes)
 
     def remove_node(self, node: Any) -> None:
@@ -99,12 +114,16 @@ class World:
         self.cluster.remove_node(node, allow_graceful=False)
 
     def add_node(self) -> None:
+        """Add a node in place of one that was removed."""
         self.nodes.append(self._add_node())
 
 
 @contextmanager
 def world(folder: Path) -> Iterator[World]:
-    """Yield the store and the cluster that a job needs. Changes the environment, which Ray's nodes inherit."""
+    """Yield a World that lives as long as the `with` block. Its files go to the folder.
+
+    The environment of this process gets the credentials of the store meanwhile, because Ray's nodes inherit it.
+    """
     from ray.cluster_utils import Cluster
 
     (folder / "s3").mkdir(parents=True)
@@ -132,7 +151,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def make_job(inputs: str, output: str, schedule: Schedule) -> Job:
-    """Return the job that the faults hit."""
+    """Return the settings of the job that the faults hit."""
     return Job.model_validate(
         {
             "name": "chaos",
@@ -148,7 +167,10 @@ def make_job(inputs: str, output: str, schedule: Schedule) -> Job:
 
 
 class Torment:
-    """One job from its first submission to its end, with faults by a seeded schedule."""
+    """Runs one job from its first submission to its end, and injects the faults of a schedule at random times.
+
+    `seed` determines the random choices.
+    """
 
     def __init__(self, world: World, schedule: Schedule, inputs: str, seed: int) -> None:
         self._world, self._schedule, self._rng, self._seed = world, schedule, random.Random(seed), seed
@@ -165,7 +187,10 @@ class Torment:
         self._node_back: float | None = None
 
     def run(self) -> History:
-        """Submit the job until it is done. Raises AssertionError if it takes too long or too many runs fail."""
+        """Submit the job, and again whenever its driver has ended early, until it is done.
+
+        Raises AssertionError if it takes longer than limit_s or more than MOST_EXITS runs fail by themselves.
+        """
         history, schedule, began = self.history, self._schedule, time.monotonic()
         self._world.proxy.injected.clear()
         self._world.proxy.fail_at_random(self._seed, schedule.storage_rate)
@@ -206,6 +231,7 @@ class Torment:
         self._next.clear()
 
     def _ended(self) -> bool:
+        """Return True if the job is done. If its driver failed, submit the job again."""
         assert self._driver is not None
         code = self._driver.poll()
         if code is None:
@@ -246,8 +272,8 @@ class Torment:
     def _kill_actor(self) -> None:
         """Send a replica SIGKILL or, one time in five, the SIGTERM that comes before a machine is taken away.
 
-        The replica is drawn from all places, whether or not one runs there, so that few remaining replicas are not hit
-        more often.
+        The replica is drawn from all places, even those where none runs now. Otherwise the replicas that are left would
+        be hit more often when others are missing.
         """
         place, spot = f"r{self._rng.randrange(REPLICAS)}", self._rng.random() < 0.2
         for life in self._alive():

@@ -1,4 +1,4 @@
-"""Reads the replicas' logs: which replica lived when and where, how often each row ended, and how long gaps were."""
+"""Reads the replicas' logs: which replica lived when and on which node, and when which rows ended on it."""
 
 import os
 import time
@@ -8,28 +8,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CLOCKS_S = 30.0
-"""Seconds by which the machine's clock may be changed while a process runs."""
+"""The seconds by which the machine's clock may be changed while a process runs."""
 
 
 @dataclass(slots=True)
 class Life:
-    """One process of a replica. Times are seconds since the epoch."""
+    """One process of a replica, as its log tells. Times are seconds since the epoch."""
 
     run: int
+    """The number of the run of the job, from 1."""
     slot: str
-    """The r0 of r0.3: the place of the replica. The replicas of one place follow each other."""
+    """The place of the replica: r0 of the name r0.3. A replica that dies is replaced in the same place."""
     number: int
+    """The number of the replica in its place: 3 of the name r0.3, 1 of the name r0."""
     pid: int
     node: str = ""
+    """The id of the Ray node; "" if the process ended before it wrote it."""
     started: float = 0.0
     forwards: int = 0
-    """Denoiser forwards, counted per row."""
+    """The denoiser forwards, each counted once for every row that took part in it."""
     ends: list[float] = field(default_factory=list)
-    """Times at which a step ended that finished rows."""
+    """The times at which a step ended that finished rows."""
     keys: list[str] = field(default_factory=list)
-    """Keys of the finished rows."""
+    """The keys of the finished rows, in the order in which they ended."""
     crashed: bool = False
-    """Whether a prompt made it crash."""
+    """True if a prompt ended the process."""
 
     @classmethod
     def read(cls, path: Path) -> "Life":
@@ -51,8 +54,11 @@ class Life:
         return life
 
     def alive(self) -> bool:
-        """Return whether the process runs and is still the one of the log. Process ids are used again: the next process
-        with this id may belong to another test, which may also use Ray."""
+        """Return whether the process still runs.
+
+        A process id is used again after the end of its process, perhaps by another test that uses Ray. So the process
+        of this id must be Ray's and must have started before the log says.
+        """
         try:
             command = Path(f"/proc/{self.pid}/cmdline").read_bytes()
             age = age_of(self.pid)
@@ -68,12 +74,15 @@ def age_of(pid: int) -> float:
 
 
 def read_lives(folder: Path) -> list[Life]:
-    """Return all lives, oldest first."""
+    """Return the lives of all logs in the folder, the one that started first coming first."""
     return sorted((Life.read(path) for path in folder.iterdir()), key=lambda life: life.started)
 
 
 def heads(folder: Path, run: int) -> Iterator[Life]:
-    """Yield the lives of one run without their rows, which is cheap."""
+    """Yield the lives of one run without their rows. This is cheap, as only the first line of each log is read.
+
+    A log whose first line is not complete is left out.
+    """
     for path in folder.glob(f"{run}_*"):
         with path.open() as file:
             started, _, node = file.readline().strip().partition(" ")
@@ -84,22 +93,22 @@ def heads(folder: Path, run: int) -> Iterator[Life]:
 
 
 def log_bytes(folder: Path) -> int:
-    """Return the size of all logs together, which grows with every step."""
+    """Return the size of all logs together in bytes. It grows with every step of an engine."""
     return sum(os.stat(path).st_size for path in folder.iterdir())
 
 
 def finished_since(lives: Sequence[Life], run: int, time: float) -> float | None:
-    """Return the first time after `time` at which a row ended in this run, or None."""
+    """Return the first time after `time` at which a row ended in this run; None if there is none."""
     ends = [end for life in lives if life.run == run for end in life.ends if end > time]
     return min(ends, default=None)
 
 
 def replaced(lives: Sequence[Life], lost: Life) -> float | None:
-    """Return when a later life in the place of the lost one first finished a row, or None."""
+    """Return when a row first ended on a later replica in the place of the lost one, in the same run, or None."""
     later = [x for x in lives if (x.run, x.slot) == (lost.run, lost.slot) and x.number > lost.number and x.ends]
     return min((life.ends[0] for life in later), default=None)
 
 
 def times_finished(lives: Sequence[Life]) -> Counter[str]:
-    """Return how often an engine finished each row."""
+    """Return how often an engine finished each row, by row key."""
     return Counter(key for life in lives for key in life.keys)

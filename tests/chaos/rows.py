@@ -15,9 +15,11 @@ from tests.chaos.engine import EOS, KILLERS, MARK, MAX_TOKENS, TOO_LONG, Engine
 ROW_GROUP = 2_000
 BAD_ONE_IN, KILLS_ONE_IN = 1_000, 10_000
 BAD: tuple[bytes | None, ...] = (None, b"", b"not \xff UTF-8", b"x" * (TOO_LONG + 1))
+"""Prompts that cannot be used, so that their rows become error rows."""
 COLUMNS = ["completion", "finish_reason", "completion_tokens", "denoiser_forwards", "steps_per_block"]
-"""Columns that faults must not change; times, attempts and replicas may change."""
+"""The columns that faults must not change; times, attempts and replicas may change."""
 ERROR: tuple[object, ...] = (None, "error", 0, 0, [])
+"""The COLUMNS of an error row."""
 PARAMS = GenerationParams(max_new_tokens=MAX_TOKENS, eos_ids=(EOS,))
 
 
@@ -29,7 +31,7 @@ class Prompts:
     cells: Sequence[bytes | None]
 
     def parquet(self) -> bytes:
-        """Return the file. Its strings are written unchecked, as a careless program does."""
+        """Return the bytes of the Parquet file. Bytes that are not UTF-8 are written as text all the same."""
         column = pa.array(self.cells, pa.binary()).view(pa.string())
         sink = io.BytesIO()
         pq.write_table(pa.table({"prompt": column}), sink, row_group_size=ROW_GROUP)
@@ -37,7 +39,11 @@ class Prompts:
 
 
 def make_prompts(rows: int, files: int, seed: int, killers: int | None = None) -> list[Prompts]:
-    """Return prompts of 5 to 300 bytes. A share of the rows, at least one of a kind, is bad or kills its process."""
+    """Return the prompts of `files` files with `rows` rows together. `seed` determines them.
+
+    Some of the rows are bad (one in BAD_ONE_IN, at least one of each kind), and `killers` rows end the process that
+    generates them; None: one in KILLS_ONE_IN, at least one.
+    """
     killers = max(1, rows // KILLS_ONE_IN) if killers is None else killers
     rng = Random(seed)
     cells: list[bytes | None] = [
@@ -53,12 +59,13 @@ def make_prompts(rows: int, files: int, seed: int, killers: int | None = None) -
 
 
 def upload(storage: Storage, prompts: Sequence[Prompts]) -> None:
+    """Write the files to the storage."""
     for file in prompts:
         storage.write(file.name, file.parquet())
 
 
 def expected(prompts: Sequence[Prompts]) -> dict[str, tuple[object, ...]]:
-    """Return COLUMNS of each row by its key, from the same engine without Ray and without faults."""
+    """Return the COLUMNS of each row by its key, as the same engine makes them without Ray and without faults."""
     rows: dict[str, tuple[object, ...]] = {}
     requests = []
     for file in prompts:

@@ -1,8 +1,8 @@
 """Runs the long chaos suite: `python -m tests.chaos.run --rows 100000 --seeds 3`, which is what `make chaos` does.
 
-A seed is a schedule of faults over one job; the rows are the same for all seeds. Writes tests/chaos/out/chaos.json, in
-which `rows` are those of one seed and `recover_s` holds medians. The exit code is 1 if a row was lost, duplicated or
-changed, or if too much work was repeated.
+For each seed, one job runs while faults hit it at times that the seed determines; the rows are the same for all seeds.
+Writes tests/chaos/out/chaos.json, in which `rows` are those of one seed and `recover_s` holds medians. The exit code is
+1 if a row was lost, duplicated or changed, if `verify` found something, or if too many rows were repeated.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from tests.end_to_end.s3.server import BUCKET
 
 OUT = Path(__file__).parent / "out"
 MOST_REPEATED = 0.05
+"""The share of rows from which on too many were finished more than once."""
 FILES = 10
 
 
@@ -39,13 +40,13 @@ def run(rows: int, seeds: Iterable[int], schedule: Schedule, folder: Path, files
 
 
 def show(name: str, verdict: Verdict) -> None:
-    """Print a few lines about what happened."""
+    """Print a few lines about a verdict, and at most five of its wrong rows of each kind."""
     faults = ", ".join(f"{count} {kind}" for kind, count in sorted(verdict.faults.items()))
     print(f"{name}: {verdict.rows:,} rows, {verdict.runs} runs of the job, {verdict.seconds:.0f} s")
     print(f"  faults    {faults}")
     print(f"  wrong     {len(verdict.lost)} lost, {len(verdict.duplicated)} duplicated, {len(verdict.changed)} changed")
     extra = verdict.forwards / verdict.needed - 1
-    print(f"  repeated  {verdict.repeated_share:.2%} of rows; {extra:.2%} of forwards, rows under way included")
+    print(f"  repeated  {verdict.repeated_share:.2%} of rows; {extra:.2%} of forwards, unfinished rows included")
     print(f"  recover_s {verdict.medians()} (medians of { {k: len(v) for k, v in verdict.recover_s.items()} })")
     print(f"  verify    {'found something' if verdict.findings else 'found nothing wrong'}", flush=True)
     wrong = [*verdict.lost[:5], *verdict.duplicated[:5], *verdict.changed[:5]]

@@ -1,4 +1,4 @@
-"""Runs the short chaos suite: everything dies at least once, and every row is in the output once, as without faults."""
+"""Runs the short chaos suite: everything dies at least once, but every row is in the output once, as without faults."""
 
 from pathlib import Path
 
@@ -40,5 +40,5 @@ def test_nothing_is_lost_doubled_or_changed(tmp_path: Path) -> None:
     for kind in ("crash", "driver"):
         assert verdict.faults[kind] > 0, verdict.faults
     assert verdict.faults["actor"] + verdict.faults["spot"] > 0, verdict.faults
-    # more than in the long suite may be repeated: these few rows are hit far more often
+    # More rows than in the long suite may be repeated, because these few rows are hit far more often.
     assert verdict.repeated_share < 0.25, verdict.repeated

@@ -1,4 +1,4 @@
-"""Tests that the judge of the chaos suite finds lost, duplicated and changed rows, and counts correctly."""
+"""Tests that `judge` of the chaos suite finds lost, duplicated and changed rows, and counts correctly."""
 
 from pathlib import Path
 
