@@ -13,11 +13,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config.job import Job
+from pipeline.config.job import GenerationSection, Job
 from pipeline.core.schema import RESULT_COLUMNS, SCHEMA_VERSION, plain_type
 from pipeline.core.text import shorten
 from pipeline.planning.part_size import ESTIMATE
 
+FIRST_SETTINGS = frozenset(
+    {
+        *("mode", "max_new_tokens", "block_size", "steps_per_block", "confidence_threshold", "temperature"),
+        *("top_k", "top_p", "seed", "eos_ids", "stop", "on_degenerate"),
+    }
+)
+"""The settings of `generation` that are in every fingerprint. A setting that was added later is left out while it has
+its default, so that outputs from before it existed keep their fingerprint."""
 NAMED_AT_MOST = 3
 """The most files that the text of a ListingChange names."""
 Listing = Mapping[str, tuple[int, str, int]]
@@ -55,12 +63,22 @@ def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str) -> F
                 "output columns": column_types(schema),
                 "model.checkpoint": checkpoint_identity,
                 "model.dtype": job.model.dtype,
-                **{f"generation.{key}": value for key, value in job.generation.model_dump().items()},
+                **_generation(job.generation),
                 "output schema version": SCHEMA_VERSION,
             }
         )
     )
     return Fingerprint(fields, digest_of(fields))
+
+
+def _generation(section: GenerationSection) -> dict[str, Any]:
+    """Return the fields for the section `generation`."""
+    fields = type(section).model_fields
+    return {
+        f"generation.{name}": value
+        for name, value in section.model_dump().items()
+        if name in FIRST_SETTINGS or value != fields[name].default
+    }
 
 
 def _part_size(job: Job) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.job import Job
 from pipeline.core.errors import InputError
+from pipeline.planning import fingerprint
 from pipeline.planning.plan import cut, make_plan, unit_id
 from tests.pipeline.cases import CHECKPOINT, make_job, plan_of, prompts, run, write
 
@@ -380,6 +381,32 @@ def test_what_does_not_change_the_output_leaves_the_fingerprint(tmp_path: Path) 
         )
     )
     assert before.fingerprint == after.fingerprint
+
+
+def test_a_job_of_today_has_the_fingerprint_fields_of_older_outputs(tmp_path: Path) -> None:
+    """A name that is added or lost here would refuse every output that an older version began."""
+    write(tmp_path / "in/a.parquet", prompt=["x"])
+    assert plan_of(make_job(tmp_path / "in", tmp_path / "out")).fingerprint.fields.keys() == {
+        *("input.prompt_column", "input.template", "input.id_column", "input.carry", "input.row_settings"),
+        *("output.rows_per_file", "output columns", "output schema version", "model.checkpoint", "model.dtype"),
+        *("generation.mode", "generation.max_new_tokens", "generation.block_size", "generation.steps_per_block"),
+        *("generation.confidence_threshold", "generation.temperature", "generation.top_k", "generation.top_p"),
+        *("generation.seed", "generation.eos_ids", "generation.stop", "generation.on_degenerate"),
+    }
+
+
+def test_a_later_setting_of_generation_enters_the_fingerprint_unless_it_has_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`seed` stands for a setting that the first versions did not have."""
+    monkeypatch.setattr(fingerprint, "FIRST_SETTINGS", fingerprint.FIRST_SETTINGS - {"seed"})
+    write(tmp_path / "in/a.parquet", prompt=["x"])
+    usual, other = (
+        plan_of(make_job(tmp_path / "in", tmp_path / "out", generation={"seed": seed})).fingerprint.fields
+        for seed in (0, 5)
+    )
+    assert "generation.seed" not in usual
+    assert other["generation.seed"] == 5
 
 
 def test_the_checkpoint_and_the_columns_are_part_of_the_fingerprint_and_the_files_are_not(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from pipeline.core.error_kinds import ErrorCount
 from pipeline.core.events import EngineRoom, ReplicaStats
 from pipeline.monitoring.live import Live, LiveReplica
-from workers.cluster.metrics import COUNTERS, GAUGES, RayMetrics
+from workers.cluster.metrics import COUNTERS, GAUGES, RayMetrics, _counts, _gauges
 
 
 class Metric:
@@ -59,6 +59,16 @@ def replica(name: str, stats: ReplicaStats) -> LiveReplica:
 def values(metrics: RayMetrics, name: str) -> dict[str, float]:
     found: dict[str, float] = metrics._metrics[f"twotower_{name}"].values
     return found
+
+
+def test_every_metric_of_the_tables_has_a_value_with_its_labels() -> None:
+    shown = live(replica("r0", ReplicaStats()), error_kinds=(ErrorCount("too long", 1, ""),))
+    keys = [key for counts in _counts(shown).values() for key in counts] + [key for key, _ in _gauges(shown)]
+    tables = {**COUNTERS, **GAUGES}
+    assert {name for name, _ in keys} == tables.keys()
+    assert all(bool(label) == bool(tables[name][1]) for name, label in keys)
+    assert all(text and len(labels) <= 1 for text, labels in tables.values())
+    assert all(name.startswith("twotower_") and name.endswith("_total") == (name in COUNTERS) for name in tables)
 
 
 def test_counters_go_on_where_a_replica_is_replaced(metrics: RayMetrics) -> None:
