@@ -229,14 +229,14 @@ class EngineLimits:
     """Largest number of prompt tokens in one forward of the context tower, padding included; a longer prompt is
     processed in pieces. At least one page of the context cache, 64; the engine rounds it down to whole pages."""
     max_context_tokens: int | None = None
-    """Largest number of tokens of one row, prompt and completion together; None: the checkpoint's
+    """Largest number of tokens of one row, prompt and completion together. If None, it is the checkpoint's
     max_position_embeddings."""
     kv_tokens: int | None = None
-    """Tokens of attention context for all rows together; None: enough for max_rows contexts of the largest size, or as
-    many as fit in memory if that is less."""
+    """Tokens of attention context for all rows together. If None, there are enough for max_rows contexts of the largest
+    size, or as many as fit in memory if that is less."""
     lanes: int | None = None
     """Number of lanes. A lane is a group of rows whose forwards are launched together; with one lane per stage, every
-    stage has work while the others compute. None: one per stage."""
+    stage has work while the others compute. If None, there is one per stage."""
     extend_every: int = 2
     """Number of turns of a lane from one context forward to the next; fewer if the lane has nothing to denoise, has
     rows in AR mode, or if many prompts wait. With 2, a finished block may wait for one turn, but twice as many blocks

@@ -1,12 +1,12 @@
 """Makes builtin:noise, random weights in the released layout: `python -m model.builtin.noise [FOLDER]`.
 
-The layout is that of a released checkpoint (config.json, tokenizer.json, bfloat16 shards, index), the size is under
-1 MB, and the weights are random but always the same: the model runs every code path and generates noise. As in the
-released model, attention heads x head_dim (4 x 32) is not hidden_size (64), and Mamba heads x head_dim (6 x 16) is
-neither hidden_size nor `expand` times it.
+The layout is that of a released checkpoint (config.json, tokenizer.json, bfloat16 shards, index; about 1 MB together),
+and the weights are random but always the same: the model runs every code path and generates noise. As in the released
+model, attention heads x head_dim (4 x 32) is not hidden_size (64), and Mamba heads x head_dim (6 x 16) is neither
+hidden_size nor `expand` times it.
 
 The weights are made from integers alone: each tensor has a Philox stream, keyed by its name, and the sum of twelve
-16-bit words gives a nearly normal number, which is scaled in float64 and rounded to bfloat16 once. So they are the same
+16-bit words gives a nearly normal number, which is scaled in float64 and then rounded to bfloat16. So they are the same
 on every machine and with every numpy version.
 
 SCALES were chosen by running tests/model/reference.py over six prompts (96 tokens each, blocks of 16, threshold 0.8)

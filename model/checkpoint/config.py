@@ -107,7 +107,7 @@ class TwoTowerConfig:
 
     @property
     def attention_inner(self) -> int:
-        """The number of rows of q_proj."""
+        """The number of rows of the weight q_proj."""
         return self.num_attention_heads * self.head_dim
 
     @property

@@ -29,14 +29,15 @@ SETTINGS: Mapping[str, float] = {"block_size": BLOCK, "steps_per_block": 16, "co
 MAX_ROWS = 32  # limit of the cases that are generated at the same time
 
 AGREE: Mapping[str, tuple[float, float]] = {"float32": (0.9, 1e-3), "bfloat16": (0.25, 0.05)}
-"""The agreement that is required, by dtype: (least share of a mode's tokens, largest difference of their scores).
+"""The agreement that is required, by dtype, as (share, difference): in each mode, at least this share of the tokens
+must have a score that is at most this far from the expected one, in standard deviations (see Case.scores).
 
 The dtype is the coarser one of the checked model and of the model that made the cases. In float32 only the order of
 sums differs between machines, and scores differ far less than the limit. The limits for bfloat16 come from the hardest
-case, builtin:noise. Its random routers send a token to other experts at the slightest rounding, and such a token no
-longer agrees; but the best quarter of the tokens stays well below the limit. If one matrix is shuffled in place, that
-quarter is clearly above the limit. The exception is the attention's projections, which builtin:noise hardly uses: they
-are noticed only in some cases. In float32 every shuffled tensor is noticed, vectors too.
+case, builtin:noise. Its random routers send a token to other experts at the slightest rounding. A token that goes to
+other experts may be far off, but the closest quarter of the tokens stays well within the limit. If the values of one
+matrix are shuffled, even the closest quarter exceeds it, except that a shuffled projection of the attention, which
+builtin:noise hardly uses, is noticed only in some cases. In float32 every shuffled tensor is noticed, vectors too.
 """
 ROUNDING_SHARE, ROUNDING_FACTOR = 0.75, 4.0
 """The stricter limit for trained models, which are far less sensitive to rounding than builtin:noise.
@@ -173,7 +174,10 @@ def differences(pair: TwoTower, cases: Sequence[Case]) -> Tensor:
 
 
 def _request(key: str, mode: CanaryMode, prompt: Sequence[int], tokens: int, threshold: float | None = None) -> Request:
-    """Return a greedy request for `tokens` tokens, with SETTINGS or with another confidence threshold."""
+    """Return a greedy request that generates `tokens` tokens with SETTINGS.
+
+    `threshold`, if given, replaces their confidence threshold. No token id ends the row early.
+    """
     settings = dict(SETTINGS) if threshold is None else {**SETTINGS, "confidence_threshold": threshold}
     # no EOS: a completion that ends at once would test little
     return Request(key, prompt, GenerationParams(mode=mode, max_new_tokens=tokens, **settings))  # type: ignore[arg-type]

@@ -56,8 +56,8 @@ class Loop:
     """The loop that generates completions for requests: it admits rows, launches their forwards on a backend, and
     collects the results.
 
-    decode: None if there is no tokenizer. extend_every: see EngineLimits. ar_tokens, overlap_rows: see the module; None
-    for never. Not thread-safe: one thread must submit and step.
+    decode is None if there is no tokenizer. extend_every: see EngineLimits. ar_tokens, overlap_rows: see the module. If
+    overlap_rows is None, forwards are never overlapped. Not thread-safe: one thread must submit and step.
     """
 
     def __init__(
@@ -192,10 +192,12 @@ class Loop:
         self._try("admission", rows, lambda: self.backend.enter(rows))
 
     def _launch_context(self, lane: Lane, overlapping: bool) -> None:
-        """Launch one context forward over pieces of prompts and the lane's finished blocks, if one is due.
+        """Launch one context forward, if one is due, over pieces of prompts and the tokens that rows of the lane add to
+        their context.
 
-        After the launch the rows of those blocks may begin their next block. overlapping: whether the lane's earlier
-        forwards are collected after this launch rather than before it.
+        For a row in diffusion or mock_ar mode these come from its finished block, and after the launch it may begin the
+        next one. Rows in AR mode begin a block first, and this launch generates its tokens. overlapping: whether the
+        lane's earlier forwards are collected after this launch rather than before it.
         """
         due = lane.due(self._extend_every) or self.scheduler.many_prompts_wait
         if due and (waiting := lane.ar_extending()):  # first of all: if it fails, every row is still in its place

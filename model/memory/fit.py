@@ -73,8 +73,8 @@ def stage_weights(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the plan that the arguments ask for; None: those of the process. Raises SystemExit with the reason if an
-    argument is wrong, the checkpoint cannot be read, or nothing fits."""
+    """Print the plan that the arguments ask for; if they are None, the command line's. Raises SystemExit with the
+    reason if an argument is wrong, the checkpoint cannot be read, or nothing fits."""
     parser = argparse.ArgumentParser(
         prog="python -m model.memory.fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -40,8 +40,8 @@ model. Larger blocks are allowed, but the plan reserves no memory for them."""
 def plan_memory(pair: TwoTower, limits: EngineLimits, free: Mapping[str, int] | None = None) -> MemoryPlan:
     """Return the memory plan for a loaded model.
 
-    free: device name -> free bytes after the weights were loaded; None: what is free now. Raises RequestError if the
-    limits do not fit.
+    free: device name -> free bytes after the weights were loaded. If None, it is what is free now. Raises RequestError
+    if the limits do not fit.
     """
     weights: dict[str, int] = {}
     for tensor in (*pair.parameters(), *pair.buffers()):

@@ -1,4 +1,4 @@
-"""Holds the context cache: the tensors that the context tower fills for every row, in preallocated slots and pages.
+"""Holds the context cache: tensors that the context tower fills for rows and prefixes, in preallocated slots and pages.
 
 model.runtime.page_allocator records which row owns which slot and pages; this module holds the tensors. Only forwards
 read and write them, and a stage runs its forwards in order. So a slot can be given to the next row without clearing its
@@ -20,7 +20,7 @@ LayerState = MambaState | AttentionState | NoState
 
 
 class ContextCache:
-    """The states of all layers for `slots` rows, and the allocator of the slots and pages.
+    """The states of all layers for rows and shared prefixes, in `slots` slots, and the allocator of slots and pages.
 
     The pages have room for the keys and values of `kv_tokens` tokens of all rows together, rounded up to whole pages.
     devices: the device of each layer's state.

@@ -24,7 +24,9 @@ from model.runtime.ragged_batch import RaggedBatch
 class Layer(nn.Module):
     """A residual layer, x + mixer(norm(x)), whose mixer is Mamba-2, attention or MoE.
 
-    In the denoiser, the time conditioning also shifts and scales the mixer's input, and gates its output.
+    In a denoiser forward with time, the conditioning of each row also shifts and scales x before the norm in Mamba and
+    attention layers, and the output of the norm in MoE layers. The mixer's output is multiplied by the gate before it
+    is added to x.
     """
 
     def __init__(self, config: TwoTowerConfig, index: int, dtype: torch.dtype, kernels: Kernels) -> None:

@@ -49,8 +49,11 @@ def device_lost(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether the error means that memory of a device or of the host ran out, so that fewer rows may help. The
-    error's causes are not looked at."""
+    """Return whether torch, Triton or a CUDA library says with this error that memory of a device or of the host ran
+    out, so that fewer rows may help.
+
+    Only a RuntimeError can say so: Python's own MemoryError gives False. The causes of the error are not examined.
+    """
     return _is(error, frozenset((_NO_MEMORY_CODE,)), _NO_MEMORY_TEXT)
 
 

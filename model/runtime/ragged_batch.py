@@ -104,8 +104,8 @@ class RaggedBatch:
 
     def packed(self, rows: int | None = None, tokens: int | None = None) -> Array:
         """Return the array that `RowIndex.of` takes, (4 * rows + tokens,) int64, for a forward of `rows` rows and
-        `tokens` tokens; None: as many as the batch has. Rows beyond the batch's own are empty. Tokens beyond its own
-        belong to no row, and their `row_of_token` is 0."""
+        `tokens` tokens. If one of them is None, it is the number that the batch has. Rows beyond the batch's own are
+        empty. Tokens beyond its own belong to no row, and their `row_of_token` is 0."""
         real, lengths = len(self.lengths), np.array(self.lengths, dtype=np.int64)
         rows, count = rows or real, int(lengths.sum())
         packed = np.zeros(4 * rows + (tokens or count), dtype=np.int64)

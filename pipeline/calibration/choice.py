@@ -61,7 +61,7 @@ class Cost:
     replica_hours: float
     """Hours of all replicas together."""
     hours: float
-    """Wall-clock hours with the replicas of the job, or with one replica if their number is open."""
+    """Wall-clock hours with as many replicas as the job has; with one replica if the job leaves their number open."""
     gpu_hours: float | None
     """GPU-hours of all replicas together; None on CPUs."""
     money: float | None

@@ -42,7 +42,7 @@ NEW_TOKEN = "make one with `ray get-auth-token --generate` and give all nodes an
 
 def machine_checks(job: Job | None) -> list[Check]:
     """Return the checks of the machine. If the job uses S3, they also warn if there are no credentials, and compare the
-    clock with that of an S3 server. None: there is no job."""
+    clock with that of an S3 server. `job` is None if `doctor` runs without a job."""
     urls = [job.input.path, job.output.path, job.model.checkpoint] if job else []
     s3 = any(url.startswith(("s3://", "s3a://")) for url in urls)
     return [
@@ -110,8 +110,8 @@ def check_upload() -> Iterator[Finding]:
 
 
 def check_clock(server: str | None) -> Iterator[Finding]:
-    """Compare the clock with that of the web server at the URL `server`. None: only check that the clock is not earlier
-    than the time of this program's files."""
+    """Compare the clock with that of the web server at the URL `server`. If `server` is None, only check that the clock
+    is not earlier than the time of this program's files."""
     now = time.time()
     found = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
     fix = "set the clock, for instance with chrony or ntpd; S3 refuses requests that are 15 minutes off"

@@ -38,7 +38,8 @@ class Preview:
     sampled_tokens: int
     """Prompt tokens of the rows of the sample that can be generated."""
     sampled_bad: int
-    """Rows of the sample that cannot be generated: null prompt, template error, too long, impossible setting."""
+    """Rows of the sample that cannot be generated: their prompt is null, fails in the template or is too long, or one
+    of their settings is impossible."""
     sampled_limits: int = 0
     """The sum of max_new_tokens over the other rows of the sample."""
     saved_rows: int = 0

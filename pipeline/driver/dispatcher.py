@@ -55,9 +55,10 @@ def dispatch(
 
     `on_event` is called with every event, with a ReplicaNote for every row that is condemned, and with None once in
     each turn of the loop. `stall` finds the replicas that make no progress and are to be dropped; it reads a telemetry
-    to which `on_event` must pass every event. None: no replica is dropped. The caller has to close the pool. Raises
-    JobFailed (`stop` is set, too many attempts, error rows or condemned rows, no replica starts or makes progress),
-    ClusterError, and anything that `on_event` raises.
+    to which `on_event` must pass every event. If it is None, no replica is dropped. The caller has to close the pool.
+    Raises JobFailed if `stop` is set, or if the retry policy or `stall` gives the job up: after too many attempts,
+    error rows or condemned rows, or if no replica starts or makes progress. Also raises ClusterError, and anything
+    that `on_event` raises.
     """
     queue = WorkQueue(units, finished, policy)
     while queue.open:

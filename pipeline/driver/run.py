@@ -131,7 +131,11 @@ def _ending(reporter: Reporter, claim: Claim) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A generator of the rows of a job. The fields are what it needs, except the pool, which `generate` makes."""
+    """The part of a run that has the missing units generated.
+
+    Its fields are what `generate` works with, and `told`, which `generate` fills. The pool is not among them:
+    `generate` makes and closes it.
+    """
 
     plan: Plan
     policy: RetryPolicy

@@ -27,7 +27,7 @@ HELD_BYTES = 256 << 20
 """Largest number of bytes of parts in memory, over all threads. A larger part is not held in memory: it is read twice
 in pieces, once to hash it and once to decode it."""
 AGAIN = "delete it and submit the job again"
-"""The advice for a part that has to be made again."""
+"""The advice for a file (a part or its commit record) that the next run of the job writes again once it is deleted."""
 _READ = (
     *("id", "finish_reason", "prompt_tokens", "completion_tokens", "denoiser_forwards"),
     *("repetition", "source_file", "source_row"),
@@ -49,7 +49,8 @@ class CheckedPart:
 
 
 class PartChecker:
-    """A checker for the parts of one output folder. `check` may be called from many threads."""
+    """A checker for the parts of one output folder: it finds parts that are damaged, or that do not agree with the plan
+    or their commit record. `check` may be called from many threads."""
 
     def __init__(self, storage: Storage, plan: PlanRecord, records: set[str], ids: IdCounter | None) -> None:
         """Set up the checks. `records`: ids of the units that have a commit record.
@@ -198,7 +199,9 @@ class _Budget:
 
 
 def _differing(said: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Return text such as `rows 9, not 10, …` for up to three values that differ: what is said, and what was found. If
-    none of them differs, the seconds do, which the caller leaves out."""
+    """Return text such as `rows 9, not 10, …` for up to three values that differ: the said value, then the found one.
+
+    The text is `other seconds` if none differs: the seconds of a commit record are compared by the caller.
+    """
     names = [name for name in dict.fromkeys([*said, *found]) if said.get(name) != found.get(name)]
     return ", ".join(f"{name} {said.get(name)!r}, not {found.get(name)!r}" for name in names[:3]) or "other seconds"

@@ -109,7 +109,8 @@ def read_live(storage: Storage, fingerprint: str) -> Live | None:
 
 
 class LiveFile:
-    """A writer of live.json with a thread of its own, so that slow or unreachable storage does not delay the job.
+    """The live.json of a job, written by a thread of its own so that slow or unreachable storage does not delay the
+    job.
 
     The thread writes at every interval, even while the driver's loop hangs or loads a model; `sampled` is then old.
     """
@@ -127,9 +128,10 @@ class LiveFile:
             self._thread.start()
 
     def close(self, live: Live | None) -> None:
-        """End the thread after a last write of `live`. None: write nothing more, because another driver owns the file.
+        """Write `live` a last time and end the thread. If another driver owns the file, pass None: then nothing more is
+        written.
 
-        This waits at most CLOSE_S seconds. It does nothing if `show` was never called.
+        This waits at most CLOSE_S seconds, and does nothing if `show` was never called.
         """
         if self._newest is None:
             return

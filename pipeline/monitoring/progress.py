@@ -20,7 +20,8 @@ from pipeline.monitoring.telemetry import Snapshot, Telemetry
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The progress of a run or of a piece of a calibration at one moment, in the forms that displays need."""
+    """The progress of a run, or of one piece of a calibration, at one moment: as a line of text, as numbers for a bar,
+    and as the fields of a JSON record."""
 
     text: str
     """One line for people."""

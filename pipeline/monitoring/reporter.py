@@ -15,7 +15,10 @@ Sink = Callable[[Live], None]
 
 
 class Reporter:
-    """A reporter of one run. The driver's loop calls `turn` once per turn, and `close` follows at the end."""
+    """The connection from a run's telemetry to live.json and the sinks: it passes on a picture every SAMPLE_S seconds.
+
+    The driver's loop calls `turn` once per turn, and `close` follows at the end of the run.
+    """
 
     def __init__(
         self,
@@ -34,8 +37,8 @@ class Reporter:
             self._report()
 
     def close(self, ended: str | None) -> None:
-        """Pass on the last picture. `ended`: COMPLETE, or the reason why the run ended. None: pass nothing on, because
-        another driver owns the job."""
+        """Pass on the last picture. `ended`: COMPLETE, or the reason why the run ended. If another driver owns the job,
+        pass None: then nothing more is passed on or written."""
         live = None if ended is None else self._telemetry.picture(ended)
         if live is not None:
             self._pass_on(live)

@@ -184,7 +184,10 @@ class Telemetry:
         )
 
     def picture(self, ended: str | None = None) -> Live:
-        """Return the whole state as it is now, for live.json and sinks. `ended`: how the run ended; None: it runs."""
+        """Return the whole state as it is now, for live.json and sinks.
+
+        `ended`: COMPLETE, or the reason why the run ended. If None, the run is still in progress.
+        """
         now, date, count = self.clock(), self._wall_clock(), self.snapshot()
         kinds = ErrorKinds(self._lost_kinds.counts())
         for state in self.replicas.values():

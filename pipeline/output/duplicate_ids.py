@@ -22,7 +22,7 @@ from pipeline.storage.urls import safe_url
 IDS_A_BUCKET = 2_000_000
 """The number of ids per bucket that the number of buckets is chosen for."""
 EXAMPLES = 10
-"""The most repeated ids that are given as examples."""
+"""The largest number of repeated ids that are given as examples."""
 BATCH_ROWS = 65_536
 """The number of rows of a part whose ids are read at once."""
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it maps 64-bit integers one to one

@@ -176,7 +176,7 @@ class Ledger:
         return self._storage.exists(SUCCESS)
 
     def reopen(self) -> None:
-        """Remove `_SUCCESS`, if it exists, because rows are about to be generated."""
+        """Remove `_SUCCESS`, if it exists. The job is then not complete until `complete` writes the file again."""
         if self.is_complete():
             self._storage.remove(SUCCESS)
 

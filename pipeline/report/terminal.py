@@ -19,7 +19,11 @@ REPLICAS, UNITS, KINDS = 8, 5, 5
 
 
 def lines(report: Report) -> Iterator[str]:
-    """Yield the lines of the report: what report.html shows, with sparklines for charts and without the settings."""
+    """Yield the lines of the report, a shorter form of report.html.
+
+    Charts become sparklines. At most REPLICAS replicas, UNITS units and KINDS kinds of errors are listed. The spread
+    over the replicas, the shares of a row's time, the notes on the throughput chart and the settings are left out.
+    """
     facts, time = report.facts, report.timeline
     yield f"{shown(facts.name, summary.NAME_CHARS)}: {summary.verdict(facts)}"
     yield from (f"- {_one_line(note)}" for note in summary.notes(report))

@@ -80,8 +80,8 @@ class Storage:
     def __init__(self, root: str) -> None:
         """Open the folder at a path or URL; nothing is created.
 
-        Raises StorageError if the URL cannot be used: an unknown protocol, a missing library or archive, no bucket or a
-        NUL byte.
+        Raises StorageError if the URL cannot be used: its protocol is unknown, a library or an archive is missing, or
+        it names no bucket or holds a NUL byte.
         """
         if "\0" in root:
             raise StorageError("cannot use {}: it holds a NUL byte".format(safe_url(root).replace("\0", "\\0")))

@@ -70,8 +70,8 @@ def is_storage_failure(error: BaseException) -> bool:
 def is_transient(error: BaseException) -> bool:
     """Return whether retrying the operation that raised this error can help.
 
-    It cannot if the error is not one of the storage, or if it stays the same until somebody acts: a missing file,
-    missing rights, no space, no credentials.
+    It cannot if the error does not come from the storage, or if it stays the same until somebody acts, for example if a
+    file, rights, space or credentials are missing.
     """
     if isinstance(error, _FINAL_TYPES) or (isinstance(error, OSError) and error.errno in _FINAL_ERRNOS):
         return False

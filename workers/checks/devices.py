@@ -1,4 +1,4 @@
-"""Provides the checks of `doctor` that need torch: the devices, their memory and the memory plan of a job."""
+"""Provides the checks of `doctor` that need torch: the devices, their memory, the kernels and a job's memory plan."""
 
 import functools
 import os
@@ -23,7 +23,7 @@ NO_GPU = "set workers.gpus: 0 to run on the CPU; else see whether `nvidia-smi` w
 def device_checks(job: Job | None) -> list[Check]:
     """Return the checks of this machine's devices, which load torch and create a CUDA context on each GPU.
 
-    The memory plan is checked only if there is a job. A job also says whether no GPU is a problem.
+    The memory plan is checked only if there is a job. A missing GPU is a warning, unless the job asks for no GPU.
     """
     checks = [
         Check("torch", check_torch, seconds=120),

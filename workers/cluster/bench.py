@@ -19,7 +19,7 @@ from workers.cluster.connection import connect, lost_cluster
 
 T = TypeVar("T")
 LOOK_S = 0.5
-"""Seconds between two looks: at whether there is room, and at the progress of the actor."""
+"""Seconds between two checks for room for the actor, and between two questions about its progress."""
 MakeBench = Callable[[Job], Bench]
 """A function that returns the bench for a job, in the actor's process."""
 

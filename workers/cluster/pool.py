@@ -61,7 +61,8 @@ class _Slot:
     looks: list[Any] = field(default_factory=list)
     """The outstanding `look` call, which asks the replica what it is doing, if there is one."""
     heard_at: float = 0.0
-    """Time of the last report of a `work` call, or of the last `look` call if that is later."""
+    """The time of the replica's last report, from its `start` or a `work` call, or the time at which the last `look`
+    call was made, if that is later. LOOK_S seconds after this time a ready replica is asked again what it is doing."""
     failures: int = 0
     """Number of failed starts since the replica was last ready."""
     not_before: float = 0.0

@@ -57,10 +57,12 @@ class Saver:
         """The number of flushes and publications that failed at the storage."""
 
     def settle(self, opened: OpenUnit) -> Outcome | None:
-        """Take in a write that has ended, start the write that is due, and return the outcome of the assignment.
+        """Process a write that has ended, start the next one that is due, and return the outcome of the assignment, or
+        None while it is in progress.
 
-        Returns None while the assignment is in progress. Raises an error of a flush that is not a StorageError, and an
-        error of a publication that is not one of the project's own.
+        After a StorageError the write is tried again later. When the tries of a publication or of a range's last
+        segment are used up, the outcome is UnitFailed. For any other of the project's own errors in a publication it
+        is UnitFailed at once. All other errors of a write are raised.
         """
         if opened.flush and opened.flush.done():
             self.end_flush(opened)

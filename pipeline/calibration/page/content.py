@@ -66,7 +66,11 @@ def make_report(outcome: Outcome) -> bytes:
 
 
 def remarks(outcome: Outcome) -> list[str]:
-    """Return remarks on what the calibration did not measure: missing points, longer rows, second tries, mock_ar."""
+    """Return a sentence for each thing that the calibration did not measure.
+
+    These are missing points; the tokens of a row beyond the limit at which the calibration cut it (--max-new-tokens);
+    rows that the job generates again because they loop; and the job's mode, if that is `mock_ar`, which is for tests.
+    """
     said = []
     if outcome.missing:
         total = len(outcome.choice.results) + len(outcome.missing)
