@@ -237,9 +237,9 @@ def test_stages_are_counted_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"cuda:0": 80 * GIB, "cuda:1": 60 * GIB, "cpu": GIB}
     monkeypatch.setattr(loader, "free_memory", lambda device: free[str(device)])
     check_memory(released(), "both", torch.bfloat16, ["cuda:0", "cuda:1"])
-    with pytest.raises(CheckpointError, match=r"117\.\d GiB in bfloat16 on cuda:0, 80\.0 GiB"):
+    with pytest.raises(CheckpointError, match=r"117\.\d GiB in bfloat16 on cuda:0, only 80\.0 GiB"):
         check_memory(released(), "both", torch.bfloat16, ["cuda:0", "cuda:0"])
-    with pytest.raises(CheckpointError, match=r"61\.0 GiB in bfloat16 on cuda:1, 60\.0 GiB"):
+    with pytest.raises(CheckpointError, match=r"61\.0 GiB in bfloat16 on cuda:1, only 60\.0 GiB"):
         check_memory(released(), "both", torch.bfloat16, ["cuda:0", "cuda:1"], [57 * GIB, 61 * GIB])
     free["cpu"] = 10 * 2**20
     with pytest.raises(CheckpointError, match=r"0\.1 GiB in bfloat16 on cpu, only 0\.0 GiB are free"):

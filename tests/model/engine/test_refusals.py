@@ -62,7 +62,7 @@ def test_generate_runs_all_or_none(pair: TwoTower) -> None:
             engine.generate(requests)
         assert engine.waiting == engine.active == 0
     engine.submit(good)
-    with pytest.raises(RequestError, match="needs an idle engine, this one holds 1 rows"):
+    with pytest.raises(RequestError, match="needs an engine without rows, but it holds 1"):
         engine.generate([Request("c", [5], GenerationParams())])
     assert [c.key for c in engine.step()] == ["a"] or engine.active == 1  # the row that was there is untouched
 
