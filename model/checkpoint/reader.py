@@ -175,9 +175,10 @@ class Checkpoint:
 def open_checkpoint(uri: str) -> Checkpoint:
     """Open a checkpoint: read its config, its index and the headers of its shards, but no weights.
 
-    `uri` is "builtin:tiny", a local folder or any fsspec URL (s3://…; hf://org/name with huggingface_hub installed).
-    Raises CheckpointError if it cannot be read, if its config.json is not supported or if it lists no shards. Faults of
-    the shards are reported by Checkpoint.validate(), which knows the towers that are needed.
+    `uri` is a built-in name ("builtin:tiny" or "builtin:noise"), a local folder, or any fsspec URL (s3://…; hf://org/name
+    with huggingface_hub installed). Raises CheckpointError if it cannot be read, if its config.json is not supported or
+    if it lists no shards. Faults of the shards are reported by Checkpoint.validate(), which knows the towers that are
+    needed.
     """
     if uri.startswith("builtin:"):
         name = uri.removeprefix("builtin:")

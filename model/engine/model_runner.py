@@ -87,10 +87,12 @@ class ModelRunner:
         return self.graphs.denoise_parts(rows, t) if self.graphs else self.pair.denoise_parts(self.cache, rows, t)
 
     def _ar_part(self, part: Part, filling: Filling, last: Array) -> Part:
-        """Return `part`, the last stage's part of a context forward, extended by predicting the filling's blocks.
+        """Return a part that runs `part`, the last stage's part of a context forward, and then generates the blocks in
+        `filling` in AR mode.
 
-        last: (R,), the index of each row's last token among the forward's tokens; the row's block begins after it. The
-        part predicts the token after that one, then the next one, and so on to the end of the block.
+        last: (R,), for each row of `filling`, the index of its last token among the forward's tokens; its block begins
+        after that token. The new part predicts the token after it, then the next one, and so on to the end of the
+        block.
         """
         which = np.arange(len(last))
         first = _Step(part, self.table.targets(filling, which, np.zeros_like(which), last), _unless_all(filling, 1))

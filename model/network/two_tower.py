@@ -29,7 +29,7 @@ _TIME_NAMES = {"embed_in": "t_embedder.mlp.0", "embed_out": "t_embedder.mlp.2", 
 def load_model(
     uri: str, dtype: str = "float32", devices: Sequence[str] = ("cpu",), towers: Towers = "both"
 ) -> "TwoTower":
-    """Load a checkpoint from "builtin:tiny", a local folder, or any fsspec URL.
+    """Load a checkpoint from a built-in name ("builtin:tiny" or "builtin:noise"), a local folder, or any fsspec URL.
 
     dtype: "float32" or "bfloat16", for all weights but the few that always need more precision. devices: one for each
     stage; the weights of both towers are divided among them about equally. towers: "context" loads only what AR mode
@@ -181,7 +181,8 @@ class TwoTower(nn.Module):
         return [partial(part, stage=stage) for stage in range(len(self.stages))]
 
     def denoise_parts(self, cache: ContextCache, rows: RaggedBatch, t: Tensor) -> list[Part]:
-        """Return `denoise` as one function per stage, to be called as those of `extend_parts`. t is on the host."""
+        """Return `denoise` as one function per stage, to be called as those of `extend_parts`, but without
+        `cache.grow`, because the cache is only read. t is on the host."""
         conditioned = not bool(t.isnan().all())
         # rows with the same t, such as all new blocks, are computed once; a NaN is not equal to any other
         values, which = t.unique(return_inverse=True)

@@ -12,8 +12,9 @@ from pipeline.calibration.sample import SampleRow
 RowLimit = int | Literal["auto"]
 """The largest number of rows to generate together; `auto` means as many as fit in the memory of the replica."""
 Tick = Callable[[int, int], None]
-"""A callback for progress: it is called repeatedly with (rows done, rows expected), or (0, 0) while neither is known.
-An exception that it raises ends the measurement."""
+"""A callback for progress: it is called repeatedly with (rows done, rows expected), or (0, 0) while the replica gives
+no counts. An exception that it raises ends the call of the Bench that it was given to; a replica in a process of its
+own may compute on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,8 @@ def report(lines: Iterable[Line], show: Callable[[str], object], *, as_json: boo
 
 
 def _bounded(check: Check) -> Sequence[Finding]:
-    """Return the findings of a check, or one FAIL if it raises or exceeds its time limit. Its thread then runs on."""
+    """Return the findings of a check, or one FAIL if it raises or exceeds its time limit. After the time limit, its
+    thread runs on."""
     answers: queue.SimpleQueue[Sequence[Finding]] = queue.SimpleQueue()
 
     def look() -> None:

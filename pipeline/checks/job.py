@@ -116,7 +116,8 @@ def _missing_folders(path: str) -> list[str]:
 
 
 def check_checkpoint(job: Job) -> Iterator[Finding]:
-    """Open the checkpoint and check its config, its tokenizer, and the shapes of all tensors. No weights are read.
+    """Open the checkpoint and check its config, its tokenizer, that it has all tensors that the job's mode needs in the
+    right shapes, and that the job's limits fit its context. No weights are read.
 
     Warn if there is no canary.json, unless the checkpoint is built in.
     """

@@ -209,9 +209,10 @@ class GenerationSection(Section):
     characters."""
     on_degenerate: Literal["keep", "retry"] = "keep"
     """The treatment of a completion of which a quarter or more is a loop (column `repetition`). keep: it is written
-    like any other. retry: the row is generated again, in mode diffusion with a confidence_threshold half way to 1, then
-    in mode ar. The first completion below a quarter is kept, else the one with the smallest share of loop. In mode
-    mock_ar, it is generated again only in mode ar; in mode ar, it is not."""
+    like any other. retry: the row is generated again, in mode diffusion with a confidence_threshold half way to 1
+    (unless that would change nothing, as with steps_per_block 1), then in mode ar. The first completion below a quarter
+    is kept, else the one with the smallest share of loop. In mode mock_ar, the row is generated again only in mode ar;
+    in mode ar, it is not. A row whose first completion is an error is not generated again."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

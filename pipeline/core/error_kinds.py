@@ -26,11 +26,13 @@ class ErrorCount:
     """The number of error rows of one kind, with an example."""
 
     kind: str
-    """The error text of such rows with N for each number and … for each quotation, or OTHER."""
+    """The error text of such rows, with N in place of each number and '…' in place of each quotation except names of
+    columns, cut off at KIND_CHARS characters; or OTHER."""
     rows: int
     """The number of error rows of this kind."""
     example: str
-    """The first such row as `file#row: text`, with … for each quotation in the text."""
+    """The first such row as `file#row: text`, with '…' in place of each quotation in the text except names of columns.
+    It is cut off at EXAMPLE_CHARS characters."""
 
 
 def without_quotations(text: str) -> str:

@@ -91,8 +91,11 @@ class UnitReader:
             raise InputError(f"{_rows_of(unit)}: cannot be decoded: {error_line(error)}") from error
 
     def _output_columns(self, unit: WorkUnit, table: pa.Table) -> tuple[pa.Table, dict[int, str]]:
-        """Return the `id` column and the carried columns of the unit, with cells that could not be written to a part
-        replaced; the dict gives the reason for each row with such a cell, by its position in the unit."""
+        """Return the `id` column and the carried columns of the unit.
+
+        Cells that would make a part unreadable, such as text that is not UTF-8, are replaced; the dict gives the reason
+        for each row with such a cell, by its position in the unit.
+        """
         names = [f"{unit.name}#{unit.first_row + i}" for i in range(table.num_rows)] if not self._id_column else []
         columns: dict[str, Any] = {"id": pa.chunked_array([pa.array(names, pa.string())])}
         errors: dict[int, str] = {}

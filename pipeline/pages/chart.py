@@ -74,7 +74,7 @@ class Scale:
         return (inside - self.low) / (self.high - self.low)
 
     def ticks(self, about: int) -> list[float]:
-        """Return roughly `about` round numbers within the scale.
+        """Return roughly `about` round numbers within the scale, or [] if none lies in it.
 
         If the scale is logarithmic, these are the powers of ten, and 2 and 5 times these if the powers alone are few.
         """
@@ -205,7 +205,8 @@ def _boxes_beside(x: float, y: float, text: str) -> Iterator[Box]:
 def ticks(low: float, high: float, about: int) -> list[float]:
     """Return roughly `about` round numbers from `low` to `high`, evenly spaced by 1, 2 or 5 times a power of ten.
 
-    If `high` is not above `low`, or the range is not finite, return `low` alone.
+    The list may be empty if `about` is 1 or 2, because the step may then be longer than the range. If `high` is not
+    above `low`, or the range is not finite, return `low` alone.
     """
     raw = (high - low) / about
     if not (raw > 0 and math.isfinite(raw)):

@@ -20,8 +20,9 @@ from pipeline.prompts.template import Template
 from pipeline.prompts.values import CellError, error_line, judge, read_cells
 
 SEND_BYTES, SEND_SECONDS = 1 << 16, 1.0
-"""Finished frames are sent if they have more than SEND_BYTES bytes together, SEND_SECONDS after the last ones were
-sent, and at the end of a batch."""
+"""Limits of the finished frames that wait to be sent. After each new frame, all of them are sent if they have more than
+SEND_BYTES bytes together, or if more than SEND_SECONDS have passed since the last sending or the start of the batch.
+The rest is sent at the end of the batch."""
 LENGTH, FRAME = struct.Struct("<Q"), struct.Struct("<BQ")
 """The head of a message to the process (length in bytes), and of a frame from it (kind, length in bytes)."""
 READY, PROMPT, REASON = range(3)

@@ -222,7 +222,8 @@ def measure_cells(label: str, of: Summary) -> list[str]:
 
 
 def slowest(facts: Facts) -> list[list[str]]:
-    """Return the cells under UNIT_HEADS of the SLOWEST units that took longest, the slowest first."""
+    """Return the rows of the table under UNIT_HEADS: the units that took longest, at most SLOWEST of them, the slowest
+    first."""
     units = sorted(facts.units, key=lambda unit: (-unit.seconds, unit.id))[:SLOWEST]
     return [_unit_cells(unit) for unit in units]
 

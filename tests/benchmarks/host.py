@@ -106,11 +106,11 @@ class Clock:
         self._since = now
 
     def seen(self) -> None:
-        """Note that predictions have arrived."""
+        """Keep the time of this call as the arrival of a turn's first predictions, unless one is kept already."""
         self._seen = self._seen or time.process_time()
 
     def launched(self) -> None:
-        """Note that a forward has been launched."""
+        """Add the time since the arrival that `seen` kept to `critical`, and forget it; do nothing if none is kept."""
         if self._seen:
             self.critical.append(time.process_time() - self._seen)
             self._seen = 0.0

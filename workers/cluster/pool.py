@@ -106,7 +106,8 @@ class RayPool:
                 slot.actor.ask("assign", work)
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
-        """See Pool. Raises ClusterError if Ray is lost, or if no node has room for a replica within start_timeout_s."""
+        """See Pool. Raises ClusterError if Ray is lost, or if there has been no room for even one replica for
+        start_timeout_s seconds."""
         if self._dropped:
             events, self._dropped = self._dropped, []
             return events

@@ -1,8 +1,8 @@
 """Implements a replica: one loaded model with its unit runner.
 
 A replica runs in a process of its own (an actor of workers.cluster.pool) or in the driver's process
-(workers.replica.local_pool). This module does not use Ray. Every error inside a replica is caught here and becomes a
-Report, which tells the pool that the replica is lost.
+(workers.replica.local_pool). This module does not use Ray. An error that ends a replica is caught here, and the Report
+of that call or of the next one tells the pool that the replica is lost. An error while a replica stops is only printed.
 """
 
 import logging

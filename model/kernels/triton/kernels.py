@@ -1,4 +1,5 @@
-"""Implements the kernels for a GPU: Triton if plain torch would launch many kernels, cuBLAS for matrix products.
+"""Implements the kernels for a GPU: Triton if plain torch would launch many kernels, and cuBLAS for linear layers. The
+experts use torch's grouped product if it is fast, and prompts are scanned by mamba-ssm if it is installed.
 
 Unlike the plain kernels on a CPU, they may give a row other bits if other rows are computed with it: cuBLAS chooses its
 algorithm by the number of tokens, and attention splits long contexts depending on the rest of the forward.
@@ -51,7 +52,8 @@ class CudaKernels(PlainKernels):
         return super().mamba_scan(inputs)
 
     def _scan(self, inputs: ScanInputs) -> Tensor:
-        """Scan rows of similar length; the blocks of a forward that also prefills prompts use the block kernel here."""
+        """Scan rows of similar length: with the kernels for blocks if none is longer than BLOCK, which is so for blocks
+        that share a forward with prompts; otherwise with mamba-ssm."""
         if max(inputs.rows.lengths) <= BLOCK:
             return scan.mamba_scan(inputs)
         return super()._scan(inputs)

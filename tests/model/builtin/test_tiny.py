@@ -1,5 +1,5 @@
 """Tests builtin:tiny: its tasks and corpus, that training and engine compute the same, that training which was stopped
-goes on as if it had not been, and that the committed checkpoint writes right answers."""
+continues as if it had not been, and that the committed checkpoint writes right answers."""
 
 import datetime
 import itertools

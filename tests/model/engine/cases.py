@@ -58,7 +58,7 @@ class ScriptedBackend:
     def add_slots(self, count: int) -> None:
         """See Backend."""
         self._call("add_slots")
-        assert all(ticket.collected for ticket in self.tickets), "slots added with forwards under way"
+        assert all(ticket.collected for ticket in self.tickets), "slots were added while forwards were in progress"
         self.slots.add_slots(count)
 
     def enter(self, rows: Sequence[ActiveRow]) -> None:
@@ -233,7 +233,7 @@ class ScriptedBackend:
         ticket.collected = True
         if ticket.fault:
             raise error_of(ticket)
-        assert all(row.ended for row in ticket.poisoned), "a row goes on behind a forward that failed"
+        assert all(row.ended for row in ticket.poisoned), "a row continues although a forward that it needs has failed"
         return [seen for row in ticket.fills if not row.ended and (seen := self._fill(row))]
 
     def _fill(self, row: ActiveRow) -> BlockReport | None:

@@ -98,7 +98,7 @@ def test_one_token_a_row_attends_as_defined(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prompts_attend_as_defined(dtype: torch.dtype) -> None:
     """Prompts attend as defined with several tiles of queries in a row and several pages of own tokens in a tile. One
-    prompt goes on after a context."""
+    prompt continues after a context."""
     Case((150, 40, 70), (0, 0, 2 * PAGE_SIZE), NOISE, dtype).check(causal=True)
 
 

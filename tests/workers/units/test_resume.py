@@ -1,4 +1,4 @@
-"""Tests of a unit that is interrupted and goes on where its segments end: it is killed anywhere, runs in ranges, or
+"""Tests of a unit that is interrupted and continues where its segments end: it is killed anywhere, runs in ranges, or
 runs twice at a time."""
 
 import os

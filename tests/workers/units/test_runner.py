@@ -244,7 +244,7 @@ def test_rows_that_a_failed_step_took_down_are_submitted_once_more(tmp_path: Pat
 
 
 def test_an_engine_that_runs_out_of_memory_says_so_once(tmp_path: Path) -> None:
-    """The job goes on with fewer rows together and is slower from then on, so the operator must learn why."""
+    """The job continues with fewer rows together and is slower from then on, so the operator must learn why."""
     small = open_job(tmp_path, prompts_of(40))
     engine = FakeEngine(max_rows=8)
     step = engine.step

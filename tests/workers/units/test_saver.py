@@ -101,7 +101,7 @@ def test_a_part_that_cannot_be_published_at_all_is_left_to_others_with_its_rows(
 
 
 def test_what_failed_waits_before_it_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store that refuses at once is not asked again and again, and the engine goes on meanwhile."""
+    """A store that refuses at once is not asked again and again, and the engine continues meanwhile."""
     monkeypatch.setattr(open_unit, "PAUSES_S", (3600.0,))
     small = open_job(tmp_path, prompts_of(20), **NEVER)
     store, engine = WatchedStore(small), FakeEngine()

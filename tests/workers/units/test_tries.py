@@ -188,7 +188,8 @@ def test_killed_between_tries_a_row_begins_with_its_first(tmp_path: Path, dies_a
 
 
 def test_a_forward_that_fails_costs_the_try_alone(tmp_path: Path) -> None:
-    """The row goes on with the try it was in. Failures in two different tries are not two failures of the same row."""
+    """The row continues with the try it was in. Failures in two different tries are not two failures of the same
+    row."""
     small = open_job(tmp_path, ["LLt"] * 12, rows_per_file=12, **NEVER)
     engine = ScriptedEngine(max_rows=12, fail_at={2, 9, 17})
     rows = run_units(small, runner_of(small, engine, PARAMS))
