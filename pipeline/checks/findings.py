@@ -24,7 +24,7 @@ class Finding(NamedTuple):
 
     level: Level
     found: str
-    """What the check found, as text for the user."""
+    """The result of the check, as text for the user."""
     fix: str = ""
     """The action that fixes the problem; empty if none is needed or if `found` names it."""
 

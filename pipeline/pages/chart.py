@@ -74,16 +74,18 @@ class Scale:
         return (inside - self.low) / (self.high - self.low)
 
     def ticks(self, about: int) -> list[float]:
-        """Return roughly `about` round numbers within the scale, or [] if none lies in it.
+        """Return roughly `about` round numbers within the scale.
 
         If the scale is logarithmic, these are the powers of ten, and 2 and 5 times these if the powers alone are few.
+        A logarithmic scale that has not even two of them gets the numbers of a linear one.
         """
         if not self._log:
             return ticks(self.low, self.high, about)
-        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)))
+        powers = range(math.floor(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
         factors = (1, 2, 5) if len(powers) < about else (1,)
         found = [factor * 10.0**power for power in powers for factor in factors]
-        return [tick for tick in found if self.low <= tick <= self.high]
+        found = [tick for tick in found if self.low <= tick <= self.high]
+        return found if len(found) > 1 else ticks(self.low, self.high, about)
 
 
 class Chart:

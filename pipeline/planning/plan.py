@@ -41,7 +41,7 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a job sets out to do: its input files, cut into work units, and what identifies it at a resume."""
+    """The work of a job: its input files, cut into work units, and the fingerprint that identifies it at a resume."""
 
     files: tuple[InputFile, ...]
     """The readable input files."""

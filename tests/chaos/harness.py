@@ -77,7 +77,7 @@ class Killed:
 
 @dataclass(slots=True)
 class History:
-    """Where one job wrote, and what happened to it."""
+    """The folders that one job wrote to, and the events of its run."""
 
     output: str
     """The URL of the output folder."""

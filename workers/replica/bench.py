@@ -66,7 +66,7 @@ class ReplicaBench:
         if task.whole and any(request.params.temperature > 0 for request in requests):
             cold = [replace(request, params=replace(request.params, temperature=0.0)) for request in requests]
             greedy = throughput.run_once(engine, cold, tick)
-        tokens = partial(_tokens_under_way, engine)
+        tokens = partial(_tokens_in_slots, engine)
         run = throughput.measure(engine, requests, tokens, whole=task.whole, window_s=task.window_s, tick=tick)
         return replace(run, greedy=greedy)
 
@@ -110,7 +110,7 @@ class ReplicaBench:
         return requests
 
 
-def _tokens_under_way(engine: "Engine") -> int:
+def _tokens_in_slots(engine: "Engine") -> int:
     """Return the number of completion tokens that the rows in slots have so far."""
     return sum(len(row.tokens) for row in engine.scheduler.running.values())
 

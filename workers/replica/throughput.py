@@ -53,7 +53,7 @@ def run_once(engine: MeasuredEngine, requests: Sequence[Request], tick: Tick) ->
 def measure(
     engine: MeasuredEngine,
     requests: Sequence[Request],
-    tokens_under_way: Callable[[], int],
+    tokens_in_slots: Callable[[], int],
     *,
     whole: bool,
     window_s: float,
@@ -63,11 +63,11 @@ def measure(
     """Return the speed of the engine (see pipeline.calibration.bench.Speed); with `whole` also all completions.
 
     The requests are submitted repeatedly until the window lasts at least `window_s` seconds and enough rows have ended
-    in it. `tokens_under_way` returns the number of completion tokens that the rows in slots have so far. If memory runs
+    in it. `tokens_in_slots` returns the number of completion tokens that the rows in slots have so far. If memory runs
     out, so that the engine lowers its row limit, the result has neither a speed nor completions. Raises what the engine
     and the tick raise. No request stays in the engine.
     """
-    watch = _Watch(engine, requests, tokens_under_way, whole, window_s, clock)
+    watch = _Watch(engine, requests, tokens_in_slots, whole, window_s, clock)
     try:
         return watch.run(tick)
     finally:
@@ -81,13 +81,13 @@ class _Watch:
         self,
         engine: MeasuredEngine,
         requests: Sequence[Request],
-        tokens_under_way: Callable[[], int],
+        tokens_in_slots: Callable[[], int],
         whole: bool,
         window_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._engine, self._requests, self._whole, self._window_s = engine, requests, whole, window_s
-        self._tokens_under_way, self._clock = tokens_under_way, clock
+        self._tokens_in_slots, self._clock = tokens_in_slots, clock
         self._slots = engine.max_rows
         self._window_rows = max(TURNS * self._slots, LEAST_ROWS)
         self._feed = _again_and_again(requests)
@@ -144,7 +144,7 @@ class _Watch:
             if self._ended < self._slots:
                 return
             self._rows_before = self._ended
-        self._marks.append((self._clock(), self._tokens + self._tokens_under_way()))
+        self._marks.append((self._clock(), self._tokens + self._tokens_in_slots()))
 
     def _engine_step(self) -> None:
         for completion in self._engine.step():

@@ -21,6 +21,8 @@ def test_a_scale_places_values_and_nothing_lies_outside_it() -> None:
 def test_ticks_of_a_logarithmic_scale_are_round_and_not_too_many() -> None:
     assert Scale(76, 1500, log=True).ticks(5) == [100, 200, 500, 1000]
     assert Scale(0.5, 4e6, log=True).ticks(5) == [1, 10, 100, 1000, 1e4, 1e5, 1e6]
+    assert Scale(10, 1000, log=True).ticks(5) == [10, 20, 50, 100, 200, 500, 1000]
+    assert Scale(6, 9, log=True).ticks(5) == [6, 7, 8, 9]
 
 
 @given(Shares)

@@ -1,4 +1,4 @@
-"""What `doctor` looks at of a Ray cluster and of its job server."""
+"""Tests of the checks that `doctor` makes of a Ray cluster and of its job server."""
 
 import json
 import threading

@@ -27,7 +27,7 @@ class SteadyEngine:
     def waiting(self) -> int:
         return len(self.queue)
 
-    def tokens_under_way(self) -> int:
+    def tokens_in_slots(self) -> int:
         return sum(max(0, tokens) for _, tokens in self.slots.values())
 
     def submit(self, request: Request) -> None:
@@ -71,7 +71,7 @@ def no_tick(_done: int, _expected: int) -> None:
 def measure(
     engine: SteadyEngine, lengths: Sequence[int], *, whole: bool = True, window_s: float = 1.0, tick: Tick = no_tick
 ) -> Run:
-    tokens, clock = engine.tokens_under_way, engine.clock
+    tokens, clock = engine.tokens_in_slots, engine.clock
     run = throughput.measure(engine, requests(lengths), tokens, whole=whole, window_s=window_s, tick=tick, clock=clock)
     assert not engine.slots
     assert not engine.queue
