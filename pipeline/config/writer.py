@@ -12,6 +12,10 @@ class _Dumper(yaml.SafeDumper):
     """A safe YAML dumper that writes text in quotes, so that the loader never reads it as a number. Keys and Plain text
     are written without quotes where YAML allows it."""
 
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 (the base class gives the name)
+        """Return True: a list that is used twice is written in full twice."""
+        return True
+
     def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
         plain = [(Plain(key), value) for key, value in mapping.items()]
         return super().represent_mapping(tag, plain, flow_style)

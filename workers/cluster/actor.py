@@ -36,8 +36,9 @@ class ReplicaActor:
         )
         self._actor: Any = None
 
-    def has_room(self, wait_s: float = 0.0) -> bool:
-        """Return whether the placement group has been created, after waiting for that for at most `wait_s` seconds."""
+    def has_room(self, wait_s: int = 0) -> bool:
+        """Return whether the placement group has been created, after waiting for that for at most `wait_s` seconds.
+        They are whole seconds, because Ray drops the fraction."""
         if wait_s:
             self._group.wait(wait_s)
         return bool(placement_group_table(self._group).get("state") == "CREATED")

@@ -70,10 +70,11 @@ class RayBench:
         give_up_at = time.monotonic() + workers.start_timeout_s
         with lost_cluster():
             self._actor = ReplicaActor(BenchProcess, workers)
-            while not self._actor.has_room(LOOK_S):
+            while not self._actor.has_room():
                 tick(0, 0)
                 if time.monotonic() >= give_up_at:
                     raise no_room(workers, "or free the nodes")
+                time.sleep(LOOK_S)
             self._actor.start(self._make_bench, self._job)
             found: Replica = self._call("start", (rows, limits), tick)
         return found

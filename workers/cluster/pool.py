@@ -221,11 +221,11 @@ class RayPool:
             self._slots.append(slot)
             # With "auto", only one group at a time waits for nodes to join: the next one is requested only after this
             # one has had time to get its room.
-            if not self._settle(slot, now, wait_s=1.0 if auto else 0.0):
+            if not self._settle(slot, now, wait_s=1 if auto else 0):
                 without_room.append(slot)
         self._check_room(len(without_room), now)
 
-    def _settle(self, slot: _Slot, now: float, wait_s: float = 0.0) -> bool:
+    def _settle(self, slot: _Slot, now: float, wait_s: int = 0) -> bool:
         """Return whether the slot's placement group has room. If so, start an actor in it, unless it is too early after
         a failed start (`not_before`)."""
         if not slot.actor.has_room(wait_s):
