@@ -43,7 +43,7 @@ def test_memory_that_runs_out_costs_no_row(tmp_path: Path, kind: Fault) -> None:
     assert isinstance(done, UnitDone)
     told = "".join(chr(FIRST + i) for i in range(20))
     assert [(row["completion"], row["error"]) for row in small.rows()] == [(told, None)] * 20
-    assert any("memory ran out: engine.max_rows is" in note for note in runner.notes())
+    assert any("memory ran out: the engine lowered its max_rows from" in note for note in runner.notes())
 
 
 def test_memory_that_runs_out_for_good_ends_the_replica_and_loses_nothing(tmp_path: Path) -> None:
