@@ -16,7 +16,7 @@ from pipeline.config.job import OLD_KEYS, Job, rename_old_keys
 from pipeline.config.messages import MAX_VALUE_CHARS, explain, kind_of, shown
 from pipeline.config.variables import Variables, utc_today
 from pipeline.core.errors import JobError
-from pipeline.core.text import shorten
+from pipeline.core.text import one_line, shorten
 from pipeline.storage.storage import read_text
 from pipeline.storage.urls import flaw_of, in_ray_package, is_local
 
@@ -140,7 +140,7 @@ def _parse(text: str, where: str) -> Any:
         hint = "; inside {…} or […] put a value with ${…} in quotes" if braces else ""
         raise JobError(f"{where}{line}: not YAML: {error.problem or error.context}{hint}") from None
     except yaml.YAMLError as error:  # raised for characters that YAML does not allow
-        raise JobError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+        raise JobError(f"{where}: not YAML: {one_line(error)}") from None
     except RecursionError:
         raise JobError(f"{where}: nested too deeply") from None
 

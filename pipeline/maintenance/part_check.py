@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.schema import RESULT_COLUMNS, RESULT_SCHEMA, plain_type
+from pipeline.core.text import one_line
 from pipeline.core.types import Totals
 from pipeline.output.duplicate_ids import Hashes, IdCounter, hash_ids
 from pipeline.output.layout import part_name, record_name
@@ -89,7 +90,7 @@ class PartChecker:
                 if not wrong:
                     counted, wrong = self._check_rows(file, record, columns)
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-            wrong = [f"its data is damaged: {' '.join(str(error).split())}"]
+            wrong = [f"its data is damaged: {one_line(error)}"]
         if not wrong and counted != totals:
             wrong = [f"its footer says {_differing(asdict(totals), asdict(counted))}"]
         return CheckedPart(

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from pipeline.config.job import Job
 from pipeline.config.writer import to_yaml, without_variables
 from pipeline.core.errors import InputError, OutputError
-from pipeline.core.text import counted
+from pipeline.core.text import counted, one_line
 from pipeline.core.types import WorkUnit
 from pipeline.input.files import list_input, would_read
 from pipeline.input.parquet_rows import RowStream
@@ -146,7 +146,7 @@ def _find_failed(output_path: str, record: PlanRecord) -> _Failed:
                     reasons.update(_NUMBER.sub("N", str(text)) for text in bad["error"].to_pylist())
         except (NotOursError, pa.ArrowException, OSError) as error:
             raise OutputError(
-                f"output {safe_url(output_path)}: {part.name}: {' '.join(str(error).split())}; run `verify`"
+                f"output {safe_url(output_path)}: {part.name}: {one_line(error)}; run `verify`"
             ) from error
         return about.file, rows, reasons
 
@@ -214,7 +214,7 @@ def _read_rows(job: Job, file: InputFile, rows: RowNumbers, plan: Plan, id_colum
                 made[id_column] = pa.chunked_array([[f"{file.name}#{row}" for row in near]])
             yield pa.table(made)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"input {safe_url(file.url)} cannot be decoded: {' '.join(str(error).split())}") from error
+        raise InputError(f"input {safe_url(file.url)} cannot be decoded: {one_line(error)}") from error
     finally:
         stream.close()
 

@@ -5,6 +5,7 @@ A sink that fails is reported once and removed; it never ends a job.
 
 from collections.abc import Callable, Sequence
 
+from pipeline.core.text import one_line
 from pipeline.monitoring.live import Live, LiveFile
 from pipeline.monitoring.telemetry import Telemetry
 
@@ -56,4 +57,4 @@ class Reporter:
                 sink(live)
             except Exception as error:  # whatever a sink raises, the job continues without it
                 self._sinks.remove(sink)
-                self._tell(f"metrics are off from now on: {type(error).__name__}: {' '.join(str(error).split())}")
+                self._tell(f"metrics are off from now on: {type(error).__name__}: {one_line(error)}")

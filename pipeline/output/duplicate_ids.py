@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import OutputError
+from pipeline.core.text import one_line
 from pipeline.storage.scratch import Scratch, scratch
 from pipeline.storage.storage import FileInfo, Storage
 from pipeline.storage.urls import safe_url
@@ -98,7 +99,7 @@ def _read_ids(storage: Storage, parts: Sequence[FileInfo]) -> "Iterator[pa.Array
                     yield batch.column(0).drop_null()
         except (pa.ArrowException, OSError) as error:
             raise OutputError(
-                f"output {safe_url(storage.root)}: {part.name} is broken: {' '.join(str(error).split())}; "
+                f"output {safe_url(storage.root)}: {part.name} is broken: {one_line(error)}; "
                 "delete it to have its rows generated again"
             ) from error
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.schema import RESULT_SCHEMA
-from pipeline.core.text import counted
+from pipeline.core.text import counted, one_line
 from pipeline.core.types import WorkUnit
 from pipeline.output.layout import SEGMENTS
 from pipeline.output.part import to_parquet
@@ -106,7 +106,7 @@ def from_segment(name: str, data: bytes, unit: WorkUnit, fingerprint: str) -> pa
     except NotOursError:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise NotOursError(f"it cannot be read: {' '.join(str(error).split())}") from error
+        raise NotOursError(f"it cannot be read: {one_line(error)}") from error
     _check_rows(table, unit)
     return table
 
@@ -122,7 +122,7 @@ def read_record(source: pa.NativeFile) -> tuple[SegmentRecord, int]:
     except NotOursError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise NotOursError(f"it cannot be read: {' '.join(str(error).split())}") from error
+        raise NotOursError(f"it cannot be read: {one_line(error)}") from error
 
 
 def _record_in(footer: pq.FileMetaData) -> SegmentRecord:

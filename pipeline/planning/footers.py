@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import StorageError
-from pipeline.core.text import counted
+from pipeline.core.text import counted, one_line
 from pipeline.input.limits import check_footer
 from pipeline.planning.cost import prompt_bytes
 from pipeline.planning.part_size import carried_bytes
@@ -58,7 +58,7 @@ def read_footers(
         except UnicodeDecodeError:
             return "has a column name that is not UTF-8: rename the column"
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            return "is empty (0 bytes)" if info.size == 0 else f"is not Parquet: {' '.join(str(error).split())}"
+            return "is empty (0 bytes)" if info.size == 0 else f"is not Parquet: {one_line(error)}"
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         results = list(zip(listing, pool.map(read, listing), strict=True))

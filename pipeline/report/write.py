@@ -4,6 +4,7 @@ import os
 import posixpath
 
 from pipeline.core.errors import OutputError, TwoTowerError
+from pipeline.core.text import one_line
 from pipeline.output.layout import REPORT
 from pipeline.report.html import make_html
 from pipeline.report.summary import read_report
@@ -40,6 +41,6 @@ def report_line(output_path: str) -> str:
     try:
         return write_report(output_path)
     except TwoTowerError as error:
-        return f"not written: {' '.join(str(error).split())}"
+        return f"not written: {one_line(error)}"
     except Exception as error:  # a bug in the report must not make a complete job fail
-        return f"not written: {type(error).__name__}: {' '.join(str(error).split())}"
+        return f"not written: {type(error).__name__}: {one_line(error)}"

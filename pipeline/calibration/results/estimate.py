@@ -17,7 +17,7 @@ from pipeline.calibration.results import record, tables
 from pipeline.calibration.results.folder import MEASUREMENTS, RECORD, default_folder
 from pipeline.config.job import Job
 from pipeline.core.errors import InputError, StorageError
-from pipeline.core.text import duration
+from pipeline.core.text import duration, one_line
 from pipeline.output.records import NotOursError, from_json
 from pipeline.planning.fingerprint import NAMED_AT_MOST, differences, digest_of
 from pipeline.planning.plan import Plan
@@ -130,7 +130,7 @@ def _read(folder: str) -> _Calibration | None:
         limits = dict(record.replica_from(fields["replica"]).row_limits)
         return _Calibration(shown, _points(table), dict(fields["measured_with"]), limits, dict(fields.get("job") or {}))
     except (NotOursError, LookupError, TypeError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{shown} is no calibration that can be read: {' '.join(str(error).split())}") from None
+        raise InputError(f"{shown} is no calibration that can be read: {one_line(error)}") from None
 
 
 def _estimate(job: Job, plan: Plan, checkpoint_identity: str, found: _Calibration, rows: int) -> Estimate | str:
