@@ -33,7 +33,7 @@ def finish(outcome: Outcome, job_file: str, overrides: Sequence[str]) -> list[st
     setup, choice = outcome.setup, outcome.choice
     said, remarked = verdict(choice), [*notes(choice), *remarks(outcome)]
     limit = row_limit_to_say(setup.job, choice.best.point, dict(outcome.replica.row_limits).get("auto"))
-    comments = [f"Made by `twotower calibrate {shown(' '.join(job_file.split()), 500)}`.", said]
+    comments = [f"Made by `twotower calibrate {shown(one_line(job_file), 500)}`.", said]
     new_job = chosen_job(job_file, overrides, choice.best.point, limit, comments)
     identity = {**setup.identity, **record.of_replica(outcome.replica)}
     fields = record.outcome_fields(choice, setup.workload, setup.sample, said, remarked, outcome.missing)

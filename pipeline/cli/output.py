@@ -101,7 +101,7 @@ def retry_errors(
             return
         typer.echo(f"{counted(made.rows, 'row')} failed; most frequent errors:")
         for text, count in made.reasons:
-            typer.echo(f"{count:>12,} {' '.join(text.split())}")
+            typer.echo(f"{count:>12,} {one_line(text)}")
         if is_local(made.job_file):
             typer.echo(f"run them again: twotower run {shlex.quote(made.job_file)}")
         else:

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.core.errors import ClusterError
-from pipeline.core.text import one_line
+from pipeline.core.text import counted, one_line
 
 CONNECT_S = 10.0
 """Seconds to wait until something answers at RAY_ADDRESS."""
@@ -110,7 +110,7 @@ def describe_nodes() -> str:
     """Return a text with the total GPUs and CPUs of each node, whether they are in use or not."""
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     texts = [f"{node['NodeManagerAddress']}: {amounts(node['Resources'])}" for node in nodes]
-    return f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'} ({'; '.join(texts)})"
+    return f"{counted(len(nodes), 'node')} ({'; '.join(texts)})"
 
 
 def amounts(resources: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from pipeline.calibration.points import Setting
 from pipeline.calibration.sample import SampleRow
 from pipeline.checks.machine import installed_version
 from pipeline.config.job import Job
+from pipeline.core.text import counted
 from workers.checks.self_check import self_check
 from workers.replica import throughput
 from workers.replica.build import load_pair, make_engine
@@ -122,8 +123,7 @@ def _device(gpus: int) -> str:
     if gpus:
         names = [torch.cuda.get_device_name(index) for index in range(gpus)]
         return f"{gpus} x {names[0]}" if len(set(names)) == 1 else ", ".join(names)
-    threads = torch.get_num_threads()
-    return f"CPU ({platform.machine()}, {threads} {'thread' if threads == 1 else 'threads'})"
+    return f"CPU ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"
 
 
 def _versions() -> tuple[tuple[str, str], ...]:

@@ -117,12 +117,14 @@ def _compared(outcome: Outcome) -> Setting | None:
 def _tiles(outcome: Outcome) -> list[tuple[str, str]]:
     choice, workload = outcome.choice, outcome.setup.workload
     cost = cost_of(choice.best, workload)
-    replicas = f"{workload.replicas} replicas" if (workload.replicas or 1) > 1 else "1 replica"
     tiles = [
         _chosen_tile(choice.best),
         _speedup_tile(outcome),
         ("tokens/s of a replica", rate(choice.best)),
-        (f"hours for {counted(workload.rows, 'row')} on {replicas}", amount(cost.hours)),
+        (
+            f"hours for {counted(workload.rows, 'row')} on {counted(workload.replicas or 1, 'replica')}",
+            amount(cost.hours),
+        ),
         ("GPU-hours", amount(cost.gpu_hours)) if workload.gpus else ("replica-hours", amount(cost.replica_hours)),
     ]
     if cost.money is not None:
