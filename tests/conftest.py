@@ -35,7 +35,7 @@ with contextlib.suppress(ImportError):  # tests/gpu runs on machines without hyp
 
 GROUPS = {
     "s3": ("tests/end_to_end/s3/",),
-    "ray": ("tests/workers/cluster/test_pool.py", "tests/workers/cluster/test_bench.py"),
+    "ray": tuple(f"tests/workers/cluster/test_{name}.py" for name in ("pool", "bench", "metrics_endpoint")),
 }
 """Name of a group -> the folders and files whose tests run in one process, because they share a cluster or a server
 (tests/servers.py). Every other file is a group of its own."""

@@ -21,7 +21,7 @@ TARGETS = [
     for target in panel["targets"]
 ]
 OF_RAY = {"SessionName"}
-"""Labels that Ray adds to every metric (tests/workers/cluster/test_pool.py reads them)."""
+"""Labels that Ray adds to every metric (tests/workers/cluster/test_metrics_endpoint.py reads them)."""
 
 
 def labels_of(name: str) -> set[str]:

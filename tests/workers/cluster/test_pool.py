@@ -1,20 +1,15 @@
 """Tests of the Ray pool with a fake engine, on a real local cluster whose 4 CPUs and 4 GPUs are only declared."""
 
-import io
 import os
 import signal
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from prometheus_client.parser import text_string_to_metric_families
 from ray.cluster_utils import Cluster
 
 import workers.cluster.pool
@@ -25,19 +20,13 @@ from pipeline.core.text import counted
 from pipeline.core.types import Assignment, UnitResult
 from pipeline.driver.dispatcher import dispatch
 from pipeline.driver.retry import RetryPolicy
-from pipeline.driver.run import run_job
 from pipeline.driver.stall import StallWatch
-from pipeline.monitoring.live import Live
-from pipeline.monitoring.progress import LineDisplay
-from pipeline.monitoring.status import read_job
 from pipeline.monitoring.telemetry import Telemetry
 from tests.waiting import PATIENCE_S, wait_until
 from tests.workers.fakes import FakeMaker, Gate, Turns
 from tests.workers.jobs import SmallJob, open_job, prompts_of
 from tests.workers.units.engines import BREAK, HANG, KILL, LOSE_GPU, MarkedMaker, finished_rows, segment_rows
-from workers.cluster.metrics import COUNTERS, GAUGES, RayMetrics
 from workers.cluster.pool import RayPool
-from workers.replica.build import ReplicaSpec
 from workers.replica.replica import ReplicaProcess
 from workers.units.runner import UnitRunner
 
@@ -464,69 +453,3 @@ def test_a_closed_pool_leaves_nothing_behind(tmp_path: Path) -> None:
     run(small, FakeMaker(small.spec), Watcher())
     wait_until(lambda: ray.available_resources().get("GPU") == 4)  # type: ignore[no-untyped-call]  # no types
     assert ray.is_initialized()  # a cluster that was there before stays
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_metrics_are_scraped_from_the_nodes_port_and_the_folder_says_who_ran(tmp_path: Path) -> None:
-    """A whole job runs through run_job. Each metric that it sets is at the endpoint, with its labels and its value."""
-    small = open_job(
-        tmp_path, [*prompts_of(60), None], workers={"gpus": 0, "cpus": 2, "replicas": 2}, retry={"max_error_rate": 1}
-    )
-    seen: list[Live] = []
-    outcome = run_job(
-        small.job,
-        lambda plan, units, tell: RayPool(
-            FakeMaker(ReplicaSpec(small.job, plan.fingerprint.digest, plan.schema)), small.job.workers, units, tell
-        ),
-        threading.Event(),
-        lambda: LineDisplay(io.StringIO()),
-        [RayMetrics("small"), seen.append],
-    )
-    assert outcome.totals.rows == 61
-    status = read_job(small.job.output.path)
-    assert (status.state, status.live) == ("complete", replace(seen[-1], time=status.live.time if status.live else 0))
-    samples = scrape(lambda found: sum(found.get("ray_twotower_rows_total", {}).values()) >= 61)
-    assert sum(samples["ray_twotower_rows_total"].values()) == 61
-    assert set(samples["ray_twotower_rows_total"]) <= {"r0", "r1"}
-    assert samples["ray_twotower_error_rows_total"] == {"prompt is null": 1}
-    assert samples["ray_twotower_job_rows_done"] == {"-": 61}
-    always = {*COUNTERS, *GAUGES} - NOT_IN_A_GOOD_RUN
-    assert {f"ray_{name}" for name in always} <= samples.keys()
-
-
-NOT_IN_A_GOOD_RUN = {
-    "twotower_retries_total",
-    "twotower_replicas_lost_total",
-    "twotower_preemptions_total",
-    "twotower_batch_rows_total",  # the fake engine reports neither batches nor room
-    "twotower_batched_rows_total",
-    "twotower_prefill_tokens_total",
-    "twotower_prefill_padded_tokens_total",
-}
-"""Counters that stay at 0 in a run without faults. Prometheus does not get a counter that was never increased."""
-
-
-def scrape(enough: Callable[[dict[str, dict[str, float]]], bool]) -> dict[str, dict[str, float]]:
-    """Return the metrics of the job "small" from the node's endpoint, once they are enough. The values are by metric
-    and by replica or kind; the key is - if there is neither."""
-    last: dict[str, dict[str, float]] = {}
-
-    def look() -> bool:
-        last.clear()
-        here = ray.get_runtime_context().get_node_id()
-        nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types for it
-        [node] = [node for node in nodes if node["NodeID"] == here]  # nodes that were removed are listed, too
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=30) as answer:
-                text = answer.read().decode()
-        except (urllib.error.URLError, TimeoutError):
-            return False
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name.startswith("ray_twotower_") and sample.labels["job_name"] == "small":
-                    label = sample.labels.get("replica") or sample.labels.get("kind") or "-"
-                    last.setdefault(sample.name, {})[label] = sample.value
-        return enough(last)
-
-    wait_until(look, lambda: last, pause_s=0.2)
-    return last
