@@ -48,7 +48,9 @@ KNOW_RAY = {f"workers/cluster/{name}.py" for name in ("actor", "pool", "connecti
 MODEL_NEEDS = {"torch", "triton", "numpy", "safetensors", "tokenizers", "fsspec", "huggingface_hub", "model"}
 FORBIDDEN = {"model": {"ray", "pipeline", "workers"}, "pipeline": {"ray", "torch", "matplotlib"}, "workers": set()}
 WITHOUT_TORCH = {"model/__init__.py", "model/errors.py", "model/requests.py"}
-WITHOUT_TORCH |= {f"model/checkpoint/{name}.py" for name in ("config", "reader", "tokenizer")}
+WITHOUT_TORCH |= {
+    f"model/checkpoint/{name}.py" for name in ("config", "reader", "chat_texts", "tokenizer", "control_tokens")
+}
 WITHOUT_TORCH |= {f"model/runtime/{name}.py" for name in ("page_allocator", "device_errors")}
 WITHOUT_TORCH |= {f"model/engine/{name}.py" for name in ("backend", "loop", "scheduler", "sequence", "stopping")}
 # loader.py reads how much memory the machine has; writer.py writes the built-in checkpoints

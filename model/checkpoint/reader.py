@@ -3,6 +3,7 @@
     checkpoint = open_checkpoint("builtin:tiny" | "/a/folder" | "s3://bucket/folder" | "hf://org/name")
     checkpoint.validate("both")            # complete, right shapes, nothing unknown, no shard cut short
     checkpoint.identity()                  # the same for a copy elsewhere
+    checkpoint.chat_texts()                # the chat template and the special tokens for it
 
 A shard is read by ranges: 8 bytes (little-endian length of the header), the header (JSON: name -> dtype, shape, byte
 range), then single tensors. Format: https://github.com/huggingface/safetensors. This module does not import torch. It
@@ -22,6 +23,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from model.checkpoint.chat_texts import CONFIG_FILE, MAP_FILE, TEMPLATE_FILE, ChatTexts, chat_texts
 from model.checkpoint.config import Towers, TwoTowerConfig, expected_tensors
 from model.errors import CheckpointError
 
@@ -35,6 +37,7 @@ _MAX_HEADER = 100_000_000  # bytes; the same limit as in the safetensors library
 PIECE = 8 * 2**20  # bytes; the most that one range read asks for, so that a large tensor is never in memory twice
 _WHOLE = 16 * 2**20  # bytes; the identity covers all data of shards below this size
 _SAMPLE = 64 * 2**10  # bytes; the size of each of the three samples of a larger shard
+_MAX_TEXT = 4 * 2**20  # bytes; the most that a file of chat texts may have
 _OPEN_THREADS = 8
 
 
@@ -170,6 +173,34 @@ class Checkpoint:
     def tokenizer_json(self) -> bytes | None:
         """Return the content of tokenizer.json, or None if the checkpoint has none."""
         return bytes(self._folder.read("tokenizer.json")) if self._folder.size("tokenizer.json") is not None else None
+
+    def chat_texts(self) -> ChatTexts:
+        """Return the chat template and the special tokens that stand beside the checkpoint, as far as they are there.
+
+        They are not part of the identity. Raises CheckpointError if one of the files cannot be read, is larger than
+        4 MiB, is not UTF-8, or does not hold what it should.
+        """
+        template, *files = (self._small_text(name) for name in (TEMPLATE_FILE, CONFIG_FILE, MAP_FILE))
+        try:
+            config, token_map = (
+                {} if text is None else _json_object(text, name)
+                for text, name in zip(files, (CONFIG_FILE, MAP_FILE), strict=True)
+            )
+            return chat_texts(template, config, token_map)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {self.uri}: {error}") from error
+
+    def _small_text(self, name: str) -> str | None:
+        """Return the content of a small UTF-8 file, or None if there is no such file."""
+        size = self._folder.size(name)
+        if size is None:
+            return None
+        if size > _MAX_TEXT:
+            raise CheckpointError(f"checkpoint {self.uri}: {name} has {size} bytes: at most {_MAX_TEXT} are read")
+        try:
+            return self._folder.read(name, 0, size).decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"checkpoint {self.uri}: {name} is not UTF-8: {_text(error)}") from error
 
 
 def open_checkpoint(uri: str) -> Checkpoint:
@@ -333,9 +364,9 @@ def _weight_map(folder: _Folder) -> dict[str, str]:
     return weight_map
 
 
-def _json_object(content: bytes | bytearray, what: str) -> dict[str, Any]:
+def _json_object(content: str | bytes | bytearray, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(bytes(content))
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{what} is not JSON: {_text(error)}") from error
     if not isinstance(value, dict):
