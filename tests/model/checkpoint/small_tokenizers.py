@@ -190,8 +190,8 @@ def tokenizer_json(name: str) -> bytes:
     return json.dumps(MAKERS[name](), ensure_ascii=False).encode()
 
 
-PRIVATE = [chr(0x100000 + i) for i in range(3)] + [chr(0xF0000 + i) for i in range(8)]
-"""Characters of the first markers that a test draws (see `weak_markers`), and those that stand for tokens."""
+PRIVATE = [chr(0x100000 + i) for i in range(2)] + [chr(0xF0000 + i) for i in range(6)]
+"""Characters of the markers that a test draws (see `weak_markers`), and those that stand for tokens."""
 LETTERS = [
     *"aeos<>|[]imCLSendcls12 .é世",
     " ",
@@ -209,10 +209,10 @@ LETTERS = [
 ]
 
 
-def weak_markers() -> Callable[[], str]:
-    """Return a function that draws markers of two equal characters of PRIVATE, which random texts often contain."""
-    numbers = iter(range(10_000))
-    return lambda: chr(0x100000 + next(numbers)) * 2
+def weak_markers(rng: random.Random) -> Callable[[], str]:
+    """Return a function that draws a marker of three characters of PRIVATE. Random texts often contain it in part, and
+    sometimes the whole."""
+    return lambda: "".join(rng.choices(PRIVATE[:2], k=3))
 
 
 def random_pieces(rng: random.Random, contents: Sequence[str], *, private: bool = True) -> list[str]:
