@@ -71,7 +71,7 @@ class Tokenizer:
         leading, added = self._special
         count = len(leading)
         of_text = len(ids) - added
-        return ids[count:] if 0 < count <= of_text and ids[count : 2 * count] == leading else ids
+        return ids[count:] if count <= of_text and ids[count : 2 * count] == leading else ids
 
     @cached_property
     def _special(self) -> tuple[list[int], int]:

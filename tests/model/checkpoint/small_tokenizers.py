@@ -147,16 +147,16 @@ def t5() -> Document:
 
 
 def bert() -> Document:
-    """A lowercasing WordPiece."""
+    """A lowercasing WordPiece. Its normalizer removes characters for private use, and [MASK] is found behind it."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.BertNormalizer(lowercase=True)])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
         vocab_size=150, min_frequency=1, show_progress=False, special_tokens=special, initial_alphabet=["[", "]"]
     )
     tokenizer.train_from_iterator([text + " cls sep [ ]" for text in CORPUS], trainer)
-    tokenizer.add_tokens([added("[MASK]", lstrip=True)])
+    tokenizer.add_tokens([added("[MASK]", lstrip=True, normalized=True)])
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return document_of(tokenizer)
 

@@ -187,6 +187,26 @@ def test_the_leading_token_stands_once() -> None:
     assert encode("bert", "") == ["[CLS]", "[SEP]"]
 
 
+def test_a_text_without_ranges_is_as_in_encode_batch_also_if_its_model_makes_the_leading_token() -> None:
+    document = json.loads(tokenizer_json("word_level"))
+    document["added_tokens"] = []  # <s> is then an ordinary word
+    tokenizer = Tokenizer(json.dumps(document).encode())
+    (ids,) = tokenizer.encode_prompts(["<s> the"], [[]])
+    assert ids == tokenizer.encode_batch(["<s> the"])[0]
+    assert ids[0] == ids[1]
+
+
+def test_a_range_is_a_token_where_the_original_would_not_find_it() -> None:
+    """Prepend changes tokens that are found in normalised text, so the original finds <eos> only after a space."""
+    document = json.loads(tokenizer_json("llama2"))
+    for token in document["added_tokens"]:
+        token["normalized"] = True
+    tokenizer = Tokenizer(json.dumps(document).encode())
+    (eos,) = (token["id"] for token in document["added_tokens"] if token["content"] == "<eos>")
+    assert eos not in tokenizer.encode_batch(["a<eos>b"])[0]
+    assert tokenizer.encode_prompts(["a<eos>b<eos>"], [[(1, 6)]])[0].count(eos) == 1
+
+
 def test_encode_batch_adds_the_leading_token_once_if_it_is_asked_to() -> None:
     tokenizer = Tokenizer(tokenizer_json("llama3"))
     ((bos, a),) = tokenizer.encode_batch(["a"])
@@ -291,6 +311,9 @@ def test_markers_are_drawn_anew() -> None:
     markers = {new_marker() for _ in range(50)}
     assert len(markers) == 50
     assert {len(marker) for marker in markers} == {4}
+    names = placeholders(["a", "b"], "")
+    assert {char >= "\U00100000" for marker in markers for char in marker} == {True}
+    assert {char >= "\U00100000" for char in names.values()} == {False}
 
 
 def test_more_control_tokens_than_there_are_placeholders() -> None:
