@@ -27,7 +27,7 @@ class Tokenizer:
         """Take the content of tokenizer.json. Raises CheckpointError if the bytes are not a tokenizer.json."""
         self._json = tokenizer_json
         self._tokenizer = _load(tokenizer_json)
-        self._copy: _RenamedCopy | None = None  # made at the first use: a large tokenizer.json takes a second
+        self._copy: _RenamedCopy | None = None  # made at the first use: it takes longer than the original
 
     @property
     def vocab_size(self) -> int:
