@@ -1,6 +1,25 @@
 """Formats numbers, times, durations and foreign texts for people to read."""
 
 import math
+import unicodedata
+from collections.abc import Iterable
+
+_GAP = " … "
+"""The mark for the characters that `visible` leaves out in the middle of a text."""
+LINE_END = "⏎"
+"""The character that `visible` shows for a line feed."""
+_NAMED = {"\n": LINE_END, "\t": r"\t", "\r": r"\r", "\\": r"\\", LINE_END: r"\u23ce"}
+_BLANK = frozenset(
+    map(
+        chr,
+        (
+            *(0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0),
+            *(*range(0x180B, 0x1810), *range(0xFE00, 0xFE0E), *range(0xE0100, 0xE01F0)),
+        ),
+    )
+)
+"""Characters that Unicode counts as letters or marks although nothing of them is seen. The two variation selectors of
+emoji, U+FE0E and U+FE0F, are not among them."""
 
 
 def number(value: float | None) -> str:
@@ -83,3 +102,60 @@ def printable(text: str) -> str:
     It is for texts from files that anybody may have written: a terminal would obey control characters in them.
     """
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def visible(text: str, chars: int | None = None) -> str:
+    """Return the text on one line, safe for a terminal, with everything in it visible.
+
+    A line feed becomes ⏎. All other control characters, bidi controls, zero-width characters, lone surrogates, and
+    private or unassigned characters become escapes as in Python: `\\t`, `\\r`, `\\x1b`, `\\u202e`. A backslash of the
+    text is doubled, and a ⏎ of the text becomes `\\u23ce`, so different texts have different results. A blank at the
+    end of the text becomes `\\x20`: nobody would see it, but a model goes on differently after it. Combining marks and
+    the blanks of other widths, such as U+00A0, stay.
+
+    A result longer than `chars` characters (at least 5; None: no limit) is shortened to at most so many: a part at the
+    beginning and one of about the same length at the end stay, with ` … ` between them. No escape is cut. Then the
+    time does not depend on the length of the text. Raises ValueError if `chars` is below 5.
+    """
+    if chars is None:
+        return _whole(text)
+    if chars < len(_GAP) + 2:
+        raise ValueError(f"{chars} characters are too few for a beginning, a gap and an end")
+    # A character becomes at least one, so a text with more than `chars` characters is certainly too long.
+    if len(text) <= chars and len(whole := _whole(text)) <= chars:
+        return whole
+    room = chars - len(_GAP)
+    last = room // 2
+    begin = _fitting(map(_visible, text[: room - last]), room - last)
+    end = _fitting(reversed(_pieces(text[-last:])), last)
+    return f"{''.join(begin)}{_GAP}{''.join(reversed(end))}"
+
+
+def _whole(text: str) -> str:
+    return "".join(_pieces(text))
+
+
+def _pieces(end: str) -> list[str]:
+    """Return the visible form of each character at the end of a text."""
+    pieces = [_visible(character) for character in end]
+    return [*pieces[:-1], r"\x20"] if end.endswith(" ") else pieces
+
+
+def _fitting(pieces: Iterable[str], chars: int) -> list[str]:
+    """Return as many of the first pieces as have at most `chars` characters together."""
+    found = []
+    for piece in pieces:
+        found.append(piece)
+        chars -= len(found[-1])
+        if chars < 0:
+            return found[:-1]
+    return found
+
+
+def _visible(character: str) -> str:
+    if character in _NAMED:
+        return _NAMED[character]
+    if character not in _BLANK and (character.isprintable() or unicodedata.category(character) == "Zs"):
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
