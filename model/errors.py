@@ -14,6 +14,11 @@ A message names the thing, its value and what to do about it, so that an operato
 class TwoTowerError(Exception):
     """The root of all errors that this project raises on purpose."""
 
+    def __init__(self, *args: object, advice: str = "") -> None:
+        """`advice`: lines that the command line shows below the message as they stand, such as a part of a job file."""
+        super().__init__(*args)
+        self.advice = advice
+
 
 class CheckpointError(TwoTowerError):
     """A checkpoint cannot be used: it cannot be read or loaded, it is not supported, it does not fit in memory, or its

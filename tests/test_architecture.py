@@ -31,6 +31,7 @@ FLOORS = {
         "pages",
         "report",
         "driver calibration",
+        "preview",
         "cli",
     ],
     "workers": ["units checks", "replica", "cluster"],
@@ -44,7 +45,7 @@ MOST_MODULES = 12
 COMPOSITION = "pipeline/cli/compose.py"
 """The only file that connects the pipeline with the workers."""
 
-KNOW_RAY = {f"workers/cluster/{name}.py" for name in ("actor", "pool", "connection", "bench", "metrics")}
+KNOW_RAY = {f"workers/cluster/{name}.py" for name in ("actor", "pool", "connection", "remote", "metrics")}
 MODEL_NEEDS = {"torch", "triton", "numpy", "safetensors", "tokenizers", "fsspec", "huggingface_hub", "model"}
 FORBIDDEN = {"model": {"ray", "pipeline", "workers"}, "pipeline": {"ray", "torch", "matplotlib"}, "workers": set()}
 WITHOUT_TORCH = {"model/__init__.py", "model/errors.py", "model/requests.py"}

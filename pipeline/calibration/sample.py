@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +23,7 @@ from pipeline.core.types import WorkUnit
 from pipeline.input.row_settings import with_settings
 from pipeline.input.unit_reader import UnitData, UnitReader
 from pipeline.planning.plan import Plan
+from pipeline.prompts.encoder import EncoderLike
 from pipeline.storage.storage import split_url
 from pipeline.storage.urls import safe_url
 
@@ -106,18 +106,11 @@ class Sample:
         return 1 - self.bad / self.read
 
 
-class TokenizerLike(Protocol):
-    """The part of a checkpoint's tokenizer that drawing a sample needs."""
-
-    def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]:
-        """Return the token ids of each text."""
-
-
 class _Draw:
     """Collects the rows that are read, separated into rows that can be generated and rows that cannot."""
 
-    def __init__(self, tokenizer: TokenizerLike, params: GenerationParams, room: int) -> None:
-        self._tokenizer, self._params, self._room = tokenizer, params, room
+    def __init__(self, encoder: EncoderLike, params: GenerationParams, room: int) -> None:
+        self._encoder, self._params, self._room = encoder, params, room
         self.good: dict[str, SampleRow] = {}
         """The rows that can be generated, by row key."""
         self.bad: dict[str, str] = {}
@@ -129,8 +122,7 @@ class _Draw:
         """Add the rows that were read at one place. A row may be there already, because a place that was moved can
         overlap another; it counts once."""
         ids = data.columns["id"]
-        texts = [row.prompt or "" for row in data.rows]
-        for row, tokens in zip(data.rows, self._tokenizer.encode_batch(texts), strict=True):
+        for row, tokens in zip(data.rows, self._encoder.encode(data.rows), strict=True):
             try:
                 params = with_settings(self._params, row.settings)
             except RequestError as error:
@@ -157,7 +149,7 @@ class _Draw:
 
 
 def draw_sample(
-    job: Job, plan: Plan, tokenizer: TokenizerLike, params: GenerationParams, room: int, size: int, seed: int = 0
+    job: Job, plan: Plan, encoder: EncoderLike, params: GenerationParams, room: int, size: int, seed: int = 0
 ) -> Sample:
     """Return a sample of `size` rows of the job's input, or of all usable rows that were read if these are fewer.
 
@@ -166,11 +158,13 @@ def draw_sample(
     cannot be decoded, StorageError if it cannot be reached.
     """
     rng = random.Random(seed)
-    reader = UnitReader(job.input)
-    draw = _Draw(tokenizer, params, room)
+    reader = UnitReader(job.input, plan.prompts)
+    draw = _Draw(encoder, params, room)
     places = shifted = 0
     try:
-        for unit, moved in _places(plan, job.input.columns, max(ROWS_READ, ROWS_READ_FOR_EACH * size), rng):
+        for unit, moved in _places(
+            plan, job.input.columns_with(plan.prompts.columns), max(ROWS_READ, ROWS_READ_FOR_EACH * size), rng
+        ):
             draw.take(reader.read(unit))
             places, shifted = places + 1, shifted + moved
             if draw.characters > READ_CHARS:

@@ -12,8 +12,10 @@ from pipeline.calibration.results.folder import Folder, folder_for
 from pipeline.calibration.sample import Sample, draw_sample
 from pipeline.config.job import Job
 from pipeline.core.errors import CheckpointError
+from pipeline.output.begun import plan_job
 from pipeline.planning.checkpoint import check_checkpoint, load_tokenizer
-from pipeline.planning.plan import Plan, make_plan
+from pipeline.planning.plan import Plan
+from pipeline.prompts.encoder import PromptEncoder
 
 SEED = 0
 """Seed of the sample. It is fixed, so that every run draws the same rows and earlier measurements can be used again."""
@@ -53,10 +55,12 @@ def prepare(job: Job, options: Options) -> Setup:
             raise
         raise CheckpointError(f"calibrate compares AR with diffusion and needs both towers: {error}") from error
     folder = Folder(folder_for(job, options.to))
-    plan = make_plan(job, checkpoint_identity=checkpoint.identity())
+    plan = plan_job(job, checkpoint)
     params = measured.generation.params(checkpoint.config.eos_token_ids)
     room = measured.engine.limits().row_tokens(checkpoint.config.max_position_embeddings)
-    sample = draw_sample(job, plan, load_tokenizer(checkpoint), params, room, options.sample, SEED)
+    sample = draw_sample(
+        job, plan, PromptEncoder(load_tokenizer(checkpoint), plan.prompts), params, room, options.sample, SEED
+    )
     identity = record.identity(measured, plan, sample, checkpoint.identity())
     folder.check(identity)
     gpus, replicas = job.workers.gpus, job.workers.replicas

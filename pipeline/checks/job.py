@@ -51,6 +51,7 @@ def check_input(job: Job) -> Iterator[Finding]:
     import pyarrow.parquet as pq
 
     from pipeline.input.files import list_input
+    from pipeline.planning.prompts import prompt_columns_in
     from pipeline.storage.storage import Storage
 
     shown = safe_url(job.input.path)
@@ -59,7 +60,12 @@ def check_input(job: Job) -> Iterator[Finding]:
     with Storage(root).open(first.name, first.size) as source:
         footer = pq.ParquetFile(source)
         names, rows = set(footer.schema_arrow.names), footer.metadata.num_rows
-    if missing := [column for column in job.input.columns if column not in names]:
+    try:
+        prompts = prompt_columns_in(job.input, sorted(names))
+    except ValueError as error:
+        yield fail(f"{shown}: {first.name}: {error}", "fix the template in the job file")
+        return
+    if missing := [column for column in job.input.columns_with(prompts) if column not in names]:
         has = ", ".join(sorted(names)[:10])
         yield fail(f"{shown}: {first.name} has no column {', '.join(missing)}", f"it has {has}: fix the job file")
         return

@@ -33,7 +33,7 @@ def make_pool(
     signals.install()
     from workers.replica.build import ReplicaSpec, make_runner
 
-    maker = functools.partial(make_runner, ReplicaSpec(job, plan.fingerprint.digest, plan.schema, json_logs))
+    maker = functools.partial(make_runner, ReplicaSpec(job, plan.fingerprint.digest, plan.schema, plan.prompts, json_logs))
     pool: Pool
     if local:
         from workers.replica.local_pool import LocalPool

@@ -53,17 +53,20 @@ def plan(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show what a job would do, and write nothing. The exit code is 1 if input files cannot be read."""
+    """Show what a job would do, with three of its prompts, and write nothing. The exit code is 1 if input files cannot
+    be read or too many rows have no usable prompt."""
     with one_line_errors(debug):
-        from pipeline.cli.plan_view import preview
+        from pipeline.cli.plan_view import view_plan
         from pipeline.config.loader import load_job
 
-        shown = preview(load_job(job, overrides or ()), calibration)
+        shown = view_plan(load_job(job, overrides or ()), calibration)
         for line in shown.lines():
             typer.echo(line)
         for name, reason in shown.unreadable:
             typer.echo(f"error: input file {name} cannot be read: {reason}", err=True)
-        if shown.unreadable:
+        if shown.refusal:
+            typer.echo(f"error: {shown.refusal}", err=True)
+        if shown.unreadable or shown.refusal:
             raise typer.Exit(1)
 
 

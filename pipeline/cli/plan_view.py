@@ -1,32 +1,34 @@
-"""Finds out what a job would do, without writing anything, for the command `plan JOB`."""
+"""Shows what a job would do, without writing anything, for the command `plan JOB`."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from model.checkpoint.tokenizer import Tokenizer
 from pipeline.calibration.results.estimate import Estimate, estimate
+from pipeline.cli.plan_sample import PlanSample, sample_plan
 from pipeline.config.job import Job
-from pipeline.core.text import counted
-from pipeline.core.types import WorkUnit
-from pipeline.input.row_settings import with_settings
-from pipeline.input.unit_reader import UnitReader
+from pipeline.core.text import counted, printable, shorten, visible
+from pipeline.output.begun import OLD_RULES_NOTE, plan_job
 from pipeline.output.layout import PLAN
 from pipeline.output.ledger import Ledger, read_status
 from pipeline.planning.checkpoint import check_checkpoint, load_tokenizer
 from pipeline.planning.fingerprint import NAMED_AT_MOST, listing_change
-from pipeline.planning.plan import Plan, make_plan
+from pipeline.planning.plan import Plan
+from pipeline.prompts.setup import RULES
+from pipeline.prompts.template import TEMPLATE_WORDS, reads_all_columns, template_names
+from pipeline.report.row_view import wrapped
 from pipeline.storage.storage import Storage
 from pipeline.storage.urls import safe_url
 
-SAMPLE_UNITS = 8
-"""The maximum number of units of which rows are sampled."""
-SAMPLE_ROWS = 64
-"""The number of rows that are read from the beginning of each sampled unit."""
+LINE_CHARS, SHOWN_LINES = 69, 3
+"""The columns of a line in which a prompt is shown, so that 80 are enough, and the most such lines; wide characters may
+take more of them."""
+REASONS = 5
+"""The most reasons for rows without a usable prompt that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
-class Preview:
-    """A preview of what a job would do: its plan, what is done, and what a sample of its rows says about the rest."""
+class PlanView:
+    """A view of what a job would do: its plan, what is done, and what a sample of its rows says about the rest."""
 
     job: Job
     plan: Plan
@@ -34,14 +36,7 @@ class Preview:
     """Published units."""
     done_rows: int
     """Rows of the published units."""
-    sampled_rows: int
-    sampled_tokens: int
-    """Prompt tokens of the rows of the sample that can be generated."""
-    sampled_bad: int
-    """Rows of the sample that cannot be generated: their prompt is null, fails in the template or is too long, or one
-    of their settings is impossible."""
-    sampled_limits: int = 0
-    """The sum of max_new_tokens over the other rows of the sample."""
+    sample: PlanSample
     saved_rows: int = 0
     """Finished rows of unfinished units, which are saved in segments."""
     added: tuple[str, ...] = ()
@@ -56,7 +51,7 @@ class Preview:
         return self.plan.unreadable
 
     def lines(self) -> Iterator[str]:
-        """Yield the preview for the operator, line by line."""
+        """Yield the view for the operator, line by line."""
         job, plan, left = self.job, self.plan, self.plan.rows - self.done_rows - self.saved_rows
         generation, workers = job.generation, job.workers
         yield f"job        {job.name}"
@@ -69,13 +64,7 @@ class Preview:
         done = f"{counted(self.done_units, 'unit')}, {counted(self.done_rows, 'row')}"
         saved = f", and {counted(self.saved_rows, 'row')} of unfinished units" if self.saved_rows else ""
         yield f"done       {done}{saved}; left: {counted(left, 'row')}"
-        if self.sampled_rows:
-            tokens = round(self.sampled_tokens / self.sampled_rows * left)
-            sample = counted(self.sampled_rows, "row")
-            yield f"prompts    about {tokens:,} tokens left (estimate from a sample of {sample})"
-        if self.sampled_bad:
-            usable = "usable prompt and settings" if job.input.row_settings.columns else "usable prompt"
-            yield f"bad rows   {self.sampled_bad:,} of {self.sampled_rows:,} sampled rows have no {usable}"
+        yield from self._prompt_lines(left)
         if columns := job.input.row_settings.columns:
             named = ", ".join(f"{setting} from {column}" for setting, column in columns.items())
             yield f"per row    {named}; if null, the job's"
@@ -91,31 +80,79 @@ class Preview:
         if self.unreadable:
             yield f"unreadable {counted(len(self.unreadable), 'file')}: `run` would refuse the job"
 
+    def _prompt_lines(self, left: int) -> Iterator[str]:
+        """Yield the lines about prompts: what they are made of, some of them, and why rows have none."""
+        sample, setup = self.sample, self.plan.prompts
+        if setup.rules < RULES:
+            yield f"note       {OLD_RULES_NOTE}"
+        if setup.template is not None:
+            yield f"columns    {_made_of(setup.template, setup.columns)}"
+        if sample.rows:
+            tokens = round(sample.tokens / sample.rows * left)
+            exact = sample.rows == self.plan.rows and not self.done_rows
+            estimate = f" left (estimate from a sample of {counted(sample.rows, 'row')})"
+            yield f"prompts    {'' if exact else 'about '}{tokens:,} tokens{'' if exact else estimate}"
+        for rank, prompt in sample.prompts:
+            control = f" with {counted(prompt.control, 'control token')}" if prompt.control else ""
+            yield f"{rank:<10} {printable(prompt.key)}, {counted(prompt.tokens, 'token')}{control}:"
+            text = visible(prompt.text, SHOWN_LINES * LINE_CHARS)
+            yield from (f"           {line}" for line in wrapped(text, LINE_CHARS))
+        if sample.bad:
+            usable = "usable prompt and settings" if self.job.input.row_settings.columns else "usable prompt"
+            yield f"bad rows   {sample.bad:,} of {sample.rows:,} sampled rows have no {usable}:"
+        for rows, example in sample.reasons[:REASONS]:
+            text = f"{counted(rows, 'row')}, the first {visible(example, SHOWN_LINES * LINE_CHARS)}"
+            yield from (f"           {line}" for line in wrapped(text, LINE_CHARS))
+        if len(sample.reasons) > REASONS:
+            yield f"           and rows with {counted(len(sample.reasons) - REASONS, 'other reason')}"
+        if self.refusal:
+            limit = f"retry.max_error_rate {self.job.retry.max_error_rate:g}"
+            yield f"           above {limit}: `run` would end with an error"
+
+    @property
+    def refusal(self) -> str | None:
+        """Return the reason why `run` would probably end with an error: too many rows have no usable prompt."""
+        sample, limit = self.sample, self.job.retry.max_error_rate
+        if sample.bad_share <= limit:
+            return None
+        return (
+            f"{sample.bad:,} of {sample.rows:,} sampled rows cannot be generated, {sample.bad_share:.0%}, above "
+            f"retry.max_error_rate {limit:g}: `run` would end with an error"
+        )
+
     def _completion_tokens(self, left: int) -> str:
         each, column = self.job.generation.max_new_tokens, self.job.input.row_settings.max_new_tokens
         if column is None:
             return f"{left * each:,} tokens left ({each:,} per row)"
-        if not self.sampled_rows:
+        if not self.sample.rows:
             return f"as column {column} says"
-        tokens = round(self.sampled_limits / self.sampled_rows * left)
+        tokens = round(self.sample.new_tokens / self.sample.rows * left)
         return f"about {tokens:,} tokens left (by column {column}, estimate from the same sample)"
 
 
-def preview(job: Job, calibration: str | None = None) -> Preview:
+def view_plan(job: Job, calibration: str | None = None) -> PlanView:
     """Plan the job, sample its prompts and look up its calibration: in the folder `calibration`, or by default in the
     folder to which `calibrate` writes.
 
     Raises JobError, CheckpointError, InputError, StorageError, and OutputError if `run` would refuse the output.
     """
     checkpoint = check_checkpoint(job)
-    identity = checkpoint.identity()
-    plan = make_plan(job, checkpoint_identity=identity, allow_unreadable=True)
+    plan = plan_job(job, checkpoint, allow_unreadable=True)
     done_units, done_rows, saved, added = _done(job, plan)
     room = job.engine.limits().row_tokens(checkpoint.config.max_position_embeddings)
-    rows, tokens, bad, limits = _sample(job, plan.units, load_tokenizer(checkpoint), room)
-    usable = round((plan.rows - done_rows - saved) * (1 - bad / max(rows, 1)))
-    found = estimate(job, plan, identity, calibration, usable)
-    return Preview(job, plan, done_units, done_rows, rows, tokens, bad, limits, saved, added, found)
+    sample = sample_plan(job, plan, load_tokenizer(checkpoint), room)
+    usable = round((plan.rows - done_rows - saved) * (1 - sample.bad_share))
+    found = estimate(job, plan, checkpoint.identity(), calibration, usable)
+    return PlanView(job, plan, done_units, done_rows, sample, saved, added, found)
+
+
+def _made_of(template: str, columns: Sequence[str]) -> str:
+    """Return what a template reads, for people."""
+    if reads_all_columns(template, columns):
+        return f"the template reads all {counted(len(columns), 'column')}, because it uses `row` without a fixed name"
+    text = shorten(f"the template reads {', '.join(printable(name) for name in columns)}", SHOWN_LINES * LINE_CHARS)
+    hidden = [name for name in columns if name in TEMPLATE_WORDS and name in template_names(template).free]
+    return text + "".join(f"; `{name}` is a column here, not the template's own word" for name in hidden)
 
 
 def _done(job: Job, plan: Plan) -> tuple[int, int, int, tuple[str, ...]]:
@@ -133,27 +170,3 @@ def _done(job: Job, plan: Plan) -> tuple[int, int, int, tuple[str, ...]]:
     added = listing_change(old.listing, plan.listing).added if old is not None and same_job else ()
     saved = ledger.count_saved(plan.fingerprint.digest)
     return len(results), sum(result.totals.rows for result in results), saved, added
-
-
-def _sample(job: Job, units: Sequence[WorkUnit], tokenizer: Tokenizer, room: int) -> tuple[int, int, int, int]:
-    """Return (rows, tokens, bad, limits) of a sample: the first rows of a few units spread over the job.
-
-    `bad` is the number of rows that cannot be generated with `room` tokens of context. `tokens` and `limits` are the
-    sums of the prompt tokens and of max_new_tokens over the others.
-    """
-    params = job.generation.params(())
-    reader = UnitReader(job.input)
-    picked = units[:: max(1, -(-len(units) // SAMPLE_UNITS))]
-    rows = tokens = bad = limits = 0
-    for unit in picked:
-        data = reader.read(replace(unit, row_count=min(unit.row_count, SAMPLE_ROWS)))
-        good = [(row.prompt, row.settings) for row in data.rows if row.prompt is not None]
-        encoded = tokenizer.encode_batch([prompt for prompt, _ in good])
-        most = [with_settings(params, settings).max_new_tokens for _, settings in good]
-        fitting = [(len(ids), limit) for ids, limit in zip(encoded, most, strict=True) if 0 < len(ids) <= room - limit]
-        rows += len(data.rows)
-        bad += len(data.rows) - len(fitting)
-        tokens += sum(count for count, _ in fitting)
-        limits += sum(limit for _, limit in fitting)
-    reader.close()
-    return rows, tokens, bad, limits

@@ -14,14 +14,18 @@ from pipeline.core.text import one_line
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """Turn the project's own errors into one line on stderr and exit code 1. With `debug` they keep their traceback, as
-    all other errors do, because those are bugs."""
+    """Turn the project's own errors into one line on stderr, with their advice below it, and exit code 1.
+
+    With `debug` they keep their traceback, as all other errors do, because those are bugs.
+    """
     try:
         yield
     except TwoTowerError as error:
         if debug:
             raise
         typer.echo(f"error: {one_line(error)}", err=True)
+        if error.advice:
+            typer.echo(error.advice, err=True)
         raise typer.Exit(1) from None
 
 

@@ -6,18 +6,21 @@ The allowed values of `generation` and `engine` are defined only in `model.reque
 objects of that module, which check the values, and pass their messages on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
 from model.checkpoint.config import Towers
 from model.requests import EngineLimits, GenerationParams, Mode
-from pipeline.prompts.template import template_columns
+from pipeline.prompts.setup import Nulls, SpecialTokens
+from pipeline.prompts.template import template_names
 
 Text = Annotated[StrictStr, Field(min_length=1)]  # not empty
 Names = Annotated[tuple[Text, ...], Field(strict=False)]  # YAML has only lists: accept them as tuples
 Ids = Annotated[tuple[StrictInt, ...], Field(strict=False)]
+
+_PROMPT_SOURCES = ("prompt_column", "template", "messages_column")
 
 OLD_KEYS: Mapping[str, str] = {"checkpoint": "flush"}
 """Top-level keys that had another name in earlier versions: old name -> current name. The old names still work."""
@@ -85,15 +88,31 @@ class InputSection(Section):
     such as s3://bucket/prompts/. Names that begin with _ or . are left out. Local links are followed. The job is
     refused if nothing is found."""
     prompt_column: Text | None = None
-    """The string column that holds the prompt; null: the template is used, or the column `prompt` if there is no
-    template. A row with a null or empty prompt becomes an error row."""
+    """The column that holds the prompt, of strings or of bytes that are UTF-8; null: the template or the messages are
+    used, or the column `prompt` if there are none. A row with a null or empty prompt becomes an error row."""
     template: Text | None = None
-    """A jinja2 template that makes the prompt from the columns of a row, such as "Summarise: {{ title }}\\n{{ body }}".
-    It cannot be combined with prompt_column. A row that takes more than 2 s of computing or 1 GiB of memory becomes an
-    error row."""
+    """A jinja2 template that makes the prompt from the columns of a row, such as "Summarise: {{ title }}\\n{{ body }}";
+    docs/prompts.md says what it can do. A column whose name is not a plain word is written {{ row['doc id'] }}. Only
+    one of prompt_column, template and messages_column can be given. A row that takes more than 2 s of computing or 1
+    GiB of memory becomes an error row."""
+    messages_column: Text | None = None
+    """The column that holds the messages of a chat: lists of structs with the fields `role` and `content`, or strings
+    that hold such a list as JSON. The chat template of the checkpoint makes the prompt of them, up to the point at
+    which the assistant answers."""
+    system: Text | None = None
+    """The system message that is put in front of the messages of a row without one; null: none is. It needs
+    messages_column."""
+    nulls: Nulls = "error"
+    """The treatment of a null cell that a template prints, or of a null inside a cell that is printed by itself. error:
+    the row becomes an error row, whose text names the column. empty: the null counts as empty text. It does not matter
+    for a template that deals with nulls itself, as {{ title | default('n/a') }} does."""
+    special_tokens: SpecialTokens = "template"
+    """The texts that become control tokens if they spell one, such as <eos>. template: only the template's own text,
+    its string constants and the chat template; what comes from cells is text, whatever it spells. all: cells as well.
+    none: nothing. Tokens that the tokenizer itself puts in front of a prompt, such as BOS, are always there, once."""
     id_column: Text | None = None
-    """The integer or string column that becomes `id` in the output; null: ids are `<file>#<row>`. Repeated ids are kept
-    and counted."""
+    """The column of integers, strings or bytes (UTF-8) that becomes `id` in the output; null: ids are `<file>#<row>`.
+    Repeated ids are kept and counted."""
     carry: Names = ()
     """The columns that are copied to the output unchanged."""
     row_settings: RowSettingsSection = RowSettingsSection()
@@ -104,26 +123,32 @@ class InputSection(Section):
     the job is refused if planned files were removed or rewritten; this is meant for scheduled jobs."""
 
     @property
-    def columns(self) -> list[str]:
-        """Return the names of all input columns that the job reads, each once: those of the prompt, the id column, the
-        carried columns and those of the row settings."""
-        prompt = template_columns(self.template) if self.template is not None else (self.prompt_column,)
-        names = [*prompt, self.id_column, *self.carry, *self.row_settings.columns.values()]
+    def prompt_source(self) -> str:
+        """Return the name of the setting that says what prompts are made of, such as `template`."""
+        return next(name for name in _PROMPT_SOURCES if getattr(self, name) is not None)
+
+    def columns_with(self, prompt_columns: Iterable[str]) -> list[str]:
+        """Return the names of all input columns that the job reads, each once: those of the prompts (which planning
+        finds, see PromptSetup.columns), the id column, the carried columns and those of the row settings."""
+        names = [*prompt_columns, self.id_column, *self.carry, *self.row_settings.columns.values()]
         return [name for name in dict.fromkeys(names) if name is not None]
 
     @model_validator(mode="before")
     @classmethod
     def _default_prompt(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("prompt_column") is None and data.get("template") is None:
+        if isinstance(data, dict) and all(data.get(name) is None for name in _PROMPT_SOURCES):
             return {**data, "prompt_column": "prompt"}
         return data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.prompt_column is not None and self.template is not None:
-            raise ValueError("prompt_column and template are both given: keep one of them")
+        given = [name for name in _PROMPT_SOURCES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} are both given: keep one of them")
+        if self.system is not None and self.messages_column is None:
+            raise ValueError("system is given without messages_column: write it into the template instead")
         if self.template is not None:
-            template_columns(self.template)
+            template_names(self.template)
         return self
 
 
@@ -141,6 +166,10 @@ class OutputSection(Section):
     number of rows, at most 1,000,000, is estimated from the input's footers and max_new_tokens before anything is
     generated (pipeline.planning.part_size), so files are smaller if completions end early. No file holds rows of two
     input files. At most 2000, because a part is built in memory."""
+
+    keep_prompt: bool = False
+    """Whether the output has a column `prompt` with the text of each row's prompt, in which control tokens are spelled
+    out. It is null in rows that have no prompt. input.carry cannot name a column `prompt` then."""
 
     @property
     def part_limit(self) -> str:
@@ -333,3 +362,12 @@ class Job(Section):
         # The loader has renamed the keys of a job file. This is for plan.json of an older output and for settings that
         # are made in Python.
         return rename_old_keys(data) if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.output.keep_prompt and (taken := [name for name in self.input.carry if name.casefold() == "prompt"]):
+            raise ValueError(
+                f"output.keep_prompt adds a column prompt, and input.carry copies column '{taken[0]}' to that name: "
+                "keep one of them"
+            )
+        return self

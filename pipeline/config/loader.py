@@ -26,6 +26,12 @@ _LEADING_ZERO = re.compile(r"[-+]?0[\d_]+")
 MAX_FILE_CHARS, MAX_VALUES = 4_000_000, 10_000
 """The most characters and the most values in a job file. Values are limited because YAML aliases of aliases can turn a
 few lines into billions of them."""
+_QUOTE_TEMPLATE = 'put the template in quotes, as in template: "{{ text }}"'
+"""The advice for text with {{…}} or {%…%} that is not in quotes, because YAML reads it as a section or as broken."""
+_SINGLE_QUOTES = """inside "…" write '…' in the template, as in template: "{{ row['doc id'] }}\""""
+_ENDED_TEMPLATE = re.compile(r""":\s+"[^"]*\{[{%][^"}]*\"""")
+"""Matches a template in double quotes that a double quote inside an expression ends."""
+_UNQUOTED_TEMPLATE = re.compile(r""":\s+(?!["'])[^"']*\{[{%]""")
 _PATHS = frozenset(("input.path", "output.path", "model.checkpoint"))
 
 
@@ -136,8 +142,12 @@ def _parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f", line {mark.line + 1}" if mark else ""
-        braces = mark is not None and "${" in "".join(text.splitlines()[mark.line : mark.line + 1])
-        hint = "; inside {…} or […] put a value with ${…} in quotes" if braces else ""
+        near = "".join(text.splitlines()[mark.line : mark.line + 1]) if mark is not None else ""
+        hint = "; inside {…} or […] put a value with ${…} in quotes" if "${" in near else ""
+        if _ENDED_TEMPLATE.search(near):
+            hint = f"; {_SINGLE_QUOTES}"
+        elif _UNQUOTED_TEMPLATE.search(near):
+            hint = f"; {_QUOTE_TEMPLATE}"
         raise JobError(f"{where}{line}: not YAML: {error.problem or error.context}{hint}") from None
     except yaml.YAMLError as error:  # raised for characters that YAML does not allow
         raise JobError(f"{where}: not YAML: {one_line(error)}") from None
@@ -165,18 +175,28 @@ def _build(loader: _Loader, node: yaml.Node, key: str, where: str) -> Any:
             raise JobError(f"{place} is {shown(node.value)}: it cannot be read as {kind}") from error
         if node.tag.endswith(":int") and ":" in node.value:
             raise JobError(f"{place} is {shown(node.value)}: write the number in decimal")
+        if unquoted and key == "input.template" and _comment_follows(node):
+            raise JobError(f"{place}: text after # is a comment, so it would be lost: {_QUOTE_TEMPLATE}")
         return Plain(value) if isinstance(value, str) and unquoted else value
     built: dict[str, Any] = {}
     for key_node, value_node in node.value:
         name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
         line = key_node.start_mark.line + 1
         if name is None:
-            raise JobError(f"{where}, line {line}: a key must be text")
+            template = isinstance(key_node, yaml.MappingNode)
+            raise JobError(f"{where}, line {line}: a key must be text" + (f"; {_QUOTE_TEMPLATE}" if template else ""))
         full = f"{key}.{name}" if key else name
         if name in built:
             raise JobError(f"{where}, line {line}: {full} is given twice: keep one of them")
         built[name] = _build(loader, value_node, full, where)
     return built
+
+
+def _comment_follows(node: yaml.Node) -> bool:
+    """Return whether a comment stands behind the value, on the same line."""
+    mark = node.end_mark
+    rest = mark.buffer[mark.pointer :].partition("\n")[0] if mark.buffer is not None else ""
+    return bool(rest.strip().startswith("#"))
 
 
 def _check_number(text: str, where: str) -> None:

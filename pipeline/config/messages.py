@@ -41,7 +41,7 @@ def _explain_one(fault: ErrorDetails, origins: Mapping[str, str]) -> str:
     if fault["type"] == "value_error" and isinstance(fault["input"], dict):
         # This rule covers a whole section, and its message names the key itself.
         named = rule.partition(" ")[0] in fault["input"]
-        return f"{dotted}.{rule}" if named else f"{dotted}: {rule}"
+        return f"{dotted}.{rule}" if named else f"{dotted}: {rule}" if dotted else rule
     return f"{key} is {shown(fault['input'])}: {_RULES.get(fault['type'], rule[:1].lower() + rule[1:])}"
 
 

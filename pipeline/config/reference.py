@@ -17,7 +17,14 @@ given on the command line as `--set SECTION.KEY=VALUE`, and a value may hold `${
 """
 LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 """The keyword of a JSON schema that sets a limit -> the words for it on the page."""
-TYPES = {"integer": "whole number", "number": "number", "string": "text", "array": "list", "null": "null"}
+TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "array": "list",
+    "null": "null",
+    "boolean": "true or false",
+}
 """The type in a JSON schema -> the words for it on the page."""
 Schema = Mapping[str, Any]
 """A JSON schema, or the schemas that it defines by name."""
@@ -79,6 +86,8 @@ def _yaml(value: object) -> str:
     """Return a default as a job file writes it."""
     if value is None:
         return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
     return "[]" if value in ((), []) else str(value)
 
 

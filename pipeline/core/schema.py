@@ -40,9 +40,17 @@ RESULT_SCHEMA = pa.schema([pa.field(name, kind) for name, kind in _RESULT_FIELDS
 """The columns of a segment. A part has the id and the carried columns before them."""
 
 
-def output_schema(id_type: pa.DataType, carried_fields: "Sequence[pa.Field[Any]]") -> pa.Schema:
-    """Return the schema of every part: `id`, the carried columns in the job's order, then RESULT_COLUMNS."""
-    return pa.schema([pa.field("id", id_type), *carried_fields, *RESULT_SCHEMA])
+PROMPT_COLUMN = "prompt"
+"""The column with the text of the prompts, if the job keeps them (output.keep_prompt)."""
+
+
+def output_schema(
+    id_type: pa.DataType, carried_fields: "Sequence[pa.Field[Any]]", *, keep_prompt: bool = False
+) -> pa.Schema:
+    """Return the schema of every part: `id`, the carried columns in the job's order, PROMPT_COLUMN if the prompts are
+    kept, then RESULT_COLUMNS."""
+    kept = [pa.field(PROMPT_COLUMN, pa.string())] if keep_prompt else []
+    return pa.schema([pa.field("id", id_type), *carried_fields, *kept, *RESULT_SCHEMA])
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
@@ -90,6 +98,33 @@ def merge_types(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         merged = [pa.field(name, inner) for name, inner in fields if inner is not None]
         return pa.struct(merged) if len(merged) == len(fields) else None
     return None
+
+
+def text_type(kind: pa.DataType) -> pa.DataType:
+    """Return string for a column of bytes, and plain_type(kind) for any other one.
+
+    Spark and Impala may write strings as bytes without saying that they are strings, so bytes are taken for UTF-8 text
+    where text is wanted.
+    """
+    plain = plain_type(kind)
+    return pa.string() if pa.types.is_binary(plain) else plain
+
+
+def depth_of(kind: pa.DataType) -> int:
+    """Return how many types are nested in each other: 1 for a plain type, 2 for a list of numbers."""
+    depth, types = 0, [kind]
+    while types:
+        depth += 1
+        types = [each.field(index).type for each in types for index in range(each.num_fields)]
+    return depth
+
+
+def is_messages(kind: pa.DataType) -> bool:
+    """Return True if a column of this type holds the messages of chats: lists of structs with role and content."""
+    plain = plain_type(kind)
+    if not pa.types.is_list(plain) or not pa.types.is_struct(plain.value_type):
+        return False
+    return {"role", "content"} <= {field.name for field in plain.value_type}
 
 
 def is_text(kind: pa.DataType) -> bool:

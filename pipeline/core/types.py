@@ -103,6 +103,9 @@ class Row:
     """The reason why the row cannot be used; None if it can."""
     settings: tuple[RowSetting, ...] = ()
     """The settings that replace those of the job for this row."""
+    control: tuple[tuple[int, int], ...] = ()
+    """The ranges of characters (start, end) of `prompt` that are control tokens, in ascending order. All other text is
+    text, whatever it spells, unless input.special_tokens is `all`."""
 
 
 @dataclass(frozen=True, slots=True)

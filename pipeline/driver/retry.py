@@ -112,8 +112,8 @@ class RetryPolicy:
             return
         raise JobFailed(
             f"{errors} of {rows} rows are error rows ({errors / rows:.1%}), above retry.max_error_rate "
-            f"({self.max_error_rate:.1%}); see the `error` column of the parts, fix the input or raise the limit, "
-            "and submit the job again"
+            f"({self.max_error_rate:.1%}); `twotower show OUTPUT --errors` shows them. To accept them, raise the limit "
+            "and submit the same job again. To repair them, correct the input or the template and use a new output.path"
         )
 
     def check_start(self, failures: int, *, refused: bool, working: bool, reason: str) -> None:

@@ -23,10 +23,12 @@ from pipeline.monitoring.live import COMPLETE, LiveFile
 from pipeline.monitoring.progress import Display, open_display, run_progress, show_run
 from pipeline.monitoring.reporter import Reporter, Sink
 from pipeline.monitoring.telemetry import Telemetry
+from pipeline.output.begun import OLD_RULES_NOTE, plan_job
 from pipeline.output.claim import Claim
 from pipeline.output.ledger import Ledger
 from pipeline.planning.checkpoint import check_checkpoint
-from pipeline.planning.plan import Plan, make_plan
+from pipeline.planning.plan import Plan
+from pipeline.prompts.setup import RULES
 from pipeline.report.write import report_line
 
 PoolMaker = Callable[[Plan, int, Callable[[str], None]], Pool]
@@ -72,7 +74,7 @@ def run_job(
     later, with the finished parts in place, and OutputError and StorageError at any time.
     """
     started = time.monotonic()
-    plan = make_plan(job, checkpoint_identity=check_checkpoint(job).identity())
+    plan = plan_job(job, check_checkpoint(job))
     ledger = Ledger(job.output.path, plan.fingerprint.digest)
     ledger.open(plan, job)
     # Claim before the parts are listed, so that an older run soon stops adding some; leave a complete job alone.
@@ -90,6 +92,8 @@ def run_job(
         if ran_units:
             ledger.reopen()
             display = make_display()
+            if plan.prompts.rules < RULES:
+                display.tell(OLD_RULES_NOTE)
             reporter = Reporter(telemetry, LiveFile(job.output.path), sinks, display.tell)
             closing.enter_context(_ending(reporter, claim))
             stall = StallWatch(telemetry, 60 * job.retry.stall_minutes)

@@ -7,13 +7,14 @@ import pyarrow as pa
 
 from pipeline.config.job import InputSection
 from pipeline.core.errors import InputError, StorageError
-from pipeline.core.schema import is_text
+from pipeline.core.schema import PROMPT_COLUMN, is_text
 from pipeline.core.types import Row, WorkUnit
 from pipeline.input import limits
 from pipeline.input.parquet_rows import RowStream
 from pipeline.input.row_settings import read_settings
 from pipeline.prompts.prompts import PromptMaker
-from pipeline.prompts.values import CellError, error_line, read_cells
+from pipeline.prompts.setup import PromptSetup
+from pipeline.prompts.values import CellError, as_text, error_line, read_cells
 from pipeline.storage.urls import safe_url
 
 
@@ -25,7 +26,8 @@ class UnitData:
     rows: list[Row]
     """One Row per input row, in input order, unusable rows included."""
     columns: pa.Table
-    """The `id` column and the carried columns, with one row for each of `rows`."""
+    """The `id` column, the carried columns and, if the job keeps them, the texts of the prompts, with one row for each
+    of `rows`."""
 
 
 class UnitReader:
@@ -34,11 +36,13 @@ class UnitReader:
     It keeps the last file open, so units that are read in order need one pass over the file.
     """
 
-    def __init__(self, settings: InputSection) -> None:
-        self._prompts = PromptMaker(settings.prompt_column, settings.template)
+    def __init__(self, settings: InputSection, prompts: PromptSetup, *, keep_prompt: bool = False) -> None:
+        """Take the settings of the input, and how prompts are made (Plan.prompts). With `keep_prompt`, the texts of the
+        prompts are among the columns of the units."""
+        self._prompts, self._keep_prompt = PromptMaker(prompts), keep_prompt
         self._id_column = settings.id_column
         self._carry, self._settings = settings.carry, settings.row_settings.columns
-        self._columns = settings.columns
+        self._columns = settings.columns_with(prompts.columns)
         self._file: RowStream | None = None
 
     def read(self, unit: WorkUnit) -> UnitData:
@@ -51,17 +55,23 @@ class UnitReader:
         table, too_long = self._read_table(unit)
         columns, errors = self._output_columns(unit, table)
         made = zip(self._prompts.make(table), read_settings(table, self._settings), strict=True)
-        rows, characters = [], 0
+        rows, texts, characters = [], list[str | None](), 0
         for index, ((prompt, error), (settings, wrong)) in enumerate(made):
             error = too_long.get(index) or error or wrong or errors.get(index)
             source_row = unit.first_row + index
-            prompt = None if error else prompt
-            rows.append(Row(f"{unit.name}#{source_row}", index, source_row, prompt, error, settings))
-            characters += len(prompt or "")
+            key = f"{unit.name}#{source_row}"
+            texts.append(prompt.text if prompt is not None and self._keep_prompt else None)
+            characters += len(prompt.text) if prompt is not None else 0
+            if error or prompt is None:
+                rows.append(Row(key, index, source_row, None, error, settings))
+            else:
+                rows.append(Row(key, index, source_row, prompt.text, None, settings, prompt.control))
             if characters > limits.UNIT_BYTES:
                 raise InputError(
                     f"{_rows_of(unit)}: their prompts are too long together: lower output.rows_per_file (or target_mb)"
                 )
+        if self._keep_prompt:
+            columns = columns.append_column(PROMPT_COLUMN, pa.chunked_array([pa.array(texts, pa.string())]))
         return UnitData(unit, rows, columns)
 
     def close(self) -> None:
@@ -101,7 +111,7 @@ class UnitReader:
         errors: dict[int, str] = {}
         for target, source in [("id", self._id_column), *((name, name) for name in self._carry)]:
             if source is not None:
-                columns[target], bad = _clean(table[source])
+                columns[target], bad = _clean(as_text(table[source]) if target == "id" else table[source])
                 errors |= {index: f"column '{source}' {reason}" for index, reason in bad.items()}
         return pa.table(columns), errors
 

@@ -19,7 +19,7 @@ from pipeline.output.duplicate_ids import Hashes, IdCounter, hash_ids
 from pipeline.output.layout import part_name, record_name
 from pipeline.output.part import tally
 from pipeline.output.records import CommitRecord, NotOursError, PartRecord, PlanRecord, read_part
-from pipeline.planning.fingerprint import column_types
+from pipeline.planning.fingerprint import COLUMNS, column_types
 from pipeline.planning.plan import unit_id
 from pipeline.storage.storage import FileInfo, Storage
 
@@ -139,7 +139,7 @@ class PartChecker:
         """Return a problem if the names or types of the part's columns are not those of the plan; else []."""
         results = {field.name: str(plain_type(field.type)) for field in schema if field.name in RESULT_COLUMNS}
         wanted = {field.name: str(field.type) for field in RESULT_SCHEMA}
-        planned = self._plan.fingerprint.fields.get("output columns")
+        planned = self._plan.fingerprint.fields.get(COLUMNS)
         if len(schema) == len(set(schema.names)) and (column_types(schema), results) == (planned, wanted):
             return []
         return ["its columns are not those of the plan"]

@@ -91,7 +91,7 @@ def make_retry_job(output_path: str, folder: str) -> RetryJob:
     job_file, units_left = f"{folder}/job.yaml", record.units - failed.parts
     if rows:
         plan = _plan_again(job, record, folder, failed.rows.keys())
-        id_column = job.input.id_column or _free_name(job.input.columns)
+        id_column = job.input.id_column or _free_name(job.input.columns_with(plan.prompts.columns))
         retry = _settings(job, folder, id_column)
         writer = _Writer(target)
         for file in plan.files:
@@ -196,7 +196,7 @@ def _read_rows(job: Job, file: InputFile, rows: RowNumbers, plan: Plan, id_colum
     ids `<file>#<row>` that the job generated. Raises InputError if
     the file cannot be decoded.
     """
-    columns = job.input.columns
+    columns = job.input.columns_with(plan.prompts.columns)
     types = {name: plan.schema.field(name).type for name in job.input.carry}
     if job.input.prompt_column is not None:
         types[job.input.prompt_column] = pa.string()
@@ -208,8 +208,10 @@ def _read_rows(job: Job, file: InputFile, rows: RowNumbers, plan: Plan, id_colum
             first, last = int(near[0]), int(near[-1])
             # take() copies the rows; a slice would keep all rows around it in memory
             table = stream.take(first, last - first + 1).take(near - first)
-            # A column that holds only nulls in this file may have another type in another file.
-            made = {name: table[name].cast(types.get(name, table[name].type)) for name in columns}
+            # A column that holds only nulls in this file may have another type in another file. Bytes stay bytes,
+            # because they may not be text.
+            kept = {name: table[name].type for name in columns if pa.types.is_binary(table[name].type)}
+            made = {name: table[name].cast({**types, **kept}.get(name, table[name].type)) for name in columns}
             if job.input.id_column is None:
                 made[id_column] = pa.chunked_array([[f"{file.name}#{row}" for row in near]])
             yield pa.table(made)

@@ -38,7 +38,7 @@ from pipeline.output.records import (
 )
 from pipeline.output.segments import read_record
 from pipeline.output.unit_store import check_part, write_record
-from pipeline.planning.fingerprint import differences, listing_change
+from pipeline.planning.fingerprint import PROMPT_RULES, differences, listing_change
 from pipeline.planning.plan import Plan
 from pipeline.storage.storage import FileInfo, Storage
 from pipeline.storage.urls import safe_url
@@ -170,6 +170,16 @@ class Ledger:
         self._storage.write(SUCCESS, b"")
         self._sweep()
         return manifest
+
+    def last_plan(self) -> PlanRecord | None:
+        """Return the plan.json of a folder that holds finished rows; None if it holds none, because the next run would
+        replace the plan, or if the plan cannot be read, which `check` refuses."""
+        data = self._storage.read_if_exists(PLAN) if self._storage.kind() == "folder" else None
+        if data is None or not self._finished_rows():
+            return None
+        with contextlib.suppress(NotOursError):
+            return PlanRecord.read(data)
+        return None
 
     def is_complete(self) -> bool:
         """Return whether `_SUCCESS` exists."""
@@ -309,6 +319,11 @@ class Ledger:
 
     def _refuse_settings(self, old: PlanRecord, plan: Plan) -> None:
         """Raise OutputError if the folder's plan has other settings."""
+        if PROMPT_RULES not in old.fingerprint.fields and PROMPT_RULES in plan.fingerprint.fields:
+            raise OutputError(
+                f"output {self._shown} was begun by an earlier version, whose templates made other prompts (of nulls, "
+                "last line ends, tojson and control tokens): finish it with that version, or use another output.path"
+            )
         if found := differences(old.fingerprint.fields, plan.fingerprint.fields):
             listing = listing_change(old.listing, plan.listing)
             said = "; ".join([*([f"input files: {listing}"] if listing.any else []), *found])

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from model.requests import Completion
 from pipeline.core.repetition import DEGENERATE
-from pipeline.core.schema import RESULT_COLUMNS, RESULT_SCHEMA
+from pipeline.core.schema import PROMPT_COLUMN, RESULT_COLUMNS, RESULT_SCHEMA
 from pipeline.core.types import RowResult, Totals, WorkUnit
 from pipeline.input.unit_reader import UnitData
 
@@ -30,8 +30,8 @@ def row_key(unit: WorkUnit, index: int) -> str:
 def result_table(unit: WorkUnit, results: Sequence[RowResult]) -> pa.Table:
     """Return finished rows of a unit as a table with RESULT_SCHEMA, in the order given.
 
-    The id and the carried columns are added later, by build_part. Raises ValueError if the key of a completion is not
-    the key of the row at result.index, which is a mistake of the caller.
+    The id, the carried columns and the prompts are added later, by build_part. Raises ValueError if the key of a
+    completion is not the key of the row at result.index, which is a mistake of the caller.
     """
     columns: dict[str, list[Any]] = {name: [] for name in RESULT_COLUMNS}
     for result in results:
@@ -51,10 +51,10 @@ def build_part(
 ) -> tuple[bytes, Totals]:
     """Return (the bytes of a unit's part, its totals). The rows of the part are in input order.
 
-    `data` gives the unit with its id and carried columns. `finished` are tables made by result_table, which together
-    hold every row of the unit once, in any order. `schema`: that of every part. `header` goes into the key-value
-    metadata of the file, and the totals are added to it. Raises ValueError if a row is missing, repeated or not in the
-    unit: this is a mistake of the caller, and nothing may be published then.
+    `data` gives the unit with its id and carried columns, and its prompts if they are kept. `finished` are tables made
+    by result_table, which together hold every row of the unit once, in any order. `schema`: that of every part.
+    `header` goes into the key-value metadata of the file, and the totals are added to it. Raises ValueError if a row is
+    missing, repeated or not in the unit: this is a mistake of the caller, and nothing may be published then.
     """
     results = _in_order(data.unit, pa.concat_tables([RESULT_SCHEMA.empty_table(), *finished]))
     # A column, or a nested field, that is all null in this input file may have a type in other files.
@@ -146,11 +146,16 @@ GROUP_ROWS, GROUP_BYTES = 100_000, 128 << 20
 """The most rows and the most bytes in a row group, which one task of a reader takes at a time. The bytes are counted
 before encoding, as if all rows were of mean size."""
 
-MOSTLY_UNIQUE = frozenset({"id", "completion", "mean_confidence", "queue_s", "latency_s", "tokens_per_s", "source_row"})
+MOSTLY_UNIQUE = frozenset(
+    {
+        *("id", PROMPT_COLUMN, "completion", "source_row"),
+        *("mean_confidence", "queue_s", "latency_s", "tokens_per_s"),
+    }
+)
 """The columns that are written without a dictionary: hardly any value occurs twice, so a dictionary would be a second
 copy of the column."""
 
-NO_STATISTICS = frozenset({"completion"})
+NO_STATISTICS = frozenset({PROMPT_COLUMN, "completion"})
 """The columns that are written without statistics: nobody selects texts by range, and the statistics would enlarge the
 footer, which every resume reads."""
 

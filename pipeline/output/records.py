@@ -91,6 +91,8 @@ class PartRecord(Record):
     schema_version: Count
     published: str = ""
     """The time just before the publication, ISO 8601 in UTC by the replica's clock; "" in parts of earlier versions."""
+    prompt_date: str | None = None
+    """The day that chat templates printed, as YYYY-MM-DD; None without a chat template."""
 
 
 class TotalsRecord(Record):
@@ -167,6 +169,8 @@ class PlanRecord(Record):
     files: Annotated[tuple[PlannedFile, ...], Field(fail_fast=True)]
     created: str
     """The time when the job first ran, ISO 8601 in UTC."""
+    prompt_date: str | None = None
+    """The day that chat templates print, as YYYY-MM-DD; None without a chat template."""
     job: Annotated[dict[str, Any], AfterValidator(rename_old_keys)]
     """The job's settings without credentials. Keys that were renamed after the plan was made have their new names."""
 
@@ -273,7 +277,7 @@ def read_part(source: pa.NativeFile) -> tuple[PartRecord, Totals]:
 
 def commit_record(record: PartRecord, result: UnitResult, part_bytes: int) -> dict[str, Any]:
     """Return the content of the commit record of a published part, as CommitRecord reads it."""
-    fields = {**record.model_dump(), **asdict(result.totals)}
+    fields = {**record.model_dump(exclude_none=True), **asdict(result.totals)}
     return {**fields, "seconds": result.seconds, "sha256": result.sha256, "part_bytes": part_bytes}
 
 
@@ -332,5 +336,6 @@ def plan_fields(plan: Plan, job: Job) -> dict[str, Any]:
             {"name": file.name, "size": file.size, "stamp": file.stamp, "rows": file.rows} for file in plan.files
         ],
         "created": now(),
+        **({} if plan.prompts.chat is None else {"prompt_date": plan.prompts.chat.date}),
         "job": _job_settings(job),
     }

@@ -36,6 +36,7 @@ from pipeline.output.records import (
     unit_fields,
 )
 from pipeline.output.segments import SegmentRows, folder_of, from_segment, segment_name, to_segment
+from pipeline.prompts.setup import PromptSetup
 from pipeline.storage.storage import Storage
 from pipeline.storage.urls import safe_url
 
@@ -51,10 +52,13 @@ class UnitStore:
     another job, unit or version of the input file: a retry of the unit cannot help then.
     """
 
-    def __init__(self, job: Job, fingerprint_digest: str, schema: pa.Schema, replica: str) -> None:
-        """Open the input and the output folder of a job. `schema`: that of every part. `replica`: the replica's name,
-        which the parts record."""
-        self.input = UnitReader(job.input)
+    def __init__(
+        self, job: Job, fingerprint_digest: str, schema: pa.Schema, prompts: PromptSetup, replica: str
+    ) -> None:
+        """Open the input and the output folder of a job. `schema`: that of every part. `prompts`: how prompts are made.
+        `replica`: the replica's name, which the parts record."""
+        self.input = UnitReader(job.input, prompts, keep_prompt=job.output.keep_prompt)
+        self._prompt_date = prompts.chat.date if prompts.chat is not None else None
         self._digest, self._schema, self._replica = fingerprint_digest, schema, replica
         self._storage = Storage(job.output.path)
         self._shown = safe_url(job.output.path)
@@ -114,8 +118,10 @@ class UnitStore:
             attempt=attempt,
             seconds=seconds,
             published=now("milliseconds"),
+            prompt_date=self._prompt_date,
         )
-        return build_part(data, rows, self._schema, {RECORD_KEY: json.dumps(record.model_dump())})[0]
+        header = {RECORD_KEY: json.dumps(record.model_dump(exclude_none=True))}
+        return build_part(data, rows, self._schema, header)[0]
 
     def publish(self, unit: WorkUnit, part: bytes) -> UnitResult:
         """Publish a part made by `make_part`, write its commit record, remove the segments and return the result.

@@ -11,7 +11,7 @@ from itertools import accumulate
 import pyarrow.parquet as pq
 
 from pipeline.config.job import InputSection
-from pipeline.prompts.template import template_columns
+from pipeline.prompts.template import template_names
 
 BYTES_A_TOKEN = 4
 """Bytes of prompt that count as much as one generated token. A prompt token is cheaper than a generated one, but longer
@@ -19,10 +19,12 @@ prompts have longer completions, and each generated token reads the prompt."""
 
 
 def prompt_columns(settings: InputSection) -> tuple[str, ...]:
-    """Return the input columns that prompts are made of: those that the template reads, or the prompt column."""
+    """Return the names of the input columns that prompts are made of. For a template, these are all names that may be
+    columns; whether they are is not known before the footers are read."""
     if settings.template is not None:
-        return tuple(template_columns(settings.template))
-    return (settings.prompt_column,) if settings.prompt_column else ()
+        names = template_names(settings.template)
+        return tuple(sorted(names.free | names.row_keys))
+    return (getattr(settings, settings.prompt_source),)
 
 
 def prompt_bytes(metadata: pq.FileMetaData, columns: Collection[str]) -> tuple[int, ...]:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config.job import GenerationSection, Job
-from pipeline.core.schema import RESULT_COLUMNS, SCHEMA_VERSION, plain_type
+from pipeline.config.job import GenerationSection, InputSection, Job
+from pipeline.core.schema import PROMPT_COLUMN, RESULT_COLUMNS, SCHEMA_VERSION, plain_type
 from pipeline.core.text import shorten
 from pipeline.planning.part_size import ESTIMATE
+from pipeline.prompts.setup import PromptSetup
 
 FIRST_SETTINGS = frozenset(
     {
@@ -26,6 +27,13 @@ FIRST_SETTINGS = frozenset(
 )
 """The settings of `generation` that are in every fingerprint. A setting that was added later is left out while it has
 its default, so that outputs from before it existed keep their fingerprint."""
+COLUMNS = "output columns"
+"""The field for the columns of the parts that come from the input, as column_types returns them."""
+PROMPT_RULES = "prompts"
+"""The field for the version of the rules by which prompts are made. An output without it has version 1."""
+SHOWN_CHARS, SHOWN_BEFORE = 60, 20
+"""The most characters of a value that a text about differences shows, and how many of them stand before the first
+difference."""
 NAMED_AT_MOST = 3
 """The most files that the text of a ListingChange names."""
 Listing = Mapping[str, tuple[int, str, int]]
@@ -42,10 +50,11 @@ class Fingerprint:
     """The SHA-256 (hex) of the fields as JSON with sorted keys (see digest_of)."""
 
 
-def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str) -> Fingerprint:
+def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str, prompts: PromptSetup) -> Fingerprint:
     """Return the fingerprint of a job.
 
     `schema`: that of its parts. `checkpoint_identity`: the hash of the checkpoint's content (Checkpoint.identity).
+    `prompts`: how its prompts are made.
     Settings of replicas, GPUs, flushes, retries and the engine are left out: they change the speed of the job, but not
     its output.
     """
@@ -58,9 +67,10 @@ def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str) -> F
                 "input.id_column": job.input.id_column,
                 "input.carry": job.input.carry,
                 "input.row_settings": job.input.row_settings.columns,
+                **_prompts(job.input, prompts),
                 "output.rows_per_file": job.output.rows_per_file,
                 **_part_size(job),
-                "output columns": column_types(schema),
+                COLUMNS: column_types(schema),
                 "model.checkpoint": checkpoint_identity,
                 "model.dtype": job.model.dtype,
                 **_generation(job.generation),
@@ -69,6 +79,20 @@ def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str) -> F
         )
     )
     return Fingerprint(fields, digest_of(fields))
+
+
+def _prompts(section: InputSection, setup: PromptSetup) -> dict[str, Any]:
+    """Return the fields for how prompts are made that outputs from before version 2 of its rules did not have."""
+    defaults = type(section).model_fields
+    names = ("messages_column", "system", "nulls", "special_tokens")
+    fields = {
+        f"input.{name}": getattr(section, name) for name in names if getattr(section, name) != defaults[name].default
+    }
+    if setup.rules > 1:
+        fields[PROMPT_RULES] = setup.rules
+    if setup.chat is not None:
+        fields |= {"chat template": setup.chat.template, "chat template's tokens": setup.chat.tokens}
+    return fields
 
 
 def _generation(section: GenerationSection) -> dict[str, Any]:
@@ -90,7 +114,8 @@ def _part_size(job: Job) -> dict[str, Any]:
 
 
 def column_types(schema: pa.Schema) -> dict[str, str]:
-    """Return the types of the id and the carried columns in a part's schema: name -> type as text.
+    """Return the types of the columns in a part's schema that come from the input, name -> type as text: the id, the
+    carried columns and, only if the prompts are kept, the column of the prompts.
 
     They are plain types, so a planned schema and that of the stored part give the same. The types of all other columns
     follow from SCHEMA_VERSION.
@@ -107,13 +132,27 @@ def digest_of(value: Any) -> str:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return a text `name: old -> new` for each field whose values differ; long values are cut off.
 
-    A field that is missing on one side counts as null.
+    A field that is missing on one side has the default of its setting there.
     """
-    return [
-        f"{name}: {_shown(old.get(name))} -> {_shown(new.get(name))}"
-        for name in dict.fromkeys([*old, *new])
-        if old.get(name) != new.get(name)
-    ]
+    old, new = _with_keep_prompt(old), _with_keep_prompt(new)
+    found = []
+    for name in dict.fromkeys([*old, *new]):
+        one, other = (fields.get(name, _default(name, fields)) for fields in (old, new))
+        if one != other:
+            found.append(f"{name}: {' -> '.join(_shown_both(one, other))}")
+    return found
+
+
+def _with_keep_prompt(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the fields with output.keep_prompt in place of the column that it adds: a long list of columns is cut off
+    before that one."""
+    columns = fields.get(COLUMNS)
+    if not isinstance(columns, Mapping) or PROMPT_COLUMN not in columns:
+        return fields
+    if PROMPT_COLUMN in (fields.get("input.carry") or ()):
+        return fields
+    others = {name: kind for name, kind in columns.items() if name != PROMPT_COLUMN}
+    return {**fields, COLUMNS: others, "output.keep_prompt": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,5 +197,20 @@ def listing_change(old: Listing, new: Listing) -> ListingChange:
     )
 
 
-def _shown(value: Any) -> str:
-    return shorten(json.dumps(value, ensure_ascii=False), 60)
+def _default(name: str, fields: Mapping[str, Any]) -> Any:
+    """Return the value of a setting of the input that is in a fingerprint only if it is not the default; None for all
+    other fields."""
+    if name == "input.special_tokens" and PROMPT_RULES not in fields:
+        return "all"  # what version 1 of the rules did
+    field = InputSection.model_fields.get(name.removeprefix("input."))
+    return field.default if field is not None and name.removeprefix("input.") in ("nulls", "special_tokens") else None
+
+
+def _shown_both(one: Any, other: Any) -> tuple[str, str]:
+    """Return two different values as JSON, of long ones only the part from shortly before the first difference on."""
+    texts = json.dumps(one, ensure_ascii=False), json.dumps(other, ensure_ascii=False)
+    same = next((at for at, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    cut = max(0, same - SHOWN_BEFORE) if max(map(len, texts)) > SHOWN_CHARS else 0
+    return shorten(f"{'…' * (cut > 0)}{texts[0][cut:]}", SHOWN_CHARS), shorten(
+        f"{'…' * (cut > 0)}{texts[1][cut:]}", SHOWN_CHARS
+    )

@@ -8,6 +8,7 @@ from collections.abc import Collection
 import pyarrow.parquet as pq
 
 from pipeline.config.job import Job
+from pipeline.planning.cost import prompt_columns
 
 ESTIMATE = "1"
 """The version of the estimate, which is part of the fingerprint. It must change with each constant below, because then
@@ -26,12 +27,13 @@ MAX_ROWS = 1_000_000
 
 
 def measured_columns(job: Job) -> tuple[str, ...]:
-    """Return the input columns whose sizes the estimate needs: the id column and the carried columns. Returns none if
-    output.target_mb is null."""
+    """Return the input columns whose sizes the estimate needs: the id column, the carried columns and, if the output
+    keeps the prompts, those that they are made of. Returns none if output.target_mb is null."""
     if job.output.target_mb is None:
         return ()
     ids = (job.input.id_column,) if job.input.id_column else ()
-    return (*ids, *job.input.carry)
+    prompts = prompt_columns(job.input) if job.output.keep_prompt else ()
+    return (*ids, *job.input.carry, *prompts)
 
 
 def carried_bytes(metadata: pq.FileMetaData, columns: Collection[str], size: int) -> float:

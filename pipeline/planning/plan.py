@@ -16,6 +16,8 @@ from pipeline.planning.cost import ExpectedWork, prompt_columns
 from pipeline.planning.fingerprint import Fingerprint, Listing, make_fingerprint
 from pipeline.planning.footers import name_unreadable, read_footers
 from pipeline.planning.part_size import measured_columns, rows_per_unit
+from pipeline.planning.prompts import Begun, ModelTexts, make_setup
+from pipeline.prompts.setup import PromptSetup
 from pipeline.storage.storage import FileInfo
 from pipeline.storage.urls import safe_url
 
@@ -52,6 +54,8 @@ class Plan:
     fingerprint: Fingerprint
     schema: pa.Schema
     """The schema of every part."""
+    prompts: PromptSetup
+    """How the prompts are made."""
     unreadable: tuple[tuple[str, str], ...] = ()
     """(name, reason) of input files that cannot be read; empty unless make_plan was called with allow_unreadable."""
 
@@ -61,11 +65,20 @@ class Plan:
         return {file.name: (file.size, file.stamp, file.rows) for file in self.files}
 
 
-def make_plan(job: Job, *, checkpoint_identity: str, allow_unreadable: bool = False) -> Plan:
+def make_plan(
+    job: Job,
+    *,
+    checkpoint_identity: str,
+    texts: ModelTexts | None = None,
+    begun: Begun | None = None,
+    allow_unreadable: bool = False,
+) -> Plan:
     """Return the plan of a job: list its input, read all footers in parallel and cut the files into units.
 
-    `checkpoint_identity`: the hash of the checkpoint's content, for the fingerprint. With `allow_unreadable`, files
-    that cannot be read are left out if others can be read. Raises InputError (one line that names the file or column)
+    `checkpoint_identity`: the hash of the checkpoint's content, for the fingerprint. `texts`: those of the checkpoint
+    that prompts need (read_model_texts); None if no prompts will be made. `begun`: the facts about prompts that the
+    output was begun with (Ledger.begun); None for a new output. With `allow_unreadable`, files that cannot be read are
+    left out if others can be read. Raises InputError (one line that names the file or column)
     if there are no rows or too many units, if the output lies in the input, or if a file or column cannot be used;
     raises StorageError if the listing fails.
     """
@@ -79,7 +92,8 @@ def make_plan(job: Job, *, checkpoint_identity: str, allow_unreadable: bool = Fa
     footers, unreadable = read_footers(root, listing, measured_columns(job), prompt_columns(job.input))
     if unreadable and (not allow_unreadable or not footers):
         raise InputError(name_unreadable(shown, len(listing), unreadable))
-    schema = check_columns(job.input, footers)
+    prompts = make_setup(job.input, footers, texts or ModelTexts(), begun or Begun())
+    schema = check_columns(job.input, prompts, footers, keep_prompt=job.output.keep_prompt)
     files: list[InputFile] = []
     units: list[WorkUnit] = []
     for info, footer in footers:
@@ -93,8 +107,8 @@ def make_plan(job: Job, *, checkpoint_identity: str, allow_unreadable: bool = Fa
     rows = sum(file.rows for file in files)
     if rows == 0:
         raise InputError(f"input {shown} has no rows: {counted(len(files), 'file')} without a row")
-    fingerprint = make_fingerprint(job, schema, checkpoint_identity)
-    return Plan(tuple(files), tuple(units), rows, fingerprint, schema, tuple(unreadable))
+    fingerprint = make_fingerprint(job, schema, checkpoint_identity, prompts)
+    return Plan(tuple(files), tuple(units), rows, fingerprint, schema, prompts, tuple(unreadable))
 
 
 def cut(groups: Sequence[int], rows_per_unit: int) -> Iterator[tuple[int, int]]:

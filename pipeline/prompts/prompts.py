@@ -5,21 +5,20 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from pipeline.prompts.renderer import Renderer
-from pipeline.prompts.values import CellError, Prompt, judge, read_cells
+from pipeline.prompts.setup import PromptSetup
+from pipeline.prompts.values import CellError, Outcome, Prompt, as_text, flaw_of, read_cells
 
 
 class PromptMaker:
-    """Makes the prompts of a job's rows, from the prompt column or from the template. Only one thread may use it."""
+    """Makes the prompts of a job's rows, as its setup says. Only one thread may use it."""
 
-    def __init__(self, prompt_column: str | None, template: str | None) -> None:
-        """Take the prompt column or the template; the other one is None. Raises ValueError if the template is wrong."""
-        self._renderer = Renderer(template) if template is not None else None
-        self._column = prompt_column or ""
-        self.columns = self._renderer.columns if self._renderer else (self._column,)
-        """The input columns that prompts are made of."""
+    def __init__(self, setup: PromptSetup) -> None:
+        """Raise ValueError if the template of the setup is wrong."""
+        self._renderer = None if setup.template is None and setup.chat is None else Renderer(setup)
+        self._columns = setup.columns
 
-    def make(self, table: pa.Table) -> Iterator[Prompt]:
-        """Yield (prompt, None) or (None, reason) for each row of a table that has `columns`.
+    def make(self, table: pa.Table) -> Iterator[Outcome]:
+        """Yield (prompt, None) or (None, reason) for each row of a table that has the columns of the setup.
 
         Raises InputError if the process that renders templates does not start or is ended by too many rows.
         """
@@ -30,7 +29,14 @@ class PromptMaker:
         if self._renderer is not None:
             self._renderer.close()
 
-    def _read(self, table: pa.Table) -> Iterator[Prompt]:
-        for cell in read_cells(table[self._column]):
-            bad = isinstance(cell, CellError)
-            yield (None, f"column '{self._column}' {cell.reason}") if bad else judge(cell)
+    def _read(self, table: pa.Table) -> Iterator[Outcome]:
+        (column,) = self._columns
+        for cell in read_cells(as_text(table[column])):
+            if isinstance(cell, CellError):
+                yield None, f"column '{column}' {cell.reason}"
+            elif cell is None:
+                yield None, "prompt is null"
+            elif flaw := flaw_of(cell):
+                yield None, flaw
+            else:
+                yield Prompt(cell), None

@@ -21,9 +21,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.core.errors import InputError
-from pipeline.prompts.render_process import FRAME, LENGTH, NO_MEMORY, PROMPT
-from pipeline.prompts.template import template_columns
-from pipeline.prompts.values import Prompt
+from pipeline.prompts.rendering.frames import FRAME, LENGTH, NO_MEMORY, REASON, pack_setup, unpack_prompt
+from pipeline.prompts.setup import PromptSetup
+from pipeline.prompts.template import check_template
+from pipeline.prompts.values import Outcome
 from pipeline.storage.storage import read_text
 
 ROW_SECONDS = 2.0
@@ -44,35 +45,35 @@ _PASSED_ON = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_EN
 
 
 class Renderer:
-    """Renders one template for the rows of tables. It starts its process at the first row. For one thread only."""
+    """Renders the template, or the chat template, of one setup for the rows of tables. It starts its process at the
+    first row. For one thread only."""
 
-    def __init__(self, template: str) -> None:
+    def __init__(self, setup: PromptSetup) -> None:
         """Raise ValueError if the template is wrong."""
-        self.columns = template_columns(template)
-        """The columns that the template reads, sorted."""
-        self._template = template
+        check_template(setup)
+        self._setup, self._name = setup, "template" if setup.chat is None else "chat template"
         self._child: _Child | None = None
 
-    def make(self, table: pa.Table) -> Iterator[Prompt]:
-        """Yield (prompt, None) or (None, reason) for each row of a table that has `columns`.
+    def make(self, table: pa.Table) -> Iterator[Outcome]:
+        """Yield (prompt, None) or (None, reason) for each row of a table that has the columns of the setup.
 
         Raises InputError if the process does not start, or if more than ENDED_ROWS_AT_MOST rows end it.
         """
         whole = False
         try:
-            yield from self._make(table.select(self.columns))
+            yield from self._make(table.select(self._setup.columns))
             whole = True
         finally:
             if not whole:  # otherwise the answers left in the pipe would be taken for those of the next rows
                 self.close()
 
-    def _make(self, table: pa.Table) -> Iterator[Prompt]:
+    def _make(self, table: pa.Table) -> Iterator[Outcome]:
         ended = 0
         for batch in _batches(table):
             done, alone, accused = 0, False, -1
             while done < batch.num_rows:
                 if self._child is None:
-                    self._child = _Child(self._template)
+                    self._child = _Child(self._setup)
                 before = done
                 for prompt in self._child.render(batch.slice(done, 1 if alone else None)):
                     done += 1
@@ -84,13 +85,13 @@ class Renderer:
                 self._child = None
                 if alone and done == before and (by_itself or accused == done):
                     done, ended = done + 1, ended + 1
-                    yield None, f"template: {why}"
+                    yield None, f"{self._name}: {why}"
                 elif alone:
                     accused = done
                 alone = True
                 if ended > ENDED_ROWS_AT_MOST:
                     raise InputError(
-                        f"template: {ended} rows of one unit could not be rendered, the last: {why}; fix the template"
+                        f"{self._name}: {ended} rows of one unit could not be rendered, the last: {why}; fix it"
                     )
 
     def close(self) -> None:
@@ -101,9 +102,9 @@ class Renderer:
 
 
 class _Child:
-    """A process that runs pipeline.prompts.render_process for one template. When it has ended, a new one is needed."""
+    """A process that runs pipeline.prompts.rendering.process for one setup. When it has ended, a new one is needed."""
 
-    def __init__(self, template: str) -> None:
+    def __init__(self, setup: PromptSetup) -> None:
         self.ended: str | None = None
         """The reason why the process ended, as a text that follows `template: `; None until then."""
         self.ended_by_itself = False
@@ -111,10 +112,10 @@ class _Child:
         root = str(Path(__file__).parents[2])
         passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         # Other memory pools of Arrow reserve gigabytes of address space, which count towards the limit. The fixed hash
-        # seed makes sets print in the same order in every process.
-        environment = {**passed, "ARROW_DEFAULT_MEMORY_POOL": "system", "PYTHONHASHSEED": "0"}
+        # seed makes sets print in the same order in every process, and the fixed zone makes times the same everywhere.
+        environment = {**passed, "ARROW_DEFAULT_MEMORY_POOL": "system", "PYTHONHASHSEED": "0", "TZ": "UTC"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.prompts.render_process", str(ROW_SECONDS)],
+            [sys.executable, "-m", "pipeline.prompts.rendering.process", str(ROW_SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -129,11 +130,11 @@ class _Child:
         self._poll = select.poll()
         self._poll.register(self._out, select.POLLIN)
         self._buffer = bytearray()
-        if not self._send(template.encode()) or self._frame() is None:
+        if not self._send(pack_setup(setup)) or self._frame() is None:
             raise InputError(f"the process that renders templates did not start: {self._why()}")
         _limit_memory(process.pid)
 
-    def render(self, batch: pa.RecordBatch) -> Iterator[Prompt]:
+    def render(self, batch: pa.RecordBatch) -> Iterator[Outcome]:
         """Yield (prompt, None) or (None, reason) for each row of the batch. If the process ends before the last row,
         the rest is missing and `ended` says why."""
         sink = pa.BufferOutputStream()
@@ -144,9 +145,8 @@ class _Child:
                 frame = self._frame()
                 if frame is None:
                     break
-                kind, data = frame
-                text = data.decode()
-                yield (text, None) if kind == PROMPT else (None, text)
+                kind, content = frame
+                yield (unpack_prompt(kind, content), None) if kind != REASON else (None, content.decode())
             else:
                 return
         self.ended = self._why()

@@ -1,153 +1,124 @@
-"""Compiles and renders prompt templates in the sandbox of jinja2.
+"""Checks templates and finds the columns that they read, without evaluating any of their expressions.
 
-This module limits what a template can access. pipeline.prompts.renderer limits the time and memory that it can take, in
-a process of its own; no other process evaluates any expression of a template.
+The job file is checked with the names alone, and planning decides with the columns of the input what each name means.
+pipeline.prompts.rendering renders templates, in a process of its own.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
 
-from pipeline.prompts.values import MAX_PROMPT_CHARS
-
-if TYPE_CHECKING:
-    from jinja2.compiler import CodeGenerator
-    from jinja2.sandbox import SandboxedEnvironment
+from pipeline.prompts.setup import PromptSetup
 
 MAX_TEMPLATE_CHARS, MAX_EXPRESSIONS = 1_000_000, 2_000
 """The most characters in a template, and the most `{{` and `{%`. A template within the limits compiles in seconds."""
-_CONVERSION = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?[hlL]?(.)", re.DOTALL)
 
 
-@lru_cache(maxsize=1)
-def _environment() -> "SandboxedEnvironment":
-    from jinja2 import StrictUndefined, nodes
-    from jinja2.compiler import CodeGenerator
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generator(CodeGenerator):
-        """A code generator that evaluates no expression and collects the names of the columns that a template reads.
-
-        jinja2's own generator would replace `{{ 'x' * 10 ** 10 }}` by its value.
-        """
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.optimizer = None
-            self.columns: set[str] = set()
-
-        def enter_frame(self, frame: Any) -> None:
-            super().enter_frame(frame)
-            # jinja2.meta finds undeclared variables in the same way, but it folds constants.
-            self.columns.update(name for action, name in frame.symbols.loads.values() if action == "resolve")
-
-        def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> str:
-            if not isinstance(node, nodes.TemplateData):
-                raise nodes.Impossible
-            return super()._output_child_to_const(node, frame, finalize)
-
-        def visit_ScopedEvalContextModifier(  # noqa: N802
-            self, node: nodes.ScopedEvalContextModifier, frame: Any
-        ) -> None:
-            del frame
-            self.fail("autoescape is not for prompts", node.lineno)
-
-    class Environment(ImmutableSandboxedEnvironment):
-        """A sandbox that refuses `*` and `%` before they run if they would make a huge value from small ones."""
-
-        code_generator_class = Generator
-        intercepted_binops = frozenset(("*", "%"))
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "*":
-                _check_product(left, right)
-            elif isinstance(left, str):
-                _check_widths(left, right if isinstance(right, tuple) else (right,))
-            return super().call_binop(context, operator, left, right)
-
-    environment = Environment(undefined=StrictUndefined, autoescape=False, optimized=False, cache_size=0)
-    environment.filters["format"] = _format
-    del environment.filters["random"]  # the same row must give the same prompt in every attempt
-    # Without jinja2's own functions every free name is a column, so `range` or `dict` cannot hide a column silently.
-    environment.globals.clear()
-    return environment
+TEMPLATE_WORDS = ("row", "range", "namespace", "dict", "cycler", "joiner")
+"""The names that a template can use although they are no columns: `row`, and its functions."""
 
 
-def template_columns(template: str) -> tuple[str, ...]:
-    """Return the names of the columns that a template reads, sorted, without evaluating any of its expressions.
+@dataclass(frozen=True, slots=True)
+class TemplateNames:
+    """The names that a template reads, before it is known which columns the input has."""
 
-    Raises ValueError (one line) if the template does not compile, is too long or reads no column.
+    free: frozenset[str]
+    """The names that the template reads and does not set itself: columns, functions such as `range`, and `row`."""
+    assigned: frozenset[str]
+    """The names among them that the template also sets, under a condition: columns only if the input has them."""
+    row_keys: frozenset[str]
+    """The columns that it reads with a constant key: {{ row['doc id'] }}."""
+    whole_row: bool
+    """Whether it uses `row` in another way, so that it may read any column."""
+
+
+@lru_cache(maxsize=8)
+def template_names(template: str) -> TemplateNames:
+    """Return the names that a template reads, without evaluating any of its expressions.
+
+    Raises ValueError (one line) if the template does not compile, is too long or reads no column whatever the input
+    has.
     """
+    names = _names(template, chat=False)
+    if not names.free:
+        raise ValueError("template reads no column, so all prompts would be the same: use {{ column }}")
+    return names
+
+
+def check_template(setup: PromptSetup) -> None:
+    """Raise ValueError (one line) if the template, or the chat template, of a setup does not compile or is too long."""
+    if setup.chat is not None:
+        check_chat_template(setup.chat.template)
+    elif setup.template is not None:
+        template_names(setup.template)
+
+
+def check_chat_template(template: str) -> None:
+    """Raise ValueError (one line) if a chat template does not compile or is too long."""
+    _names(template, chat=True)
+
+
+def _names(template: str, *, chat: bool) -> TemplateNames:
     from jinja2 import TemplateSyntaxError
+
+    from pipeline.prompts.rendering.generator import Generator
+    from pipeline.prompts.rendering.marks import Marks
+    from pipeline.prompts.rendering.sandbox import TemplateEnvironment
 
     if len(template) > MAX_TEMPLATE_CHARS:
         raise ValueError(f"template has {len(template)} characters, above the limit of {MAX_TEMPLATE_CHARS}")
     if (expressions := template.count("{{") + template.count("{%")) > MAX_EXPRESSIONS:
         raise ValueError(f"template has {expressions} expressions, above the limit of {MAX_EXPRESSIONS}")
     try:
-        environment = _environment()
-        generator: CodeGenerator = environment.code_generator_class(environment, None, None)
+        environment = TemplateEnvironment(Marks(), chat=chat)
+        generator = Generator(environment, None, None)
         generator.visit(environment.parse(template))
-        columns: set[str] = generator.columns  # type: ignore[attr-defined]
         environment.compile(template)  # Python itself refuses blocks that are nested too deeply
     except TemplateSyntaxError as error:
-        raise ValueError(f"template, line {error.lineno}: {error.message}") from None
+        raise ValueError(f"template, line {error.lineno}: {error.message}{_hint(error)}") from None
     except (RecursionError, MemoryError, SyntaxError):  # SyntaxError: Python's own limit for nested blocks
         raise ValueError("template is nested too deeply") from None
-    if not columns:
-        raise ValueError("template reads no column, so all prompts would be the same: use {{ column }}")
-    return tuple(sorted(columns))
+    free = frozenset(generator.free)
+    return TemplateNames(free, free & generator.assigned, frozenset(generator.row_keys), generator.whole_row)
 
 
-class Template:
-    """A compiled template. Rendering may take any time and memory, so only pipeline.prompts.render_process does it."""
-
-    def __init__(self, template: str) -> None:
-        """Compile the template. Raises ValueError if it is wrong (see template_columns)."""
-        self.columns = template_columns(template)
-        """The names of the columns that the template reads, sorted."""
-        self._template = _environment().from_string(template)
-
-    def render(self, cells: Sequence[Any]) -> str:
-        """Return the text for a row. `cells`: the row's values in the order of `columns`.
-
-        A text above MAX_PROMPT_CHARS is not complete: it ends after the piece that exceeds the limit. Raises any error
-        that the template raises.
-        """
-        return _join(self._template.generate(zip(self.columns, cells, strict=True)))
+def _hint(error: Exception) -> str:
+    """Return a hint for a name such as `doc id` in the place of an expression, "" for other errors."""
+    text = str(error)
+    broken = "expected token 'end of print statement'" in text or "unexpected char" in text
+    return "; a column whose name is not a plain word is written {{ row['doc id'] }}" if broken else ""
 
 
-def _join(pieces: Iterator[str]) -> str:
-    taken, length = [], 0
-    for piece in pieces:
-        taken.append(piece)
-        length += len(piece)
-        if length > MAX_PROMPT_CHARS:
-            break
-    return "".join(taken)
+def resolve_columns(template: str, available: Collection[str]) -> tuple[str, ...]:
+    """Return the columns that a template reads from input files with the `available` columns, in their order.
+
+    A free name is a column if there is one of that name, else a function such as `range`, or `row`. Raises ValueError
+    (which reads on after the name of a file) if it is neither, or if the template reads no column at all.
+    """
+    from pipeline.prompts.rendering.generator import FUNCTIONS, REFUSED_NAMES, ROW
+
+    names, have = template_names(template), set(available)
+    wanted = {name for name in names.free if name in have or (name not in FUNCTIONS and name not in names.assigned)}
+    if ROW in wanted and ROW not in have:
+        wanted = (wanted - {ROW}) | (have if names.whole_row else names.row_keys)
+    for name in sorted(wanted - have):
+        if name in REFUSED_NAMES:
+            raise ValueError(f"the template reads `{name}`: {REFUSED_NAMES[name]}")
+        raise ValueError(f"the template reads column '{name}', which is not there{_meant(name, available)}")
+    if not wanted:
+        raise ValueError("the template reads no column, so all prompts would be the same: use {{ column }}")
+    return tuple(name for name in dict.fromkeys(available) if name in wanted)
 
 
-def _format(text: str, *values: Any, **named: Any) -> str:
-    """Return the result of jinja2's filter `format`. Raises ValueError first if the text has a huge width."""
-    from jinja2.filters import do_format
+def reads_all_columns(template: str, columns: Collection[str]) -> bool:
+    """Return whether a template reads all columns through `row`. `columns`: the result of resolve_columns."""
+    from pipeline.prompts.rendering.generator import ROW
 
-    _check_widths(str(text), values)
-    return do_format(text, *values, **named)
-
-
-def _check_widths(text: str, values: tuple[Any, ...]) -> None:
-    following = iter(values)
-    for width, precision, conversion in _CONVERSION.findall(text):
-        for size in (width, precision):
-            number = next(following, 0) if size == "*" else int(size or 0)
-            if isinstance(number, int) and abs(number) > MAX_PROMPT_CHARS:
-                raise ValueError(f"a format with a width above {MAX_PROMPT_CHARS}")
-        if conversion != "%":
-            next(following, None)
+    names = template_names(template)
+    return names.whole_row and ROW not in columns and ROW not in names.assigned
 
 
-def _check_product(left: Any, right: Any) -> None:
-    for text, times in ((left, right), (right, left)):
-        if isinstance(text, (str, list, tuple)) and isinstance(times, int) and len(text) * times > MAX_PROMPT_CHARS:
-            raise ValueError(f"a product of more than {MAX_PROMPT_CHARS} characters")
+def _meant(name: str, available: Iterable[str]) -> str:
+    """Return a hint if there is a column whose name begins with this word, such as `text.body` for `text`."""
+    longer = next((other for other in available if other.startswith(name) and not other[len(name)].isalnum()), None)
+    return "" if longer is None else f"; column '{longer}' is written {{{{ row['{longer}'] }}}}"

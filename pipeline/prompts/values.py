@@ -1,6 +1,7 @@
 """Converts cells of Arrow columns to Python values, and gives the reason why a cell or a text cannot be used."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -11,7 +12,26 @@ MAX_ERROR_CHARS = 300
 MAX_PROMPT_CHARS = 16_000_000
 """The most characters of a prompt: far more than any context holds. A longer one makes its row an error row."""
 
-Prompt = tuple[str | None, str | None]
+
+class Prompt(NamedTuple):
+    """The prompt of a row."""
+
+    text: str
+    """The text, in which control tokens are spelled out."""
+    control: tuple[tuple[int, int], ...] = ()
+    """The ranges of characters (start, end) that are control tokens, in ascending order."""
+
+
+def with_brackets(text: str, control: Iterable[tuple[int, int]]) -> str:
+    """Return the text of a prompt with ⟦ and ⟧ around each control token, for people to read."""
+    pieces, end = [], 0
+    for start, stop in control:
+        pieces += [text[end:start], "⟦", text[start:stop], "⟧"]
+        end = stop
+    return "".join(pieces) + text[end:]
+
+
+Outcome = tuple[Prompt, None] | tuple[None, str]
 """The outcome for one row: (prompt, None), or (None, reason) if the row has no usable prompt."""
 
 
@@ -42,6 +62,8 @@ def _read_cell(scalar: Any) -> Any:
     except UnicodeDecodeError as error:
         return CellError(f"holds bytes that are not UTF-8 (byte {error.start})")
     except (ValueError, OverflowError) as error:
+        if "Nanosecond" in str(error):
+            return CellError("holds a time with nanoseconds: make them microseconds")
         return CellError(f"holds a value that cannot be read: {error_line(error)}")
 
 
@@ -53,17 +75,23 @@ def error_line(error: BaseException) -> str:
     return shorten(text, MAX_ERROR_CHARS)
 
 
-def judge(prompt: str | None) -> Prompt:
-    """Return (prompt, None) if the text can be a prompt, else (None, reason): it is null, empty, too long or not
-    Unicode."""
-    if prompt is None:
-        return None, "prompt is null"
-    if prompt == "":
-        return None, "prompt is empty"
-    if len(prompt) > MAX_PROMPT_CHARS:
-        return None, f"prompt has {len(prompt)} characters or more, above the limit of {MAX_PROMPT_CHARS}"
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        return None, "prompt holds characters that are not Unicode text (lone surrogate)"
-    return prompt, None
+NOT_UNICODE = "prompt holds characters that are not Unicode text (lone surrogate)"
+
+
+def flaw_of(text: str) -> str | None:
+    """Return the reason why a text that can be encoded as UTF-8 cannot be a prompt; None if it can."""
+    if not text:
+        return "prompt is empty"
+    if len(text) > MAX_PROMPT_CHARS:
+        return f"prompt has {len(text)} characters or more, above the limit of {MAX_PROMPT_CHARS}"
+    return None
+
+
+def as_text(column: "pa.ChunkedArray[Any]") -> "pa.ChunkedArray[Any]":
+    """Return a binary column as one of strings, and any other column as it is. Nothing is checked or copied: a cell may
+    hold bytes that are not UTF-8, as a string column may too (see read_cells)."""
+    if pa.types.is_large_binary(column.type) or pa.types.is_binary_view(column.type):
+        column = column.cast(pa.binary())
+    if not pa.types.is_binary(column.type):
+        return column
+    return pa.chunked_array([chunk.view(pa.string()) for chunk in column.chunks], pa.string())

@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from model.requests import Completion, GenerationParams, Request
-from tests.workers.fakes import FakeTokenizer
+from tests.workers.fakes import FakeEncoder
 from workers.replica.build import ReplicaSpec
 from workers.units.runner import UnitRunner
 
@@ -44,7 +44,7 @@ class NoOpMaker:
     def __call__(self, replica: str) -> UnitRunner:
         """See workers.replica.replica.MakeRunner."""
         store, flush = self.spec.open_store(replica), self.spec.job.flush
-        return UnitRunner(NoOpEngine(), FakeTokenizer(), store, GenerationParams(), replica=replica, flush=flush)
+        return UnitRunner(NoOpEngine(), FakeEncoder(), store, GenerationParams(), replica=replica, flush=flush)
 
 
 def _completion(request: Request) -> Completion:

@@ -68,7 +68,7 @@ def measure_overhead(folder: Path, job_file: str = "jobs/demo.yaml", overrides: 
             super().close()
 
     def make_pool(plan: Plan, _units: int, _tell: Callable[[str], None]) -> LocalPool:
-        spec = ReplicaSpec(job, plan.fingerprint.digest, plan.schema)
+        spec = ReplicaSpec(job, plan.fingerprint.digest, plan.schema, plan.prompts)
         return Pool(lambda replica: make(spec, replica))
 
     # Imports pandas if it is installed, as it is for tests. Later the import would count as part of a replica's start.

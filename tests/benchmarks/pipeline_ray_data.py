@@ -76,7 +76,7 @@ def run_pipeline(source: Path, out: Path) -> float:
     )
 
     def make_pool(plan: Plan, units: int, tell: Callable[[str], None]) -> RayPool:
-        maker = NoOpMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema))
+        maker = NoOpMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema, plan.prompts))
         return RayPool(maker, job.workers, units, tell)
 
     began = time.process_time()

@@ -60,7 +60,7 @@ def measure(folder: Path) -> None:
     ledger.open(plan, job)
     replicas = folder / "replicas"
     replicas.mkdir()
-    maker = FakeMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema), replicas, max_rows=256)
+    maker = FakeMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema, plan.prompts), replicas, max_rows=256)
     pool = RayPool(maker, job.workers, len(plan.units), print)
     done, began = 0, time.perf_counter()
 

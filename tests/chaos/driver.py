@@ -28,7 +28,7 @@ def main() -> int:
     logs, number, turn_s = Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 
     def make_pool(plan: Plan, units: int, tell: Callable[[str], None]) -> Pool:
-        maker = Maker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema), logs, number, turn_s)
+        maker = Maker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema, plan.prompts), logs, number, turn_s)
         return LocalPool(maker) if sys.argv[5:] else RayPool(maker, job.workers, units, tell)
 
     try:

@@ -21,6 +21,7 @@ from model.engine.sequence import ActiveRow
 from model.errors import RequestError
 from model.requests import Completion, GenerationParams, Request
 from model.runtime.page_allocator import PREFIX_SLOTS, PageAllocator
+from pipeline.core.types import Row
 from workers.replica.build import ReplicaSpec
 from workers.units.runner import UnitRunner
 
@@ -33,12 +34,12 @@ KILLERS = ("exit", "kill", "fault")
 """A prompt that begins with MARK and one of these words ends the process that generates it."""
 
 
-class Tokenizer:
-    """A tokenizer that makes one token of each byte."""
+class Encoder:
+    """An encoder that makes one token of each byte."""
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """See TokenizerLike."""
-        return [list(text.encode()) for text in texts]
+    def encode(self, rows: Sequence[Row]) -> list[list[int]]:
+        """See EncoderLike."""
+        return [list((row.prompt or "").encode()) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,7 @@ class Maker:
         log = Log(self.logs / f"{self.run}_{replica}_{os.getpid()}", f"{time.time():.3f} {_node()}")
         return UnitRunner(
             Engine(log, self.turn_s),
-            Tokenizer(),
+            Encoder(),
             self.spec.open_store(replica),
             params_of(self.spec),
             replica=replica,

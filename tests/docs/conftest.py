@@ -13,12 +13,13 @@ import pytest
 
 from model.requests import Completion
 from pipeline.config.loader import load_job
+from pipeline.core.types import Row
 from pipeline.driver.dispatcher import Pool
 from pipeline.driver.run import run_job
 from pipeline.monitoring.progress import LineDisplay
 from pipeline.planning.plan import Plan
 from tests.end_to_end.s3.server import aws_variables, s3_server, weed_binary
-from tests.workers.fakes import FakeEngine, FakeTokenizer
+from tests.workers.fakes import FakeEncoder, FakeEngine
 from workers.replica.build import ReplicaSpec
 from workers.replica.local_pool import LocalPool
 from workers.units.runner import UnitRunner
@@ -29,11 +30,11 @@ LOOP, ANSWERS = 7, 40
 """One completion in LOOP repeats one word; each of the others is one of ANSWERS texts."""
 
 
-class ShortTokenizer(FakeTokenizer):
-    """A tokenizer with tokens of eight letters, so that no prompt of the demo is too long for the fake engine."""
+class ShortEncoder(FakeEncoder):
+    """An encoder with tokens of eight letters, so that no prompt of the demo is too long for the fake engine."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [ids[::8] for ids in super().encode_batch(texts)]
+    def encode(self, rows: Sequence[Row]) -> list[list[int]]:
+        return [ids[::8] for ids in super().encode(rows)]
 
 
 class VariedEngine(FakeEngine):
@@ -77,12 +78,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job = load_job("jobs/demo.yaml")
 
         def make_pool(plan: Plan, _units: int, _tell: object) -> Pool:
-            spec = ReplicaSpec(job, plan.fingerprint.digest, plan.schema)
+            spec = ReplicaSpec(job, plan.fingerprint.digest, plan.schema, plan.prompts)
 
             def make_runner(replica: str) -> UnitRunner:
                 engine, params = VariedEngine(max_rows=64), job.generation.params(())
                 store = spec.open_store(replica)
-                return UnitRunner(engine, ShortTokenizer(), store, params, replica=replica, flush=job.flush)
+                return UnitRunner(engine, ShortEncoder(), store, params, replica=replica, flush=job.flush)
 
             return LocalPool(make_runner)
 

@@ -21,14 +21,14 @@ from pipeline.config.loader import load_job
 from pipeline.core.errors import InputError, JobError, TwoTowerError
 from pipeline.core.types import Row, WorkUnit
 from pipeline.input import limits
-from pipeline.input.unit_reader import UnitReader
 from pipeline.output.claim import read_driver
 from pipeline.output.part import result_table
 from pipeline.output.records import CommitRecord, NotOursError, PlanRecord, plan_fields, read_part, to_json
 from pipeline.output.segments import from_segment, segment_name, to_segment
 from pipeline.prompts.prompts import PromptMaker
-from pipeline.prompts.template import template_columns
-from tests.pipeline.cases import complete_row, make_job, part_of, plan_of, publish
+from pipeline.prompts.setup import PromptSetup
+from pipeline.prompts.template import resolve_columns, template_names
+from tests.pipeline.cases import complete_row, make_job, part_of, plan_of, publish, reader_of
 
 UNIT = WorkUnit("0123456789ab-0000000000", "/in/a.parquet", "a.parquet", 0, 4, 100, "mtime:1")
 DIGEST = "d" * 64
@@ -79,21 +79,22 @@ def run_job(data: bytes) -> None:
 def run_template(data: bytes) -> None:
     """Compile a template, as the driver does."""
     try:
-        columns = template_columns(data.decode("utf-8", "replace"))
+        names = template_names(data.decode("utf-8", "replace"))
     except ValueError as error:
         check_line(error)
     else:
-        assert columns
+        assert names.free
 
 
 def run_prompt(data: bytes) -> None:
     """Render a template with a cell as a replica does; a NUL in `data` divides the two."""
     text, _, cell = data.decode("utf-8", "replace").partition("\0")
     try:
-        columns = template_columns(text)
+        names = template_names(text)
+        columns = resolve_columns(text, sorted(names.free | names.row_keys))
     except ValueError:
         return
-    maker = PromptMaker(None, text)
+    maker = PromptMaker(PromptSetup(columns, text, control_tokens=("<eos>", "<mask>")))
     try:
         made = list(maker.make(pa.table({name: [cell, None] for name in columns})))
     except InputError as error:
@@ -104,7 +105,7 @@ def run_prompt(data: bytes) -> None:
     assert len(made) == 2
     for prompt, reason in made:
         assert (prompt is None) != (reason is None)
-        (prompt or reason or "").encode()
+        (prompt.text if prompt is not None else reason or "").encode()
         assert "\n" not in (reason or "")
 
 
@@ -146,7 +147,7 @@ def run_input(data: bytes) -> None:
     job = make_job(
         file, folder() / "out", input={"id_column": "n", "carry": ["tags", "word"]}, output={"rows_per_file": 3}
     )
-    reader = UnitReader(job.input)
+    reader = reader_of(job)
     closer_look = patch.object(limits, "SURELY_BYTES", 0)  # examines row groups even if they are small
     try:
         closer_look.start()
@@ -198,7 +199,7 @@ def _part() -> tuple[bytes, bytes, bytes]:
         pq.write_table(pa.table({"prompt": ["a", None, "c"]}), source)
         job = make_job(source, Path(place, "out"))
         plan = plan_of(job)
-        reader = UnitReader(job.input)
+        reader = reader_of(job)
         part = part_of(reader.read(plan.units[0]), plan)
         reader.close()
         publish(job, plan)

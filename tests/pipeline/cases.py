@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 from model.requests import Completion
 from pipeline.config.job import Job
 from pipeline.core.types import Row, RowResult, Totals, UnitResult, WorkUnit
-from pipeline.input.unit_reader import UnitData
+from pipeline.input.unit_reader import UnitData, UnitReader
 from pipeline.output.ledger import Ledger
 from pipeline.output.part import result_table
 from pipeline.output.unit_store import UnitStore
+from pipeline.planning.cost import prompt_columns
 from pipeline.planning.plan import Plan, make_plan
+from pipeline.prompts.setup import PromptSetup
 
 CHECKPOINT = "checkpoint-1"
 
@@ -52,6 +54,13 @@ def plan_of(job: Job) -> Plan:
     return make_plan(job, checkpoint_identity=CHECKPOINT)
 
 
+def reader_of(job: Job) -> UnitReader:
+    """Return a reader of the job's units, without planning the job: every free name of a template is a column."""
+    settings = job.input
+    columns = prompt_columns(settings)
+    return UnitReader(settings, PromptSetup(columns, settings.template), keep_prompt=job.output.keep_prompt)
+
+
 def complete_row(row: Row, attempt: int = 1) -> RowResult:
     """Return the result that an engine would give: three tokens in one block, or an error row if the row has an
     error."""
@@ -79,7 +88,7 @@ def part_of(data: UnitData, plan: Plan, attempt: int = 1) -> bytes:
 
 def store_of(job: Job, plan: Plan, digest: str | None = None) -> UnitStore:
     """Return the job's store; `digest`: the fingerprint of another job."""
-    return UnitStore(job, digest or plan.fingerprint.digest, plan.schema, "replica-0")
+    return UnitStore(job, digest or plan.fingerprint.digest, plan.schema, plan.prompts, "replica-0")
 
 
 def open_ledger(job: Job, plan: Plan) -> Ledger:

@@ -14,7 +14,7 @@ from zlib import crc32
 
 from model.errors import RequestError
 from model.requests import Completion, EngineError, GenerationParams, Request
-from pipeline.core.types import UnitResult
+from pipeline.core.types import Row, UnitResult
 from pipeline.driver.dispatcher import dispatch
 from pipeline.driver.retry import RetryPolicy
 from pipeline.monitoring.progress import LineDisplay
@@ -31,11 +31,11 @@ TOO_LONG = 200
 """The largest number of prompt tokens that the fake engine accepts."""
 
 
-class FakeTokenizer:
-    """A tokenizer with one token per byte. A prompt of spaces has no tokens."""
+class FakeEncoder:
+    """An encoder with one token per byte. A prompt of spaces has no tokens."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(text.strip(" ").encode()) for text in texts]
+    def encode(self, rows: Sequence[Row]) -> list[list[int]]:
+        return [list((row.prompt or "").strip(" ").encode()) for row in rows]
 
 
 class FakeEngine:
@@ -181,7 +181,7 @@ class FakeMaker:
             engine.before_step = functools.partial(self.before_step, replica)
         return UnitRunner(
             engine,
-            FakeTokenizer(),
+            FakeEncoder(),
             self.spec.open_store(replica),
             GenerationParams(),
             replica=replica,
@@ -218,7 +218,7 @@ def make_runner(small: SmallJob, engine: EngineLike, store: UnitStore | None = N
     """Make a runner with this engine for the units of the job."""
     store = store or small.spec.open_store(replica)
     params, flush = GenerationParams(), small.job.flush
-    return UnitRunner(engine, FakeTokenizer(), store, params, replica=replica, flush=flush)
+    return UnitRunner(engine, FakeEncoder(), store, params, replica=replica, flush=flush)
 
 
 def work_all(runner: UnitRunner) -> list[Outcome]:

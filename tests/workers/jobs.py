@@ -22,7 +22,7 @@ class SmallJob:
 
     @property
     def spec(self) -> ReplicaSpec:
-        return ReplicaSpec(self.job, self.plan.fingerprint.digest, self.plan.schema)
+        return ReplicaSpec(self.job, self.plan.fingerprint.digest, self.plan.schema, self.plan.prompts)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all output rows in input order. Fails if a row is there twice."""

@@ -13,6 +13,8 @@ from pipeline.config.job import Job
 from pipeline.core.errors import JobError
 from pipeline.monitoring.logs import is_json, use_json
 from pipeline.output.unit_store import UnitStore
+from pipeline.prompts.encoder import PromptEncoder
+from pipeline.prompts.setup import PromptSetup
 from workers.checks.self_check import self_check
 from workers.units.counts import engine_room
 from workers.units.runner import UnitRunner
@@ -34,6 +36,8 @@ class ReplicaSpec:
     """The digest of the plan's fingerprint, which identifies the job in its output folder."""
     schema: pa.Schema
     """The schema of every part."""
+    prompts: PromptSetup
+    """How prompts are made."""
     json_logs: bool = False
     """True if replicas are to log JSON lines (pipeline.monitoring.logs)."""
 
@@ -42,7 +46,7 @@ class ReplicaSpec:
 
         Raises StorageError if a URL of the job cannot be used.
         """
-        return UnitStore(self.job, self.fingerprint, self.schema, replica)
+        return UnitStore(self.job, self.fingerprint, self.schema, self.prompts, replica)
 
 
 def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
@@ -58,7 +62,7 @@ def make_runner(spec: ReplicaSpec, replica: str) -> UnitRunner:
     engine = make_engine(pair, job)
     return UnitRunner(
         engine,
-        tokenizer,
+        PromptEncoder(tokenizer, spec.prompts),
         spec.open_store(replica),
         job.generation.params(tuple(pair.eos_ids)),
         replica=replica,

@@ -17,8 +17,8 @@ from model.runtime.page_allocator import PREFIX_SLOTS
 from pipeline.core.types import Assignment, Row, UnitResult
 from pipeline.input.row_settings import with_settings
 from pipeline.output.unit_store import UnitStore
+from pipeline.prompts.encoder import EncoderLike
 from workers.units.prefix import best_prefix, has_prefix
-from workers.units.protocols import TokenizerLike
 from workers.units.unit import OpenUnit, QueuedRow, name_of
 
 TOKENISE_ROWS = 1000
@@ -33,7 +33,7 @@ class UnitLoader:
 
     def __init__(
         self,
-        tokenizer: TokenizerLike,
+        encoder: EncoderLike,
         store: UnitStore,
         *,
         params: GenerationParams,
@@ -43,10 +43,10 @@ class UnitLoader:
     ) -> None:
         """Create a loader for one replica.
 
-        `params`: the job's generation settings. `replica`: the replica's name. `tell` is called with messages for the
-        operator. `clock` returns the time in seconds by which the units are timed.
+        `encoder` tokenises prompts. `params`: the job's generation settings. `replica`: the replica's name. `tell` is
+        called with messages for the operator. `clock` returns the time in seconds by which the units are timed.
         """
-        self._tokenizer, self._store, self._params, self._replica = tokenizer, store, params, replica
+        self._encoder, self._store, self._params, self._replica = encoder, store, params, replica
         self._tell, self._clock = tell, clock
         self._prefixes: deque[array[int]] = deque(maxlen=PREFIX_SLOTS)  # those used most recently, newest last
 
@@ -101,12 +101,11 @@ class UnitLoader:
             if row.prompt is None:
                 opened.add_error(row.index, row.error or "the row has no prompt")
             else:
-                good.append((row, row.prompt))
+                good.append(row)
         tokenised: list[tuple[Row, array[int]]] = []
         for start in range(0, len(good), TOKENISE_ROWS):
             chunk = good[start : start + TOKENISE_ROWS]
-            encoded = self._tokenizer.encode_batch([prompt for _, prompt in chunk])
-            for (row, _), ids in zip(chunk, encoded, strict=True):
+            for row, ids in zip(chunk, self._encoder.encode(chunk), strict=True):
                 if ids:
                     tokenised.append((row, array("i", ids)))
                 else:

@@ -1,4 +1,4 @@
-"""Defines what the unit runner needs of the engine and the tokenizer, so that tests can use simpler ones."""
+"""Defines what the unit runner needs of the engine, so that tests can use a simpler one."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -29,10 +29,3 @@ class EngineLike(Protocol):
         Raises EngineError if the step fails. The error names the rows that were lost, and holds the completions of the
         rows that had ended before.
         """
-
-
-class TokenizerLike(Protocol):
-    """The part of a checkpoint's tokenizer that the unit loader uses."""
-
-    def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]:
-        """Return the token ids of each text, in the order of the texts."""

@@ -29,10 +29,11 @@ from pipeline.core.types import Assignment, UnitResult
 from pipeline.monitoring.efficiency import ForwardsWatch
 from pipeline.output.part import row_key
 from pipeline.output.unit_store import UnitStore
+from pipeline.prompts.encoder import EncoderLike
 from pipeline.storage.urls import is_transient
 from workers.units.counts import RowCounts
 from workers.units.loader import UnitLoader
-from workers.units.protocols import EngineLike, TokenizerLike
+from workers.units.protocols import EngineLike
 from workers.units.saver import Outcome, Saver
 from workers.units.tries import judge, next_params
 from workers.units.unit import OpenUnit, QueuedRow, StorageRetry, name_of
@@ -57,7 +58,7 @@ class UnitRunner:
     def __init__(
         self,
         engine: EngineLike,
-        tokenizer: TokenizerLike,
+        encoder: EncoderLike,
         store: UnitStore,
         params: GenerationParams,
         *,
@@ -70,8 +71,9 @@ class UnitRunner:
     ) -> None:
         """Create a runner.
 
-        `params`: the job's generation settings. `replica`: the replica's name. `flush`: when finished rows are saved.
-        If `retry_degenerate` is true, rows whose completion is a loop are generated again (workers.units.tries).
+        `encoder` tokenises prompts. `params`: the job's generation settings. `replica`: the replica's name. `flush`:
+        when finished rows are saved. If `retry_degenerate` is true, rows whose completion is a loop are generated again
+        (workers.units.tries).
         `notes` are the first messages for the operator. `room` returns how much of the engine is in use; it is called
         from any thread.
         """
@@ -91,9 +93,7 @@ class UnitRunner:
         self._stopped = self._closed = False
         self._announce = False  # a suspect has been read: report that before generating it, as it may kill this replica
         self._steps = self._reads = 0
-        self._loader = UnitLoader(
-            tokenizer, store, params=params, replica=replica, tell=self._notes.append, clock=clock
-        )
+        self._loader = UnitLoader(encoder, store, params=params, replica=replica, tell=self._notes.append, clock=clock)
         # Reading has a thread of its own: units are read one at a time, and no part waits behind a read.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
         self._saver = Saver(store, flush, replica=replica, tell=self._notes.append, done=self._wake.set, clock=clock)

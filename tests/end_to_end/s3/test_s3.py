@@ -13,7 +13,7 @@ from pipeline.output.layout import check_writable
 from pipeline.output.ledger import read_status
 from pipeline.storage import retrying
 from pipeline.storage.storage import Storage
-from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, run, write
+from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, reader_of, run, write
 from tests.ports import held_ports
 
 pytestmark = [pytest.mark.server]
@@ -130,7 +130,6 @@ def test_resume_writes_missing_records_and_reports_others_parts(s3: str, tmp_pat
 
 def test_an_object_replaced_since_planning_is_noticed(s3: str, tmp_path: Path) -> None:
     """An object of the same size with other content is noticed by its etag."""
-    from pipeline.input.unit_reader import UnitReader
 
     upload(f"{s3}/in", tmp_path, "a.parquet", 5)
     job = make_job(f"{s3}/in", f"{s3}/out")
@@ -139,7 +138,7 @@ def test_an_object_replaced_since_planning_is_noticed(s3: str, tmp_path: Path) -
     data[10] ^= 1
     Storage(f"{s3}/in").write("a.parquet", bytes(data))
     with pytest.raises(InputError, match="has changed since the job was planned"):
-        UnitReader(job.input).read(plan.units[0])
+        reader_of(job).read(plan.units[0])
 
 
 def test_remote_files_are_read_by_ranges(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,13 +155,12 @@ def test_remote_files_are_read_by_ranges(s3: str, tmp_path: Path, monkeypatch: p
         return read_range(self, name, start, end)
 
     monkeypatch.setattr(Storage, "read_range", counting)
-    from pipeline.input.unit_reader import UnitReader
 
     job = make_job(f"{s3}/in", f"{s3}/out", output={"rows_per_file": 5000})
     plan = plan_of(job)
     assert sum(fetched) <= 70_000 < size / 4
     fetched.clear()
-    reader = UnitReader(job.input)
+    reader = reader_of(job)
     assert len(reader.read(plan.units[3]).rows) == 5000
     assert sum(fetched) < size / 3
     column = pq.read_metadata(file).row_group(3).column(0)

@@ -12,7 +12,7 @@ from pipeline.calibration.results import record
 from pipeline.calibration.results.estimate import Estimate, estimate
 from pipeline.calibration.results.tables import MEASUREMENTS
 from pipeline.calibration.run import measure
-from pipeline.cli.plan_view import Preview, preview
+from pipeline.cli.plan_view import PlanView, view_plan
 from pipeline.config.loader import load_job
 from pipeline.core.errors import InputError
 from pipeline.monitoring.progress import LineDisplay
@@ -39,8 +39,8 @@ def calibrate(file: Path, **options: Any) -> None:
     setup.folder.write_record(identity, outcome.replica, fields)
 
 
-def previewed(file: Path, *overrides: str, calibration: str | None = None) -> Preview:
-    return preview(load_job(str(file), overrides), calibration)
+def previewed(file: Path, *overrides: str, calibration: str | None = None) -> PlanView:
+    return view_plan(load_job(str(file), overrides), calibration)
 
 
 def test_hours_and_cost_are_those_of_the_jobs_own_point(calibrated: Path) -> None:

@@ -14,13 +14,13 @@ from pipeline.calibration.sample import Sample, draw_sample
 from pipeline.config.job import Job
 from pipeline.core.errors import InputError
 from tests.pipeline.cases import make_job, not_utf8, plan_of, write
-from tests.workers.fakes import FakeTokenizer
+from tests.workers.fakes import FakeEncoder
 
 PARAMS = GenerationParams(max_new_tokens=50)
 
 
 def draw(job: Job, size: int = 64, seed: int = 0, room: int = 10_000) -> Sample:
-    return draw_sample(job, plan_of(job), FakeTokenizer(), PARAMS, room, size, seed)
+    return draw_sample(job, plan_of(job), FakeEncoder(), PARAMS, room, size, seed)
 
 
 def job_over(folder: Path, prompts: Any, group: int | None = None, **sections: Any) -> Job:

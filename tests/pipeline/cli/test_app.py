@@ -81,7 +81,9 @@ def fake_pool(
     json_logs: bool,
     step_s: float = 0.0,
 ) -> LocalPool:
-    pool = pool_class(FakeMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema, json_logs), step_s=step_s))
+    pool = pool_class(
+        FakeMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema, plan.prompts, json_logs), step_s=step_s)
+    )
     signals.install()
     return pool
 
@@ -353,7 +355,7 @@ def test_plan_tells_what_would_run_and_writes_nothing(job: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "1 file, 35 rows" in result.stdout
     assert "left: 35 rows" in result.stdout
-    assert "estimate from a sample of 35 rows" in result.stdout
+    assert re.search(r"^prompts    [\d,]+ tokens$", result.stdout, re.MULTILINE)  # all rows were read
     assert "1 of 35 sampled rows have no usable prompt" in result.stdout
     assert "at most 280 tokens left (8 per row)" in result.stdout
     assert files_of(job.parent) == before
@@ -367,6 +369,7 @@ def test_plan_counts_tokens_by_the_rows_own_settings(job: Path) -> None:
     columns = {"prompt": ["p"] * 6, "n": [100, 50, None, 2**31 - 1, 0, 2], "t": [0.5] * 6}
     pq.write_table(pa.table(columns), job.parent / "in" / "a.parquet")
     options = ["input.row_settings={max_new_tokens: n, temperature: t}", "generation.on_degenerate=retry"]
+    options.append("retry.max_error_rate=0.5")
     result = call("plan", job, *(word for option in options for word in ("--set", option)))
     assert result.exit_code == 0, result.output
     assert "2 of 6 sampled rows have no usable prompt and settings" in result.stdout

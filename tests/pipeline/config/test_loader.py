@@ -97,6 +97,12 @@ def test_a_job_is_frozen(tmp_path: Path) -> None:
         ("engine: {max_rows: 3, max_rows: 4}", "line 5: engine.max_rows is given twice"),
         ("engine: [", "line 6: not YAML"),
         ("engine: {max_rows: ${X}}", "put a value with ${…} in quotes"),
+        ('template: "a {{ row["b c"] }}"', "inside \"…\" write '…' in the template"),
+        ('template: "a {{ x | default("b") }}"', "inside \"…\" write '…' in the template"),
+        ("generation: {{ text }}", "line 5: a key must be text; put the template in quotes"),
+        ("template: {{ text }} more", "put the template in quotes"),
+        ("template: Rewrite {{ text }}: now", "put the template in quotes"),
+        ("template: {% if x %}{{ x }}{% endif %}", "put the template in quotes"),
         ("engine: {? [1] : 2}", "line 5: a key must be text"),
         ("a: &a [*a]", "nested too deeply"),
         ("a: !!python/object/apply:os.getcwd []", "a is not a key of a job"),
@@ -410,9 +416,11 @@ def test_every_field_is_explained() -> None:
 
 
 def test_the_production_job_shows_every_setting() -> None:
-    """`template` is in a comment of that file, because it excludes prompt_column."""
+    """`template` and `messages_column` are in comments of that file, because they exclude prompt_column."""
     text = (JOBS / "synth.yaml").read_text()
-    shown = yaml.safe_load(text.replace("# template:", "template:"))
+    for name in ("template", "messages_column", "system"):
+        text = text.replace(f"# {name}:", f"{name}:")
+    shown = yaml.safe_load(text)
 
     def names(settings: Any) -> Any:
         return {name: names(value) for name, value in settings.items()} if isinstance(settings, dict) else None

@@ -11,10 +11,9 @@ import pytest
 
 from pipeline.core.errors import InputError
 from pipeline.input import limits
-from pipeline.input.unit_reader import UnitReader
 from pipeline.planning import plan
 from tests import memory
-from tests.pipeline.cases import make_job, plan_of, prompts, write
+from tests.pipeline.cases import make_job, plan_of, prompts, reader_of, write
 from tests.pipeline.input.footers import footer_file
 
 ROOT = Path(__file__).parents[3]
@@ -59,7 +58,7 @@ def test_thousands_of_columns_and_empty_groups(tmp_path: Path) -> None:
         writer.write_table(pa.table({"prompt": pa.array(rows, pa.string())}))
     writer.close()
     job = make_job(tmp_path / "*.parquet", tmp_path / "out")
-    reader = UnitReader(job.input)
+    reader = reader_of(job)
     assert [row.prompt for unit in plan_of(job).units for row in reader.read(unit).rows] == ["x", "y", "z"]
     reader.close()
 
@@ -68,14 +67,13 @@ BOMB_PROBE = """
 import resource, sys
 from pathlib import Path
 from pipeline.input import limits
-from pipeline.input.unit_reader import UnitReader
 from pipeline.core.errors import InputError
 from pipeline.planning.plan import make_plan
-from tests.pipeline.cases import make_job
+from tests.pipeline.cases import make_job, reader_of
 
 limits.UNIT_BYTES, limits.BATCH_BYTES = 1 << 28, 1 << 27
 job = make_job(sys.argv[1], sys.argv[2], input={"carry": ["carried"]})
-reader = UnitReader(job.input)
+reader = reader_of(job)
 (unit,) = make_plan(job, checkpoint_identity="x").units
 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 30),) * 2)
@@ -122,7 +120,7 @@ def test_a_cell_that_is_too_long_costs_its_row_and_is_not_carried(
         tags=[["t"], ["t"], ["t"], [long, "t"]],
     )
     job = make_job(tmp_path / "a.parquet", tmp_path / "out", input={"carry": ["note", "tags"]})
-    reader = UnitReader(job.input)
+    reader = reader_of(job)
     data = reader.read(plan_of(job).units[0])
     reader.close()
     said = "holds {} bytes, above the limit of 1000 for a cell"
@@ -139,7 +137,7 @@ def test_prompts_that_are_too_long_together(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(limits, "UNIT_BYTES", 5000)
     file = write(tmp_path / "a.parquet", n=[1, 2, 3])
     job = make_job(file, tmp_path / "out", input={"template": "{{ 'x' * 2000 }}{{ n }}"})
-    reader = UnitReader(job.input)
+    reader = reader_of(job)
     with pytest.raises(InputError, match=r"rows 0 to 2: their prompts are too long together: lower output\.rows_per"):
         reader.read(plan_of(job).units[0])
     reader.close()

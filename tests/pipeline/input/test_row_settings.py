@@ -15,10 +15,9 @@ from pipeline.config.loader import load_job
 from pipeline.core.errors import InputError, JobError
 from pipeline.core.types import Row
 from pipeline.input.row_settings import misfit, read_settings, with_settings
-from pipeline.input.unit_reader import UnitReader
 from pipeline.maintenance.retry_errors import make_retry_job
 from pipeline.maintenance.verify import verify
-from tests.pipeline.cases import make_job, not_utf8, plan_of, run, write
+from tests.pipeline.cases import make_job, not_utf8, plan_of, reader_of, run, write
 
 TEXT, WHOLE, NUMBER = pa.string(), pa.int16(), pa.float32()
 INTEGERS = [getattr(pa, f"{sign}int{bits}")() for sign in ("", "u") for bits in (8, 16, 32, 64)]
@@ -53,7 +52,7 @@ def rows_of(tmp_path: Path, columns: dict[str, Any], **settings: str) -> list[Ro
     count = len(next(iter(columns.values())))
     write(tmp_path / "in/a.parquet", prompt=[f"p{i}" for i in range(count)], **columns)
     job = make_job(tmp_path / "in", tmp_path / "out", input={"row_settings": settings})
-    reader = UnitReader(job.input)
+    reader = reader_of(job)
     (unit,) = plan_of(job).units
     rows = reader.read(unit).rows
     reader.close()
@@ -151,7 +150,7 @@ def test_the_first_wrong_cell_of_a_row_is_named_and_a_prompt_comes_first(tmp_pat
     write(tmp_path / "in/a.parquet", prompt=["x", None], n=[-1, -1], t=[-1.0, -1.0])
     job = make_job(tmp_path / "in", tmp_path / "out", input={"row_settings": {"temperature": "t", "seed": "n"}})
     (unit,) = plan_of(job).units
-    errors = [row.error for row in UnitReader(job.input).read(unit).rows]
+    errors = [row.error for row in reader_of(job).read(unit).rows]
     assert errors[0] is not None
     assert errors[0].startswith("column 't'")
     assert errors[1] == "prompt is null"
@@ -212,7 +211,7 @@ def test_one_column_may_have_several_roles(tmp_path: Path) -> None:
     section = {"id_column": "n", "carry": ["n", "prompt"], "row_settings": settings}
     job = make_job(tmp_path / "in", tmp_path / "out", input=section)
     (unit,) = plan_of(job).units
-    data = UnitReader(job.input).read(unit)
+    data = reader_of(job).read(unit)
     assert [row.prompt for row in data.rows] == ["x", "y"]
     assert values(data.rows) == [
         {"temperature": 3, "seed": 3, "stop": ("x",)},
@@ -225,7 +224,7 @@ def test_files_agree_on_a_column_or_leave_it_null(tmp_path: Path) -> None:
     write(tmp_path / "in/a.parquet", prompt=["x"], n=pa.nulls(1), s=pa.nulls(1))
     write(tmp_path / "in/b.parquet", prompt=["x"], n=[5], s=pa.nulls(1))
     job = make_job(tmp_path / "in", tmp_path / "out", input={"row_settings": {"seed": "n", "stop": "s"}})
-    reader = UnitReader(job.input)
+    reader = reader_of(job)
     assert [values(reader.read(unit).rows) for unit in plan_of(job).units] == [[{}], [{"seed": 5}]]
     write(tmp_path / "in/c.parquet", prompt=["x"], n=pa.array([5], pa.int8()), s=pa.nulls(1))
     with pytest.raises(InputError, match=r"column 'n' is int64 in b.parquet but int8 in c.parquet: make them one type"):
@@ -277,7 +276,7 @@ def test_rows_that_failed_keep_their_settings(tmp_path: Path) -> None:
     assert new.input.row_settings == job.input.row_settings
     run(new)
     assert verify(new.output.path).problems == ()
-    reader = UnitReader(new.input)
+    reader = reader_of(new)
     rows = [row for unit in plan_of(new).units for row in reader.read(unit).rows]
     assert [(row.error, values([row])) for row in rows] == [
         ("column 'n': seed is -1: it must be a whole number from 0 to 2**63 - 1", [{}]),

@@ -11,7 +11,6 @@ import pytest
 from pipeline.config.job import Job
 from pipeline.core.errors import OutputError, StorageError
 from pipeline.core.types import Totals
-from pipeline.input.unit_reader import UnitReader
 from pipeline.maintenance.verify import verify
 from pipeline.output.layout import SEGMENTS, part_name
 from pipeline.output.ledger import Ledger, read_status
@@ -27,6 +26,7 @@ from tests.pipeline.cases import (
     plan_of,
     prompts,
     publish,
+    reader_of,
     run,
     store_of,
     two_files,
@@ -389,7 +389,7 @@ def test_the_first_writer_wins(job: Job) -> None:
     reports that part."""
     plan = plan_of(job)
     open_ledger(job, plan)
-    data = UnitReader(job.input).read(plan.units[0])
+    data = reader_of(job).read(plan.units[0])
     first = store_of(job, plan).publish(plan.units[0], part_of(data, plan, attempt=1))
     part = out(job, part_name(plan.units[0].id)).read_bytes()
     second = store_of(job, plan).publish(plan.units[0], part_of(data, plan, attempt=2))
@@ -437,7 +437,7 @@ def test_a_record_that_cannot_be_written_is_not_the_units_failure(job: Job, monk
 def test_nothing_is_published_under_a_wrong_name(job: Job) -> None:
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
-    data = UnitReader(job.input).read(plan.units[0])
+    data = reader_of(job).read(plan.units[0])
     with pytest.raises(OutputError, match=f"holds unit {plan.units[0].id}, not {plan.units[1].id}"):
         store_of(job, plan).publish(plan.units[1], part_of(data, plan))
     assert ledger.finished(plan) == {}

@@ -12,15 +12,15 @@ import pytest
 from pipeline.core.repetition import DEGENERATE
 from pipeline.core.schema import RESULT_COLUMNS, output_schema
 from pipeline.core.types import RowResult
-from pipeline.input.unit_reader import UnitData, UnitReader
+from pipeline.input.unit_reader import UnitData
 from pipeline.output.part import TOTALS_KEY, build_part, result_table
-from tests.pipeline.cases import complete_row, make_job, plan_of, prompts, write
+from tests.pipeline.cases import complete_row, make_job, plan_of, prompts, reader_of, write
 
 
 def read_one(tmp_path: Path, section: dict[str, Any] | None = None, **columns: Any) -> UnitData:
     write(tmp_path / "in/a.parquet", **columns)
     job = make_job(tmp_path / "in", tmp_path / "out", input=section or {})
-    return UnitReader(job.input).read(plan_of(job).units[0])
+    return reader_of(job).read(plan_of(job).units[0])
 
 
 def part(data: UnitData, schema: pa.Schema) -> tuple[pa.Table, dict[str, Any]]:

@@ -8,10 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.schema import RESULT_COLUMNS, RESULT_SCHEMA
-from pipeline.input.unit_reader import UnitReader
 from pipeline.output import part
 from pipeline.output.part import encode_part
-from tests.pipeline.cases import make_job, part_of, plan_of, prompts, write
+from tests.pipeline.cases import make_job, part_of, plan_of, prompts, reader_of, write
 
 SPARK_READS = {
     ("BYTE_ARRAY", "String"),
@@ -31,7 +30,7 @@ def file_of(folder: Path, columns: dict[str, Any], **settings: Any) -> tuple[byt
     write(folder / "in/a.parquet", **columns)
     job = make_job(folder / "in", folder / "out", input=settings)
     plan = plan_of(job)
-    reader = UnitReader(job.input)
+    reader = reader_of(job)
     data = part_of(reader.read(plan.units[0]), plan)
     reader.close()
     return data, pq.ParquetFile(pa.BufferReader(data))

@@ -28,6 +28,7 @@ from pipeline.output.segments import (
     to_segment,
 )
 from pipeline.output.unit_store import UnitStore
+from pipeline.prompts.setup import PromptSetup
 from pipeline.storage.storage import Storage
 from tests.pipeline.cases import make_job, not_utf8
 
@@ -47,7 +48,7 @@ def rows_of(indexes: list[int], text: str, attempt: int = 1) -> pa.Table:
 
 
 def store_in(folder: Path) -> UnitStore:
-    return UnitStore(make_job("/in", folder), DIGEST, pa.schema([]), "r")
+    return UnitStore(make_job("/in", folder), DIGEST, pa.schema([]), PromptSetup(("prompt",)), "r")
 
 
 @dataclass(frozen=True)

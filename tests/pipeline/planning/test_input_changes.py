@@ -14,12 +14,23 @@ import pipeline.output.ledger
 from pipeline.config.job import Job
 from pipeline.core.errors import OutputError
 from pipeline.core.types import Totals
-from pipeline.input.unit_reader import UnitReader
 from pipeline.output.layout import part_name
 from pipeline.output.ledger import Ledger, read_status
 from pipeline.output.part import build_part, result_table
 from pipeline.output.records import RECORD_KEY, PartRecord, PlanRecord, unit_fields
-from tests.pipeline.cases import complete_row, load, open_ledger, out, plan_of, prompts, publish, run, two_files, write
+from tests.pipeline.cases import (
+    complete_row,
+    load,
+    open_ledger,
+    out,
+    plan_of,
+    prompts,
+    publish,
+    reader_of,
+    run,
+    two_files,
+    write,
+)
 
 
 @pytest.fixture
@@ -181,7 +192,7 @@ def test_a_part_of_an_older_version_of_its_file_is_named(job: Job) -> None:
     record = PartRecord(
         **unit_fields(unit), fingerprint=plan.fingerprint.digest, writer="w", replica="r", attempt=1, seconds=1.0
     )
-    data = replace(UnitReader(job.input).read(plan.units[0]), unit=unit)
+    data = replace(reader_of(job).read(plan.units[0]), unit=unit)
     results = result_table(unit, [complete_row(row) for row in data.rows])
     part, _ = build_part(data, [results], plan.schema, {RECORD_KEY: json.dumps(record.model_dump())})
     out(job, part_name(unit.id)).write_bytes(part)

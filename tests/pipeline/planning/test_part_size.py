@@ -16,10 +16,10 @@ from model.requests import Completion
 from pipeline.config.job import Job, OutputSection
 from pipeline.core.errors import InputError, OutputError
 from pipeline.core.types import RowResult
-from pipeline.input.unit_reader import UnitData, UnitReader
+from pipeline.input.unit_reader import UnitData
 from pipeline.output.part import build_part, result_table
 from pipeline.planning.part_size import MAX_ROWS, STORED_SHARE, carried_bytes, rows_per_unit
-from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, write
+from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, reader_of, write
 
 PROSE = "\n".join(text for _, text in sorted(topics.items()))
 """The text of Python's language reference, which comes with Python: English with code in it."""
@@ -74,7 +74,7 @@ def test_parts_are_of_about_the_size_asked_for(tmp_path: Path, codec: Literal["z
     pq.write_table(table, tmp_path / "in/a.parquet", compression=codec)
     job = sized(tmp_path, 0.2, input={"carry": ["text"], "id_column": "key"})
     plan = plan_of(job)
-    reader = UnitReader(job.input)
+    reader = reader_of(job)
     sizes = [len(written(reader.read(unit), random_, plan.schema)) / 1e6 for unit in plan.units]
     reader.close()
     assert len(sizes) > 2
@@ -135,6 +135,24 @@ def test_only_what_goes_to_the_output_is_measured(tmp_path: Path) -> None:
     assert carried_bytes(metadata, ["pairs"], size) == STORED_SHARE * (by_path["pairs.a"] + by_path["pairs.b"])
     assert carried_bytes(metadata, [], size) == 0
     assert carried_bytes(metadata, ["text"], 10) == 10  # a footer may claim more than the file holds
+
+
+def test_kept_prompts_count_as_carried_columns_do(tmp_path: Path) -> None:
+    """Prompts of a template count with the columns that it reads."""
+    texts = [PROSE[start : start + 400] for start in range(0, 400 * 900, 400)]
+    write(tmp_path / "in/a.parquet", prompt=texts, text=texts)
+
+    def units(folder: str, output: dict[str, Any] | None = None, **section: Any) -> list[int]:
+        size = {"target_mb": 0.1, **(output or {})}
+        job = make_job(
+            tmp_path / "in", tmp_path / folder, input=section, output=size, generation={"max_new_tokens": 64}
+        )
+        return [unit.row_count for unit in plan_of(job).units]
+
+    keep = {"keep_prompt": True}
+    assert units("a", keep) == units("b", carry=["prompt"])
+    assert len(units("a", keep)) > len(units("b"))
+    assert units("c", keep, template="Repeat: {{ text }}") == units("a", keep)
 
 
 def test_exactly_one_of_the_two_is_given() -> None:

@@ -18,6 +18,7 @@ from pipeline.config.job import Job
 from pipeline.core.errors import InputError
 from pipeline.planning import fingerprint
 from pipeline.planning.plan import cut, make_plan, unit_id
+from pipeline.planning.prompts import Begun
 from tests.pipeline.cases import CHECKPOINT, make_job, plan_of, prompts, run, write
 
 GROUPS = st.lists(st.integers(0, 60), max_size=30)
@@ -201,11 +202,21 @@ def test_files_that_are_not_parquet_are_all_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "a.parquet: no column 'prompt' (input.prompt_column); its columns: text, n, tags, when"),
-        ({"prompt_column": "n"}, "prompt column 'n' is int64: it must be a string column"),
+        (
+            {},
+            "a.parquet: no column 'prompt' (input.prompt_column): set input.prompt_column, input.template or "
+            "input.messages_column; its columns: text, n, tags, when",
+        ),
+        (
+            {"prompt_column": "n"},
+            "prompt column 'n' is int64: it must hold strings or bytes; input.template can print it, as {{ n }} does",
+        ),
         ({"prompt_column": "tags"}, "prompt column 'tags' is list<"),
         ({"template": "{{ text }} {{ title }}"}, "the template reads column 'title', which is not there"),
-        ({"prompt_column": "text", "id_column": "when"}, "id column 'when' is double: it must be an integer or string"),
+        (
+            {"prompt_column": "text", "id_column": "when"},
+            "id column 'when' is double: it must hold integers, strings or bytes",
+        ),
         ({"prompt_column": "text", "id_column": "key"}, "no column 'key' (input.id_column)"),
         ({"prompt_column": "text", "carry": ["key"]}, "no column 'key' (input.carry)"),
         ({"prompt_column": "text", "row_settings": {"seed": "s"}}, "no column 's' (input.row_settings.seed)"),
@@ -344,6 +355,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "generation.eos_ids": {"generation": {"eos_ids": []}},
     "model.dtype": {"model": {"dtype": "bfloat16"}},
     "output.rows_per_file": {"output": {"rows_per_file": 3}},
+    "output columns": {"output": {"keep_prompt": True}},
     "input.carry": {"input": {"carry": ["n"]}},
     "input.row_settings": {"input": {"row_settings": {"seed": "n"}}},
     "input.id_column": {"input": {"id_column": "n"}},
@@ -384,9 +396,14 @@ def test_what_does_not_change_the_output_leaves_the_fingerprint(tmp_path: Path) 
 
 
 def test_a_job_of_today_has_the_fingerprint_fields_of_older_outputs(tmp_path: Path) -> None:
-    """A name that is added or lost here would refuse every output that an older version began."""
+    """A name that is added or lost here would refuse every output that an older version began. The rules of prompts
+    have a version of their own; a job whose output was begun before that has the fields without it."""
     write(tmp_path / "in/a.parquet", prompt=["x"])
-    assert plan_of(make_job(tmp_path / "in", tmp_path / "out")).fingerprint.fields.keys() == {
+    job = make_job(tmp_path / "in", tmp_path / "out")
+    new = plan_of(job).fingerprint.fields
+    old = make_plan(job, checkpoint_identity=CHECKPOINT, begun=Begun(rules=1)).fingerprint.fields
+    assert new == {**old, "prompts": 2}
+    assert old.keys() == {
         *("input.prompt_column", "input.template", "input.id_column", "input.carry", "input.row_settings"),
         *("output.rows_per_file", "output columns", "output schema version", "model.checkpoint", "model.dtype"),
         *("generation.mode", "generation.max_new_tokens", "generation.block_size", "generation.steps_per_block"),

@@ -18,7 +18,6 @@ from pipeline.cli.app import app
 from pipeline.config.job import Job
 from pipeline.core.events import EngineRoom, ReplicaStats
 from pipeline.core.types import RowResult
-from pipeline.input.unit_reader import UnitReader
 from pipeline.maintenance.verify import verify
 from pipeline.monitoring.live import Live, LiveReplica
 from pipeline.output.layout import LIVE
@@ -35,7 +34,7 @@ from pipeline.report.terminal import lines
 from pipeline.report.write import report_line, write_report
 from pipeline.storage.storage import Storage
 from tests.pipeline.calibration.test_page import Page
-from tests.pipeline.cases import complete_row, make_job, open_ledger, out, plan_of, prompts, publish, write
+from tests.pipeline.cases import complete_row, make_job, open_ledger, out, plan_of, prompts, publish, reader_of, write
 from tests.pipeline.cases import run as run_job
 
 HOSTILE = "<script>alert(1)</script></table>\x1b[31m\u202e{{ 7 * 7 }} &amp; \"x' \ue000"
@@ -98,8 +97,8 @@ def test_hostile_texts_are_shown_and_do_nothing(tmp_path: Path) -> None:
     job = job.model_copy(update={"name": HOSTILE})
     plan = plan_of(job)
     open_ledger(job, plan)
-    data = UnitReader(job.input).read(plan.units[0])
-    store = UnitStore(job, plan.fingerprint.digest, plan.schema, HOSTILE)
+    data = reader_of(job).read(plan.units[0])
+    store = UnitStore(job, plan.fingerprint.digest, plan.schema, plan.prompts, HOSTILE)
     results: list[RowResult] = [complete_row(row) for row in data.rows]
     results[0] = replace(results[0], completion=replace(results[0].completion, error=f"row is bad: {HOSTILE}"))
     table = result_table(data.unit, results)

@@ -30,7 +30,7 @@ def main(folder: Path, step_s: float, free_rows: int) -> None:
             job,
             lambda plan, _units, _tell: LocalPool(
                 MarkedMaker(
-                    ReplicaSpec(job, plan.fingerprint.digest, plan.schema),
+                    ReplicaSpec(job, plan.fingerprint.digest, plan.schema, plan.prompts),
                     step_s=step_s,
                     free_rows=free_rows,
                     flushed=True,

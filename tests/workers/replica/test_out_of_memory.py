@@ -7,7 +7,7 @@ import pytest
 
 from model.requests import EngineError, GenerationParams
 from pipeline.core.events import UnitDone
-from pipeline.core.types import Assignment
+from pipeline.core.types import Assignment, Row
 from tests.model.engine.cases import ScriptedBackend, make_loop
 from tests.model.engine.launches import Fault
 from tests.model.engine.scripts import FIRST, Script
@@ -18,11 +18,11 @@ from tests.workers.units.resume_cases import NEVER, WatchedStore
 from workers.units.runner import UnitRunner
 
 
-class FixedTokenizer:
-    """A tokenizer that gives each prompt forty tokens, which depend on its length."""
+class FixedEncoder:
+    """An encoder that gives each prompt forty tokens, which depend on its length."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[5000 + len(text) + i for i in range(40)] for text in texts]
+    def encode(self, rows: Sequence[Row]) -> list[list[int]]:
+        return [[5000 + len(row.prompt or "") + i for i in range(40)] for row in rows]
 
 
 def scripted_runner(small: SmallJob, faults: dict[int, Fault]) -> tuple[UnitRunner, ScriptedBackend]:
@@ -30,7 +30,7 @@ def scripted_runner(small: SmallJob, faults: dict[int, Fault]) -> tuple[UnitRunn
     loop, backend = make_loop(scripts, rows=8, faults=faults)
     params = GenerationParams(max_new_tokens=20, block_size=8, steps_per_block=8)
     flush, store = small.job.flush, small.spec.open_store("r0")
-    return UnitRunner(loop, FixedTokenizer(), store, params, replica="r0", flush=flush), backend
+    return UnitRunner(loop, FixedEncoder(), store, params, replica="r0", flush=flush), backend
 
 
 @pytest.mark.parametrize("kind", ["launch oom", "collect oom"])

@@ -55,7 +55,7 @@ class SlowMaker(FakeMaker):
 
 def slow_pool(job: Any, _local: bool, signals: Any, plan: Plan, *_: Any, **_named: Any) -> LocalPool:
     signals.install()
-    return LocalPool(SlowMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema)))
+    return LocalPool(SlowMaker(ReplicaSpec(job, plan.fingerprint.digest, plan.schema, plan.prompts)))
 
 
 @pytest.fixture

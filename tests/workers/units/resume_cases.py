@@ -26,7 +26,7 @@ class WatchedStore(UnitStore):
     """A store that knows which rows were in segments when a unit was opened, and that fails as often as it is told."""
 
     def __init__(self, small: SmallJob, replica: str = "r0") -> None:
-        super().__init__(small.job, small.plan.fingerprint.digest, small.plan.schema, replica)
+        super().__init__(small.job, small.plan.fingerprint.digest, small.plan.schema, small.plan.prompts, replica)
         self.held: set[str] = set()
         self.refuse_segments = self.refuse_parts = 0
         self.answers_lost = False

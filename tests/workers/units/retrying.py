@@ -4,18 +4,18 @@ from typing import Any
 
 from model.requests import GenerationParams
 from pipeline.core.types import Assignment
-from tests.workers.fakes import FakeTokenizer, work_all
+from tests.workers.fakes import FakeEncoder, work_all
 from tests.workers.jobs import SmallJob
 from workers.units.protocols import EngineLike
 from workers.units.runner import UnitRunner
 
 
 def runner_of(
-    small: SmallJob, engine: EngineLike, params: GenerationParams, tokenizer: Any = None, retry: bool = True
+    small: SmallJob, engine: EngineLike, params: GenerationParams, encoder: Any = None, retry: bool = True
 ) -> UnitRunner:
     return UnitRunner(
         engine,
-        tokenizer or FakeTokenizer(),
+        encoder or FakeEncoder(),
         small.spec.open_store("r0"),
         params,
         replica="r0",

@@ -14,11 +14,17 @@ from model import Engine, EngineLimits, GenerationParams, Request, load_model
 from model.network.two_tower import TwoTower
 from model.requests import Completion
 from pipeline.core.repetition import repetition
-from tests.workers.jobs import open_job
+from pipeline.prompts.encoder import PromptEncoder
+from tests.workers.jobs import SmallJob, open_job
 from tests.workers.units.retrying import run_units, runner_of
 from workers.units import tries
 
 pytestmark = pytest.mark.slow
+
+
+def encoder_of(pair: TwoTower, small: SmallJob) -> PromptEncoder:
+    assert pair.tokenizer is not None
+    return PromptEncoder(pair.tokenizer, small.plan.prompts)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,7 @@ def test_the_engine_gives_each_try_as_if_it_were_the_only_one(
     assert {attempt for _, _, attempt in expected} == {1, 2, 3}
     monkeypatch.setattr(tries, "repetition", lambda ids, _eos: 1.0 if ids in loops else repetition(ids))
     engine = Engine(pair, EngineLimits(max_rows=4, max_context_tokens=128))
-    rows = run_units(small, runner_of(small, engine, params, pair.tokenizer))
+    rows = run_units(small, runner_of(small, engine, params, encoder_of(pair, small)))
     assert [(row["completion"], row["mode"], row["attempt"]) for row in rows] == expected
     engine.check()
 
@@ -79,7 +85,7 @@ def test_rows_with_settings_of_their_own_are_generated_as_if_alone(
     small = open_job(tmp_path, None, input={"path": str(tmp_path / "in"), "row_settings": names})
     params = GenerationParams(max_new_tokens=40, confidence_threshold=0.3, temperature=0.8, stop=("~",))
     engine = Engine(pair, EngineLimits(max_rows=8, max_context_tokens=128))
-    rows = run_units(small, runner_of(small, engine, params, pair.tokenizer))
+    rows = run_units(small, runner_of(small, engine, params, encoder_of(pair, small)))
     cells = pa.table(columns).to_pylist()
     for i, (row, cell) in enumerate(zip(rows, cells, strict=True)):
         if i in (5, 7):

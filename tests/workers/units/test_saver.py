@@ -129,7 +129,7 @@ class ResetStore(UnitStore):
     """A store in which the first reads of a unit break off."""
 
     def __init__(self, small: SmallJob, failures: int, cause: OSError) -> None:
-        super().__init__(small.job, small.plan.fingerprint.digest, small.plan.schema, "r0")
+        super().__init__(small.job, small.plan.fingerprint.digest, small.plan.schema, small.plan.prompts, "r0")
         self.failures, self.cause = failures, cause
 
     def published(self, unit: WorkUnit) -> UnitResult | None:

@@ -1,0 +1,41 @@
+"""Plans a job so that its prompts are made as in the rows that its output holds already."""
+
+from model.checkpoint.reader import Checkpoint
+from pipeline.config.job import Job
+from pipeline.output.ledger import Ledger
+from pipeline.planning.fingerprint import PROMPT_RULES
+from pipeline.planning.plan import Plan, make_plan
+from pipeline.planning.prompts import Begun, read_model_texts
+from pipeline.prompts.setup import RULES
+
+OLD_RULES_NOTE = (
+    "this output was begun by an earlier version: texts in prompts that spell control tokens, such as <eos>, become "
+    "control tokens, as in the rows that it holds; a new output.path makes them text"
+)
+"""The note about an output whose prompts are made by version 1 of the rules."""
+
+
+def plan_job(job: Job, checkpoint: Checkpoint, *, allow_unreadable: bool = False) -> Plan:
+    """Return the plan of a job, as make_plan does, with the texts of its checkpoint and the facts that its output was
+    begun with.
+
+    Raises CheckpointError if prompts need a chat template that the checkpoint does not have.
+    """
+    texts = read_model_texts(job.input, checkpoint)
+    return make_plan(
+        job,
+        checkpoint_identity=checkpoint.identity(),
+        texts=texts,
+        begun=_begun(job),
+        allow_unreadable=allow_unreadable,
+    )
+
+
+def _begun(job: Job) -> Begun:
+    old = Ledger(job.output.path).last_plan()
+    if old is None:
+        return Begun()
+    rules = int(old.fingerprint.fields.get(PROMPT_RULES, 1))
+    if rules == 1 and job.input.prompt_column is None:
+        rules = RULES  # the Ledger refuses the output and says why
+    return Begun(rules, old.prompt_date or old.created[:10])
