@@ -8,7 +8,7 @@ import typer
 from pipeline.cli.calibrate import calibrate
 from pipeline.cli.job import doctor, plan, run
 from pipeline.cli.model import canary
-from pipeline.cli.output import clean, report, retry_errors, status, verify
+from pipeline.cli.output import clean, report, retry_errors, show, status, verify
 
 app = typer.Typer(
     help="Batch generation with TwoTower block diffusion: prompts in Parquet, completions in Parquet.",
@@ -18,5 +18,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (run, plan, calibrate, status, report, verify, retry_errors, clean, canary, doctor):
+for command in (run, plan, calibrate, status, show, report, verify, retry_errors, clean, canary, doctor):
     app.command()(command)

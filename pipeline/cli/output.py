@@ -1,7 +1,8 @@
-"""Defines the commands that take an output folder: status, report, verify, retry-errors, clean."""
+"""Defines the commands that take an output folder: status, show, report, verify, retry-errors, clean."""
 
 import contextlib
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Annotated
 
@@ -36,6 +37,53 @@ def status(
             raise typer.Exit(130) from None
         if not well:
             raise typer.Exit(1)
+
+
+def _conditions(texts: list[str] | None) -> list[str] | None:
+    """Return the conditions. Raises BadParameter (wrong usage) if one is not `COLUMN=VALUE`."""
+    for text in texts or ():
+        if "=" not in text:
+            raise typer.BadParameter(f"{text!r} is not COLUMN=VALUE")
+    return texts
+
+
+def show(
+    output: OutputPath,
+    most: Annotated[int, typer.Option("-n", min=1, metavar="N", help="The number of rows to show at most.")] = 5,
+    errors: Annotated[bool, typer.Option("--errors", help="Show only error rows.")] = False,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--where",
+            metavar="COLUMN=VALUE",
+            callback=_conditions,
+            help="Show only rows with this value, such as finish_reason=length or error=null. If it is repeated, all "
+            "must hold.",
+        ),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Show whole texts, instead of the beginning and the end of long ones.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Show rows of an output, finished or not, with prompt (if it is in the output), completion and statistics."""
+    with one_line_errors(debug):
+        from pipeline.report.row_search import RowSearch
+        from pipeline.report.row_view import row_lines
+
+        search, found = RowSearch(output, errors=errors, where=where or ()), 0
+        width = shutil.get_terminal_size().columns  # 80 if there is no terminal
+        for found, row in enumerate(search.rows(most + 1), 1):
+            if found > most:
+                typer.echo(
+                    f"\nmore rows match: -n {2 * most} shows more" if errors or where else f"\n-n {2 * most} shows more"
+                )
+                break
+            text = "\n".join(row_lines(row, search.carried, width, full=full))
+            typer.echo(text if found == 1 else f"\n{text}")
+        if not found:
+            published = f"{search.published:,} of {counted(search.planned, 'row')} are published"
+            typer.echo(f"{'no row matches' if search.published else 'there is no row yet'}: {published}")
 
 
 def report(
