@@ -1,5 +1,5 @@
-"""Makes the pools, benches, sinks and checks of package workers for the commands. No other file of pipeline imports
-workers."""
+"""Makes the pools, benches, generators, sinks and checks of package workers for the commands. No other file of pipeline
+imports workers."""
 
 import functools
 from collections.abc import Callable
@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # heavy modules are imported inside the command that needs th
     from pipeline.driver.dispatcher import Pool
     from pipeline.monitoring.reporter import Sink
     from pipeline.planning.plan import Plan
+    from pipeline.preview.generator import Generator
 
 
 def make_pool(
@@ -33,7 +34,9 @@ def make_pool(
     signals.install()
     from workers.replica.build import ReplicaSpec, make_runner
 
-    maker = functools.partial(make_runner, ReplicaSpec(job, plan.fingerprint.digest, plan.schema, plan.prompts, json_logs))
+    maker = functools.partial(
+        make_runner, ReplicaSpec(job, plan.fingerprint.digest, plan.schema, plan.prompts, json_logs)
+    )
     pool: Pool
     if local:
         from workers.replica.local_pool import LocalPool
@@ -63,6 +66,24 @@ def make_bench(local: bool, signals: "StopSignals", job: "Job") -> "Bench":
     bench = RayBench(job, ReplicaBench, signals.stop.is_set)
     signals.install()
     return bench
+
+
+def make_generator(local: bool, signals: "StopSignals", job: "Job") -> "Generator":
+    """Return the generator of a preview: on Ray, or with `local` in this process.
+
+    The signal handlers are installed again afterwards, because Ray replaces them. Raises ClusterError if Ray cannot be
+    used.
+    """
+    signals.install()
+    from workers.replica.generator import ReplicaGenerator
+
+    if local:
+        return ReplicaGenerator(job)
+    from workers.cluster.bench import RayGenerator
+
+    generator = RayGenerator(job, ReplicaGenerator, signals.stop.is_set)
+    signals.install()
+    return generator
 
 
 def make_sinks(job: "Job", local: bool) -> "list[Sink]":

@@ -1,5 +1,5 @@
-"""Reserves the GPUs and CPUs of a replica on a node of Ray and runs an actor there, for the pool and for the bench of a
-calibration."""
+"""Reserves the GPUs and CPUs of a replica on a node of Ray and runs an actor there, for the pool, for the bench of a
+calibration and for the generator of a preview."""
 
 import contextlib
 import functools

@@ -1,21 +1,25 @@
-"""Tests of `calibrate` on Ray, with a bench that computes nothing."""
+"""Tests of `calibrate` on Ray, with a bench that computes nothing, and of `preview` with the real model."""
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from typer.testing import CliRunner
 
 from model.errors import CheckpointError
 from pipeline.calibration.bench import Replica, Run, Task, Tick
 from pipeline.calibration.points import AR, Point
+from pipeline.cli.app import app
 from pipeline.config.job import Job
 from pipeline.core.errors import JobFailed
 from tests.pipeline.calibration.cases import FakeBench, job_file, setup_of
 from tests.waiting import wait_until
-from workers.cluster.bench import BenchProcess, RayBench
+from workers.cluster.bench import RayBench
+from workers.cluster.remote import RemoteProcess
 
 pytestmark = pytest.mark.ray
 
@@ -79,8 +83,23 @@ def test_errors_of_a_bench_leave_its_process_as_one_line(tmp_path: Path, capsys:
             raise ZeroDivisionError("a fault of ours")
 
     job = setup_of(job_file(tmp_path)).measured
-    process = BenchProcess(lambda _: Refusing(), job)
-    assert str(process.start((), (1,))) == "2 shards are missing"
+    process = RemoteProcess(lambda _: Refusing(), job)
+    assert str(process.call("start", (), (1,))) == "2 shards are missing"
     assert not capsys.readouterr().err
-    assert str(process.measure(Task(Point(AR, 32), True, 1.0))) == "ZeroDivisionError: a fault of ours"
+    assert str(process.call("measure", Task(Point(AR, 32), True, 1.0))) == "ZeroDivisionError: a fault of ours"
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_preview_on_ray_is_that_of_this_process_and_writes_nothing(tmp_path: Path) -> None:
+    file = job_file(tmp_path, rows=4)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    options = ["--rows", "2", "--set", "generation.max_new_tokens=20", "--set", "engine.max_context_tokens=512"]
+    on_ray, here = (CliRunner().invoke(app, ["preview", str(file), *options, *more]) for more in ([], ["--local"]))
+    assert (on_ray.exit_code, here.exit_code) == (0, 0), on_ray.output + here.output
+    assert "generated  2 rows: 40 tokens" in on_ray.stdout
+    times = re.compile(r", \d+\.\d\d s$", re.MULTILINE)
+    assert times.sub("", on_ray.stdout) == times.sub("", here.stdout).replace(" --local\n", "\n")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert ray.is_initialized()  # it was not the preview's own cluster

@@ -49,7 +49,10 @@ def test_metrics_are_scraped_from_the_nodes_port_and_the_folder_says_who_ran(tmp
     outcome = run_job(
         small.job,
         lambda plan, units, tell: RayPool(
-            FakeMaker(ReplicaSpec(small.job, plan.fingerprint.digest, plan.schema)), small.job.workers, units, tell
+            FakeMaker(ReplicaSpec(small.job, plan.fingerprint.digest, plan.schema, plan.prompts)),
+            small.job.workers,
+            units,
+            tell,
         ),
         threading.Event(),
         lambda: LineDisplay(io.StringIO()),
