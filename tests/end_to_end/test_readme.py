@@ -14,6 +14,7 @@ pytestmark = pytest.mark.timeout(900)  # whole commands, one after the other
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 RUNNING = (ROOT / "docs/running.md").read_text()
+PROMPTS = (ROOT / "docs/prompts.md").read_text()
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 
 
@@ -38,13 +39,15 @@ def test_ones_own_file(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": list(range(30)), "text": texts}), tmp_path / "prompts.parquet")
     (tmp_path / "mine.yaml").write_text(block("yaml", "prompt_column: text").replace("/data", str(tmp_path)))
     commands = re.findall(r"^twotower (\w+) (\S+)", block("sh", "twotower plan"), re.MULTILINE)
-    assert [verb for verb, _ in commands] == ["plan", "run", "status", "verify"]
+    assert [verb for verb, _ in commands] == ["plan", "preview", "run", "status", "show", "verify"]
     printed = {}
     for verb, argument in commands:
         place = str(tmp_path / "mine.yaml") if argument == "mine.yaml" else argument.replace("/data", str(tmp_path))
         printed[verb] = python("-m", "pipeline", verb, place)
     assert "1 file, 30 rows" in printed["plan"]
+    assert "A text of one's own, number 4." in printed["preview"]
     assert "is complete: 30 rows: 30 ok, 0 errors" in printed["run"]
+    assert "stats" in printed["show"]
     assert "30 of 30" in printed["status"]
     assert printed["verify"].startswith("verified: 30 rows")
     for verb, rest in re.findall(r"^twotower (\w+) (.+?) #", block("sh", "--watch", RUNNING), re.MULTILINE):
@@ -73,6 +76,14 @@ def test_the_settings_it_names_exist(tmp_path: Path) -> None:
     read = load_job(tmp_path / "job.yaml", [setting[1]])
     assert read.input.template is not None
     assert read.input.carry == ("reader",)
+
+
+@pytest.mark.parametrize("inputs", re.findall(r"```yaml\n(input:\n.*?)```", PROMPTS, re.DOTALL))
+def test_the_inputs_of_the_page_on_prompts_load(tmp_path: Path, inputs: str) -> None:
+    from pipeline.config.loader import load_job
+
+    (tmp_path / "job.yaml").write_text(f"{inputs}output: {{path: /out}}\nmodel: {{checkpoint: 'builtin:noise'}}\n")
+    assert load_job(tmp_path / "job.yaml").input.prompt_column is None
 
 
 @pytest.mark.parametrize("package", ["model", "pipeline", "workers"])
