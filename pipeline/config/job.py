@@ -85,8 +85,8 @@ class InputSection(Section):
 
     path: Text
     """The Parquet file, the folder (all *.parquet files below it) or the glob to read: a local path or any fsspec URL,
-    such as s3://bucket/prompts/. Names that begin with _ or . are left out. Local links are followed. The job is
-    refused if nothing is found."""
+    such as s3://bucket/prompts/. A relative path starts at the current folder. Names that begin with _ or . are left
+    out. Local links are followed. The job is refused if nothing is found."""
     prompt_column: Text | None = None
     """The column that holds the prompt, of strings or of bytes that are UTF-8; null: the template or the messages are
     used, or the column `prompt` if there are none. A row with a null or empty prompt becomes an error row."""
