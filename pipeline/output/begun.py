@@ -32,10 +32,13 @@ def plan_job(job: Job, checkpoint: Checkpoint, *, allow_unreadable: bool = False
 
 
 def _begun(job: Job) -> Begun:
-    old = Ledger(job.output.path).last_plan()
-    if old is None:
+    ledger = Ledger(job.output.path)
+    if (old := ledger.last_plan()) is None:
         return Begun()
     rules = int(old.fingerprint.fields.get(PROMPT_RULES, 1))
-    if rules == 1 and job.input.prompt_column is None:
-        rules = RULES  # the Ledger refuses the output and says why
+    # Without rows, the old plan is replaced. A job that is not made of a prompt column is refused by the Ledger, which
+    # says why.
+    if rules == 1 and (job.input.prompt_column is None or not ledger.has_rows()):
+        rules = RULES
+    # The day counts even if no row is saved yet, because plan.json keeps it.
     return Begun(rules, old.prompt_date or old.created[:10])

@@ -172,14 +172,15 @@ class Ledger:
         return manifest
 
     def last_plan(self) -> PlanRecord | None:
-        """Return the plan.json of a folder that holds finished rows; None if it holds none, because the next run would
-        replace the plan, or if the plan cannot be read, which `check` refuses."""
+        """Return the folder's plan.json; None if there is none or it cannot be read, which `check` refuses."""
         data = self._storage.read_if_exists(PLAN) if self._storage.kind() == "folder" else None
-        if data is None or not self._finished_rows():
-            return None
         with contextlib.suppress(NotOursError):
-            return PlanRecord.read(data)
+            return None if data is None else PlanRecord.read(data)
         return None
+
+    def has_rows(self) -> bool:
+        """Return whether the folder holds finished rows. All parts are listed for that."""
+        return bool(self._finished_rows())
 
     def is_complete(self) -> bool:
         """Return whether `_SUCCESS` exists."""

@@ -95,6 +95,14 @@ def test_a_resume_prints_the_day_on_which_the_output_was_begun(tmp_path: Path) -
     assert begun_date(job) == "2025-12-24"
 
 
+def test_the_day_counts_even_if_no_row_was_saved(tmp_path: Path) -> None:
+    """plan.json stays as it is then, so rows that are made now and after the next resume must print the same day."""
+    job = begin(tmp_path, rules=2, rows=False)
+    plan_file = out(job, "_job/plan.json")
+    plan_file.write_text(json.dumps({**load(plan_file), "prompt_date": "2025-12-24"}))
+    assert begun_date(job) == "2025-12-24"
+
+
 def test_a_part_keeps_the_day_that_its_prompts_print(tmp_path: Path) -> None:
     """A lost plan can then be made again. Parts of jobs without a chat template have no such key."""
     talk = pa.array([[{"role": "user", "content": "hi"}]] * 2)
