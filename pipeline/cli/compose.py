@@ -2,7 +2,8 @@
 imports workers."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # heavy modules are imported inside the command that needs them, so that --help and status start fast
@@ -14,6 +15,14 @@ if TYPE_CHECKING:  # heavy modules are imported inside the command that needs th
     from pipeline.monitoring.reporter import Sink
     from pipeline.planning.plan import Plan
     from pipeline.preview.generator import Generator
+
+
+@contextmanager
+def _own_handlers(signals: "StopSignals") -> "Iterator[None]":
+    """Install the signal handlers before and after the `with` block, because Ray, which starts in it, replaces them."""
+    signals.install()
+    yield
+    signals.install()
 
 
 def make_pool(
@@ -28,62 +37,51 @@ def make_pool(
 ) -> "Pool":
     """Return the pool that runs a plan: on Ray, or with `local` as one replica in this process.
 
-    `units`: the number of units left. `tell` shows the operator a message. `json_logs`: replicas log JSON. The signal
-    handlers are installed again afterwards, because Ray replaces them. Raises ClusterError if Ray cannot be used.
+    `units`: the number of units left. `tell` shows the operator a message. `json_logs`: replicas log JSON.
+    Raises ClusterError if Ray cannot be used.
     """
-    signals.install()
-    from workers.replica.build import ReplicaSpec, make_runner
+    with _own_handlers(signals):
+        from workers.replica.build import ReplicaSpec, make_runner
 
-    maker = functools.partial(
-        make_runner, ReplicaSpec(job, plan.fingerprint.digest, plan.schema, plan.prompts, json_logs)
-    )
-    pool: Pool
-    if local:
-        from workers.replica.local_pool import LocalPool
+        spec = ReplicaSpec(job, plan.fingerprint.digest, plan.schema, plan.prompts, json_logs)
+        maker = functools.partial(make_runner, spec)
+        if local:
+            from workers.replica.local_pool import LocalPool
 
-        pool = LocalPool(maker)
-    else:
+            return LocalPool(maker)
         from workers.cluster.pool import RayPool
 
-        pool = RayPool(maker, job.workers, units, tell, signals.stop.is_set)
-    signals.install()
-    return pool
+        return RayPool(maker, job.workers, units, tell, signals.stop.is_set)
 
 
 def make_bench(local: bool, signals: "StopSignals", job: "Job") -> "Bench":
     """Return the bench that measures a calibration: on Ray, or with `local` in this process.
 
-    The signal handlers are installed again afterwards, because Ray replaces them. Raises ClusterError if Ray cannot be
-    used.
+    Raises ClusterError if Ray cannot be used.
     """
-    signals.install()
-    from workers.replica.bench import ReplicaBench
+    with _own_handlers(signals):
+        from workers.replica.bench import ReplicaBench
 
-    if local:
-        return ReplicaBench(job)
-    from workers.cluster.bench import RayBench
+        if local:
+            return ReplicaBench(job)
+        from workers.cluster.bench import RayBench
 
-    bench = RayBench(job, ReplicaBench, signals.stop.is_set)
-    signals.install()
-    return bench
+        return RayBench(job, ReplicaBench, signals.stop.is_set)
 
 
 def make_generator(local: bool, signals: "StopSignals", job: "Job") -> "Generator":
     """Return the generator of a preview: on Ray, or with `local` in this process.
 
-    The signal handlers are installed again afterwards, because Ray replaces them. Raises ClusterError if Ray cannot be
-    used.
+    Raises ClusterError if Ray cannot be used.
     """
-    signals.install()
-    from workers.replica.generator import ReplicaGenerator
+    with _own_handlers(signals):
+        from workers.replica.generator import ReplicaGenerator
 
-    if local:
-        return ReplicaGenerator(job)
-    from workers.cluster.bench import RayGenerator
+        if local:
+            return ReplicaGenerator(job)
+        from workers.cluster.bench import RayGenerator
 
-    generator = RayGenerator(job, ReplicaGenerator, signals.stop.is_set)
-    signals.install()
-    return generator
+        return RayGenerator(job, ReplicaGenerator, signals.stop.is_set)
 
 
 def make_sinks(job: "Job", local: bool) -> "list[Sink]":
