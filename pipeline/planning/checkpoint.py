@@ -1,10 +1,15 @@
 """Checks that a replica could load the job's checkpoint, from its headers, without loading the weights."""
 
+from weakref import WeakKeyDictionary
+
 from model.checkpoint.reader import Checkpoint, open_checkpoint
 from model.checkpoint.tokenizer import Tokenizer
 from pipeline.config.job import Job
 from pipeline.core.errors import CheckpointError, JobError, RequestError
 from pipeline.storage.urls import safe_url
+
+_TOKENIZERS: WeakKeyDictionary[Checkpoint, Tokenizer] = WeakKeyDictionary()
+"""The tokenizers that were read, as long as their checkpoints are in use: a large one takes seconds to read."""
 
 
 def check_checkpoint(job: Job) -> Checkpoint:
@@ -32,10 +37,13 @@ def check_checkpoint(job: Job) -> Checkpoint:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Return the checkpoint's tokenizer. Raises CheckpointError if it has none."""
+    """Return the checkpoint's tokenizer, which is read once. Raises CheckpointError if it has none."""
+    if (known := _TOKENIZERS.get(checkpoint)) is not None:
+        return known
     raw = checkpoint.tokenizer_json()
     if raw is None:
         raise CheckpointError(
             f"checkpoint {safe_url(checkpoint.uri)} has no tokenizer.json: prompts cannot be turned into tokens"
         )
-    return Tokenizer(raw)
+    tokenizer = _TOKENIZERS[checkpoint] = Tokenizer(raw)
+    return tokenizer
