@@ -14,7 +14,7 @@ from pipeline.planning.checkpoint import check_checkpoint, load_tokenizer
 from pipeline.planning.fingerprint import NAMED_AT_MOST, listing_change
 from pipeline.planning.plan import Plan
 from pipeline.prompts.setup import RULES
-from pipeline.prompts.template import TEMPLATE_WORDS, reads_all_columns, template_names
+from pipeline.prompts.template import hidden_words, reads_all_columns
 from pipeline.report.row_view import wrapped
 from pipeline.storage.storage import Storage
 from pipeline.storage.urls import safe_url
@@ -151,8 +151,8 @@ def _made_of(template: str, columns: Sequence[str]) -> str:
     if reads_all_columns(template, columns):
         return f"the template reads all {counted(len(columns), 'column')}, because it uses `row` without a fixed name"
     text = shorten(f"the template reads {', '.join(printable(name) for name in columns)}", SHOWN_LINES * LINE_CHARS)
-    hidden = [name for name in columns if name in TEMPLATE_WORDS and name in template_names(template).free]
-    return text + "".join(f"; `{name}` is a column here, not the template's own word" for name in hidden)
+    words = hidden_words(template, columns)
+    return text + "".join(f"; `{name}` is a column here, not the template's own word" for name in words)
 
 
 def _done(job: Job, plan: Plan) -> tuple[int, int, int, tuple[str, ...]]:

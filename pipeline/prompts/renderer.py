@@ -23,7 +23,7 @@ import pyarrow as pa
 from pipeline.core.errors import InputError
 from pipeline.prompts.rendering.frames import FRAME, LENGTH, NO_MEMORY, REASON, pack_setup, unpack_prompt
 from pipeline.prompts.setup import PromptSetup
-from pipeline.prompts.template import check_template
+from pipeline.prompts.template import names_in
 from pipeline.prompts.values import Outcome
 from pipeline.storage.storage import read_text
 
@@ -50,7 +50,7 @@ class Renderer:
 
     def __init__(self, setup: PromptSetup) -> None:
         """Raise ValueError if the template is wrong."""
-        check_template(setup)
+        names_in(setup)
         self._setup, self._name = setup, "template" if setup.chat is None else "chat template"
         self._child: _Child | None = None
 

@@ -14,10 +14,6 @@ MAX_TEMPLATE_CHARS, MAX_EXPRESSIONS = 1_000_000, 2_000
 """The most characters in a template, and the most `{{` and `{%`. A template within the limits compiles in seconds."""
 
 
-TEMPLATE_WORDS = ("row", "range", "namespace", "dict", "cycler", "joiner")
-"""The names that a template can use although they are no columns: `row`, and its functions."""
-
-
 @dataclass(frozen=True, slots=True)
 class TemplateNames:
     """The names that a template reads, before it is known which columns the input has."""
@@ -45,17 +41,16 @@ def template_names(template: str) -> TemplateNames:
     return names
 
 
-def check_template(setup: PromptSetup) -> None:
-    """Raise ValueError (one line) if the template, or the chat template, of a setup does not compile or is too long."""
-    if setup.chat is not None:
-        check_chat_template(setup.chat.template)
-    elif setup.template is not None:
-        template_names(setup.template)
+def names_in(setup: PromptSetup) -> TemplateNames:
+    """Return the names that the template, or the chat template, of a setup reads. Raises ValueError as template_names
+    and check_chat_template do."""
+    return template_names(setup.template or "") if setup.chat is None else check_chat_template(setup.chat.template)
 
 
-def check_chat_template(template: str) -> None:
-    """Raise ValueError (one line) if a chat template does not compile or is too long."""
-    _names(template, chat=True)
+def check_chat_template(template: str) -> TemplateNames:
+    """Return the names that a chat template reads. Raises ValueError (one line) if it does not compile or is too
+    long."""
+    return _names(template, chat=True)
 
 
 def _names(template: str, *, chat: bool) -> TemplateNames:
@@ -116,6 +111,15 @@ def reads_all_columns(template: str, columns: Collection[str]) -> bool:
 
     names = template_names(template)
     return names.whole_row and ROW not in columns and ROW not in names.assigned
+
+
+def hidden_words(template: str, columns: Collection[str]) -> list[str]:
+    """Return the words of templates, such as `range`, that the template reads as columns. `columns`: the result of
+    resolve_columns."""
+    from pipeline.prompts.rendering.generator import FUNCTIONS, ROW
+
+    free = template_names(template).free
+    return [name for name in columns if name in free and (name == ROW or name in FUNCTIONS)]
 
 
 def _meant(name: str, available: Iterable[str]) -> str:

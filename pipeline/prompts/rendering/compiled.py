@@ -6,11 +6,11 @@ from typing import Any
 from jinja2 import nodes
 
 from pipeline.prompts.rendering.cells import StructCell
-from pipeline.prompts.rendering.generator import FUNCTIONS, ROW, Generator
+from pipeline.prompts.rendering.generator import FUNCTIONS, ROW
 from pipeline.prompts.rendering.marks import Marks, escape_all
 from pipeline.prompts.rendering.sandbox import TemplateEnvironment
 from pipeline.prompts.setup import PromptSetup
-from pipeline.prompts.template import check_template
+from pipeline.prompts.template import names_in
 from pipeline.prompts.values import MAX_PROMPT_CHARS, Prompt
 
 
@@ -19,15 +19,13 @@ class Template:
 
     def __init__(self, setup: PromptSetup) -> None:
         """Compile the template, or the chat template, of the setup. Raises ValueError if it is wrong."""
-        check_template(setup)
+        names = names_in(setup)
         chat = setup.chat is not None
         text = setup.chat.template if setup.chat is not None else setup.template or ""
         control_tokens = setup.control_tokens if setup.special_tokens == "template" else ()
         self.marks = Marks(control_tokens, around_roles=chat)
         environment = TemplateEnvironment(self.marks, chat=chat)
         tree = environment.parse(text)
-        names = Generator(environment, None, None)
-        names.visit(tree)
         _mark_texts(tree, self.marks)
         tokens = setup.chat.tokens if setup.chat is not None else {}
         self.tokens = {name: self.marks.mark(token) for name, token in tokens.items()}

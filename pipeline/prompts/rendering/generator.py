@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, find_undeclared
+from jinja2.compiler import CodeGenerator, find_undeclared, operators
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.utils import Cycler, Joiner, Namespace
@@ -150,7 +150,7 @@ class Generator(CodeGenerator):
         self.write(")")
 
     def visit_Operand(self, node: nodes.Operand, frame: Any) -> None:  # noqa: N802
-        self.write(f" {_OPERATORS[node.op]} ")
+        self.write(f" {operators[node.op]} ")
         self._visit_spelled(node.expr, frame)
 
     def _visit_spelled(self, node: nodes.Expr, frame: Any) -> None:
@@ -161,9 +161,6 @@ class Generator(CodeGenerator):
         self.write("environment.marks.spelled(")
         self.visit(node, frame)
         self.write(")")
-
-
-_OPERATORS = {"eq": "==", "ne": "!=", "gt": ">", "gteq": ">=", "lt": "<", "lteq": "<=", "in": "in", "notin": "not in"}
 
 
 def _is_free_row(node: nodes.Node, frame: Any) -> bool:
