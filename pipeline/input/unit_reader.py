@@ -14,7 +14,7 @@ from pipeline.input.parquet_rows import RowStream
 from pipeline.input.row_settings import read_settings
 from pipeline.prompts.prompts import PromptMaker
 from pipeline.prompts.setup import PromptSetup
-from pipeline.prompts.values import CellError, as_text, error_line, read_cells
+from pipeline.prompts.values import CellError, error_line, read_cells, text_column
 from pipeline.storage.urls import safe_url
 
 
@@ -111,7 +111,7 @@ class UnitReader:
         errors: dict[int, str] = {}
         for target, source in [("id", self._id_column), *((name, name) for name in self._carry)]:
             if source is not None:
-                columns[target], bad = _clean(as_text(table[source]) if target == "id" else table[source])
+                columns[target], bad = _clean(text_column(table[source]) if target == "id" else table[source])
                 errors |= {index: f"column '{source}' {reason}" for index, reason in bad.items()}
         return pa.table(columns), errors
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from pipeline.prompts.renderer import Renderer
 from pipeline.prompts.setup import PromptSetup
-from pipeline.prompts.values import CellError, Outcome, Prompt, as_text, flaw_of, read_cells
+from pipeline.prompts.values import CellError, Outcome, Prompt, flaw_of, read_cells, text_column
 
 
 class PromptMaker:
@@ -31,7 +31,7 @@ class PromptMaker:
 
     def _read(self, table: pa.Table) -> Iterator[Outcome]:
         (column,) = self._columns
-        for cell in read_cells(as_text(table[column])):
+        for cell in read_cells(text_column(table[column])):
             if isinstance(cell, CellError):
                 yield None, f"column '{column}' {cell.reason}"
             elif cell is None:

@@ -87,7 +87,7 @@ def flaw_of(text: str) -> str | None:
     return None
 
 
-def as_text(column: "pa.ChunkedArray[Any]") -> "pa.ChunkedArray[Any]":
+def text_column(column: "pa.ChunkedArray[Any]") -> "pa.ChunkedArray[Any]":
     """Return a binary column as one of strings, and any other column as it is. Nothing is checked or copied: a cell may
     hold bytes that are not UTF-8, as a string column may too (see read_cells)."""
     if pa.types.is_large_binary(column.type) or pa.types.is_binary_view(column.type):

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 from jinja2 import Undefined
 
-from pipeline.core.schema import plain_type, text_type
+from pipeline.core.schema import is_text, plain_type, text_type
 from pipeline.prompts.rendering.marks import escape_all, may_hold_marks
 from pipeline.prompts.rendering.nulls import Null
-from pipeline.prompts.values import CellError, as_text, read_cells
+from pipeline.prompts.values import CellError, read_cells, text_column
 
 Convert = Callable[[Any, str], Any]
 """A function that converts a value other than null; its arguments are the value and its path inside the cell."""
@@ -102,10 +102,6 @@ def _json_value(value: Any) -> Any:
     raise no_text(value)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind))
-
-
 def _is_plain(kind: pa.DataType) -> bool:
     """Return whether values of this type are never texts."""
     return bool(pa.types.is_primitive(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind))
@@ -114,11 +110,11 @@ def _is_plain(kind: pa.DataType) -> bool:
 def _stored_texts(column: "pa.ChunkedArray[Any]") -> "pa.ChunkedArray[Any]":
     """Return a column of an extension type that stores texts, such as JSON, as a column of strings."""
     kind: Any = column.type
-    if not isinstance(kind, pa.BaseExtensionType) or not _is_text(text_type(kind.storage_type)):
+    if not isinstance(kind, pa.BaseExtensionType) or not is_text(text_type(kind.storage_type)):
         return column
     chunks: Any = column.chunks
     stored: Any = pa.chunked_array([chunk.storage for chunk in chunks])
-    return as_text(stored.cast(plain_type(kind.storage_type)))
+    return text_column(stored.cast(plain_type(kind.storage_type)))
 
 
 def _data_of(array: "pa.Array[Any]") -> bytes:
@@ -136,13 +132,14 @@ class CellReader:
 
     def read(self, name: str, column: "pa.ChunkedArray[Any]") -> list[Any]:
         """Return the values of a column. A cell that cannot be read is a CellError."""
-        column = as_text(_stored_texts(column))
+        column = text_column(_stored_texts(column))
         if pa.types.is_float32(column.type):  # 0.1 must not become 0.10000000149011612
             column = column.cast(pa.string()).cast(pa.float64())
         cells = read_cells(column)
         convert = self._converter(name, column.type)
-        if pa.types.is_string(column.type) and not any(may_hold_marks(_data_of(chunk)) for chunk in column.chunks):
-            convert = None  # nothing to escape
+        if convert is not None and pa.types.is_string(column.type):
+            # Texts are converted only to escape them.
+            convert = convert if any(may_hold_marks(_data_of(chunk)) for chunk in column.chunks) else None
         if convert is None:
             if column.null_count == 0:
                 return cells
