@@ -1,11 +1,11 @@
 """Samples the rows of a plan, for the command `plan`: what their prompts are, how long, and why rows have none."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from model.checkpoint.tokenizer import Tokenizer
 from pipeline.config.job import Job
+from pipeline.core.error_kinds import without_numbers
 from pipeline.core.errors import RequestError
 from pipeline.core.text import counted
 from pipeline.core.types import Row
@@ -15,7 +15,6 @@ from pipeline.planning.plan import Plan
 from pipeline.prompts.encoder import PromptEncoder
 from pipeline.prompts.values import with_brackets
 
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 SAMPLE_UNITS = 8
 """The maximum number of units of which rows are sampled."""
 SAMPLE_ROWS = 64
@@ -68,7 +67,7 @@ def sample_plan(job: Job, plan: Plan, tokenizer: Tokenizer, room: int) -> PlanSa
     for row, count, limit, flaw in _rows(job, plan, tokenizer, room):
         rows += 1
         if flaw is not None:
-            reasons.setdefault(_NUMBER.sub("N", flaw), []).append(f"{row.key}: {flaw}")
+            reasons.setdefault(without_numbers(flaw), []).append(f"{row.key}: {flaw}")
             continue
         tokens, new_tokens = tokens + count, new_tokens + limit
         good.append(

@@ -43,6 +43,11 @@ def without_quotations(text: str) -> str:
     return _QUOTED.sub("'…'", one_line(text))
 
 
+def without_numbers(text: str) -> str:
+    """Return the text with N in place of each number, so that texts about different rows are equal."""
+    return _NUMBER.sub("N", text)
+
+
 class ErrorKinds:
     """A counter of error rows by kind, for one replica, part or job. Not thread-safe."""
 
@@ -54,7 +59,7 @@ class ErrorKinds:
     def add(self, key: str, text: str) -> None:
         """Count one error row with the text of its error. `key` is its row key, `file#row`."""
         said = without_quotations(text)
-        self._add(shorten(_NUMBER.sub("N", said), KIND_CHARS), 1, shorten(f"{key}: {said}", EXAMPLE_CHARS))
+        self._add(shorten(without_numbers(said), KIND_CHARS), 1, shorten(f"{key}: {said}", EXAMPLE_CHARS))
 
     def merge(self, counts: Iterable[ErrorCount]) -> None:
         """Add other counts to these, such as those of another replica or part. Existing examples are kept."""

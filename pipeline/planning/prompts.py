@@ -85,24 +85,22 @@ def make_setup(settings: InputSection, footers: Footers, texts: ModelTexts, begu
     Raises InputError (which names the file) if a template reads a column that is not there, or all columns of files
     that have different ones.
     """
-    if settings.template is not None:
-        return PromptSetup(
-            _template_columns(settings.template, footers),
-            settings.template,
-            nulls=settings.nulls,
-            special_tokens=settings.special_tokens,
-            control_tokens=texts.control_tokens,
-        )
+    if settings.prompt_column is not None:
+        rules = min(begun.rules, RULES)
+        return PromptSetup((settings.prompt_column,), special_tokens=settings.special_tokens, rules=rules)
+    chat = None
     if settings.messages_column is not None:
-        return PromptSetup(
-            (settings.messages_column,),
-            chat=ChatSetup(texts.chat.template or "", begun.date, dict(texts.chat.tokens), settings.system),
-            nulls=settings.nulls,
-            special_tokens=settings.special_tokens,
-            control_tokens=texts.control_tokens,
-        )
+        chat = ChatSetup(texts.chat.template or "", begun.date, dict(texts.chat.tokens), settings.system)
+        columns: tuple[str, ...] = (settings.messages_column,)
+    else:
+        columns = _template_columns(settings.template or "", footers)
     return PromptSetup(
-        (settings.prompt_column or "",), special_tokens=settings.special_tokens, rules=min(begun.rules, RULES)
+        columns,
+        settings.template,
+        chat,
+        nulls=settings.nulls,
+        special_tokens=settings.special_tokens,
+        control_tokens=texts.control_tokens,
     )
 
 

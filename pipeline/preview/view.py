@@ -5,8 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from rich.cells import cell_len
-from rich.console import Console
-from rich.text import Text
 
 from model.requests import Completion
 from pipeline.core.repetition import DEGENERATE, repetition
@@ -15,6 +13,7 @@ from pipeline.core.types import Row
 from pipeline.preview.rows import PreviewRow
 from pipeline.preview.run import Preview
 from pipeline.prompts.values import with_brackets
+from pipeline.report.row_view import wrapped
 from pipeline.storage.urls import safe_url
 
 PROMPT_CHARS = 800
@@ -34,7 +33,6 @@ class View:
     def __init__(self, preview: Preview, *, width: int, full: bool) -> None:
         """`width`: columns of the terminal. `full`: prompts are not shortened."""
         self._preview, self._width, self._full = preview, width, full
-        self._console = Console(width=width)
         longest_first = sorted(preview.control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
@@ -137,7 +135,7 @@ class View:
             yield from (f"{INDENT}{piece}" for piece in self._wrapped(line, self._width - len(INDENT)))
 
     def _wrapped(self, line: str, width: int) -> list[str]:
-        return [piece.plain for piece in Text(line).wrap(self._console, max(20, width), overflow="fold")] or [""]
+        return list(wrapped(line, max(20, width))) or [""]
 
 
 def most_frequent(reasons: Sequence[str]) -> str:
