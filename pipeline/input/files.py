@@ -1,7 +1,6 @@
 """Lists the files of an input path, which is a file, a folder or a glob, local or behind a URL."""
 
 import re
-import unicodedata
 from dataclasses import replace
 
 from fsspec.utils import glob_translate
@@ -10,6 +9,9 @@ from pipeline.core.errors import InputError
 from pipeline.storage.local import DANGLING
 from pipeline.storage.storage import FileInfo, Storage, real_path
 from pipeline.storage.urls import in_ray_package, is_inside, safe_url
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""The control characters: the Unicode category Cc."""
 
 
 def list_input(path: str) -> tuple[str, list[FileInfo]]:
@@ -57,13 +59,15 @@ def would_read(path: str, root: str, output: str) -> bool:
 
 
 def _check_name(file: FileInfo, path: str) -> None:
-    where = f"input {_printable(safe_url(path))}: {_printable(file.name)}"
-    if file.path.encode("utf-8", "replace").decode() != file.path:
-        raise InputError(f"{where} is a name that is not UTF-8: rename it")
-    if _printable(file.name) != file.name:
-        raise InputError(f"{where} is a name with a control character: rename it")
-    if not {".", ".."}.isdisjoint(file.name.split("/")):
-        raise InputError(f"{where} is a key with . or .. in it, which cannot be addressed: rename it")
+    if not _is_utf8(file.path):
+        wrong = "is a name that is not UTF-8: rename it"
+    elif _CONTROL.search(file.name):
+        wrong = "is a name with a control character: rename it"
+    elif not {".", ".."}.isdisjoint(file.name.split("/")):
+        wrong = "is a key with . or .. in it, which cannot be addressed: rename it"
+    else:
+        return
+    raise InputError(f"input {_printable(safe_url(path))}: {_printable(file.name)} {wrong}")
 
 
 def _list_folder(path: str) -> list[FileInfo]:
@@ -97,8 +101,17 @@ def _with_lasting_stamp(root: str, file: FileInfo) -> FileInfo:
 
 def _printable(name: str) -> str:
     """Return the name for a message: control characters and bytes that are not UTF-8 are shown as escapes."""
-    shown = (c.encode("unicode_escape").decode() if unicodedata.category(c) == "Cc" else c for c in name)
-    return "".join(shown).encode("utf-8", "backslashreplace").decode()
+    shown = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
+    return shown.encode("utf-8", "backslashreplace").decode()
+
+
+def _is_utf8(text: str) -> bool:
+    """Return whether the text can be encoded. Bytes of a local name that are not UTF-8 are lone surrogates in it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_visible(name: str) -> bool:

@@ -16,7 +16,7 @@ from pipeline.core.schema import (
     text_type,
 )
 from pipeline.input.row_settings import misfit
-from pipeline.planning.footers import Footer
+from pipeline.planning.footers import Footer, distinct
 from pipeline.planning.prompts import template_advice
 from pipeline.prompts.setup import PromptSetup
 from pipeline.storage.storage import FileInfo
@@ -40,7 +40,7 @@ def check_columns(
     single = settings.prompt_column or settings.messages_column
     others = dict.fromkeys([*settings.carry, *settings.row_settings.columns.values()])
     types: dict[str, tuple[pa.DataType, str]] = {}
-    for info, footer in footers:
+    for info, footer in distinct(footers):
         for name in settings.columns_with(setup.columns):
             kind = _column_type(info.name, footer.schema, name, settings)
             if name in setup.columns and (depth := depth_of(kind)) > MAX_DEPTH:

@@ -5,7 +5,7 @@ others are idle. Only the order of the units depends on the estimate.
 """
 
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 
 import pyarrow.parquet as pq
@@ -32,13 +32,24 @@ def prompt_bytes(metadata: pq.FileMetaData, columns: Collection[str]) -> tuple[i
 
     A footer may be wrong; a negative size counts as 0.
     """
-    sizes = []
+    chunks = chunks_of(metadata, columns)
+    return tuple(sum(max(0, chunk.total_uncompressed_size) for chunk in group) for group in chunks)
+
+
+def chunks_of(metadata: pq.FileMetaData, columns: Collection[str]) -> Iterator[list[pq.ColumnChunkMetaData]]:
+    """Yield, for each row group of a file, the column chunks that hold these columns; a nested column has several.
+
+    Only the first row group is searched for them, because the others have the same ones.
+    """
+    starts = tuple(f"{name}." for name in columns)
+    leaves: list[int] | None = None
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        chunks = (group.column(index) for index in range(group.num_columns))
-        within = (c for c in chunks if any(f"{c.path_in_schema}.".startswith(f"{name}.") for name in columns))
-        sizes.append(sum(max(0, chunk.total_uncompressed_size) for chunk in within))
-    return tuple(sizes)
+        if leaves is None:
+            every = range(group.num_columns if starts else 0)
+            leaves = [leaf for leaf in every if f"{group.column(leaf).path_in_schema}.".startswith(starts)]
+        # The footer of a broken file may give a later group fewer chunks.
+        yield [group.column(leaf) for leaf in leaves if leaf < group.num_columns]
 
 
 class ExpectedWork:

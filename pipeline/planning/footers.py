@@ -1,7 +1,6 @@
 """Reads the footers of the input files in parallel: row groups, schema and sizes, never data."""
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -12,10 +11,11 @@ from pipeline.core.text import counted, one_line
 from pipeline.input.limits import check_footer
 from pipeline.planning.cost import prompt_bytes
 from pipeline.planning.part_size import carried_bytes
+from pipeline.storage.parallel import call_each
 from pipeline.storage.storage import FileInfo, Storage
 
-FOOTER_THREADS = 16
-"""The number of footers that are read at the same time."""
+FOOTER_THREADS = 32
+"""The number of footers that are read at the same time: as many as the storage keeps connections."""
 NAMED_AT_MOST = 3
 """The most unreadable files that an error message names."""
 
@@ -27,7 +27,7 @@ class Footer:
     groups: tuple[int, ...]
     """The number of rows in each row group."""
     schema: pa.Schema
-    """The Arrow schema of the file."""
+    """The Arrow schema of the file without its metadata. Files with the same schema share one object (see distinct)."""
     carried_bytes: float
     """The estimated bytes that the measured columns of all rows take in the output; 0 if none are measured."""
     prompt_bytes: tuple[int, ...]
@@ -43,16 +43,19 @@ def read_footers(
     columns for Footer.carried_bytes. `prompts`: the columns for Footer.prompt_bytes.
     """
     storage = Storage(root)
+    schemas: dict[bytes, pa.Schema] = {}
 
     def read(info: FileInfo) -> Footer | str:
         try:
             with storage.open(info.name, info.size) as source:
                 parquet = pq.ParquetFile(source)
-                # Fails if the schema holds a name that cannot be shown.
-                parquet.schema_arrow.to_string(show_field_metadata=False, show_schema_metadata=False)
-                groups = check_footer(parquet.metadata, info.size)
-                carried = carried_bytes(parquet.metadata, measured, info.size)
-                return Footer(groups, parquet.schema_arrow, carried, prompt_bytes(parquet.metadata, prompts))
+                metadata, schema = parquet.metadata, parquet.schema_arrow.remove_metadata()
+            # Fails if the schema holds a name that cannot be shown.
+            schema.to_string(show_field_metadata=False)
+            groups = check_footer(metadata, info.size)
+            carried = carried_bytes(metadata, measured, info.size)
+            sizes = prompt_bytes(metadata, prompts)
+            return Footer(groups, schemas.setdefault(schema.serialize().to_pybytes(), schema), carried, sizes)
         except StorageError as error:
             return str(error)
         except UnicodeDecodeError:
@@ -60,11 +63,22 @@ def read_footers(
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             return "is empty (0 bytes)" if info.size == 0 else f"is not Parquet: {one_line(error)}"
 
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        results = list(zip(listing, pool.map(read, listing), strict=True))
+    results = list(zip(listing, call_each(read, listing, FOOTER_THREADS), strict=True))
     good = [(info, footer) for info, footer in results if isinstance(footer, Footer)]
     bad = [(info.name, reason) for info, reason in results if isinstance(reason, str)]
     return good, bad
+
+
+def distinct(footers: Iterable[tuple[FileInfo, Footer]]) -> Iterator[tuple[FileInfo, Footer]]:
+    """Yield the first of the files with each schema, in the order of the files.
+
+    A check of columns that passes for these files passes for all, and a check that fails names the same file.
+    """
+    seen: set[int] = set()
+    for info, footer in footers:
+        if id(footer.schema) not in seen:
+            seen.add(id(footer.schema))
+            yield info, footer
 
 
 def name_unreadable(shown: str, total: int, unreadable: list[tuple[str, str]]) -> str:

@@ -9,7 +9,7 @@ from model.checkpoint.reader import Checkpoint
 from pipeline.config.job import InputSection
 from pipeline.core.errors import CheckpointError, InputError
 from pipeline.planning.checkpoint import load_tokenizer
-from pipeline.planning.footers import Footer
+from pipeline.planning.footers import Footer, distinct
 from pipeline.prompts.setup import RULES, ChatSetup, PromptSetup
 from pipeline.prompts.template import check_chat_template, reads_all_columns, resolve_columns
 from pipeline.storage.storage import FileInfo
@@ -106,7 +106,7 @@ def make_setup(settings: InputSection, footers: Footers, texts: ModelTexts, begu
 
 def _template_columns(template: str, footers: Footers) -> tuple[str, ...]:
     """Return the columns that the template reads. A name that is a column in one file must be one in all of them."""
-    everywhere = dict.fromkeys(name for _, footer in footers for name in footer.schema.names)
+    everywhere = dict.fromkeys(name for _, footer in distinct(footers) for name in footer.schema.names)
     try:
         columns = resolve_columns(template, everywhere)
     except ValueError as error:
@@ -127,7 +127,7 @@ def prompt_columns_in(settings: InputSection, available: Sequence[str]) -> tuple
 
 def _check_same_columns(footers: Footers) -> None:
     first, first_footer = footers[0]
-    for info, footer in footers[1:]:
+    for info, footer in distinct(footers):
         if odd := set(footer.schema.names) ^ set(first_footer.schema.names):
             raise InputError(
                 f"the template reads all columns of a row through `row`, but column '{min(odd)}' is not in both of "

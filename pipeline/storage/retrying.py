@@ -4,6 +4,7 @@ Only this module retries: the retries of the storage libraries are off.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -35,15 +36,31 @@ def call_with_retries(what: str, patience_s: float, call: Callable[[], T]) -> T:
     `what` begins the error message, such as "cannot read s3://…". Raises StorageError if the storage fails and a retry
     cannot help or did not help, or for a ValueError. Any other error is a fault of the program and is raised unchanged.
     """
+    began = time.monotonic()
+    try:
+        # Nearly every call succeeds at once, and tenacity needs more time to start than a small file to be read.
+        return call()
+    except Exception as error:
+        first = [error]
+
+    def again() -> T:
+        if first:
+            raise first.pop()
+        return call()
+
+    def count_from_first(state: RetryCallState) -> None:
+        state.start_time = began
+
     retrying = Retrying(
         stop=stop_after_delay(patience_s),
         wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
         retry=retry_if_exception(_may_pass),
+        before=count_from_first,
         before_sleep=_Notice(what, patience_s),
         reraise=True,
     )
     try:
-        return retrying(call)
+        return retrying(again)
     except Exception as error:
         # A ValueError is about the path: the file system does not allow such a name.
         if not is_storage_failure(error) and not isinstance(error, ValueError):

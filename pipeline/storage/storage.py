@@ -14,9 +14,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import fsspec
+import fsspec.asyn
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
@@ -24,6 +25,7 @@ from pipeline.core.errors import StorageError
 from pipeline.storage import retrying
 from pipeline.storage.local import DANGLING, LocalFiles, create_local, write_local
 from pipeline.storage.retrying import call_with_retries
+from pipeline.storage.s3 import get_object
 from pipeline.storage.urls import cause, is_local, safe_url
 
 T = TypeVar("T")
@@ -148,6 +150,16 @@ class Storage:
         fewer."""
         return self._call("read", name, partial(self._read_range, start=start, end=end))
 
+    def read_version(self, name: str, size: int) -> tuple[bytes, FileInfo | None]:
+        """Return the first `size` bytes of the file, and the facts about the version of the file that they are from:
+        on S3 from the same answer, elsewhere looked up afterwards (None if the file is gone by then).
+
+        Raises StorageError if the file has fewer bytes.
+        """
+        if "s3" in self._fs.protocol and size > 0:
+            return self._call("read", name, partial(self._read_s3_version, size=size))
+        return self.read_range(name, 0, size), self.stat(name)
+
     def read_if_exists(self, name: str) -> bytes | None:
         """Return the whole content of the file, or None if there is no such file."""
 
@@ -210,12 +222,15 @@ class Storage:
 
     def _read_range(self, path: str, start: int, end: int) -> bytes:
         data = bytes(self._fs.cat_file(path, start=start, end=end, **self._limit(end - start)))
-        if len(data) == end - start:
-            return data
-        size = self._fs.info(path, **self._limit(0))["size"]
-        if size is not None and size < end:
-            raise OSError(errno.EINVAL, f"it has {size} bytes, and bytes up to {end} were asked for: it was replaced")
-        raise OSError(errno.EIO, f"{len(data)} of {end - start} bytes came")
+        if len(data) != end - start:
+            _raise_short(len(data), start, end, self._fs.info(path, **self._limit(0))["size"])
+        return data
+
+    def _read_s3_version(self, path: str, size: int) -> tuple[bytes, FileInfo]:
+        data, info = fsspec.asyn.sync(self._fs.loop, get_object, self._fs, path, size, **self._limit(size))
+        if len(data) != size:
+            _raise_short(len(data), 0, size, info["size"])
+        return data, self._file_info(info)
 
     def _upload(self, path: str, data: bytes, **options: Any) -> None:
         if "s3" in self._fs.protocol:
@@ -307,13 +322,26 @@ class _RangeFile(io.RawIOBase):
         return data
 
 
+def _raise_short(came: int, start: int, end: int, size: int | None) -> NoReturn:
+    """Raise the error for a read of a range of which only `came` bytes came. `size`: the size of the file, if known."""
+    if size is not None and size < end:
+        raise OSError(errno.EINVAL, f"it has {size} bytes, and bytes up to {end} were asked for: it was replaced")
+    raise OSError(errno.EIO, f"{came} of {end - start} bytes came")
+
+
 def split_url(url: str) -> tuple[Storage, str]:
     """Return the folder of a file, given the file's path or URL, and the name of the file in it.
 
     Raises StorageError if the URL cannot be used.
     """
+    folder, name = split_path(url)
+    return Storage(folder), name
+
+
+def split_path(url: str) -> tuple[str, str]:
+    """Return the path or URL of a file's folder, and the name of the file in it."""
     folder, _, name = url.rpartition("/")
-    return Storage(folder or "/"), name
+    return folder or "/", name
 
 
 def real_path(url: str) -> str:

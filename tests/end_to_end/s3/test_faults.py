@@ -68,6 +68,32 @@ def test_reading_survives(s3: str, proxy: FaultProxy, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", LOSSES)
+def test_reading_with_the_facts_survives(s3: str, proxy: FaultProxy, fault: str) -> None:
+    """The bytes and the facts come in one request, and the facts are those of the listing."""
+    store, data = Storage(s3), random.Random(fault).randbytes(10_000)
+    store.write("x", data)
+    proxy.requests.clear()
+    assert store.read_version("x", len(data)) == (data, store.find()[0])
+    assert proxy.requests == {"GET": 2}
+    proxy.fail("GET", "/x", [fault] * 2)
+    assert store.read_version("x", len(data))[0] == data
+    assert sum(proxy.injected.values()) == (1 if fault == "slow" else 2)
+
+
+def test_reading_with_the_facts_notices_another_version(s3: str, proxy: FaultProxy) -> None:
+    """A longer object is read in part, and its facts say so; a shorter one, and a missing one, is an error."""
+    store = Storage(s3)
+    store.write("x", b"0123456789")
+    data, info = store.read_version("x", 4)
+    assert (data, info) == (b"0123", store.stat("x"))
+    with pytest.raises(StorageError, match="it has 10 bytes, and bytes up to 11 were asked for: it was replaced"):
+        store.read_version("x", 11)
+    with pytest.raises(StorageError, match="y: it does not exist"):
+        store.read_version("y", 4)
+    assert proxy.injected == {}
+
+
+@pytest.mark.parametrize("fault", LOSSES)
 def test_looking_and_listing_survive(s3: str, proxy: FaultProxy, fault: str) -> None:
     """No fault makes an existing file look missing or a listing incomplete."""
     store = Storage(s3)

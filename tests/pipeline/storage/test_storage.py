@@ -4,8 +4,10 @@ end in one clear line."""
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,6 +159,16 @@ def test_what_is_left_is_one_line(monkeypatch: pytest.MonkeyPatch, error: OSErro
     assert len(calls) == (5 if again else 1)
     assert patience == [retrying.PATIENCE_S]
     assert "\n" not in str(caught.value)
+
+
+def test_the_patience_counts_from_the_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the first try takes longer than the patience lasts, so there is no second one."""
+    long_ago = SimpleNamespace(monotonic=lambda: time.monotonic() - 2 * retrying.PATIENCE_S)
+    monkeypatch.setattr(retrying, "time", long_ago)
+    call, calls = failing(10**9, TimeoutError(), None)
+    with pytest.raises(StorageError, match=r"^cannot read x: no whole answer in time \(tried 1 times in 300 s\)$"):
+        retrying.call_with_retries("cannot read x", retrying.PATIENCE_S, call)
+    assert len(calls) == 1
 
 
 def test_a_failure_that_lasts_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
