@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from model.requests import GenerationParams
 from pipeline.config.job import Job
 from pipeline.core.errors import InputError, RequestError
-from pipeline.core.types import WorkUnit
+from pipeline.core.types import Piece, WorkUnit
 from pipeline.input.row_settings import with_settings
 from pipeline.input.unit_reader import UnitData, UnitReader
 from pipeline.planning.plan import Plan
@@ -195,17 +195,23 @@ def _places(plan: Plan, columns: Container[str], wanted: int, rng: random.Random
         which = bisect_right(ends, number)
         unit = plan.units[which]
         offset = span * (number - (ends[which - 1] if which else 0))
-        first, count = unit.first_row + offset, min(span, unit.row_count - offset)
-        near = _within_reach(unit, columns, first, count, rng)
-        yield replace(unit, first_row=near, row_count=count), near != first
+        part = unit.part(offset, offset + span)
+        if len(part.pieces) > 1:
+            yield part, False  # its files are small
+            continue
+        piece = part.pieces[0]
+        near = _within_reach(piece, columns, rng)
+        moved = replace(piece, first_row=near)
+        yield WorkUnit(unit.id, (moved,)), moved != piece
 
 
-def _within_reach(unit: WorkUnit, columns: Container[str], first: int, count: int, rng: random.Random) -> int:
-    """Return the row of the file to start reading at: `first`, or a random earlier row of its row group if more than
-    REACH_BYTES would have to be decoded before `first`. If the footer cannot be read, return `first`."""
-    storage, name = split_url(unit.file)
+def _within_reach(piece: Piece, columns: Container[str], rng: random.Random) -> int:
+    """Return the row of the file to start reading at: the piece's first one, or a random earlier row of its row group
+    if more than REACH_BYTES would have to be decoded before that. If the footer cannot be read, return the first."""
+    first, count = piece.first_row, piece.row_count
+    storage, name = split_url(piece.file)
     try:
-        with storage.open(name, unit.size) as source:
+        with storage.open(name, piece.size) as source:
             metadata = pq.read_metadata(source)
     except (pa.ArrowException, OSError, ValueError):
         return first  # reading the rows will report the error

@@ -1,7 +1,7 @@
 """Samples the rows of a plan, for the command `plan`: what their prompts are, how long, and why rows have none."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from model.checkpoint.tokenizer import Tokenizer
 from pipeline.config.job import Job
@@ -88,7 +88,7 @@ def _rows(job: Job, plan: Plan, tokenizer: Tokenizer, room: int) -> Iterator[tup
     reader, encoder = UnitReader(job.input, plan.prompts), PromptEncoder(tokenizer, plan.prompts)
     try:
         for unit in plan.units[:: max(1, -(-len(plan.units) // SAMPLE_UNITS))]:
-            data = reader.read(replace(unit, row_count=min(unit.row_count, SAMPLE_ROWS)))
+            data = reader.read(unit.part(0, SAMPLE_ROWS))
             for row, ids in zip(data.rows, encoder.encode(data.rows), strict=True):
                 try:
                     limit = with_settings(params, row.settings).max_new_tokens

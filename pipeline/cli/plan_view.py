@@ -56,7 +56,7 @@ class PlanView:
         generation, workers = job.generation, job.workers
         yield f"job        {job.name}"
         yield f"input      {safe_url(job.input.path)}: {counted(len(plan.files), 'file')}, {counted(plan.rows, 'row')}"
-        yield f"units      {len(plan.units):,} of {job.output.part_limit}"
+        yield f"units      {len(plan.units):,} of {job.output.part_limit}{self._packed()}"
         if self.added:
             rows = sum(file.rows for file in plan.files if file.name in set(self.added))
             named = ", ".join(self.added[:NAMED_AT_MOST]) + (" …" if len(self.added) > NAMED_AT_MOST else "")
@@ -108,6 +108,11 @@ class PlanView:
         if self.refusal:
             limit = f"retry.max_error_rate {self.job.retry.max_error_rate:g}"
             yield f"           above {limit}: `run` would end with an error"
+
+    def _packed(self) -> str:
+        """Return text such as `; 300 files share 2 of them`, or "" if no unit has rows of several files."""
+        shared = [len(unit.pieces) for unit in self.plan.units if len(unit.pieces) > 1]
+        return f"; {sum(shared):,} files share {len(shared):,} of them" if shared else ""
 
     @property
     def refusal(self) -> str | None:

@@ -159,13 +159,14 @@ class OutputSection(Section):
     """The folder for the output of this job alone: a local path or any fsspec URL. Submitting the same job again
     resumes from what is there. A folder with finished rows of another job is refused."""
     rows_per_file: int | None = Field(default=None, ge=1)
-    """The largest number of rows in one output file, which is the unit of work, of retry and of resume; null: target_mb
-    is used, or 10,000 rows if that is null too."""
+    """The largest number of rows in one output file, which is the unit of work, of retry and of resume. A larger input
+    file is cut, and smaller ones are put together, up to 1,000 of them. null: target_mb is used, or 10,000 rows if that
+    is null too."""
     target_mb: float | None = Field(default=None, gt=0, le=2000)
     """The approximate size of one output file in MB (millions of bytes); it cannot be combined with rows_per_file. The
     number of rows, at most 1,000,000, is estimated from the input's footers and max_new_tokens before anything is
-    generated (pipeline.planning.part_size), so files are smaller if completions end early. No file holds rows of two
-    input files. At most 2000, because a part is built in memory."""
+    generated (pipeline.planning.part_size), so files are smaller if completions end early. At most 2000, because a part
+    is built in memory."""
 
     keep_prompt: bool = False
     """Whether the output has a column `prompt` with the text of each row's prompt, in which control tokens are spelled

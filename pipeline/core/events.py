@@ -17,6 +17,10 @@ class ReplicaReady:
     """A replica has loaded the model and is ready to take units."""
 
     replica: str
+    max_rows: int = 0
+    """The largest number of rows that its engine generates together, which says how many rows it needs at a time; 0 if
+    not known. It stays if the engine lowers its limit later: the limit may rise again, and the rows that wait meanwhile
+    cost little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,9 @@ class UnitProgress:
     """The number of these rows that were found in segments of earlier attempts and are not generated again."""
     kept_tokens: int = 0
     """The completion tokens of the kept rows."""
+    begun: bool = True
+    """Whether rows of it may have been in slots of the engine. A replica reports this before it happens, so that it is
+    known if a row kills the replica at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,33 @@ def merge_types(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     return None
 
 
+def cast_column(column: Any, kind: pa.DataType) -> Any:
+    """Return the column, an Array or a ChunkedArray, with this type, which its values must fit."""
+    # pyarrow fails to cast a slice of structs with a null field to its own type.
+    return column if column.type == kind else column.cast(kind)
+
+
+def concat_columns(tables: "Sequence[pa.Table]") -> pa.Table:
+    """Return the rows of tables that have the same columns one after the other.
+
+    The types of a column may differ as merge_types allows; pyarrow's own promotion would refuse structs in which a name
+    occurs twice. Raises ValueError, which names the column, if the types of one do not fit.
+    """
+    schema = tables[0].schema
+    if all(table.schema.equals(schema) for table in tables):
+        return pa.concat_tables(tables)
+    types = {field.name: field.type for field in schema}
+    for table in tables:
+        for field in table.schema:
+            merged = merge_types(types[field.name], field.type)
+            if merged is None:
+                raise ValueError(f"column '{field.name}' is {types[field.name]} in one file, {field.type} in another")
+            types[field.name] = merged
+    return pa.concat_tables(
+        pa.table({name: cast_column(table.column(name), kind) for name, kind in types.items()}) for table in tables
+    )
+
+
 def text_type(kind: pa.DataType) -> pa.DataType:
     """Return string for a column of bytes, and plain_type(kind) for any other one.
 

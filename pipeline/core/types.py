@@ -1,29 +1,80 @@
 """Defines the units, rows and totals of a job, as frozen data classes that the folders of the pipeline share."""
 
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from model.requests import Completion
 
+UNIT_RULES = 2
+"""The version of the rules by which new outputs cut their input into units. With version 1, a unit had rows of one file
+only; outputs that were begun with it go on with it."""
+
 
 @dataclass(frozen=True, slots=True)
-class WorkUnit:
-    """A range of rows of one input file that is dispatched, retried and published as one part."""
+class Piece:
+    """A range of rows of one input file, as a part of a work unit."""
 
-    id: str
-    """A stable id that depends only on `name` and `first_row`. The name of the unit's part contains it."""
     file: str
     """The path or URL that opens the file."""
     name: str
     """The file's path relative to the input root, with forward slashes. Column `source_file` and row keys hold it."""
     first_row: int
-    """The number of the unit's first row in the file, from 0."""
+    """The number of the piece's first row in the file, from 0."""
     row_count: int
     size: int = -1
     """The size of the file in bytes when the plan was made. -1 if unknown: then a change of the file is not noticed."""
     stamp: str = ""
     """The FileInfo.stamp of the file when the plan was made."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkUnit:
+    """A list of pieces of input files that are dispatched, retried and published together, as one part."""
+
+    id: str
+    """A stable id that depends only on the name of the first piece's file and its first row. The name of the unit's
+    part contains it."""
+    pieces: tuple[Piece, ...]
+    """At least one piece, in the order in which their rows stand in the part. A file occurs only once."""
     expected_work: float = 0.0
     """The expected work in tokens, for comparison with other units (pipeline.planning.cost); 0 if unknown."""
+    rules: int = UNIT_RULES
+    """The version of the rules by which the unit was cut (UNIT_RULES)."""
+    row_count: int = field(init=False)
+    starts: tuple[int, ...] = field(init=False)
+    """The position of the first row of each piece in the unit, from 0."""
+
+    def __post_init__(self) -> None:
+        *starts, rows = accumulate((piece.row_count for piece in self.pieces), initial=0)
+        object.__setattr__(self, "starts", tuple(starts))
+        object.__setattr__(self, "row_count", rows)
+
+    def locate(self, index: int) -> tuple[Piece, int]:
+        """Return the piece that holds the row at position `index` (from 0) of the unit, and the row's number in the
+        piece's file."""
+        number = bisect_right(self.starts, index) - 1 if len(self.starts) > 1 else 0
+        piece = self.pieces[number]
+        return piece, piece.first_row + index - self.starts[number]
+
+    def part(self, first: int, end: int) -> "WorkUnit":
+        """Return the rows from position `first` to `end` (excluded) as a unit with the same id."""
+        pieces = []
+        for start, piece in zip(self.starts, self.pieces, strict=True):
+            lower, upper = max(first - start, 0), min(end - start, piece.row_count)
+            if lower < upper:
+                pieces.append(replace(piece, first_row=piece.first_row + lower, row_count=upper - lower))
+        return WorkUnit(self.id, tuple(pieces), self.expected_work, self.rules)
+
+    def describe(self, first: int = 0, end: int | None = None) -> str:
+        """Return the rows from position `first` to `end` (excluded; None for all) for messages: `a.parquet, rows 0 to
+        9`, or `rows from a.parquet#3 to c.parquet#0, of 3 files`."""
+        pieces = self.part(first, self.row_count if end is None else end).pieces
+        head, tail = pieces[0], pieces[-1]
+        last = tail.first_row + tail.row_count - 1
+        if head is tail:
+            return f"{head.name}, rows {head.first_row} to {last}"
+        return f"rows from {head.name}#{head.first_row} to {tail.name}#{last}, of {len(pieces)} files"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +91,8 @@ class Assignment:
     """The number of replicas that were lost while they held exactly these rows, without excused losses
     (ReplicaLost.excused) and `early_losses`."""
     early_losses: int = 0
-    """If this is a range of one row: the number of replicas that were lost before they had read it."""
+    """The number of replicas that were lost before rows of it were in their engine and for which it was not blamed: it
+    is then a range of one row, or a whole unit that is no suspect."""
     failures: int = 0
     """The number of attempts at the unit that ended because it could not be read, published or saved, while the replica
     stayed alive (UnitFailed)."""

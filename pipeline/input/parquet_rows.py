@@ -8,11 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import InputError
-from pipeline.core.schema import plain_type
-from pipeline.core.types import WorkUnit
+from pipeline.core.errors import InputError, StorageError
+from pipeline.core.schema import cast_column, plain_type
+from pipeline.core.types import Piece
 from pipeline.input import limits
-from pipeline.storage.storage import split_url
+from pipeline.storage.storage import FileInfo, Storage, split_path, split_url
 from pipeline.storage.urls import safe_url
 
 READ_BUFFER_BYTES = 1 << 20
@@ -29,28 +29,36 @@ class RowStream:
     A step back, or into another row group, starts again at the row group of the first row that is wanted.
     """
 
-    def __init__(self, unit: WorkUnit, columns: list[str]) -> None:
-        """Open the unit's file to read these columns. The unit's range of rows does not matter here.
+    def __init__(self, piece: Piece, columns: list[str], data: bytes | None = None) -> None:
+        """Open the file of a piece to read these columns. The piece's range of rows does not matter here.
 
-        Raises InputError if the file is gone or has changed since it was planned, ValueError if its footer cannot be
-        true, StorageError if the storage fails, and whatever pyarrow raises if the file is not Parquet.
+        `data`: the bytes of the whole file, from fetch_whole; None to read the file as needed. Raises InputError if the
+        file is gone or has changed since it was planned, ValueError if its footer cannot be true, StorageError if the
+        storage fails, and whatever pyarrow raises if the file is not Parquet.
         """
-        self.path = unit.file
+        self.path = piece.file
         """The path or URL of the file."""
         self.too_long: dict[int, str] = {}
         """The reason for each row of the last take that has a cell set to null because it was too large, by the row's
         position in that take."""
-        self._planned = unit
-        self._storage, self._name = split_url(unit.file)
-        size = self._check_unchanged()
-        self._source = self._storage.open(self._name, size)
-        self._metadata = metadata = pq.read_metadata(self._source)
-        groups = limits.check_footer(metadata, size)
-        stored = metadata.schema.to_arrow_schema()
-        self._schema = pa.schema([(name, plain_type(stored.field(name).type)) for name in columns])
-        if any(mark in str(stored.field(name).type) for name in columns for mark in _BUILT_BADLY):
-            metadata = _without_arrow_schema(self._source, size)
-        self._parquet = pq.ParquetFile(self._source, metadata=metadata, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
+        self._piece, self._fetched = piece, data is not None
+        self._source: pa.NativeFile
+        if data is not None:
+            size, self._source = len(data), pa.BufferReader(data)
+        else:
+            size = check_unchanged(piece)
+            storage, name = split_url(piece.file)
+            self._source = storage.open(name, size)
+        buffer_bytes = 0 if data is not None else READ_BUFFER_BYTES  # bytes in memory need no buffer
+        self._parquet = pq.ParquetFile(self._source, pre_buffer=False, buffer_size=buffer_bytes)
+        self._metadata = self._parquet.metadata
+        groups = limits.check_footer(self._metadata, size)
+        stored = self._parquet.schema_arrow
+        types = [stored.field(name).type for name in columns]
+        self._schema = pa.schema([(name, plain_type(kind)) for name, kind in zip(columns, types, strict=True)])
+        if any(mark in str(kind) for kind in types for mark in _BUILT_BADLY):
+            plain = _without_arrow_schema(self._source, size)
+            self._parquet = pq.ParquetFile(self._source, metadata=plain, pre_buffer=False, buffer_size=buffer_bytes)
         self._columns = columns
         self._group_starts = list(accumulate(groups, initial=0))
         self._batches: Any = iter(())
@@ -77,7 +85,10 @@ class RowStream:
             if self._position == self._end:
                 self._start(self._position, end - 1)
             first = self._position - first_row
-            rows, too_long = limits.drop_long_cells(self._next_rows(end - self._position).cast(self._schema))
+            rows = self._next_rows(end - self._position)
+            if not rows.schema.equals(self._schema, check_metadata=True):  # a cast costs as much as a small file
+                rows = self._cast(rows)
+            rows, too_long = limits.drop_long_cells(rows)
             self.too_long |= {first + index: reason for index, reason in too_long.items()}
             size += rows.nbytes + rows.num_rows * limits.ROW_BYTES
             if size > limits.UNIT_BYTES:
@@ -86,7 +97,8 @@ class RowStream:
                     f"take more than {limits.UNIT_BYTES >> 20} MiB: lower output.rows_per_file (or target_mb)"
                 )
             taken.append(rows)
-        self._check_unchanged()  # a file rewritten while it is open gives rows of both versions
+        if not self._fetched:
+            check_unchanged(self._piece)  # a file rewritten while it is open gives rows of both versions
         return pa.Table.from_batches(taken)
 
     def close(self) -> None:
@@ -95,20 +107,6 @@ class RowStream:
         self._pending = None
         self._parquet.close()
         self._source.close()
-
-    def _check_unchanged(self) -> int:
-        """Return the file's size in bytes. Raises InputError if the file is gone or is not the one that was planned."""
-        planned, info = self._planned, self._storage.stat(self._name)
-        if info is None:
-            raise InputError(f"input {safe_url(self.path)} is gone: it was there when the job was planned")
-        # The stamp is a checksum only for files in Ray's package. Nobody rewrites these, so their size is enough.
-        changed = info.stamp != planned.stamp and not planned.stamp.startswith("sha256:")
-        if planned.size >= 0 and (info.size != planned.size or changed):
-            raise InputError(
-                f"input {safe_url(self.path)} has changed since the job was planned ({planned.size} bytes, "
-                f"{planned.stamp} then; {info.size} bytes, {info.stamp} now): submit the job again"
-            )
-        return info.size
 
     def _skip_to(self, row: int, last: int) -> None:
         ahead = self._position <= row < self._end and self._group_of(self._position) == self._group_of(row)
@@ -144,6 +142,49 @@ class RowStream:
         self._pending = batch.slice(at_most) if at_most < batch.num_rows else None
         self._position += rows.num_rows
         return rows.select(self._columns)
+
+    def _cast(self, rows: pa.RecordBatch) -> pa.RecordBatch:
+        """Return the rows with plain types."""
+        columns = [cast_column(rows[field.name], field.type) for field in self._schema]
+        return pa.RecordBatch.from_arrays(columns, schema=self._schema)
+
+
+def check_unchanged(planned: Piece) -> int:
+    """Return the size in bytes of a piece's file. Raises InputError if the file is gone or is not the one that was
+    planned, StorageError if the storage fails."""
+    storage, name = split_url(planned.file)
+    return _compare(planned, storage.stat(name))
+
+
+def fetch_whole(piece: Piece, storage: Storage | None = None) -> bytes:
+    """Return the bytes of a piece's whole file, which must have the size that was planned.
+
+    `storage`: the folder of the file, if it is open already. Raises InputError and StorageError as check_unchanged
+    does.
+    """
+    folder, name = split_path(piece.file)
+    storage = storage or Storage(folder)
+    try:
+        data, info = storage.read_version(name, piece.size)
+    except StorageError:
+        _compare(piece, storage.stat(name))  # says so if the file is gone or shorter now
+        raise
+    _compare(piece, info)
+    return data
+
+
+def _compare(planned: Piece, info: FileInfo | None) -> int:
+    """Return the size of a file, given its facts now. Raises InputError if it is not the one that was planned."""
+    if info is None:
+        raise InputError(f"input {safe_url(planned.file)} is gone: it was there when the job was planned")
+    # The stamp is a checksum only for files in Ray's package. Nobody rewrites these, so their size is enough.
+    changed = info.stamp != planned.stamp and not planned.stamp.startswith("sha256:")
+    if planned.size >= 0 and (info.size != planned.size or changed):
+        raise InputError(
+            f"input {safe_url(planned.file)} has changed since the job was planned ({planned.size} bytes, "
+            f"{planned.stamp} then; {info.size} bytes, {info.stamp} now): submit the job again"
+        )
+    return info.size
 
 
 def _without_arrow_schema(source: pa.NativeFile, size: int) -> pq.FileMetaData:

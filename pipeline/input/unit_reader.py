@@ -1,5 +1,6 @@
 """Reads the rows of work units from the input files and makes their prompts, one unit at a time."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,15 +8,19 @@ import pyarrow as pa
 
 from pipeline.config.job import InputSection
 from pipeline.core.errors import InputError, StorageError
-from pipeline.core.schema import PROMPT_COLUMN, is_text
-from pipeline.core.types import Row, WorkUnit
+from pipeline.core.schema import PROMPT_COLUMN, concat_columns, is_text
+from pipeline.core.types import Piece, Row, WorkUnit
 from pipeline.input import limits
+from pipeline.input.fetcher import Fetch, Fetcher
 from pipeline.input.parquet_rows import RowStream
 from pipeline.input.row_settings import read_settings
 from pipeline.prompts.prompts import PromptMaker
 from pipeline.prompts.setup import PromptSetup
 from pipeline.prompts.values import CellError, error_line, read_cells, text_column
 from pipeline.storage.urls import safe_url
+
+BATCH_ROWS, BATCH_BYTES = 1024, 16 << 20
+"""The most rows, and the most bytes of their columns, of several pieces whose prompts are made together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +36,10 @@ class UnitData:
 
 
 class UnitReader:
-    """A reader of the work units of one job. Only one thread may use it.
+    """A reader of the work units of one job. Only one thread may use it, but `fetch` may be called from others.
 
-    It keeps the last file open, so units that are read in order need one pass over the file.
+    It keeps the last large file open, so units that are read in order need one pass over the file. The small files of a
+    unit with several pieces are fetched in parallel.
     """
 
     def __init__(self, settings: InputSection, prompts: PromptSetup, *, keep_prompt: bool = False) -> None:
@@ -44,38 +50,42 @@ class UnitReader:
         self._carry, self._settings = settings.carry, settings.row_settings.columns
         self._columns = settings.columns_with(prompts.columns)
         self._file: RowStream | None = None
+        self._fetcher = Fetcher()
 
-    def read(self, unit: WorkUnit) -> UnitData:
+    def fetch(self, unit: WorkUnit) -> Fetch:
+        """Begin to fetch the files of a unit that will be read soon."""
+        return self._fetcher.fetch(unit)
+
+    def read(self, unit: WorkUnit, fetch: Fetch | None = None) -> UnitData:
         """Return the rows and the output columns of the unit. A row that cannot be used has the reason in `Row.error`.
 
-        Raises InputError if the file is gone, has changed since it was planned or cannot be decoded, if the unit is too
-        large for the memory limits, or if templates cannot be rendered at all. Raises StorageError if the storage
-        fails.
+        `fetch`: the result of `fetch` for this unit; None to begin with that now. Raises InputError if a file is gone,
+        has changed since it was planned or cannot be decoded, if the unit is too large for the memory limits, or if
+        templates cannot be rendered at all. Raises StorageError if the storage fails.
         """
-        table, too_long = self._read_table(unit)
-        columns, errors = self._output_columns(unit, table)
-        made = zip(self._prompts.make(table), read_settings(table, self._settings), strict=True)
-        rows, texts, characters = [], list[str | None](), 0
-        for index, ((prompt, error), (settings, wrong)) in enumerate(made):
-            error = too_long.get(index) or error or wrong or errors.get(index)
-            source_row = unit.first_row + index
-            key = f"{unit.name}#{source_row}"
-            texts.append(prompt.text if prompt is not None and self._keep_prompt else None)
-            characters += len(prompt.text) if prompt is not None else 0
-            if error or prompt is None:
-                rows.append(Row(key, index, source_row, None, error, settings))
-            else:
-                rows.append(Row(key, index, source_row, prompt.text, None, settings, prompt.control))
-            if characters > limits.UNIT_BYTES:
+        rows: list[Row] = []
+        columns: list[pa.Table] = []
+        size = characters = 0
+        for batch in self._batches(fetch or self.fetch(unit)):
+            table = batch.table()
+            more, made = self._read_rows(batch, len(rows), table)
+            rows += made
+            columns.append(more)
+            size += table.nbytes + table.num_rows * limits.ROW_BYTES
+            characters += sum(len(row.prompt or "") for row in made)
+            if max(size, characters) > limits.UNIT_BYTES:
                 raise InputError(
-                    f"{_rows_of(unit)}: their prompts are too long together: lower output.rows_per_file (or target_mb)"
+                    f"input {unit.describe()}: they or their prompts are too long together: lower output.rows_per_file "
+                    "(or target_mb)"
                 )
-        if self._keep_prompt:
-            columns = columns.append_column(PROMPT_COLUMN, pa.chunked_array([pa.array(texts, pa.string())]))
-        return UnitData(unit, rows, columns)
+        try:
+            return UnitData(unit, rows, concat_columns(columns))
+        except (pa.ArrowException, ValueError) as error:
+            raise InputError(f"input {unit.describe()}: {error_line(error)}") from error
 
     def close(self) -> None:
         """Close the open file, if any, and end the process that renders templates, if any."""
+        self._fetcher.close()
         self._prompts.close()
         self._close_file()
 
@@ -84,30 +94,69 @@ class UnitReader:
             self._file.close()
             self._file = None
 
-    def _read_table(self, unit: WorkUnit) -> tuple[pa.Table, dict[int, str]]:
-        """Return the columns that the job needs for the rows of the unit. Cells that are too large become null; the
-        dict gives the reason for each such row, by its position in the unit."""
+    def _batches(self, fetch: Fetch) -> Iterator["_Batch"]:
+        """Yield the pieces with their columns, as many together as a batch may hold."""
+        batch = _Batch()
+        for piece, data in fetch:
+            table, too_long = self._read_table(piece, data)
+            if not batch.takes(table):
+                yield batch
+                batch = _Batch()
+            batch.add(piece, table, too_long)
+        yield batch
+
+    def _read_table(self, piece: Piece, data: bytes | None) -> tuple[pa.Table, dict[int, str]]:
+        """Return the columns that the job needs for the rows of a piece. Cells that are too large become null; the dict
+        gives the reason for each such row, by its position in the piece."""
         try:
-            if self._file is None or self._file.path != unit.file:
-                self._close_file()
-                self._file = RowStream(unit, self._columns)
-            table = self._file.take(unit.first_row, unit.row_count)
-            return table, self._file.too_long
+            stream = self._open(piece) if data is None else RowStream(piece, self._columns, data)
+            return stream.take(piece.first_row, piece.row_count), stream.too_long
         except (InputError, StorageError):
             self._close_file()
             raise
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             self._close_file()  # its position is unknown now
-            raise InputError(f"{_rows_of(unit)}: cannot be decoded: {error_line(error)}") from error
+            raise InputError(f"{_rows_of(piece)}: cannot be decoded: {error_line(error)}") from error
 
-    def _output_columns(self, unit: WorkUnit, table: pa.Table) -> tuple[pa.Table, dict[int, str]]:
-        """Return the `id` column and the carried columns of the unit.
+    def _open(self, piece: Piece) -> RowStream:
+        """Return the file of a piece, which stays open for the next pieces."""
+        if self._file is None or self._file.path != piece.file:
+            self._close_file()
+            self._file = RowStream(piece, self._columns)
+        return self._file
+
+    def _read_rows(self, batch: "_Batch", start: int, table: pa.Table) -> tuple[pa.Table, list[Row]]:
+        """Return the output columns and the rows of a batch. `start`: the position of its first row in the unit.
+        `table`: all columns that the job needs for its rows."""
+        places = [
+            (piece.name, number)
+            for piece in batch.pieces
+            for number in range(piece.first_row, piece.first_row + piece.row_count)
+        ]
+        keys = [f"{name}#{number}" for name, number in places]
+        columns, errors = self._output_columns(keys, table)
+        made = zip(self._prompts.make(table), read_settings(table, self._settings), strict=True)
+        rows, texts = [], list[str | None]()
+        for index, ((prompt, error), (settings, wrong)) in enumerate(made):
+            error = batch.too_long.get(index) or error or wrong or errors.get(index)
+            key, source_row = keys[index], places[index][1]
+            texts.append(prompt.text if prompt is not None and self._keep_prompt else None)
+            if error or prompt is None:
+                rows.append(Row(key, start + index, source_row, None, error, settings))
+            else:
+                rows.append(Row(key, start + index, source_row, prompt.text, None, settings, prompt.control))
+        if self._keep_prompt:
+            columns = columns.append_column(PROMPT_COLUMN, pa.chunked_array([pa.array(texts, pa.string())]))
+        return columns, rows
+
+    def _output_columns(self, keys: list[str], table: pa.Table) -> tuple[pa.Table, dict[int, str]]:
+        """Return the `id` column, which holds the keys if the job has none, and the carried columns of a table.
 
         Cells that would make a part unreadable, such as text that is not UTF-8, are replaced; the dict gives the reason
-        for each row with such a cell, by its position in the unit.
+        for each row with such a cell, by its position in the table.
         """
-        names = [f"{unit.name}#{unit.first_row + i}" for i in range(table.num_rows)] if not self._id_column else []
-        columns: dict[str, Any] = {"id": pa.chunked_array([pa.array(names, pa.string())])}
+        ids = keys if not self._id_column else []
+        columns: dict[str, Any] = {"id": pa.chunked_array([pa.array(ids, pa.string())])}
         errors: dict[int, str] = {}
         for target, source in [("id", self._id_column), *((name, name) for name in self._carry)]:
             if source is not None:
@@ -116,8 +165,51 @@ class UnitReader:
         return pa.table(columns), errors
 
 
-def _rows_of(unit: WorkUnit) -> str:
-    return f"input {safe_url(unit.file)}, rows {unit.first_row} to {unit.first_row + unit.row_count - 1}"
+class _Batch:
+    """Pieces that follow each other in a unit, with their columns. Their prompts are made together, because each call
+    for that costs more than a row does."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.too_long: dict[int, str] = {}
+        """The reason for each row with a cell that was too large, by the row's position in the batch."""
+        self._tables: list[pa.Table] = []
+        self._schema: pa.Schema | None = None
+        self._rows = self._bytes = 0
+
+    def takes(self, table: pa.Table) -> bool:
+        """Return whether the batch has room for these rows, and columns of these types. A column that is all null in
+        one file has any type."""
+        if self._schema is None:
+            return True
+        if self._rows + table.num_rows > BATCH_ROWS or self._bytes + table.nbytes > BATCH_BYTES:
+            return False
+        if table.schema == self._schema:
+            return True
+        try:
+            self._schema = pa.unify_schemas([self._schema, table.schema])
+        except pa.ArrowException:
+            return False
+        return True
+
+    def add(self, piece: Piece, table: pa.Table, too_long: dict[int, str]) -> None:
+        """Add the rows of a piece. The dict gives reasons by the rows' positions in the piece."""
+        self._schema = self._schema or table.schema
+        self.pieces.append(piece)
+        self._tables.append(table)
+        self.too_long |= {self._rows + index: reason for index, reason in too_long.items()}
+        self._rows, self._bytes = self._rows + table.num_rows, self._bytes + table.nbytes
+
+    def table(self) -> pa.Table:
+        """Return all rows, and release the tables of the pieces."""
+        tables, self._tables = self._tables, []
+        if len(tables) == 1:
+            return tables[0]
+        return pa.concat_tables(tables, promote_options="default").combine_chunks()
+
+
+def _rows_of(piece: Piece) -> str:
+    return f"input {safe_url(piece.file)}, rows {piece.first_row} to {piece.first_row + piece.row_count - 1}"
 
 
 def _clean(column: "pa.ChunkedArray[Any]") -> tuple["pa.ChunkedArray[Any]", dict[int, str]]:

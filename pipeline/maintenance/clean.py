@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pipeline.core.errors import StorageError
 from pipeline.core.text import counted
 from pipeline.maintenance.inventory import Inventory, list_inventory
+from pipeline.maintenance.planned_units import PlannedUnits
+from pipeline.output.job_records import PlanRecord
 from pipeline.output.layout import PROBE, SUCCESS
 from pipeline.output.ledger import Ledger
-from pipeline.output.records import NotOursError, PlanRecord
+from pipeline.output.records import NotOursError
 from pipeline.output.segments import read_record
 from pipeline.storage.storage import FileInfo, Storage
 
@@ -65,11 +67,12 @@ def remove_leftovers(output_path: str, leftovers: Sequence[Leftover]) -> None:
 
 
 def _foreign(storage: Storage, segments: Sequence[FileInfo], plan: PlanRecord) -> Iterator[FileInfo]:
-    """Yield those of the segments that no run of this job would use: they are of another job, or of another version of
-    their input file.
+    """Yield those of the segments that no run of this job would use: they are of another job, of other rows than the
+    plan's unit, or of another version of an input file.
 
     A segment that cannot be read is not among them: a run ignores it and removes it when its unit is finished.
     """
+    units = PlannedUnits(plan)
 
     def is_foreign(segment: FileInfo) -> bool:
         try:
@@ -77,8 +80,8 @@ def _foreign(storage: Storage, segments: Sequence[FileInfo], plan: PlanRecord) -
                 record, _ = read_record(source)
         except (NotOursError, StorageError):  # StorageError: the segment is gone, because its unit was finished
             return False
-        digest, version = plan.fingerprint.digest, plan.listing.get(record.file, (None, None))[:2]
-        return (record.fingerprint, (record.size, record.stamp)) != (digest, version)
+        unit = units.find(record)
+        return record.fingerprint != plan.fingerprint.digest or unit is None or record.difference(unit) is not None
 
     with ThreadPoolExecutor(THREADS) as pool:
         for segment, foreign in zip(segments, pool.map(is_foreign, segments), strict=True):

@@ -7,7 +7,7 @@ from pipeline.output.layout import DRIVERS, OWN, PROBE, RECORDS, SEGMENTS
 from pipeline.storage.storage import FileInfo, Storage
 
 UNIT = r"(?P<unit>[0-9a-f]{12}-[0-9]{10,})"
-"""Pattern of a unit id: 12 hexadecimal digits for the input file, then the first row."""
+"""Pattern of a unit id: 12 hexadecimal digits for the input file of the first row, then that row's number."""
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,14 +13,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.schema import RESULT_COLUMNS, RESULT_SCHEMA, plain_type
-from pipeline.core.text import one_line
-from pipeline.core.types import Totals
+from pipeline.core.text import counted, one_line, printable
+from pipeline.core.types import Totals, WorkUnit
+from pipeline.maintenance.planned_units import PlannedUnits, sources
 from pipeline.output.duplicate_ids import Hashes, IdCounter, hash_ids
+from pipeline.output.job_records import PlanRecord
 from pipeline.output.layout import part_name, record_name
 from pipeline.output.part import tally
-from pipeline.output.records import CommitRecord, NotOursError, PartRecord, PlanRecord, read_part
+from pipeline.output.records import CommitRecord, NotOursError, PartRecord, read_part
+from pipeline.output.unit_store import PUT_BACK
 from pipeline.planning.fingerprint import COLUMNS, column_types
-from pipeline.planning.plan import unit_id
+from pipeline.planning.packing import Span, spans_of
 from pipeline.storage.storage import FileInfo, Storage
 
 BATCH_ROWS = 8192
@@ -29,6 +32,7 @@ HELD_BYTES = 256 << 20
 in pieces, once to hash it and once to decode it."""
 AGAIN = "delete it and submit the job again"
 """The advice for a file (a part or its commit record) that the next run of the job writes again once it is deleted."""
+_OR_ANOTHER_PLAN = f"{PUT_BACK} and submit the job again"
 _READ = (
     *("id", "finish_reason", "prompt_tokens", "completion_tokens", "denoiser_forwards"),
     *("repetition", "source_file", "source_row"),
@@ -41,12 +45,15 @@ class CheckedPart:
     """The result of checking one part."""
 
     name: str
-    record: PartRecord | None
-    """The record in the footer of the part; None if it cannot be read."""
+    spans: Sequence[Span] | None
+    """The rows that the record in its footer names, if the part has the name of its unit; None if the record cannot be
+    read."""
     totals: Totals
     """The totals, counted from the rows of the part. They are too low, or 0, if a problem kept rows from being read."""
     problems: tuple[str, ...]
     """One line for each problem: the file, what is wrong, and what to do; empty if the part is sound."""
+    planned: bool = True
+    """Whether it is the part of a unit of the plan. If not, a problem says so."""
 
 
 class PartChecker:
@@ -59,6 +66,7 @@ class PartChecker:
         `ids` receives the hashed ids of all parts; it is None if the job generates its ids.
         """
         self._storage, self._plan, self._records, self._ids = storage, plan, records, ids
+        self._units = PlannedUnits(plan)
         self._memory = _Budget(HELD_BYTES)
 
     def check(self, part: FileInfo) -> CheckedPart:
@@ -75,43 +83,44 @@ class PartChecker:
         try:
             record, totals = read_part(source)
         except NotOursError as error:
-            said = f"{part.name} is truncated, damaged or no part: {error}; {AGAIN}"
-            return CheckedPart(part.name, None, Totals(), (said,))
+            broken = f"{part.name} is truncated, damaged or no part: {error}; {AGAIN}"
+            return CheckedPart(part.name, None, Totals(), (broken,))
         unproven = list(self._check_commit(part, record, totals, digest))
-        misplaced = list(self._check_record(part, record))
-        if misplaced:  # its rows cannot match the plan, so they are not checked
-            return CheckedPart(part.name, record, Totals(), (*misplaced, *unproven))
+        unit = self._find_unit(part, record)
+        if isinstance(unit, str):  # its rows cannot match the plan, so they are not checked
+            spans = [Span(piece.file, piece.first_row, piece.rows) for piece in record.pieces]
+            own = part.name == part_name(record.unit)
+            return CheckedPart(part.name, spans if own else (), Totals(), (unit, *unproven), planned=False)
         # If the checksum of the whole file was not confirmed, read all columns, to check the checksum of every page.
         columns = None if unproven else list(_READ)
-        counted = Totals()
+        found = Totals()
         try:
             with pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True) as file:
                 wrong = self._check_schema(file.schema_arrow)
                 if not wrong:
-                    counted, wrong = self._check_rows(file, record, columns)
+                    found, wrong = self._check_rows(file, unit, columns)
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             wrong = [f"its data is damaged: {one_line(error)}"]
-        if not wrong and counted != totals:
-            wrong = [f"its footer says {_differing(asdict(totals), asdict(counted))}"]
-        return CheckedPart(
-            part.name, record, counted, (*unproven, *(f"{part.name}: {text}; {AGAIN}" for text in wrong))
-        )
+        if not wrong and found != totals:
+            wrong = [f"its footer says {_differing(asdict(totals), asdict(found))}"]
+        said = (f"{part.name}: {text}; {AGAIN}" for text in wrong)
+        return CheckedPart(part.name, spans_of(unit), found, (*unproven, *said))
 
-    def _check_record(self, part: FileInfo, record: PartRecord) -> Iterator[str]:
-        """Yield a problem if the record in the part's footer does not agree with the part's name or with the plan."""
-        planned = self._plan.listing.get(record.file)
+    def _find_unit(self, part: FileInfo, record: PartRecord) -> WorkUnit | str:
+        """Return the plan's unit of a part, or what is wrong if the record in the part's footer does not agree with the
+        part's name or with the plan."""
         if record.fingerprint != self._plan.fingerprint.digest:
-            yield f"{part.name} is another job's part: its fingerprint is {record.fingerprint[:12]}…; {AGAIN}"
-        elif part.name != part_name(record.unit):
-            yield f"{part.name} is a copy or was renamed: it holds unit {record.unit}; delete it"
-        elif planned is None:
-            yield f"{part.name} holds rows of {record.file}, which is not an input file of the plan; delete it"
-        elif record.unit != unit_id(record.file, record.first_row) or record.first_row + record.rows > planned[2]:
-            last = record.first_row + record.rows - 1
-            span = f"rows {record.first_row} to {last} of {record.file}"
-            yield f"{part.name} holds {span}, which are not the rows of a unit; {AGAIN}"
-        elif (record.size, record.stamp) != planned[:2]:
-            yield f"{part.name} was made of another version of {record.file} than the plan's; {AGAIN}"
+            return f"{part.name} is another job's part: its fingerprint is {record.fingerprint[:12]}…; {AGAIN}"
+        if part.name != part_name(record.unit):
+            return f"{part.name} is a copy or was renamed: it holds unit {record.unit}; delete it"
+        unit, first = self._units.find(record), record.pieces[0]
+        if unit is None and first.file not in self._plan.listing:
+            return f"{part.name} holds rows of {first.file}, which is not an input file of the plan; delete it"
+        if unit is None:
+            more = f" and of {counted(len(record.pieces) - 1, 'more file')}" if len(record.pieces) > 1 else ""
+            return f"{part.name} holds {first}{more}, which are not the rows of a unit; {_OR_ANOTHER_PLAN}"
+        wrong = record.difference(unit)
+        return f"{part.name} is not the part of the plan's unit: {wrong}; {_OR_ANOTHER_PLAN}" if wrong else unit
 
     def _check_commit(self, part: FileInfo, record: PartRecord, totals: Totals, digest: str) -> Iterator[str]:
         """Yield a problem if the commit record is missing, damaged or does not agree with the part."""
@@ -127,12 +136,18 @@ class PartChecker:
         except NotOursError as error:
             yield f"{name} is damaged: {error}; {AGAIN}"
             return
-        # `seconds` in the commit record is measured again, after the part is published.
-        said = commit.model_dump(exclude={"seconds", "sha256", "part_bytes"})
-        found = {**record.model_dump(exclude={"seconds"}), **asdict(totals)}
         if (commit.sha256, commit.part_bytes) != (digest, part.size):
+            if commit.writer != record.writer:  # the part was deleted, and the run died before it wrote a new record
+                yield f"{name} is the record of another attempt's part; {AGAIN}"
+                return
             yield f"{part.name} is not what was published: its sha256 or size differs from that in {name}; {AGAIN}"
-        elif said != found or commit.seconds < record.seconds:
+            return
+        # `seconds` in the commit record is measured again, after the part is published.
+        said = commit.model_dump(exclude={"seconds", "sha256", "part_bytes", "pieces"})
+        found = {**record.model_dump(exclude={"seconds", "pieces"}), **asdict(totals)}
+        if commit.pieces != record.pieces:
+            said, found = _numbered(commit), _numbered(record)
+        if said != found or commit.seconds < record.seconds:
             yield f"{name} does not agree with the part: it says {_differing(said, found)}; {AGAIN}"
 
     def _check_schema(self, schema: pa.Schema) -> list[str]:
@@ -144,26 +159,21 @@ class PartChecker:
             return []
         return ["its columns are not those of the plan"]
 
-    def _check_rows(
-        self, file: pq.ParquetFile, record: PartRecord, columns: list[str] | None
-    ) -> tuple[Totals, list[str]]:
+    def _check_rows(self, file: pq.ParquetFile, unit: WorkUnit, columns: list[str] | None) -> tuple[Totals, list[str]]:
         """Read the rows in batches and return (totals, problems). With a problem the totals are not complete.
 
         `columns`: the columns to read; None for all.
         """
         generated = self._plan.fingerprint.fields.get("input.id_column") is None
-        totals, row = Totals(), record.first_row
+        totals, place = Totals(), 0
         hashes: list[Hashes] = []
         for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
-            rows = np.arange(row, row + batch.num_rows)
-            row += batch.num_rows
-            if batch["source_row"].null_count or not np.array_equal(batch["source_row"].to_numpy(), rows):
-                return totals, [f"source_row does not count up from {record.first_row}"]
-            if not pc.all(pc.equal(batch["source_file"], pa.scalar(record.file)), skip_nulls=False).as_py():
-                return totals, [f"source_file is not {record.file} in every row"]
+            if wrong := _check_sources(batch, unit, place):
+                return totals, [wrong]
+            place += batch.num_rows
             if generated:
-                file_name, mark = pa.repeat(record.file, len(rows)), pa.repeat("#", len(rows))
-                keys = pc.binary_join_element_wise(file_name, pa.array(rows).cast(pa.string()), mark)
+                numbers = batch["source_row"].cast(pa.string())
+                keys = pc.binary_join_element_wise(batch["source_file"], numbers, pa.repeat("#", batch.num_rows))
                 if not pc.all(pc.equal(batch["id"], keys), skip_nulls=False).as_py():
                     return totals, ["id is not `<file>#<row>` in every row"]
             else:
@@ -175,6 +185,19 @@ class PartChecker:
             if self._ids is not None:
                 self._ids.add(ids)
         return totals, []
+
+
+def _check_sources(batch: pa.RecordBatch, unit: WorkUnit, place: int) -> str | None:
+    """Return what is wrong if the rows of a batch are not those of the unit from position `place` on, in order."""
+    files, numbers = sources(unit, place, batch.num_rows)
+    same_file: Any = pc.equal(batch["source_file"], files).fill_null(False)
+    found = batch["source_row"].fill_null(-1).to_numpy()
+    if np.array_equal(found, numbers) and pc.all(same_file).as_py():
+        return None
+    index = int(np.argmin(same_file.to_numpy(zero_copy_only=False) & (found == numbers)))
+    there = f"{batch['source_file'][index]}#{batch['source_row'][index]}"
+    piece, row = unit.locate(place + index)
+    return f"its row {place + index} is {printable(there)}, not {piece.name}#{row}"
 
 
 class _Budget:
@@ -206,3 +229,8 @@ def _differing(said: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """
     names = [name for name in dict.fromkeys([*said, *found]) if said.get(name) != found.get(name)]
     return ", ".join(f"{name} {said.get(name)!r}, not {found.get(name)!r}" for name in names[:3]) or "other seconds"
+
+
+def _numbered(record: PartRecord) -> dict[str, str]:
+    """Return the pieces of a record as values with names such as `piece 3`, for a message about those that differ."""
+    return {f"piece {number}": f"{piece}, {piece.size}, {piece.stamp}" for number, piece in enumerate(record.pieces, 1)}

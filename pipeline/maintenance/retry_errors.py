@@ -24,13 +24,14 @@ from pipeline.config.job import Job
 from pipeline.config.writer import to_yaml, without_variables
 from pipeline.core.errors import InputError, OutputError
 from pipeline.core.text import counted, one_line
-from pipeline.core.types import WorkUnit
+from pipeline.core.types import Piece
 from pipeline.input.files import list_input, would_read
 from pipeline.input.parquet_rows import RowStream
+from pipeline.output.job_records import PlanRecord
 from pipeline.output.layout import PARTS
 from pipeline.output.ledger import Ledger
 from pipeline.output.part import to_parquet
-from pipeline.output.records import NotOursError, PlanRecord, read_part
+from pipeline.output.records import NotOursError, read_part
 from pipeline.planning.fingerprint import listing_change
 from pipeline.planning.plan import InputFile, Plan, make_plan
 from pipeline.storage.storage import FileInfo, Storage, real_path
@@ -130,37 +131,52 @@ def _find_failed(output_path: str, record: PlanRecord) -> _Failed:
     """Read the error rows of all parts. Raises OutputError if a part cannot be read or is another job's."""
     storage = Storage(output_path)
 
-    def read(part: FileInfo) -> tuple[str, list[RowNumbers], Counter[str]]:
-        rows: list[RowNumbers] = []
+    def read(part: FileInfo) -> tuple[list[tuple[str, RowNumbers]], Counter[str]]:
+        rows: list[tuple[str, RowNumbers]] = []
         reasons: Counter[str] = Counter()
         try:
             with storage.open(part.name, part.size) as source:
                 about, totals = read_part(source)
                 if about.fingerprint != record.fingerprint.digest:
                     raise NotOursError("it is another job's part")
-                columns = ["finish_reason", "error", "source_row"]
+                columns = ["finish_reason", "error", "source_file", "source_row"]
+                known = {piece.file for piece in about.pieces}
                 batches = pq.ParquetFile(source).iter_batches(columns=columns, use_threads=False)
                 for batch in batches if totals.errors else ():
                     bad = batch.filter(pc.equal(batch["finish_reason"], pa.scalar("error")))
-                    rows.append(bad["source_row"].to_numpy())
+                    for file, numbers in _by_file(bad):
+                        if file not in known:
+                            raise NotOursError(f"it has rows of {file}, which its record does not name")
+                        rows.append((file, numbers))
                     reasons.update(_NUMBER.sub("N", str(text)) for text in bad["error"].to_pylist())
         except (NotOursError, pa.ArrowException, OSError) as error:
             raise OutputError(
                 f"output {safe_url(output_path)}: {part.name}: {one_line(error)}; run `verify`"
             ) from error
-        return about.file, rows, reasons
+        return rows, reasons
 
     found = _Failed({}, Counter(), 0)
     by_file: dict[str, list[RowNumbers]] = defaultdict(list)
     with ThreadPoolExecutor(THREADS) as pool:
-        for file, rows, reasons in pool.map(read, storage.list_files("", PARTS)):
+        for rows, reasons in pool.map(read, storage.list_files("", PARTS)):
             found.parts += 1
-            by_file[file] += rows
+            for file, numbers in rows:
+                by_file[file].append(numbers)
             for text, count in reasons.items():
                 known = text in found.reasons or len(found.reasons) < _REASONS_KEPT
                 found.reasons[text if known else "other errors"] += count
-    found.rows = {file: chunks for file, chunks in by_file.items() if sum(map(len, chunks))}
+    found.rows = dict(by_file)
     return found
+
+
+def _by_file(rows: pa.RecordBatch) -> Iterator[tuple[str, RowNumbers]]:
+    """Yield (file, row numbers) for each run of rows that are of the same file."""
+    files = rows["source_file"].dictionary_encode()
+    numbers = rows["source_row"].to_numpy()
+    edges = np.flatnonzero(np.diff(files.indices.to_numpy())) + 1
+    for first, run in zip([0, *edges.tolist()], np.split(numbers, edges), strict=True):
+        if len(run):
+            yield str(files[first]), run
 
 
 def _plan_again(job: Job, record: PlanRecord, folder: str, needed: Collection[str]) -> Plan:
@@ -202,7 +218,7 @@ def _read_rows(job: Job, file: InputFile, rows: RowNumbers, plan: Plan, id_colum
         types[job.input.prompt_column] = pa.string()
     if job.input.id_column is not None:
         types[job.input.id_column] = plan.schema.field("id").type
-    stream = RowStream(WorkUnit("", file.url, file.name, 0, file.rows, file.size, file.stamp), columns)
+    stream = RowStream(Piece(file.url, file.name, 0, file.rows, file.size, file.stamp), columns)
     try:
         for near in np.split(rows, np.flatnonzero(np.diff(rows // READ_ROWS)) + 1):
             first, last = int(near[0]), int(near[-1])

@@ -16,9 +16,10 @@ from pipeline.core.types import Totals
 from pipeline.maintenance.inventory import Inventory, list_inventory
 from pipeline.maintenance.part_check import CheckedPart, PartChecker
 from pipeline.output.duplicate_ids import IdCounter
-from pipeline.output.layout import MANIFEST, SUCCESS, part_name, record_name
+from pipeline.output.job_records import PlanRecord
+from pipeline.output.layout import MANIFEST, SUCCESS, record_name
 from pipeline.output.ledger import Ledger
-from pipeline.output.records import NotOursError, PlanRecord, from_json
+from pipeline.output.records import NotOursError, from_json
 from pipeline.storage.scratch import scratch
 from pipeline.storage.storage import Storage
 
@@ -82,25 +83,31 @@ def verify(output_path: str, progress: ProgressHook = lambda _done, _all: None) 
 
 
 def _check_cover(plan: PlanRecord, inventory: Inventory, parts: Sequence[CheckedPart]) -> Iterator[str]:
-    """Yield a problem for each two parts with the same row, and one if rows of the input files are in no part."""
-    ranges: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    """Yield a problem for each two parts of the plan with the same row, and one if rows of the input files are in no
+    part."""
+    ranges: dict[str, list[tuple[int, int, str, bool]]] = defaultdict(list)
     for checked in parts:
-        record = checked.record
-        if record is not None and record.file in plan.listing and checked.name == part_name(record.unit):
-            ranges[record.file].append((record.first_row, record.rows, checked.name))
-    gaps = []
+        for span in checked.spans or ():
+            ranges[span.file].append((span.first_row, span.rows, checked.name, checked.planned))
+    gaps: list[str] = []
+    doubled: set[tuple[str, str]] = set()
     for name, (_, _, rows) in plan.listing.items():
-        end, before = 0, ""
-        for first, count, part in sorted(ranges[name]):
+        end = end_planned = 0
+        before = ""
+        for first, count, part, planned in sorted(ranges.get(name, ())):
             if first > end:
                 gaps.append(f"{name}, rows {end} to {first - 1}")
-            elif first < end:
+            end = max(end, first + count)
+            if not planned:  # it is to be deleted in any case, but not the good part that has the same rows
+                continue
+            if first < end_planned and (before, part) not in doubled:
+                doubled.add((before, part))
                 yield f"{before} and {part} both hold row {first} of {name}: delete both and submit the job again"
-            end, before = max(end, first + count), part
+            end_planned, before = max(end_planned, first + count), part
         if end < rows:
             gaps.append(f"{name}, rows {end} to {rows - 1}")
     there = len(inventory.part_units)
-    if gaps and (there < plan.units or all(checked.record is not None for checked in parts)):
+    if gaps and (there < plan.units or all(checked.spans is not None for checked in parts)):
         said = f"{plan.units - there} of {plan.units} units have no part" if there < plan.units else "rows have no part"
         claimed = f", though {SUCCESS} is there" if _has(inventory, SUCCESS) else ""
         yield f"not complete{claimed}: {said}, such as {gaps[0]}; submit the job again"

@@ -17,8 +17,8 @@ from pipeline.core.error_kinds import ErrorCount, ErrorKinds
 from pipeline.core.errors import StorageError
 from pipeline.core.text import counted, duration, printable
 from pipeline.monitoring.live import DEAD_AFTER, INTERVAL_S, Live, LiveReplica, read_live
+from pipeline.output.job_records import Status
 from pipeline.output.ledger import Ledger
-from pipeline.output.records import Status
 from pipeline.storage.storage import FileInfo, Storage
 
 State = Literal["complete", "running", "stopped", "dead", "unknown"]

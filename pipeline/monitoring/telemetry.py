@@ -127,9 +127,10 @@ class Telemetry:
         loss."""
         self._computed_rows = 0
         self._samples: deque[tuple[float, int, int]] = deque([(self.row_at, 0, 0)])  # time, rows and tokens computed
-        # The last report on each assignment in progress. The report on a range that is done stays until its unit is
-        # reported as a whole. It then has no replica, so that no loss takes it back.
-        self._work: dict[WorkKey, UnitProgress] = {}
+        # By unit id, the last report on each assignment in progress. The report on a range that is done stays until its
+        # unit is reported as a whole. It then has no replica, so that no loss takes it back.
+        self._work: dict[str, dict[WorkKey, UnitProgress]] = {}
+        self._open_rows = self._open_errors = 0  # the sums of these reports
         self._lost, self._losses = 0, deque[str](maxlen=SHOWN_LOSSES)
         self._lost_kinds = ErrorKinds()
         self._unit_retries = 0
@@ -148,11 +149,11 @@ class Telemetry:
                 self._advance(event, now)
             case UnitFailed(_, work):
                 self._unit_retries += 1
-                self._work.pop(work.key, None)
+                self._drop(work.key)
             case RangeDone(replica, (_, rows) as key):
                 first, end = rows or (0, 0)
-                last = self._work.get(key, UnitProgress(replica, key, 0, 0, 0))
-                self._work[key] = replace(last, replica="", rows=end - first)
+                last = self._last(key) or UnitProgress(replica, key, 0, 0, 0)
+                self._keep(replace(last, replica="", rows=end - first))
                 self.row_at = now
             case UnitDone():
                 self._end_unit(event, now)
@@ -169,14 +170,14 @@ class Telemetry:
 
     def snapshot(self) -> Snapshot:
         """Return the counts and rates as they are now."""
-        rows = self._done_rows + sum(report.rows for report in self._work.values())
+        rows = self._done_rows + self._open_rows
         start, start_rows, start_tokens = self._samples[0]
         elapsed = self.clock() - start
         rows_per_s = _ratio(self._computed_rows - start_rows, elapsed)
         return Snapshot(
             rows=rows,
             total_rows=self._total_rows,
-            errors=self._done_errors + sum(report.errors for report in self._work.values()),
+            errors=self._done_errors + self._open_errors,
             tokens_per_s=_ratio(self.tokens - start_tokens, elapsed),
             eta_s=(self._total_rows - rows) / rows_per_s if rows_per_s > 0 else None,
             replicas=len(self.replicas),
@@ -219,7 +220,7 @@ class Telemetry:
         self._done_errors += result.totals.errors
 
     def _advance(self, report: UnitProgress, now: float) -> None:
-        before = self._work.get(report.key)
+        before = self._last(report.key)
         if before is None and report.key[1] is None:  # a report on the whole unit includes the rows of its ranges
             self._forget(report.key[0])
         rows, tokens = report.rows - report.kept_rows, report.tokens - report.kept_tokens
@@ -232,7 +233,7 @@ class Telemetry:
         self.tokens += tokens
         if tokens > 0:
             self.row_at = now
-        self._work[report.key] = report
+        self._keep(report)
 
     def _end_unit(self, event: UnitDone, now: float) -> None:
         result = event.result
@@ -244,15 +245,37 @@ class Telemetry:
         self._count(result)
         self.row_at = now
 
+    def _last(self, key: WorkKey) -> UnitProgress | None:
+        return self._work.get(key[0], {}).get(key)
+
+    def _keep(self, report: UnitProgress) -> None:
+        """Keep a report in place of the last one on the same assignment."""
+        self._drop(report.key)
+        self._work.setdefault(report.key[0], {})[report.key] = report
+        self._open_rows += report.rows
+        self._open_errors += report.errors
+
+    def _drop(self, key: WorkKey) -> None:
+        """Drop the last report on an assignment, if there is one."""
+        of_unit = self._work.get(key[0], {})
+        if report := of_unit.pop(key, None):
+            self._open_rows -= report.rows
+            self._open_errors -= report.errors
+            if not of_unit:
+                del self._work[key[0]]
+
     def _forget(self, unit_id: str) -> None:
-        self._work = {key: report for key, report in self._work.items() if key[0] != unit_id}
+        for key in list(self._work.get(unit_id, ())):
+            self._drop(key)
 
     def _lose(self, replica: str, reason: str) -> None:
         self._lost += 1
         self._losses.append(f"{replica}: {reason}")
-        for key in [key for key, report in self._work.items() if report.replica == replica]:
-            del self._work[key]
-            self._unit_retries += 1
+        reports = [report for of_unit in self._work.values() for report in of_unit.values()]
+        for report in reports:
+            if report.replica == replica:
+                self._drop(report.key)
+                self._unit_retries += 1
         if state := self.replicas.pop(replica, None):
             self._lost_kinds.merge(state.window[-1][1].error_kinds)
 

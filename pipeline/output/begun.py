@@ -1,9 +1,11 @@
-"""Plans a job so that its prompts are made as in the rows that its output holds already."""
+"""Plans a job so that its prompts are made, and its units cut, as in the rows that its output holds already."""
 
 from model.checkpoint.reader import Checkpoint
 from pipeline.config.job import Job
+from pipeline.core.types import UNIT_RULES
 from pipeline.output.ledger import Ledger
 from pipeline.planning.fingerprint import PROMPT_RULES
+from pipeline.planning.packing import StoredUnits
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.planning.prompts import Begun, read_model_texts
 from pipeline.prompts.setup import RULES
@@ -22,23 +24,30 @@ def plan_job(job: Job, checkpoint: Checkpoint, *, allow_unreadable: bool = False
     Raises CheckpointError if prompts need a chat template that the checkpoint does not have.
     """
     texts = read_model_texts(job.input, checkpoint)
+    begun, stored = read_begun(job)
     return make_plan(
         job,
         checkpoint_identity=checkpoint.identity(),
         texts=texts,
-        begun=_begun(job),
+        begun=begun,
+        stored=stored,
         allow_unreadable=allow_unreadable,
     )
 
 
-def _begun(job: Job) -> Begun:
+def read_begun(job: Job) -> tuple[Begun, StoredUnits]:
+    """Return the facts about prompts and about units that the output of a job was begun with."""
     ledger = Ledger(job.output.path)
     if (old := ledger.last_plan()) is None:
-        return Begun()
-    rules = int(old.fingerprint.fields.get(PROMPT_RULES, 1))
-    # Without rows, the old plan is replaced. A job that is not made of a prompt column is refused by the Ledger, which
-    # says why.
-    if rules == 1 and (job.input.prompt_column is None or not ledger.has_rows()):
-        rules = RULES
-    # The day counts even if no row is saved yet, because plan.json keeps it.
-    return Begun(rules, old.prompt_date or old.created[:10])
+        return Begun(), StoredUnits()
+    prompts, units = int(old.fingerprint.fields.get(PROMPT_RULES, 1)), old.unit_rules
+    # Without rows, an old plan is replaced.
+    replaced = min(prompts, units) == 1 and not ledger.has_rows()
+    # A job that is not made of a prompt column is refused by the Ledger, which says why.
+    if prompts == 1 and (replaced or job.input.prompt_column is None):
+        prompts = RULES
+    # The day counts even if no row is saved yet, because plan.json keeps it, and so do the units.
+    begun = Begun(prompts, old.prompt_date or old.created[:10])
+    if replaced:
+        return begun, StoredUnits()
+    return begun, StoredUnits(min(units, UNIT_RULES), old.units_stored, old.listing, old.fingerprint.digest)

@@ -15,6 +15,7 @@ from pipeline.core.text import counted
 from pipeline.core.types import Totals, UnitResult
 from pipeline.output.claim import newest_driver
 from pipeline.output.duplicate_ids import find_duplicates
+from pipeline.output.job_records import ManifestRecord, PlanRecord, Status, manifest_fields, plan_fields
 from pipeline.output.layout import (
     MANIFEST,
     PARTS,
@@ -26,20 +27,13 @@ from pipeline.output.layout import (
     part_name,
     record_name,
 )
-from pipeline.output.records import (
-    ManifestRecord,
-    NotOursError,
-    PlanRecord,
-    Status,
-    manifest_fields,
-    plan_fields,
-    read_part,
-    to_json,
-)
+from pipeline.output.records import NotOursError, read_part, to_json
 from pipeline.output.segments import read_record
-from pipeline.output.unit_store import check_part, write_record
+from pipeline.output.unit_store import PUT_BACK, check_part, write_record
 from pipeline.planning.fingerprint import PROMPT_RULES, differences, listing_change
+from pipeline.planning.packing import spans_of
 from pipeline.planning.plan import Plan
+from pipeline.storage.parallel import call_each
 from pipeline.storage.storage import FileInfo, Storage
 from pipeline.storage.urls import safe_url
 
@@ -79,10 +73,14 @@ class Ledger:
             old = self.check(plan, job)  # another run of this job, or of another one, was faster
         if old is None or not _same(old, plan):
             check_writable(self.path)
-            self.reopen()
             fields = plan_fields(plan, job)
+            # Checked again right before the plan is replaced, because with many files all this has taken seconds.
+            old = self.check(plan, job)
+            if old is not None and _same(old, plan):
+                return
             if old is not None and old.fingerprint == plan.fingerprint:
                 fields["created"] = old.created
+            self.reopen()
             self._storage.write(PLAN, to_json(fields))
         elif not self.is_complete():
             check_writable(self.path)
@@ -100,18 +98,19 @@ class Ledger:
             if found := self._finished_rows():
                 raise OutputError(
                     f"output {self._shown} holds {counted(len(found), 'file')} with finished rows such as {found[0]}, "
-                    f"but no {PLAN}, so their origin is unknown; use another output.path or delete it"
+                    f"but no {PLAN}, so their origin is unknown; put it back, or use another output.path"
                 )
             return None
         old = self._parse_plan(data)
         if not _same(old, plan) and self._finished_rows():
             self._refuse_settings(old, plan)
             self._refuse_input(old, plan, extend=job.input.on_change == "extend")
+        self._refuse_units(old, plan)
         return old
 
     def finished(self, plan: Plan, *, repair: bool = True) -> dict[str, UnitResult]:
         """Return the results of the units that have a part, by unit id. With `repair`, missing commit records are
-        written again.
+        written again, and those of parts that are gone are removed.
 
         Only the footer of each part is read, not its data, and of a commit record only its name in the listing. The
         `sha256` of a result is therefore empty unless the commit record was written again, for which the whole part is
@@ -120,11 +119,17 @@ class Ledger:
         part.
         """
         planned = {part_name(unit.id): unit for unit in plan.units}
+        # Records are listed first: one that is there then and has no part afterwards is not just being published.
+        found = self._storage.list_files(RECORDS, "*.json")
         parts = self._parts()
         for part in parts:
             if part.name not in planned:
-                raise OutputError(f"output {self._shown}: {part.name} is no part of this job's plan: delete it")
-        records = {record.name for record in self._storage.list_files(RECORDS, "*.json") if record.size}
+                raise OutputError(f"output {self._shown}: {part.name} is no part of this job's plan: {PUT_BACK}")
+        records = {record.name for record in found if record.size}
+        if repair:  # the record of a part that somebody has deleted would not fit the part that takes its place
+            there = {part.name for part in parts}
+            gone = (record_name(unit.id) for name, unit in planned.items() if name not in there)
+            self._remove([name for name in gone if name in records])
 
         def read(part: FileInfo) -> UnitResult:
             unit = planned[part.name]
@@ -137,8 +142,7 @@ class Ledger:
                 write_record(self._storage, record, result, part.size)
             return result
 
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            return {result.unit_id: result for result in pool.map(read, parts)}
+        return {result.unit_id: result for result in call_each(read, parts, READ_THREADS)}
 
     def complete(
         self, plan: Plan, job: Job, totals: Totals, *, seconds: float, warnings: Sequence[str] = ()
@@ -150,7 +154,7 @@ class Ledger:
         plan, `totals` do not have all rows of the plan, the data of a part is damaged, or another run has replaced the
         plan in the folder.
         """
-        self._refuse_taken(plan)
+        self.refuse_taken(plan)
         parts = self._parts()
         planned = {part_name(unit.id) for unit in plan.units}
         missing = len(planned - {part.name for part in parts})
@@ -165,11 +169,25 @@ class Ledger:
         given = job.input.id_column is not None
         duplicates, examples = find_duplicates(self._storage, parts, plan.rows) if given else (0, ())
         manifest = manifest_fields(plan, job, totals, duplicates, examples, seconds, warnings)
-        self._refuse_taken(plan)  # checked again, because reading all ids takes long
+        self.refuse_taken(plan)  # checked again, because reading all ids takes long
         self._storage.write(MANIFEST, to_json(manifest))
         self._storage.write(SUCCESS, b"")
         self._sweep()
         return manifest
+
+    def refuse_taken(self, plan: Plan) -> None:
+        """Raise OutputError if another run, with other settings, input files or units, has replaced plan.json since
+        `open`."""
+        data = self._storage.read_if_exists(PLAN)
+        if data is None:
+            return
+        self._refuse_settings(there := self._parse_plan(data), plan)
+        if (change := listing_change(there.listing, plan.listing)).any:
+            raise OutputError(
+                f"output {self._shown} belongs to another run by now, whose input files differ: {change}; "
+                "submit the job again"
+            )
+        self._refuse_units(there, plan)
 
     def last_plan(self) -> PlanRecord | None:
         """Return the folder's plan.json; None if there is none or it cannot be read, which `check` refuses."""
@@ -277,22 +295,28 @@ class Ledger:
                 return rows if record.fingerprint == digest else 0
             return 0
 
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            return sum(pool.map(read, open_units))
+        return sum(call_each(read, open_units, READ_THREADS))
 
     def _sweep(self) -> None:
         """Remove the segments and what killed writers left half written, once all rows are in parts. A file that cannot
         be removed is left to `clean`."""
 
+        with contextlib.suppress(StorageError):
+            names = [f"{SEGMENTS}/{segment.name}" for segment in self._segments()]
+            for folder, pattern in HALF_WRITTEN:
+                names += [file.name for file in self._storage.list_files(folder, pattern)]
+            self._remove(names)
+
+    def _remove(self, names: Sequence[str]) -> None:
+        """Remove these files, but leave those that cannot be removed."""
+
         def remove(name: str) -> None:
             with contextlib.suppress(StorageError):
                 self._storage.remove(name)
 
-        with contextlib.suppress(StorageError), ThreadPoolExecutor(READ_THREADS) as pool:
-            names = [f"{SEGMENTS}/{segment.name}" for segment in self._segments()]
-            for folder, pattern in HALF_WRITTEN:
-                names += [file.name for file in self._storage.list_files(folder, pattern)]
-            list(pool.map(remove, names))
+        if names:
+            with ThreadPoolExecutor(READ_THREADS) as pool:
+                list(pool.map(remove, names))
 
     def _refuse_file(self) -> None:
         if self._storage.kind() == "file":
@@ -303,19 +327,18 @@ class Ledger:
             return PlanRecord.read(data)
         except NotOursError as error:
             raise OutputError(
-                f"output {self._shown}: {PLAN} cannot be read: {error}; use another output.path or delete it"
+                f"output {self._shown}: {PLAN} cannot be read: {error}; put back a copy, or use another output.path"
             ) from None
 
-    def _refuse_taken(self, plan: Plan) -> None:
-        """Raise OutputError if another run, with other settings or input, has replaced plan.json meanwhile."""
-        data = self._storage.read_if_exists(PLAN)
-        if data is None:
+    def _refuse_units(self, old: PlanRecord, plan: Plan) -> None:
+        """Raise OutputError if another run of this job has stored other units since this run was planned."""
+        if old.fingerprint.digest != plan.fingerprint.digest or not old.packing:
             return
-        self._refuse_settings(there := self._parse_plan(data), plan)
-        if (change := listing_change(there.listing, plan.listing)).any:
+        planned = {spans_of(unit) for unit in plan.units}
+        same = {name for name, file in plan.listing.items() if old.listing.get(name) == file}
+        if any(unit not in planned and all(span.file in same for span in unit) for unit in old.units_stored):
             raise OutputError(
-                f"output {self._shown} belongs to another run by now, whose input files differ: {change}; "
-                "submit the job again"
+                f"output {self._shown}: another run of this job has added input files meanwhile: submit the job again"
             )
 
     def _refuse_settings(self, old: PlanRecord, plan: Plan) -> None:
@@ -358,9 +381,8 @@ class Ledger:
             return None
 
         parts = self._parts()
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            found = zip(parts, pool.map(read, parts), strict=True)
-            return {part: totals for part, totals in found if totals is not None}
+        found = zip(parts, call_each(read, parts, READ_THREADS), strict=True)
+        return {part: totals for part, totals in found if totals is not None}
 
 
 def _same(old: PlanRecord, plan: Plan) -> bool:

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 from model.requests import Completion
 from pipeline.core.repetition import DEGENERATE
-from pipeline.core.schema import PROMPT_COLUMN, RESULT_COLUMNS, RESULT_SCHEMA
+from pipeline.core.schema import PROMPT_COLUMN, RESULT_COLUMNS, RESULT_SCHEMA, cast_column
 from pipeline.core.types import RowResult, Totals, WorkUnit
 from pipeline.input.unit_reader import UnitData
+from pipeline.output.positions import positions
 
 TOTALS_KEY = "twotower.totals"
 """The key of a part's totals in the key-value metadata of the Parquet file."""
@@ -24,7 +25,8 @@ TOTALS_KEY = "twotower.totals"
 
 def row_key(unit: WorkUnit, index: int) -> str:
     """Return the key of the row at position `index` (from 0) of the unit: `<input file>#<row number in the file>`."""
-    return f"{unit.name}#{unit.first_row + index}"
+    piece, source_row = unit.locate(index)
+    return f"{piece.name}#{source_row}"
 
 
 def result_table(unit: WorkUnit, results: Sequence[RowResult]) -> pa.Table:
@@ -35,14 +37,15 @@ def result_table(unit: WorkUnit, results: Sequence[RowResult]) -> pa.Table:
     """
     columns: dict[str, list[Any]] = {name: [] for name in RESULT_COLUMNS}
     for result in results:
-        key = row_key(unit, result.index)
+        piece, source_row = unit.locate(result.index)
+        key = f"{piece.name}#{source_row}"
         if result.completion.key != key:
             raise ValueError(f"unit {unit.id}: row {key} has the result of row {result.completion.key}")
         own = {name: getattr(result, name) for name in ("mode", "attempt", "replica", "repetition")}
         for name, value in {**_result_row(result.completion), **own}.items():
             columns[name].append(value)
-        columns["source_file"].append(unit.name)
-        columns["source_row"].append(unit.first_row + result.index)
+        columns["source_file"].append(piece.name)
+        columns["source_row"].append(source_row)
     return pa.table(columns, schema=RESULT_SCHEMA)
 
 
@@ -57,9 +60,9 @@ def build_part(
     missing, repeated or not in the unit: this is a mistake of the caller, and nothing may be published then.
     """
     results = _in_order(data.unit, pa.concat_tables([RESULT_SCHEMA.empty_table(), *finished]))
-    # A column, or a nested field, that is all null in this input file may have a type in other files.
+    # A column, or a nested field, that is all null in these input files may have a type in other files.
     columns: dict[str, Any] = {
-        name: data.columns.column(name).cast(schema.field(name).type) for name in data.columns.column_names
+        name: cast_column(data.columns.column(name), schema.field(name).type) for name in data.columns.column_names
     }
     ids = columns["id"]
     repeated = len(ids) - ids.null_count - pc.count_distinct(ids).as_py()
@@ -101,19 +104,17 @@ def _sum(column: "pa.Array[Any] | pa.ChunkedArray[Any]") -> int:
 
 
 def _in_order(unit: WorkUnit, results: pa.Table) -> pa.Table:
-    """Return the results sorted by row. Raises ValueError unless each row of the unit has exactly one result."""
-    rows = results["source_row"].to_numpy()
-    order = np.argsort(rows, kind="stable")
-    found = rows[order] - unit.first_row
-    repeated = len(found) - len(np.unique(found))
-    if repeated:
+    """Return the results in the order of the unit. Raises ValueError unless each row has exactly one result."""
+    found = positions(unit, results)
+    order = np.argsort(found, kind="stable")
+    inside = found[found >= 0]
+    if repeated := len(inside) - len(np.unique(inside)):
         raise ValueError(f"unit {unit.id}: rows with more than one result: {repeated}")
-    inside = (found >= 0) & (found < unit.row_count)
-    missing = np.setdiff1d(np.arange(unit.row_count), found[inside])
+    missing = np.setdiff1d(np.arange(unit.row_count), inside)
     if len(missing):
         raise ValueError(f"unit {unit.id}: row {row_key(unit, int(missing[0]))} has no result")
-    if not inside.all():
-        raise ValueError(f"unit {unit.id}: results that belong to no row: {int((~inside).sum())}")
+    if strange := len(found) - len(inside):
+        raise ValueError(f"unit {unit.id}: results that belong to no row: {strange}")
     return results.take(order)
 
 
@@ -186,9 +187,11 @@ def encode_part(table: pa.Table) -> bytes:
 
 def _order(table: pa.Table) -> Sequence[tuple[str, Literal["ascending"]]]:
     """Return the sort order of the rows: file and row, preceded by the id if the ids of this part are ascending."""
-    ids = table["id"].combine_chunks()
+    ids, files = table["id"].combine_chunks(), list(map(str, table["source_file"].unique().to_pylist()))
     ascending = ids.null_count == 0 and pc.all(pc.less_equal(ids[:-1], ids[1:])).as_py() is not False
-    names = (["id"] if ascending else []) + ["source_file", "source_row"]
+    names = ["id"] if ascending else []
+    if files == sorted(files):
+        names += ["source_file", "source_row"]
     return [(name, "ascending") for name in names]
 
 

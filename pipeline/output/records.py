@@ -1,25 +1,20 @@
-"""Converts the records of the output folder (parts, commit records, plan, manifest) to and from Python values."""
+"""Converts the records of units (in parts and segments, and commit records) to and from Python values."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import cached_property
 from typing import Annotated, Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.config.job import Job, rename_old_keys
 from pipeline.config.messages import shown
 from pipeline.core.schema import SCHEMA_VERSION
 from pipeline.core.text import counted, one_line, printable
 from pipeline.core.types import Totals, UnitResult, WorkUnit
 from pipeline.output.part import TOTALS_KEY
-from pipeline.planning.fingerprint import Fingerprint, Listing, digest_of
-from pipeline.planning.plan import Plan
-from pipeline.storage.urls import safe_url
 
 RECORD_KEY = "twotower.unit"
 """The key of a part's PartRecord in the key-value metadata of the Parquet file."""
@@ -67,17 +62,95 @@ def _first_fault(error: ValidationError) -> str:
     return f"{key} is {shown(fault['input'])}" if key else "not a JSON object"
 
 
-class PartRecord(Record):
-    """The record in a part's key-value metadata: which rows of which job it holds, and which attempt made it."""
+class PieceRecord(Record):
+    """A range of rows of one input file, in the record of a part or a segment."""
+
+    file: str
+    """The name of the input file (Piece.name)."""
+    first_row: Count
+    rows: Count
+    size: int
+    """The size of the input file in bytes. With `stamp`, it tells which version of the file the rows were read from."""
+    stamp: str
+
+    def __str__(self) -> str:
+        """Return the rows for a message: `rows 0 to 9 of a.parquet`."""
+        return f"rows {self.first_row} to {self.first_row + self.rows - 1} of {self.file}"
+
+
+class RulesRecord(Record):
+    """The versions of the rules by which a job was planned, from which a lost plan.json can be made again."""
+
+    units: Count
+    """How units were cut (UNIT_RULES)."""
+    prompts: Count
+    """How prompts were made (pipeline.prompts.setup.RULES)."""
+
+
+class UnitRecord(Record):
+    """The rows of a unit, as the records of its part and its segments name them.
+
+    Records of version 1 of the unit rules hold the keys of their only piece themselves, and no `rules`.
+    """
 
     unit: str
     """The unit's id."""
-    file: str
-    """The name of the input file (WorkUnit.name)."""
-    first_row: Count
+    pieces: Annotated[tuple[PieceRecord, ...], Field(min_length=1, fail_fast=True, strict=False)]
+    """The pieces of the unit, in the order of its rows."""
     rows: Count
+    """The number of rows of the unit."""
+    rules: RulesRecord | None = None
+    schema_version: Count
     fingerprint: str
     """The digest of the job's fingerprint."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_single_piece(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "pieces" in data or "file" not in data:
+            return data
+        piece = {name: data[name] for name in PieceRecord.model_fields if name in data}
+        return {"pieces": (piece,), **{name: value for name, value in data.items() if name not in _OF_A_PIECE}}
+
+    @model_validator(mode="after")
+    def _check_pieces(self) -> Self:
+        if (held := sum(piece.rows for piece in self.pieces)) != self.rows:
+            raise ValueError(f"rows is {self.rows}, its pieces have {held}")
+        return self
+
+    def fields(self) -> dict[str, Any]:
+        """Return the record as JSON values, in the form in which its version of the rules stores it."""
+        fields = self.model_dump(exclude_none=True)
+        if self.rules is not None:
+            return fields
+        piece = fields.pop("pieces")[0]
+        return {"unit": fields.pop("unit"), **piece, **fields}
+
+    def difference(self, unit: WorkUnit) -> str | None:
+        """Return what is wrong if this is not the record of the unit: other rows, or another version of a file.
+
+        Returns None if nothing is.
+        """
+        if self.unit != unit.id:
+            return f"it holds unit {self.unit}, not {unit.id}"
+        for number, (found, piece) in enumerate(zip(self.pieces, unit.pieces, strict=False)):
+            if (found.file, found.first_row, found.rows) != (piece.name, piece.first_row, piece.row_count):
+                wanted = f"rows {piece.first_row} to {piece.first_row + piece.row_count - 1} of {piece.name}"
+                return f"its piece {number + 1} is {found}, not {wanted}"
+            if (found.size, found.stamp) != (piece.size, piece.stamp):
+                return f"it was made of another version of {piece.name}"
+        if len(self.pieces) != len(unit.pieces):
+            return f"it has {counted(len(self.pieces), 'piece')}, not {len(unit.pieces)}"
+        return None
+
+
+_OF_A_PIECE = frozenset(PieceRecord.model_fields) - {"rows"}
+"""The keys that a record of version 1 has in place of `pieces`."""
+
+
+class PartRecord(UnitRecord):
+    """The record in a part's key-value metadata: which rows of which job it holds, and which attempt made it."""
+
     writer: str
     """A unique id of the attempt that made the part. An attempt that finds a part in its place sees from the id whether
     it wrote that part itself, in a call whose answer was lost, or another attempt did."""
@@ -85,10 +158,6 @@ class PartRecord(Record):
     attempt: Count
     seconds: float
     """The seconds from when the replica had read the unit until it began to build the part."""
-    size: int
-    """The size of the input file in bytes. With `stamp`, it tells which version of the file the rows were read from."""
-    stamp: str
-    schema_version: Count
     published: str = ""
     """The time just before the publication, ISO 8601 in UTC by the replica's clock; "" in parts of earlier versions."""
     prompt_date: str | None = None
@@ -133,90 +202,6 @@ class CommitRecord(TotalsRecord, PartRecord):
     part_bytes: Count
 
 
-class ManifestRecord(Record):
-    """The two fields of manifest.json that a resume, `status` and the report read."""
-
-    finished: str | None = None
-    """The time when the job completed, ISO 8601 in UTC; None if there is no readable manifest."""
-    warnings: tuple[str, ...] = ()
-    """The warnings of the run that completed the job."""
-
-
-class PlannedFile(Record):
-    """An input file as plan.json lists it."""
-
-    name: str
-    """The path relative to the input root."""
-    size: Count
-    """The size in bytes."""
-    stamp: str
-    """The FileInfo.stamp of the file when the plan was made."""
-    rows: Count
-    """The number of rows."""
-
-
-class PlanRecord(Record):
-    """The content of plan.json: which job the output folder belongs to, and what the job is to generate.
-
-    Reading it fails if the digest is not that of the fingerprint's fields, or `rows` is not the sum over the files.
-    """
-
-    fingerprint: Fingerprint
-    rows: Count
-    """The number of input rows."""
-    units: Count
-    """The number of work units."""
-    files: Annotated[tuple[PlannedFile, ...], Field(fail_fast=True)]
-    created: str
-    """The time when the job first ran, ISO 8601 in UTC."""
-    prompt_date: str | None = None
-    """The day that chat templates print, as YYYY-MM-DD; None without a chat template."""
-    job: Annotated[dict[str, Any], AfterValidator(rename_old_keys)]
-    """The job's settings without credentials. Keys that were renamed after the plan was made have their new names."""
-
-    @cached_property
-    def listing(self) -> Listing:
-        """Return the input files by name, in the form in which they are compared with those of a Plan."""
-        return {file.name: (file.size, file.stamp, file.rows) for file in self.files}
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.fingerprint.digest != digest_of(self.fingerprint.fields):
-            raise ValueError("fingerprint.digest is not that of fingerprint.fields")
-        if (promised := sum(rows for _, _, rows in self.listing.values())) != self.rows:
-            raise ValueError(f"rows is {self.rows}, its files have {promised}")
-        return self
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """The progress of a job, read from its output folder alone."""
-
-    rows_done: int
-    """The number of rows in parts."""
-    rows_total: int
-    units_done: int
-    """The number of units that have a part."""
-    units_total: int
-    totals: Totals
-    """The sum of the parts' totals. `duplicate_ids` counts only ids that repeat inside one part."""
-    complete: bool
-    """True if `_SUCCESS` exists and all units have their parts."""
-    fingerprint: str
-    """The digest of the job's fingerprint."""
-    created: str
-    """The time when the job first ran, ISO 8601 in UTC."""
-    finished: str | None
-    """The time when the job completed, ISO 8601 in UTC; None if it is not complete or its manifest cannot be read."""
-    rows_saved: int = 0
-    """The number of rows in segments of units that have no part yet. A resume does not generate them again. A row that
-    two attempts saved counts twice."""
-    driver: str | None = None
-    """The driver that runs the job or ran it last, as text; None if there is no claim or the newest cannot be read."""
-    warnings: tuple[str, ...] = ()
-    """The warnings in the manifest; empty if the job is not complete."""
-
-
 def now(timespec: str = "seconds") -> str:
     """Return the current time as ISO 8601 in UTC; `timespec`: its precision, as datetime.isoformat takes it."""
     return datetime.now(UTC).isoformat(timespec=timespec)
@@ -224,7 +209,7 @@ def now(timespec: str = "seconds") -> str:
 
 def to_json(value: Any) -> bytes:
     """Return the value as indented JSON in UTF-8, the format of all records that are files of their own."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return pydantic_core.to_json(value, indent=1) + b"\n"  # json.dumps takes seven times as long
 
 
 def from_json(data: bytes) -> dict[str, Any]:
@@ -241,15 +226,19 @@ def from_json(data: bytes) -> dict[str, Any]:
     return value
 
 
-def unit_fields(unit: WorkUnit) -> dict[str, Any]:
-    """Return the fields in the record of a part or a segment that say which rows of which input file it holds."""
+def unit_fields(unit: WorkUnit, prompt_rules: int) -> dict[str, Any]:
+    """Return the fields of a UnitRecord but the fingerprint. `prompt_rules`: the version of the rules of prompts."""
+    pieces = (
+        PieceRecord(
+            file=piece.name, first_row=piece.first_row, rows=piece.row_count, size=piece.size, stamp=piece.stamp
+        )
+        for piece in unit.pieces
+    )
     return {
         "unit": unit.id,
-        "file": unit.name,
-        "first_row": unit.first_row,
+        "pieces": tuple(pieces),
         "rows": unit.row_count,
-        "size": unit.size,
-        "stamp": unit.stamp,
+        "rules": RulesRecord(units=unit.rules, prompts=prompt_rules) if unit.rules > 1 else None,
         "schema_version": SCHEMA_VERSION,
     }
 
@@ -277,65 +266,5 @@ def read_part(source: pa.NativeFile) -> tuple[PartRecord, Totals]:
 
 def commit_record(record: PartRecord, result: UnitResult, part_bytes: int) -> dict[str, Any]:
     """Return the content of the commit record of a published part, as CommitRecord reads it."""
-    fields = {**record.model_dump(exclude_none=True), **asdict(result.totals)}
+    fields = {**record.fields(), **asdict(result.totals)}
     return {**fields, "seconds": result.seconds, "sha256": result.sha256, "part_bytes": part_bytes}
-
-
-def manifest_fields(
-    plan: Plan,
-    job: Job,
-    totals: Totals,
-    duplicate_ids: int,
-    examples: Sequence[str],
-    seconds: float,
-    warnings: Sequence[str],
-) -> dict[str, Any]:
-    """Return the content of manifest.json for a complete job.
-
-    `totals`: those of all parts. `duplicate_ids`: the rows that repeat an id anywhere in the output, with `examples` of
-    such ids. `seconds`: wall clock of the run that completed the job.
-    """
-    return {
-        "rows": totals.rows,
-        "ok": totals.ok,
-        "errors": totals.errors,
-        "prompt_tokens": totals.prompt_tokens,
-        "completion_tokens": totals.completion_tokens,
-        "denoiser_forwards": totals.denoiser_forwards,
-        "finish_reasons": dict(sorted(totals.finish_reasons.items())),
-        "duplicate_ids": duplicate_ids,
-        "duplicate_id_examples": list(examples),
-        "null_ids": totals.null_ids,
-        "degenerate": totals.degenerate,
-        "warnings": list(warnings),
-        "units": len(plan.units),
-        "files": len(plan.files),
-        "seconds": round(seconds, 3),
-        "fingerprint": plan.fingerprint.digest,
-        "job": _job_settings(job),
-        "finished": now(),
-    }
-
-
-def _job_settings(job: Job) -> dict[str, Any]:
-    """Return all settings as JSON values, without the credentials in the URLs of input, output and checkpoint."""
-    settings = job.model_dump(mode="json")
-    settings["input"]["path"] = safe_url(job.input.path)
-    settings["output"]["path"] = safe_url(job.output.path)
-    settings["model"]["checkpoint"] = safe_url(job.model.checkpoint)
-    return settings
-
-
-def plan_fields(plan: Plan, job: Job) -> dict[str, Any]:
-    """Return the content of plan.json, as PlanRecord reads it. `created` is the current time."""
-    return {
-        "fingerprint": {"digest": plan.fingerprint.digest, "fields": plan.fingerprint.fields},
-        "rows": plan.rows,
-        "units": len(plan.units),
-        "files": [
-            {"name": file.name, "size": file.size, "stamp": file.stamp, "rows": file.rows} for file in plan.files
-        ],
-        "created": now(),
-        **({} if plan.prompts.chat is None else {"prompt_date": plan.prompts.chat.date}),
-        "job": _job_settings(job),
-    }

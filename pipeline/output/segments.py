@@ -7,48 +7,29 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.schema import RESULT_SCHEMA
+from pipeline.core.schema import RESULT_SCHEMA, SCHEMA_VERSION
 from pipeline.core.text import counted, one_line
 from pipeline.core.types import WorkUnit
 from pipeline.output.layout import SEGMENTS
 from pipeline.output.part import to_parquet
-from pipeline.output.records import NotOursError, Record, unit_fields
+from pipeline.output.positions import positions
+from pipeline.output.records import NotOursError, UnitRecord, unit_fields
 
 RECORD_KEY = "twotower.segment"
 """The key of a segment's SegmentRecord in the key-value metadata of the Parquet file."""
 _NAME = re.compile(r"[0-9a-f]{32}-[0-9]{6,}-(?P<checksum>[0-9a-f]{64})\.parquet")
 
 
-class SegmentRecord(Record):
+class SegmentRecord(UnitRecord):
     """The record in a segment's key-value metadata that says which unit of which job its rows belong to.
 
-    The metadata also holds the writer and the attempt, which are for people only and are not read.
+    `rows` is the number of rows of the unit, not of the segment. The metadata also holds the writer and the attempt,
+    which are for people only and are not read.
     """
-
-    unit: str
-    """The unit's id."""
-    file: str
-    """The name of the input file (WorkUnit.name)."""
-    first_row: int
-    rows: int
-    """The number of rows of the unit, not of the segment."""
-    size: int
-    """The size of the input file in bytes, as in WorkUnit."""
-    stamp: str
-    """The stamp of the input file, as in WorkUnit. Rows of another version of the file are not used."""
-    fingerprint: str
-    """The digest of the job's fingerprint."""
-    schema_version: int
-
-    @classmethod
-    def of(cls, unit: WorkUnit, fingerprint: str) -> Self:
-        """Return the record for segments of this unit in the job with this fingerprint digest."""
-        return cls(**unit_fields(unit), fingerprint=fingerprint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +37,7 @@ class SegmentRows:
     """The rows in all segments of a unit together."""
 
     table: pa.Table
-    """A table with RESULT_SCHEMA that holds each row once, sorted by source_row."""
+    """A table with RESULT_SCHEMA that holds each row once, in the order of the unit."""
     ignored: tuple[str, ...] = ()
     """One line for each segment that was left out, with the reason."""
 
@@ -74,13 +55,16 @@ def segment_name(writer: str, number: int, data: bytes) -> str:
     return f"{writer}-{number:06}-{hashlib.sha256(data).hexdigest()}.parquet"
 
 
-def to_segment(unit: WorkUnit, fingerprint: str, rows: pa.Table, *, writer: str, attempt: int) -> bytes:
+def to_segment(
+    unit: WorkUnit, fingerprint: str, rows: pa.Table, *, prompt_rules: int, writer: str, attempt: int
+) -> bytes:
     """Return the bytes of a segment with these rows of the unit (RESULT_SCHEMA).
 
-    Its metadata holds the SegmentRecord, the writer and the attempt.
+    Its metadata holds the SegmentRecord, the writer and the attempt. `prompt_rules`: see unit_fields.
     """
-    record = {**SegmentRecord.of(unit, fingerprint).model_dump(), "writer": writer, "attempt": attempt}
-    return to_parquet(rows.replace_schema_metadata({RECORD_KEY: json.dumps(record)}))
+    record = SegmentRecord(**unit_fields(unit, prompt_rules), fingerprint=fingerprint)
+    said = {**record.fields(), "writer": writer, "attempt": attempt}
+    return to_parquet(rows.replace_schema_metadata({RECORD_KEY: json.dumps(said)}))
 
 
 def from_segment(name: str, data: bytes, unit: WorkUnit, fingerprint: str) -> pa.Table:
@@ -96,7 +80,7 @@ def from_segment(name: str, data: bytes, unit: WorkUnit, fingerprint: str) -> pa
         raise NotOursError("it is truncated or damaged")
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
-            _check_record(_record_in(file.metadata), SegmentRecord.of(unit, fingerprint))
+            _check_record(_record_in(file.metadata), unit, fingerprint)
             if file.metadata.num_rows > unit.row_count:
                 raise NotOursError(f"it has {counted(file.metadata.num_rows, 'row')}, the unit has {unit.row_count}")
             if not file.schema_arrow.remove_metadata().equals(RESULT_SCHEMA):
@@ -107,7 +91,8 @@ def from_segment(name: str, data: bytes, unit: WorkUnit, fingerprint: str) -> pa
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise NotOursError(f"it cannot be read: {one_line(error)}") from error
-    _check_rows(table, unit)
+    if (positions(unit, table) < 0).any():
+        raise NotOursError("it has rows that are not in the unit")
     return table
 
 
@@ -132,17 +117,10 @@ def _record_in(footer: pq.FileMetaData) -> SegmentRecord:
     return SegmentRecord.read(pairs[RECORD_KEY.encode()])
 
 
-def _check_record(found: SegmentRecord, wanted: SegmentRecord) -> None:
-    """Raise NotOursError, which names the first field that differs, if the records are not equal."""
-    for name, value in wanted.model_dump().items():
+def _check_record(found: SegmentRecord, unit: WorkUnit, fingerprint: str) -> None:
+    """Raise NotOursError if this is not the record of a segment of the unit."""
+    for name, value in (("fingerprint", fingerprint), ("schema_version", SCHEMA_VERSION)):
         if (there := getattr(found, name)) != value:
             raise NotOursError(f"its {name} is {there!r}, not {value!r}")
-
-
-def _check_rows(table: pa.Table, unit: WorkUnit) -> None:
-    """Raise NotOursError if a row has no number, or is of another file or outside the unit."""
-    rows = table["source_row"]
-    known = not rows.null_count and set(table["source_file"].unique().to_pylist()) <= {unit.name}
-    positions = rows.to_numpy() - unit.first_row
-    if not known or not ((positions >= 0) & (positions < unit.row_count)).all():
-        raise NotOursError("it has rows that are not in the unit")
+    if wrong := found.difference(unit):
+        raise NotOursError(wrong)

@@ -23,8 +23,9 @@ from pipeline.core.errors import OutputError, StorageError
 from pipeline.core.schema import RESULT_SCHEMA
 from pipeline.core.types import Totals, UnitResult, WorkUnit
 from pipeline.input.unit_reader import UnitData, UnitReader
-from pipeline.output.layout import part_name, record_name
+from pipeline.output.layout import PLAN, part_name, record_name
 from pipeline.output.part import build_part
+from pipeline.output.positions import positions
 from pipeline.output.records import (
     RECORD_KEY,
     NotOursError,
@@ -43,6 +44,10 @@ from pipeline.storage.urls import safe_url
 IO_THREADS = 8
 """The number of segments of one unit that are read or removed at the same time."""
 
+PUT_BACK = f"put back the {PLAN} that it was made with, or delete it"
+"""The advice for a part that is none of the units in plan.json. The part may be good, if plan.json was edited, or is an
+older copy."""
+
 
 class UnitStore:
     """The input and the output folder of a job, as a replica reads its units and saves and publishes their rows.
@@ -58,6 +63,7 @@ class UnitStore:
         """Open the input and the output folder of a job. `schema`: that of every part. `prompts`: how prompts are made.
         `replica`: the replica's name, which the parts record."""
         self.input = UnitReader(job.input, prompts, keep_prompt=job.output.keep_prompt)
+        self._prompt_rules = prompts.rules
         self._prompt_date = prompts.chat.date if prompts.chat is not None else None
         self._digest, self._schema, self._replica = fingerprint_digest, schema, replica
         self._storage = Storage(job.output.path)
@@ -69,7 +75,7 @@ class UnitStore:
         `writer` (32 hex digits, an id of the attempt) and `number` together must be unique. To call it again with the
         same arguments does no harm.
         """
-        data = to_segment(unit, self._digest, rows, writer=writer, attempt=attempt)
+        data = to_segment(unit, self._digest, rows, prompt_rules=self._prompt_rules, writer=writer, attempt=attempt)
         # If the name exists already, it is this same segment: an earlier try succeeded, but its answer was lost.
         self._storage.create(f"{folder_of(unit.id)}/{segment_name(writer, number, data)}", data)
 
@@ -91,7 +97,7 @@ class UnitStore:
                 except NotOursError as error:
                     ignored.append(f"segment {file.name} is left out: {error}; its rows are generated again")
         rows = pa.concat_tables(tables)
-        _, first = np.unique(rows["source_row"].to_numpy(), return_index=True)
+        _, first = np.unique(positions(unit, rows), return_index=True)
         return SegmentRows(rows.take(first), tuple(ignored))
 
     def remove_segments(self, unit: WorkUnit) -> None:
@@ -111,7 +117,7 @@ class UnitStore:
         been read until now. Raises ValueError, which ends the replica, if a row has no result or more than one.
         """
         record = PartRecord(
-            **unit_fields(data.unit),
+            **unit_fields(data.unit, self._prompt_rules),
             fingerprint=self._digest,
             writer=writer,
             replica=self._replica,
@@ -120,7 +126,7 @@ class UnitStore:
             published=now("milliseconds"),
             prompt_date=self._prompt_date,
         )
-        header = {RECORD_KEY: json.dumps(record.model_dump(exclude_none=True))}
+        header = {RECORD_KEY: json.dumps(record.fields())}
         return build_part(data, rows, self._schema, header)[0]
 
     def publish(self, unit: WorkUnit, part: bytes) -> UnitResult:
@@ -164,7 +170,7 @@ def check_part(shown: str, digest: str | None, unit: WorkUnit, source: pa.Native
     """Return the record and the totals in the footer of a unit's part; the data of its rows is not read.
 
     `shown`: the name of the output folder in messages. Raises OutputError if the footer is broken, or if it is not that
-    of a part of this unit, of this version of the input file, in the job with the fingerprint `digest`.
+    of a part of this unit, of these versions of its input files, in the job with the fingerprint `digest`.
     """
     name = part_name(unit.id)
     try:
@@ -175,11 +181,9 @@ def check_part(shown: str, digest: str | None, unit: WorkUnit, source: pa.Native
         ) from None
     if record.fingerprint != digest:
         raise OutputError(f"output {shown}: {name} is another job's part: delete it")
-    if (record.unit, record.rows) != (unit.id, unit.row_count):
-        raise OutputError(f"output {shown}: {name} holds unit {record.unit}, not {unit.id}: delete it")
-    if (record.size, record.stamp) != (unit.size, unit.stamp):
+    if wrong := record.difference(unit):
         raise OutputError(
-            f"output {shown}: {name} was made of another version of {unit.name}: delete it to have its rows "
+            f"output {shown}: {name} is not the part of the plan's unit: {wrong}; {PUT_BACK} to have its rows "
             "generated again"
         )
     return record, totals

@@ -16,6 +16,7 @@ import pyarrow as pa
 from pipeline.config.job import GenerationSection, InputSection, Job
 from pipeline.core.schema import PROMPT_COLUMN, RESULT_COLUMNS, SCHEMA_VERSION, plain_type
 from pipeline.core.text import shorten
+from pipeline.core.types import UNIT_RULES
 from pipeline.planning.part_size import ESTIMATE
 from pipeline.prompts.setup import PromptSetup
 
@@ -29,6 +30,8 @@ FIRST_SETTINGS = frozenset(
 its default, so that outputs from before it existed keep their fingerprint."""
 COLUMNS = "output columns"
 """The field for the columns of the parts that come from the input, as column_types returns them."""
+WORK_UNITS = "work units"
+"""The field for the version of the rules by which units are cut (UNIT_RULES). An output without it has version 1."""
 PROMPT_RULES = "prompts"
 """The field for the version of the rules by which prompts are made. An output without it has version 1."""
 SHOWN_CHARS, SHOWN_BEFORE = 60, 20
@@ -50,11 +53,13 @@ class Fingerprint:
     """The SHA-256 (hex) of the fields as JSON with sorted keys (see digest_of)."""
 
 
-def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str, prompts: PromptSetup) -> Fingerprint:
+def make_fingerprint(
+    job: Job, schema: pa.Schema, checkpoint_identity: str, prompts: PromptSetup, unit_rules: int = UNIT_RULES
+) -> Fingerprint:
     """Return the fingerprint of a job.
 
     `schema`: that of its parts. `checkpoint_identity`: the hash of the checkpoint's content (Checkpoint.identity).
-    `prompts`: how its prompts are made.
+    `prompts`: how its prompts are made. `unit_rules`: the version of the rules by which its units are cut.
     Settings of replicas, GPUs, flushes, retries and the engine are left out: they change the speed of the job, but not
     its output.
     """
@@ -70,6 +75,7 @@ def make_fingerprint(job: Job, schema: pa.Schema, checkpoint_identity: str, prom
                 **_prompts(job.input, prompts),
                 "output.rows_per_file": job.output.rows_per_file,
                 **_part_size(job),
+                **({WORK_UNITS: unit_rules} if unit_rules > 1 else {}),
                 COLUMNS: column_types(schema),
                 "model.checkpoint": checkpoint_identity,
                 "model.dtype": job.model.dtype,

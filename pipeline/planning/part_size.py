@@ -1,14 +1,17 @@
-"""Estimates, from footers and settings alone, how many rows make a part of about `output.target_mb`.
+"""Says, from footers and settings alone, how many rows may be in a part: `output.rows_per_file`, or an estimate of how
+many make a part of about `output.target_mb`.
 
 The estimate is the same whenever the same file is planned with the same settings, so a resume finds the same units.
 """
 
+import math
 from collections.abc import Collection
+from itertools import chain
 
 import pyarrow.parquet as pq
 
 from pipeline.config.job import Job
-from pipeline.planning.cost import prompt_columns
+from pipeline.planning.cost import chunks_of, prompt_columns
 
 ESTIMATE = "1"
 """The version of the estimate, which is part of the fingerprint. It must change with each constant below, because then
@@ -41,14 +44,12 @@ def carried_bytes(metadata: pq.FileMetaData, columns: Collection[str], size: int
 
     `size`: the bytes of the file, which the result does not exceed.
     """
+    if not columns:
+        return 0.0
     total = 0.0
-    for number in range(metadata.num_row_groups if columns else 0):
-        group = metadata.row_group(number)
-        for index in range(group.num_columns):
-            chunk = group.column(index)
-            if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
-                share = STORED_SHARE if chunk.compression == "UNCOMPRESSED" else 1.0
-                total += share * max(0, chunk.total_compressed_size)
+    for chunk in chain.from_iterable(chunks_of(metadata, columns)):
+        share = STORED_SHARE if chunk.compression == "UNCOMPRESSED" else 1.0
+        total += share * max(0, chunk.total_compressed_size)
     return min(total, float(size))  # the footer may state wrong sizes
 
 
@@ -59,5 +60,17 @@ def rows_per_unit(job: Job, rows: int, carried: float) -> int:
     """
     if job.output.rows_per_file is not None:
         return job.output.rows_per_file
-    row_bytes = STATISTICS_BYTES + TOKEN_BYTES * job.generation.max_new_tokens + carried / max(rows, 1)
+    row_bytes = part_bytes(job, 1, carried / max(rows, 1))
     return max(1, min(MAX_ROWS, int((job.output.target_mb or 0) * MB / row_bytes)))
+
+
+def part_bytes(job: Job, rows: int, carried: float) -> float:
+    """Return the estimated bytes that rows take in a part. `carried`: the result of carried_bytes for these rows."""
+    return rows * (STATISTICS_BYTES + TOKEN_BYTES * job.generation.max_new_tokens) + carried
+
+
+def part_limits(job: Job) -> tuple[int, float]:
+    """Return the most rows and the most estimated bytes (part_bytes) of a unit with rows of several files."""
+    if job.output.rows_per_file is not None:
+        return job.output.rows_per_file, math.inf
+    return MAX_ROWS, (job.output.target_mb or 0) * MB

@@ -67,7 +67,7 @@ def _pieces(units: Sequence[WorkUnit], wanted: int) -> Iterator[WorkUnit]:
         done = 0
         while left and done < unit.row_count:
             count = min(wanted, left, unit.row_count - done)
-            yield replace(unit, first_row=unit.first_row + done, row_count=count)
+            yield unit.part(done, done + count)
             done, left = done + count, left - count
 
 

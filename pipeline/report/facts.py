@@ -13,9 +13,10 @@ from typing import Any
 
 from pipeline.core.types import Totals
 from pipeline.monitoring.live import Live, read_live
+from pipeline.output.job_records import ManifestRecord, PlanRecord
 from pipeline.output.layout import PARTS, part_name
 from pipeline.output.ledger import Ledger
-from pipeline.output.records import ManifestRecord, NotOursError, PartRecord, PlanRecord, read_part
+from pipeline.output.records import NotOursError, PartRecord, read_part
 from pipeline.storage.storage import FileInfo, Storage
 
 THREADS = 16
@@ -29,8 +30,11 @@ class Unit:
     part: FileInfo
     id: str
     file: str
-    """Path of the input file relative to the input root."""
+    """Path of the input file of the unit's first row, relative to the input root."""
     first_row: int
+    """Number of the unit's first row in that file, from 0."""
+    files: int
+    """Number of input files with rows of the unit."""
     totals: Totals
     replica: str
     """Name of the replica that published the part."""
@@ -131,8 +135,9 @@ def _unit(part: FileInfo, record: PartRecord, totals: Totals) -> Unit:
     return Unit(
         part,
         record.unit,
-        record.file,
-        record.first_row,
+        record.pieces[0].file,
+        record.pieces[0].first_row,
+        len(record.pieces),
         totals,
         record.replica,
         record.attempt,

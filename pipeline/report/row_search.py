@@ -6,11 +6,12 @@ others only the columns that decide. All other columns are read for the rows tha
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import accumulate, repeat
 from operator import and_
 from typing import Any
 
@@ -23,11 +24,12 @@ from pipeline.core.errors import JobError, OutputError
 from pipeline.core.schema import RESULT_COLUMNS
 from pipeline.core.text import one_line, visible
 from pipeline.core.types import Totals
+from pipeline.output.job_records import PlanRecord
 from pipeline.output.layout import PARTS, part_name
 from pipeline.output.ledger import Ledger
-from pipeline.output.records import NotOursError, PlanRecord, read_part
+from pipeline.output.records import NotOursError, read_part
 from pipeline.planning.fingerprint import COLUMNS
-from pipeline.planning.plan import unit_id
+from pipeline.planning.packing import unit_id
 from pipeline.prompts.values import read_cells
 from pipeline.storage.storage import FileInfo, Storage
 from pipeline.storage.urls import safe_url
@@ -84,12 +86,15 @@ class _Hits:
     totals: Totals
     """The totals of the whole part."""
     rows: Sequence[int]
-    """Row numbers in the input file, ascending, at most as many as were wanted."""
+    """The places of the rows in the part, from 0, ascending, at most as many as were wanted."""
 
 
 class RowSearch:
-    """A search for rows of one output in input order. Parts that are broken or of another job are left out, as in
-    `status`, and so are rows of units that have no part yet."""
+    """A search for rows of one output in input order, in which the rows of a unit follow each other.
+
+    Parts that are broken or of another job are left out, as in `status`, and so are rows of units that have no part
+    yet.
+    """
 
     def __init__(self, output_path: str, *, errors: bool = False, where: Sequence[str] = ()) -> None:
         """Read the plan of the output and list its parts.
@@ -140,45 +145,44 @@ class RowSearch:
             if (part_name(record.unit), record.fingerprint) != (part.name, self._digest):
                 return None
             if not self._conditions:
-                return _Hits(totals, range(record.first_row, record.first_row + min(most, record.rows)))
-            rows: list[Any] = []
-            if totals.errors or not self._errors:
-                needed = [*(condition.column for condition in self._conditions), "source_row"]
-                for table in self._matches(source, needed):
-                    rows += table["source_row"].to_pylist()
-                    if len(rows) >= most:
-                        break
+                return _Hits(totals, range(min(most, record.rows)))
+            rows: list[int] = []
+            for places in self._matches(source) if totals.errors or not self._errors else ():
+                rows += places
+                if len(rows) >= most:
+                    break
             return _Hits(totals, rows[:most])
 
     def _read(self, part: FileInfo, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a part that have these numbers in the input file."""
+        """Yield the rows of a part at these places."""
         columns = ["id", *self.carried, *_STATISTICS]
         with self._guard(part), self._storage.open(part.name, part.size) as source:
-            left = len(rows)
-            for table in self._matches(source, columns, pc.field("source_row").isin(list(rows))):
+            metadata, done = pq.read_metadata(source), 0
+            starts = _group_starts(metadata)
+            groups = dict.fromkeys(bisect_right(starts, row) - 1 for row in rows)
+            for first, batch in _batches(source, metadata, groups, columns):
+                end = bisect_left(rows, first + batch.num_rows)
+                wanted = pa.array([row - first for row in rows[done:end]], pa.int64())
+                table = pa.Table.from_batches([batch]).take(wanted)
+                done = end
                 cells = [read_cells(table[name]) for name in columns]
                 yield from (dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True))
-                left -= table.num_rows
-                if not left:
+                if done == len(rows):
                     return
 
-    def _matches(self, source: Any, columns: Sequence[str], expression: Any = None) -> Iterator[pa.Table]:
-        """Yield the rows for which the expression holds, or all conditions if it is None, as tables with `columns`."""
+    def _matches(self, source: Any) -> Iterator[list[int]]:
+        """Yield the places of the rows of a part for which all conditions hold."""
         fragment: Any = ds.ParquetFileFormat().make_fragment(source)
-        if expression is None:
-            schema = fragment.physical_schema
-            expression = functools.reduce(and_, (each.expression(schema) for each in self._conditions))
+        schema = fragment.physical_schema
+        expression = functools.reduce(and_, (each.expression(schema) for each in self._conditions))
         # The statistics of a row group leave out NaN, so a search for it looks at all groups.
         kept = fragment if "is_nan" in str(expression) else fragment.subset(filter=expression)
-        groups = [group.id for group in kept.row_groups]
-        with pq.ParquetFile(
-            source, metadata=fragment.metadata, pre_buffer=True, page_checksum_verification=True
-        ) as file:
-            for group in groups:  # one at a time, so that only one is held in memory
-                for batch in file.iter_batches(
-                    BATCH_ROWS, row_groups=[group], columns=list(columns), use_threads=False
-                ):
-                    yield pa.Table.from_batches([batch]).filter(expression)
+        columns = list(dict.fromkeys(condition.column for condition in self._conditions))
+        place = max(columns, key=len) + "#"  # a name that no column has
+        for first, batch in _batches(source, fragment.metadata, [group.id for group in kept.row_groups], columns):
+            places = pa.array(range(first, first + batch.num_rows), pa.int64())
+            table = pa.Table.from_batches([batch]).append_column(place, places)
+            yield table.filter(expression)[place].to_numpy().tolist()
 
     @contextmanager
     def _guard(self, part: FileInfo) -> Iterator[None]:
@@ -187,6 +191,25 @@ class RowSearch:
             yield
         except (pa.ArrowException, OSError, ValueError, LookupError) as error:
             raise OutputError(f"output {self._shown}: {part.name}: {one_line(error)}; run `verify`") from error
+
+
+def _batches(
+    source: Any, metadata: pq.FileMetaData, groups: Iterable[int], columns: Sequence[str]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield (place of the first row in the part, rows with `columns`) for the rows of these row groups in batches."""
+    starts = _group_starts(metadata)
+    with pq.ParquetFile(source, metadata=metadata, pre_buffer=True, page_checksum_verification=True) as file:
+        for group in groups:  # one at a time, so that only one is held in memory
+            first = starts[group]
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(columns), use_threads=False):
+                yield first, batch
+                first += batch.num_rows
+
+
+def _group_starts(metadata: pq.FileMetaData) -> list[int]:
+    """Return the place of the first row of each row group, and the number of all rows."""
+    sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    return list(accumulate(sizes, initial=0))
 
 
 def _input_columns(plan: PlanRecord) -> list[str]:
@@ -206,8 +229,9 @@ def _condition(text: str, columns: Sequence[str]) -> Condition:
 
 
 def _in_input_order(parts: Sequence[FileInfo], plan: PlanRecord) -> list[FileInfo]:
-    """Return the parts whose names are those of units of the plan's files, in the order of the input."""
-    # The names of parts begin with a hash of the name of the file, so their own order is another one.
+    """Return the parts whose names are those of units of the plan's files, in the order in which the first row of each
+    stands in the input."""
+    # The names of parts begin with a hash of the name of that row's file, so their own order is another one.
     places = {unit_id(file.name, 0).partition("-")[0]: place for place, file in enumerate(plan.files)}
     found = []
     for part in parts:

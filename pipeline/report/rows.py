@@ -159,10 +159,10 @@ def _read_statistics(storage: Storage, unit: Unit) -> tuple[dict[str, Floats], C
 
 def _read_kinds(storage: Storage, unit: Unit) -> tuple[ErrorCount, ...]:
     """Return the kinds of errors in all rows of a part, each with an example `file#row: text`."""
-    kinds, columns = ErrorKinds(), ["error", "source_row"]
+    kinds, columns = ErrorKinds(), ["error", "source_file", "source_row"]
     with _open(storage, unit) as file:
         for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
             bad = batch.filter(pc.is_valid(batch["error"]))
-            for text, row in zip(bad["error"].to_pylist(), bad["source_row"].to_pylist(), strict=True):
-                kinds.add(f"{unit.file}#{row}", str(text))
+            for row in bad.to_pylist():
+                kinds.add(f"{row['source_file']}#{row['source_row']}", str(row["error"]))
     return kinds.counts()

@@ -232,11 +232,12 @@ def about_slowest(facts: Facts) -> str:
     """Return sentences with the median time of all units, to compare the slowest units with."""
     seconds = [unit.seconds for unit in facts.units]
     middle = float(np.median(seconds)) if seconds else 0.0
-    return f"The median time of all units is {took(middle)}. A replica can have two units in progress at the same time."
+    return f"The median time of all units is {took(middle)}. A replica has several units in progress at the same time."
 
 
 def _unit_cells(unit: Unit) -> list[str]:
     totals = unit.totals
+    more = f" and {counted(unit.files - 1, 'more file')}" if unit.files > 1 else ""
     return [
         shown(unit.id, NAME_CHARS),
         f"{totals.rows:,}",
@@ -246,7 +247,7 @@ def _unit_cells(unit: Unit) -> list[str]:
         number(unit.tokens_per_s),
         shown(unit.replica, NAME_CHARS),
         f"{unit.attempt:,}",
-        f"{shown(unit.file, NAME_CHARS)}#{unit.first_row}",
+        f"{shown(unit.file, NAME_CHARS)}#{unit.first_row}{more}",
     ]
 
 

@@ -19,18 +19,19 @@ import pyarrow.parquet as pq
 
 from pipeline.config.loader import load_job
 from pipeline.core.errors import InputError, JobError, TwoTowerError
-from pipeline.core.types import Row, WorkUnit
+from pipeline.core.types import Row
 from pipeline.input import limits
 from pipeline.output.claim import read_driver
+from pipeline.output.job_records import PlanRecord, plan_fields
 from pipeline.output.part import result_table
-from pipeline.output.records import CommitRecord, NotOursError, PlanRecord, plan_fields, read_part, to_json
+from pipeline.output.records import CommitRecord, NotOursError, read_part, to_json
 from pipeline.output.segments import from_segment, segment_name, to_segment
 from pipeline.prompts.prompts import PromptMaker
 from pipeline.prompts.setup import PromptSetup
 from pipeline.prompts.template import resolve_columns, template_names
-from tests.pipeline.cases import complete_row, make_job, part_of, plan_of, publish, reader_of
+from tests.pipeline.cases import complete_row, make_job, one_piece, part_of, plan_of, publish, reader_of
 
-UNIT = WorkUnit("0123456789ab-0000000000", "/in/a.parquet", "a.parquet", 0, 4, 100, "mtime:1")
+UNIT = one_piece("0123456789ab-0000000000", "/in/a.parquet", "a.parquet", 0, 4, 100, "mtime:1")
 DIGEST = "d" * 64
 ROWS_AT_MOST = 100_000
 """Number of rows after which reading an input stops: a mutated file may claim any number of rows and still be valid."""
@@ -209,7 +210,8 @@ def _part() -> tuple[bytes, bytes, bytes]:
 
 def _segment() -> bytes:
     rows = [Row(f"a.parquet#{i}", i, i, f"prompt {i}") for i in range(3)]
-    return to_segment(UNIT, DIGEST, result_table(UNIT, [complete_row(row) for row in rows]), writer="0" * 32, attempt=1)
+    table = result_table(UNIT, [complete_row(row) for row in rows])
+    return to_segment(UNIT, DIGEST, table, prompt_rules=2, writer="0" * 32, attempt=1)
 
 
 def _inputs() -> list[bytes]:

@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pyarrow.parquet as pq
 
 from model.requests import Completion
 from pipeline.config.job import Job
-from pipeline.core.types import Row, RowResult, Totals, UnitResult, WorkUnit
+from pipeline.core.types import Piece, Row, RowResult, Totals, UnitResult, WorkUnit
 from pipeline.input.unit_reader import UnitData, UnitReader
+from pipeline.output.begun import read_begun
 from pipeline.output.ledger import Ledger
 from pipeline.output.part import result_table
 from pipeline.output.unit_store import UnitStore
 from pipeline.planning.cost import prompt_columns
+from pipeline.planning.packing import StoredUnits
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.prompts.setup import PromptSetup
 
@@ -51,7 +54,30 @@ def make_job(input_path: Path | str, output_path: Path | str, **sections: dict[s
 
 
 def plan_of(job: Job) -> Plan:
-    return make_plan(job, checkpoint_identity=CHECKPOINT)
+    """Return the plan of a job, with the units that its output holds already."""
+    begun, stored = read_begun(job)
+    return make_plan(job, checkpoint_identity=CHECKPOINT, begun=begun, stored=stored)
+
+
+def one_piece(
+    unit_id: str,
+    file: str,
+    name: str,
+    first_row: int,
+    rows: int,
+    size: int = -1,
+    stamp: str = "",
+    *,
+    expected_work: float = 0.0,
+) -> WorkUnit:
+    """Return a unit of one piece."""
+    return WorkUnit(unit_id, (Piece(file, name, first_row, rows, size, stamp),), expected_work)
+
+
+def with_piece(unit: WorkUnit, number: int = 0, **fields: Any) -> WorkUnit:
+    """Return the unit with other values in one of its pieces."""
+    pieces = [replace(piece, **fields) if index == number else piece for index, piece in enumerate(unit.pieces)]
+    return replace(unit, pieces=tuple(pieces))
 
 
 def reader_of(job: Job) -> UnitReader:
@@ -59,6 +85,11 @@ def reader_of(job: Job) -> UnitReader:
     settings = job.input
     columns = prompt_columns(settings)
     return UnitReader(settings, PromptSetup(columns, settings.template), keep_prompt=job.output.keep_prompt)
+
+
+def with_stamp(unit: WorkUnit, stamp: str) -> WorkUnit:
+    """Return the unit as if all its files had this stamp."""
+    return replace(unit, pieces=tuple(replace(piece, stamp=stamp) for piece in unit.pieces))
 
 
 def complete_row(row: Row, attempt: int = 1) -> RowResult:
@@ -107,9 +138,9 @@ def publish(job: Job, plan: Plan, units: tuple[WorkUnit, ...] | None = None) -> 
     return results
 
 
-def run(job: Job) -> tuple[Plan, Ledger, dict[str, Any]]:
-    """Run the whole job: make the plan, publish the parts and write the manifest."""
-    plan = plan_of(job)
+def run(job: Job, plan: Plan | None = None) -> tuple[Plan, Ledger, dict[str, Any]]:
+    """Run the whole job: make the plan unless one is given, publish the parts and write the manifest."""
+    plan = plan or plan_of(job)
     ledger = open_ledger(job, plan)
     totals = sum((result.totals for result in publish(job, plan)), Totals())
     return plan, ledger, ledger.complete(plan, job, totals, seconds=2.0)
@@ -121,6 +152,34 @@ def two_files(folder: Path) -> Job:
     write(folder / "in/a.parquet", prompt=prompts(20), key=[*range(19), 3])
     write(folder / "in/b.parquet", prompt=["x", None, "", "y", "z"], key=[3, 30, None, 31, 32])
     return make_job(folder / "in", folder / "out", output={"rows_per_file": 10}, input={"id_column": "key"})
+
+
+PACKED_ROWS = {"a": 3, "b": 1, "c": 4, "d": 25, "e": 2, "f": 1}
+"""The files of packed_files, without `.parquet`, and their numbers of rows."""
+
+
+def packed_files(folder: Path, **sections: dict[str, Any]) -> Job:
+    """Make a job over the files PACKED_ROWS, with at most ten rows in a unit.
+
+    Its units are three of file d, one of a, b, c and e together, and one of f. Row 1 of a, c and d has no prompt, and
+    neither has row 0 of e. The prompt of row 2 of c is empty.
+    """
+    number = 0
+    for name, rows in PACKED_ROWS.items():
+        texts: list[str | None] = [*prompts(rows, number)]
+        if name in "acd":
+            texts[1] = None
+        texts[0] = None if name == "e" else texts[0]
+        texts[2:3] = [""] if name == "c" else texts[2:3]
+        write(folder / f"in/{name}.parquet", prompt=texts, n=list(range(number, number + rows)))
+        number += rows
+    sections = {"output": {"rows_per_file": 10}, "input": {"carry": ["n"]}, **sections}
+    return make_job(folder / "in", folder / "out", **sections)
+
+
+def plan_by_old_rules(job: Job) -> Plan:
+    """Return the plan of a job as earlier versions made it: no unit has rows of several files."""
+    return make_plan(job, checkpoint_identity=CHECKPOINT, stored=StoredUnits(rules=1))
 
 
 def out(job: Job, name: str = "") -> Path:

@@ -1,21 +1,23 @@
-"""Opens assignments: reads their rows, tokenises those that are not finished and sorts them for the engine.
+"""Opens assignments in two steps: looks at what is saved of them, then reads and tokenises the rows that are left.
 
 If the unit's part exists already, no rows are read. Rows in segments are finished and are kept as they are. Of the
-other rows, those without a usable prompt become error rows here.
+other rows, those without a usable prompt become error rows here. The rows are sorted for the engine.
 """
 
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
 
 from model.requests import GenerationParams
 from model.runtime.page_allocator import PREFIX_SLOTS
 from pipeline.core.types import Assignment, Row, UnitResult
+from pipeline.input.fetcher import Fetch
 from pipeline.input.row_settings import with_settings
+from pipeline.output.positions import positions
+from pipeline.output.segments import SegmentRows
 from pipeline.output.unit_store import UnitStore
 from pipeline.prompts.encoder import EncoderLike
 from workers.units.prefix import best_prefix, has_prefix
@@ -25,8 +27,17 @@ TOKENISE_ROWS = 1000
 """The number of prompts that are tokenised in one call. It limits how many token ids are in Python lists at a time."""
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What `UnitLoader.look` found of a unit without a part."""
+
+    segments: SegmentRows
+    fetch: Fetch | None
+    """The files of the rows, which are being fetched; None if they need not be read."""
+
+
 class UnitLoader:
-    """Makes an OpenUnit of each assignment. Not thread-safe: `open` is called for one assignment at a time.
+    """Makes an OpenUnit of each assignment: `look` may be called in several threads at a time, `open` only in one.
 
     It remembers the prefixes that prompts of recent units had in common, because the engine still holds them.
     """
@@ -50,12 +61,12 @@ class UnitLoader:
         self._tell, self._clock = tell, clock
         self._prefixes: deque[array[int]] = deque(maxlen=PREFIX_SLOTS)  # those used most recently, newest last
 
-    def open(self, work: Assignment) -> OpenUnit | UnitResult:
-        """Return the assignment with the rows that are to be generated, or the result of its unit if the part exists.
+    def look(self, work: Assignment) -> Found | UnitResult:
+        """Return what is saved of the assignment, for `open`, or the result of its unit if the part exists.
 
-        Messages say if the part exists, which segments are left out, and how many rows segments hold. Raises
-        StorageError if the storage fails, InputError if the unit cannot be read, OutputError if the unit's part is
-        broken or not this job's.
+        These are a few requests to the storage for every unit, so that small units need several threads to keep the
+        engine busy. From then on, small files of the unit are fetched. A message says if the part exists. Raises
+        StorageError if the storage fails, OutputError if the unit's part is broken or not this job's.
         """
         unit = work.unit
         if (result := self._store.published(unit)) is not None:
@@ -65,16 +76,31 @@ class UnitLoader:
             )
             return result
         segments = self._store.read_segments(unit)
+        # The file of a condemned row is not opened, because reading it may be what kills the replicas.
+        fetch = None if work.condemned else self._store.input.fetch(unit.part(*work.span))
+        return Found(segments, fetch)
+
+    def open(self, work: Assignment, found: Found) -> OpenUnit:
+        """Return the assignment with the rows that are to be generated.
+
+        Messages say which segments are left out, and how many rows segments hold. Raises StorageError if the storage
+        fails, InputError if the unit cannot be read.
+        """
+        unit, segments = work.unit, found.segments
         for text in segments.ignored if work.rows is None else ():  # only for a whole unit, not for each of its ranges
             self._tell(text)
         first, end = work.span
-        kept = _between(segments.table, unit.first_row + first, unit.first_row + end)
+        saved = positions(unit, segments.table)  # ascending
+        start, stop = np.searchsorted(saved, [first, end])
+        kept = segments.table.slice(start, stop - start)
         if kept.num_rows:
             self._tell(f"{name_of(work)}: rows finished by earlier attempts: {kept.num_rows} of {end - first}")
-        wanted = np.setdiff1d(np.arange(first, end), kept["source_row"].to_numpy() - unit.first_row).tolist()
-        # The file of a condemned row is not opened, because reading it may be what kills the replicas.
-        needed = work.rows is None or (wanted and not work.condemned)
-        data = self._store.input.read(unit) if needed else None
+        wanted = np.setdiff1d(np.arange(first, end), saved[start:stop]).tolist()
+        data = None
+        if found.fetch is not None and (work.rows is None or wanted):
+            data = self._store.input.read(unit if work.rows is None else unit.part(first, end), found.fetch)
+        elif found.fetch is not None:
+            found.fetch.close()
         opened = OpenUnit(
             work,
             replace(data, rows=[]) if data and work.rows is None else None,  # drop the text: prompts are kept as tokens
@@ -88,7 +114,9 @@ class UnitLoader:
             for index in wanted:
                 opened.add_error(index, str(work.condemned))
         else:
-            self._queue(opened, [data.rows[index] for index in wanted])
+            rows = [data.rows[index - first] for index in wanted]
+            # Positions of a range are counted from its own first row where it is read.
+            self._queue(opened, [replace(row, index=first + row.index) for row in rows] if first else rows)
         return opened
 
     def _queue(self, opened: OpenUnit, rows: Iterable[Row]) -> None:
@@ -117,6 +145,7 @@ class UnitLoader:
             for row, ids in tokenised
         ]
         opened.queue.extend(sorted(queued, key=lambda row: (row.prefix_tokens - len(row.ids), row.index)))
+        opened.held_bytes += sum(len(row.ids) * row.ids.itemsize for row in queued)
 
     def _find_prefix(self, prompts: "Sequence[array[int]]") -> "array[int]":
         """Return the prefix that the engine is to compute once for these prompts, and remember it for the next units.
@@ -129,9 +158,3 @@ class UnitLoader:
                 self._prefixes.remove(prefix)
             self._prefixes.append(prefix)
         return prefix
-
-
-def _between(table: pa.Table, first: int, end: int) -> pa.Table:
-    """Return the rows with first <= source_row < end of a table that is sorted by source_row."""
-    start, stop = np.searchsorted(table["source_row"].to_numpy(), [first, end])
-    return table.slice(start, stop - start)

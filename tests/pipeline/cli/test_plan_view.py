@@ -117,7 +117,8 @@ def test_a_prompt_of_a_thousand_pages_is_not_kept_whole(tmp_path: Path) -> None:
 
 def test_an_output_of_an_earlier_version_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.output import begun
+    from pipeline.planning.packing import StoredUnits
     from pipeline.planning.prompts import Begun
 
-    monkeypatch.setattr(begun, "_begun", lambda _: Begun(rules=1))
+    monkeypatch.setattr(begun, "read_begun", lambda _: (Begun(rules=1), StoredUnits()))
     assert lines_of(plan(tmp_path, "prompt_column: p", p=["a"]), "note") == [f"note       {OLD_RULES_NOTE}"]

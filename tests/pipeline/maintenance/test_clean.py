@@ -3,7 +3,6 @@
 import os
 import time
 import uuid
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,17 @@ from pipeline.output.part import result_table
 from pipeline.output.unit_store import UnitStore
 from pipeline.planning.plan import Plan
 from pipeline.storage.storage import Storage
-from tests.pipeline.cases import complete_row, make_job, open_ledger, plan_of, prompts, publish, store_of, write
+from tests.pipeline.cases import (
+    complete_row,
+    make_job,
+    open_ledger,
+    plan_of,
+    prompts,
+    publish,
+    store_of,
+    with_piece,
+    write,
+)
 
 
 @pytest.fixture
@@ -46,7 +55,7 @@ def add(job: Job, name: str, age_s: float = 0.0) -> str:
 def add_segment(job: Job, store: UnitStore, unit: WorkUnit) -> str:
     """Write a real segment with five of the unit's rows, and return its name."""
     before = files_of(job)
-    rows = result_table(unit, [complete_row(row) for row in store.input.read(replace(unit, size=-1)).rows[:5]])
+    rows = result_table(unit, [complete_row(row) for row in store.input.read(with_piece(unit, size=-1)).rows[:5]])
     store.input.close()
     store.write_segment(unit, rows, writer=uuid.uuid4().hex, number=1, attempt=1)
     [name] = files_of(job).keys() - before.keys()
@@ -68,7 +77,7 @@ def test_leftovers_go_and_all_else_stays(job: Job) -> None:
     goes = {
         add_segment(job, store_of(job, plan), plan.units[0]),
         add_segment(job, other, plan.units[2]),
-        add_segment(job, store_of(job, plan), replace(plan.units[2], stamp="mtime:1")),
+        add_segment(job, store_of(job, plan), with_piece(plan.units[2], stamp="mtime:1")),
         add(job, f"_job/units/{hidden}", age_s=4000),
         add(job, "_writable"),
         add(job, "_job/drivers/1.json"),

@@ -135,7 +135,7 @@ def test_an_unfinished_job_is_told_what_to_do(job: Job) -> None:
     plan = plan_of(job)
     ledger = open_ledger(job, plan)
     publish(job, plan, plan.units[:2])
-    left = f"not complete: 1 of 3 units have no part, such as {plan.units[2].name}, rows 0 to 4; submit the job again"
+    left = "not complete: 1 of 3 units have no part, such as b.parquet, rows 0 to 4; submit the job again"
     assert problems(job) == (left,)
     publish(job, plan, plan.units[2:])
     assert problems(job) == (
@@ -179,7 +179,7 @@ SAID: dict[str, tuple[Callable[[Path], object], str]] = {
     "stray": (lambda out: (out / "notes.txt").write_text("x"), "notes.txt is not from this project: move it away"),
     "record": (
         lambda out: edit(record_of(parts_of(out)[0]), rows=3, ok=3, errors=0),
-        "is damaged: rows is 3, but ok is 3",
+        "is damaged: rows is 3, its pieces have 5",
     ),
     "record's writer": (lambda out: edit(record_of(parts_of(out)[0]), writer="x"), "it says writer 'x', not '"),
     "no record": (lambda out: record_of(parts_of(out)[0]).unlink(), ".json is missing: submit the job again"),
@@ -190,11 +190,11 @@ SAID: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "order": (
         lambda out: rewrite(parts_of(out)[0], lambda table: table.take(list(range(table.num_rows))[::-1]), record=True),
-        "source_row does not count up from 0",
+        "its row 0 is b.parquet#4, not b.parquet#0",
     ),
     "file": (
         lambda out: rewrite(parts_of(out)[0], with_column("source_file", lambda v: ["c.parquet", *v[1:]]), record=True),
-        "source_file is not",
+        "its row 0 is c.parquet#0, not b.parquet#0",
     ),
     "totals": (
         lambda out: rewrite(parts_of(out)[0], with_column("prompt_tokens", lambda v: [v[0] + 1, *v[1:]]), record=True),

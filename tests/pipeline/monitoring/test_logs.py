@@ -12,8 +12,9 @@ import pytest
 
 import pipeline.cli.compose
 from pipeline.core.events import ReplicaLost, UnitFailed
-from pipeline.core.types import Assignment, WorkUnit
+from pipeline.core.types import Assignment
 from pipeline.monitoring.logs import LOG, event_record, is_json
+from tests.pipeline.cases import one_piece
 from tests.pipeline.cli.test_app import JOB, call, fake_pool
 from workers.replica.local_pool import LocalPool
 
@@ -61,7 +62,7 @@ def test_text_is_the_default_and_the_environment_can_choose(job: Path, monkeypat
 
 
 def test_reasons_are_logged_without_what_they_quote() -> None:
-    work = Assignment(WorkUnit("u1", "a", "a", 0, 10), attempt=2, rows=(3, 5))
+    work = Assignment(one_piece("u1", "a", "a", 0, 10), attempt=2, rows=(3, 5))
     record = event_record(UnitFailed("r0", work, "cannot decode 'secret'"))
     assert record is not None
     fields = {"replica": "r0", "unit": "u1", "attempt": 2, "range": (3, 5), "reason": "cannot decode '…'"}

@@ -7,9 +7,10 @@ from rich.console import Console
 
 from pipeline.core.events import RangeDone, ReplicaLost, ReplicaNote, ReplicaReady, UnitDone, UnitFailed, UnitProgress
 from pipeline.core.text import duration
-from pipeline.core.types import Assignment, Totals, UnitResult, WorkUnit
+from pipeline.core.types import Assignment, Totals, UnitResult
 from pipeline.monitoring.progress import BarDisplay, LineDisplay, Progress, open_display, run_progress, show_run
 from pipeline.monitoring.telemetry import Telemetry
+from tests.pipeline.cases import one_piece
 
 
 class Clock:
@@ -114,7 +115,7 @@ def test_a_log_gets_a_line_every_few_seconds_losses_at_once_and_the_end() -> Non
         clock.now += 1
         show_run(display, telemetry, None)
     assert len(out.getvalue().splitlines()) == 1  # unchanged lines are not repeated
-    show_run(display, telemetry, UnitFailed("a", Assignment(WorkUnit("u0", "/f", "f", 0, 1)), "storage said no"))
+    show_run(display, telemetry, UnitFailed("a", Assignment(one_piece("u0", "/f", "f", 0, 1)), "storage said no"))
     show_run(display, telemetry, ReplicaLost("a", "node gone"))
     show_run(display, telemetry, ReplicaNote("b", "memory ran out"))
     telemetry.take(UnitDone(result("u0", 100, tokens=10)))

@@ -19,12 +19,13 @@ from pipeline.core.events import (
     UnitFailed,
     UnitProgress,
 )
-from pipeline.core.types import Assignment, Totals, UnitResult, WorkUnit
+from pipeline.core.types import Assignment, Totals, UnitResult
 from pipeline.monitoring.live import Live, LiveFile, read_live
 from pipeline.monitoring.reporter import SAMPLE_S, Reporter, Sink
 from pipeline.monitoring.telemetry import Telemetry
 from pipeline.output.layout import LIVE
 from pipeline.storage.storage import Storage
+from tests.pipeline.cases import one_piece
 from tests.pipeline.monitoring.test_progress import Clock
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -70,7 +71,7 @@ def test_rates_of_a_replica_are_those_of_the_last_minute(tmp_path: Path) -> None
 def test_a_lost_replica_leaves_its_errors_and_its_units_count_as_retried(tmp_path: Path) -> None:
     run = Run(tmp_path)
     kinds = (ErrorCount("prompt is null", 2, "a#1: prompt is null"),)
-    unit = WorkUnit("u5", "a", "a", 0, 10)
+    unit = one_piece("u5", "a", "a", 0, 10)
     run.hear(ReplicaReady("r0"), ReplicaReady("r1"))
     run.hear(UnitProgress("r0", ("u1", None), 5, 2, 50), UnitProgress("r0", ("u2", None), 0, 0, 0))
     run.hear(ReplicaActive("r0", 1, "x", done(5, errors=2, error_kinds=kinds)))

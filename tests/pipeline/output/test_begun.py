@@ -12,7 +12,7 @@ from model.checkpoint.reader import open_checkpoint
 from pipeline.config.job import Job
 from pipeline.core.errors import OutputError
 from pipeline.maintenance.verify import verify
-from pipeline.output.begun import plan_job
+from pipeline.output.begun import plan_job, read_begun
 from pipeline.output.ledger import Ledger
 from pipeline.output.records import read_part
 from pipeline.planning.plan import Plan, make_plan
@@ -122,6 +122,4 @@ def test_a_part_keeps_the_day_that_its_prompts_print(tmp_path: Path) -> None:
 
 
 def begun_date(job: Job) -> str:
-    from pipeline.output.begun import _begun
-
-    return _begun(job).date
+    return read_begun(job)[0].date

@@ -195,6 +195,33 @@ def test_a_record_without_its_part_counts_for_nothing(job: Job) -> None:
     assert plan.units[0].id not in ledger.finished(plan)
 
 
+def test_the_record_of_a_deleted_part_does_not_outlive_it(job: Job) -> None:
+    """If it did, and the run died between the new part and its record, the part would seem to be damaged for good."""
+    plan = plan_of(job)
+    ledger = open_ledger(job, plan)
+    publish(job, plan)
+    first, *others = (out(job, f"_job/units/{unit.id}.json") for unit in plan.units)
+    out(job, part_name(plan.units[0].id)).unlink()
+    ledger.finished(plan, repair=False)
+    assert first.exists()
+    ledger.finished(plan)
+    assert not first.exists()
+    assert all(record.exists() for record in others)
+
+
+def test_the_record_of_another_attempts_part_is_blamed_and_not_the_part(job: Job) -> None:
+    plan, _, _ = run(job)
+    unit = plan.units[1]
+    part, record = out(job, part_name(unit.id)), out(job, f"_job/units/{unit.id}.json")
+    before = record.read_bytes()
+    part.unlink()
+    publish(job, plan, (unit,))
+    record.write_bytes(before)
+    assert verify(job.output.path).problems == (
+        f"_job/units/{record.name} is the record of another attempt's part; delete it and submit the job again",
+    )
+
+
 @pytest.mark.parametrize("with_record", [True, False])
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign"])
 def test_a_broken_part_is_named(job: Job, damage: str, with_record: bool) -> None:

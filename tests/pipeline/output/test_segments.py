@@ -17,7 +17,7 @@ from pipeline.core.errors import StorageError
 from pipeline.core.schema import RESULT_SCHEMA
 from pipeline.core.types import RowResult, WorkUnit
 from pipeline.output.part import result_table, row_key, to_parquet
-from pipeline.output.records import NotOursError
+from pipeline.output.records import NotOursError, unit_fields
 from pipeline.output.segments import (
     RECORD_KEY,
     SegmentRecord,
@@ -30,10 +30,10 @@ from pipeline.output.segments import (
 from pipeline.output.unit_store import UnitStore
 from pipeline.prompts.setup import PromptSetup
 from pipeline.storage.storage import Storage
-from tests.pipeline.cases import make_job, not_utf8
+from tests.pipeline.cases import make_job, not_utf8, one_piece, with_stamp
 
-ROWS = 12
-UNIT = WorkUnit("a-000100", "/in/a.parquet", "a.parquet", 100, ROWS, 4096, "mtime:1")
+ROWS, FIRST_ROW = 12, 100
+UNIT = one_piece("a-000100", "/in/a.parquet", "a.parquet", FIRST_ROW, ROWS, 4096, "mtime:1")
 DIGEST = "f" * 64
 WRITERS = ("a" * 32, "b" * 32)
 
@@ -102,11 +102,11 @@ def test_any_flushes_of_two_attempts_with_any_damage(
         if flush.fate == "foreign":
             digest = "0" * 64
         elif flush.fate == "rewritten":  # the input file was rewritten since
-            of_unit = dataclasses.replace(UNIT, stamp="mtime:2")
+            of_unit = with_stamp(UNIT, "mtime:2")
         elif flush.fate == "moved":  # a segment of another unit in this one's folder
             of_unit = dataclasses.replace(UNIT, id="a-000200")
         rows = rows_of(flush.indexes, text, attempt=flush.writer + 1)
-        data = to_segment(of_unit, digest, rows, writer=WRITERS[flush.writer], attempt=1)
+        data = to_segment(of_unit, digest, rows, prompt_rules=2, writer=WRITERS[flush.writer], attempt=1)
         name = segment_name(WRITERS[flush.writer], number, data)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)  # readers see no difference from Storage.create, which is slower
@@ -122,8 +122,8 @@ def test_any_flushes_of_two_attempts_with_any_damage(
     assert len(found.ignored) == spoilt
     assert found.table.schema.equals(RESULT_SCHEMA)
     read = found.table.to_pylist()
-    assert [row["source_row"] for row in read] == [UNIT.first_row + index for index in sorted(expected)]
-    assert {row["source_row"] - UNIT.first_row: row["completion"] for row in read} == expected
+    assert [row["source_row"] for row in read] == [FIRST_ROW + index for index in sorted(expected)]
+    assert {row["source_row"] - FIRST_ROW: row["completion"] for row in read} == expected
     store.remove_segments(UNIT)
     assert not list(folder.iterdir() if folder.exists() else [])
 
@@ -142,7 +142,7 @@ def test_what_was_written_is_read_as_it_was(tmp_path: Path) -> None:
 
 
 def test_every_flipped_byte_and_every_cut_is_found() -> None:
-    data = to_segment(UNIT, DIGEST, rows_of([0, 5], "x"), writer=WRITERS[0], attempt=1)
+    data = to_segment(UNIT, DIGEST, rows_of([0, 5], "x"), prompt_rules=2, writer=WRITERS[0], attempt=1)
     name = segment_name(WRITERS[0], 1, data)
     assert from_segment(name, data, UNIT, DIGEST).num_rows == 2
     for at in range(len(data)):
@@ -158,7 +158,7 @@ def test_no_bytes_get_through_as_rows_of_elsewhere(seed: int) -> None:
     """The bytes come with a checksum that fits. They are refused, or they are rows of this unit in the right
     columns."""
     draw = random.Random(seed)
-    good = to_segment(UNIT, DIGEST, rows_of(list(range(ROWS)), "text", 2), writer=WRITERS[0], attempt=1)
+    good = to_segment(UNIT, DIGEST, rows_of(list(range(ROWS)), "text", 2), prompt_rules=2, writer=WRITERS[0], attempt=1)
     for _ in range(300):
         data = bytearray(good)
         for _ in range(draw.choice([1, 1, 2, 20])):
@@ -174,22 +174,27 @@ def test_no_bytes_get_through_as_rows_of_elsewhere(seed: int) -> None:
 
 FOREIGN = [
     ("fingerprint", DIGEST[:-1] + "0", UNIT, r"its fingerprint is '.*0', not"),
-    ("unit", DIGEST, dataclasses.replace(UNIT, id="b"), r"its unit is 'b', not 'a-000100'"),
-    ("cut", DIGEST, dataclasses.replace(UNIT, row_count=99), r"its rows is 99, not 12"),
-    ("file", DIGEST, dataclasses.replace(UNIT, size=1), r"its size is 1, not 4096"),
+    ("unit", DIGEST, dataclasses.replace(UNIT, id="b"), "it holds unit b, not a-000100"),
+    (
+        "cut",
+        DIGEST,
+        one_piece(UNIT.id, "", "a.parquet", FIRST_ROW, 99),
+        "its piece 1 is rows 100 to 198 of a.parquet, not",
+    ),
+    ("file", DIGEST, with_stamp(UNIT, "mtime:2"), "it was made of another version of a.parquet"),
 ]
 
 
 @pytest.mark.parametrize(("digest", "unit", "text"), [case[1:] for case in FOREIGN], ids=[case[0] for case in FOREIGN])
 def test_a_foreign_segment_is_left_out_and_named(tmp_path: Path, digest: str, unit: WorkUnit, text: str) -> None:
-    data = to_segment(unit, digest, rows_of([1], "x"), writer=WRITERS[0], attempt=1)
+    data = to_segment(unit, digest, rows_of([1], "x"), prompt_rules=2, writer=WRITERS[0], attempt=1)
     name = segment_name(WRITERS[0], 1, data)
     with pytest.raises(NotOursError, match=text):
         from_segment(name, data, UNIT, DIGEST)
-    assert read_record(pa.BufferReader(data))[0] == SegmentRecord.of(unit, digest)
+    assert read_record(pa.BufferReader(data))[0] == SegmentRecord(**unit_fields(unit, 2), fingerprint=digest)
     Storage(str(tmp_path)).write(f"{folder_of(UNIT.id)}/{name}", data)
     (note,) = store_in(tmp_path).read_segments(UNIT).ignored
-    assert note.startswith(f"segment _job/segments/a-000100/{name} is left out: its ")
+    assert note.startswith(f"segment _job/segments/a-000100/{name} is left out: it")
     assert note.endswith("its rows are generated again")
 
 
@@ -207,7 +212,7 @@ def test_a_segment_with_other_contents_than_rows_of_its_unit_is_refused() -> Non
         rows_of(list(range(ROWS)) * 2, "x"),
     ]
     for table in wrong:
-        data = to_segment(UNIT, DIGEST, table, writer=WRITERS[0], attempt=1)
+        data = to_segment(UNIT, DIGEST, table, prompt_rules=2, writer=WRITERS[0], attempt=1)
         with pytest.raises(
             NotOursError, match=r"rows that are not in the unit|columns are not those of|24 rows, the unit"
         ):
@@ -225,7 +230,7 @@ def test_text_that_is_not_utf_8_is_refused() -> None:
     """Such text would make the whole part unreadable."""
     rows = rows_of([1, 2], "x")
     broken = rows.set_column(rows.schema.get_field_index("completion"), "completion", not_utf8(b"good", b"\xff"))
-    data = to_segment(UNIT, DIGEST, broken, writer=WRITERS[0], attempt=1)
+    data = to_segment(UNIT, DIGEST, broken, prompt_rules=2, writer=WRITERS[0], attempt=1)
     with pytest.raises(NotOursError, match="cannot be read"):
         from_segment(segment_name(WRITERS[0], 1, data), data, UNIT, DIGEST)
 

@@ -13,7 +13,17 @@ from pipeline.output.part import result_table
 from pipeline.output.unit_store import UnitStore
 from pipeline.planning.plan import Plan
 from pipeline.storage.storage import Storage
-from tests.pipeline.cases import complete_row, make_job, open_ledger, part_of, plan_of, prompts, store_of, write
+from tests.pipeline.cases import (
+    complete_row,
+    make_job,
+    open_ledger,
+    part_of,
+    plan_of,
+    prompts,
+    store_of,
+    with_stamp,
+    write,
+)
 
 WRITER = "c" * 32
 
@@ -110,7 +120,7 @@ def test_a_part_of_another_version_of_the_input_file_is_refused(
 ) -> None:
     """An old run publishes late, after the file was rewritten, so its rows are not those of the new run."""
     plan, store, data = case
-    late = dataclasses.replace(data, unit=dataclasses.replace(data.unit, stamp="mtime:0"))
+    late = dataclasses.replace(data, unit=with_stamp(data.unit, "mtime:0"))
     Storage(str(tmp_path / "out")).create(part_name(data.unit.id), part_of(late, plan))
-    with pytest.raises(OutputError, match=r"was made of another version of a\.parquet: delete it"):
+    with pytest.raises(OutputError, match=r"was made of another version of a\.parquet; put back"):
         store.published(data.unit)

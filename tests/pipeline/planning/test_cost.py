@@ -10,17 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.events import ReplicaReady
-from pipeline.core.types import WorkUnit
 from pipeline.driver.retry import RetryPolicy
 from pipeline.driver.work_queue import WorkQueue
 from pipeline.planning.cost import BYTES_A_TOKEN, ExpectedWork, prompt_bytes
-from tests.pipeline.cases import make_job, plan_of, write
+from pipeline.planning.packing import spans_of
+from tests.pipeline.cases import make_job, one_piece, plan_of, write
 
 
 def order_of(*work: float) -> list[str]:
     """Return the ids of units with this expected work in the order in which they are handed out; u0 was planned
     first."""
-    units = [WorkUnit(f"u{n}", "/in/a", "a", n, 1, expected_work=each) for n, each in enumerate(work)]
+    units = [one_piece(f"u{n}", "/in/a", "a", n, 1, expected_work=each) for n, each in enumerate(work)]
     queue = WorkQueue(units, {}, RetryPolicy(3, 0.1))
     for replica in range(len(units)):
         queue.take(ReplicaReady(f"r{replica}"))
@@ -54,7 +54,7 @@ def test_long_prompts_are_more_work_whatever_else_the_rows_carry(tmp_path: Path)
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "in/c.parquet")
     job = make_job(tmp_path / "in", tmp_path / "out", output={"rows_per_file": 10}, generation={"max_new_tokens": 8})
     plan = plan_of(job)
-    assert [(unit.name, unit.first_row) for unit in plan.units] == [
+    assert [spans_of(unit)[0][:2] for unit in plan.units] == [
         ("a.parquet", 0),
         ("a.parquet", 10),
         ("b.parquet", 0),

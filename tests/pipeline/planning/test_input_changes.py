@@ -14,10 +14,11 @@ import pipeline.output.ledger
 from pipeline.config.job import Job
 from pipeline.core.errors import OutputError
 from pipeline.core.types import Totals
+from pipeline.output.job_records import PlanRecord
 from pipeline.output.layout import part_name
 from pipeline.output.ledger import Ledger, read_status
 from pipeline.output.part import build_part, result_table
-from pipeline.output.records import RECORD_KEY, PartRecord, PlanRecord, unit_fields
+from pipeline.output.records import RECORD_KEY, PartRecord, unit_fields
 from tests.pipeline.cases import (
     complete_row,
     load,
@@ -29,6 +30,7 @@ from tests.pipeline.cases import (
     reader_of,
     run,
     two_files,
+    with_stamp,
     write,
 )
 
@@ -186,15 +188,17 @@ def test_runs_that_race_for_a_folder_leave_one_plan(job: Job) -> None:
 def test_a_part_of_an_older_version_of_its_file_is_named(job: Job) -> None:
     """A run that was thought dead publishes after the file was rewritten and a new run took the folder."""
     plan = plan_of(job)
-    units = tuple(replace(unit, stamp="mtime:1") for unit in plan.units)
+    units = tuple(with_stamp(unit, "mtime:1") for unit in plan.units)
     ledger = open_ledger(job, plan)
     unit = units[0]
     record = PartRecord(
-        **unit_fields(unit), fingerprint=plan.fingerprint.digest, writer="w", replica="r", attempt=1, seconds=1.0
+        **unit_fields(unit, 2), fingerprint=plan.fingerprint.digest, writer="w", replica="r", attempt=1, seconds=1.0
     )
     data = replace(reader_of(job).read(plan.units[0]), unit=unit)
     results = result_table(unit, [complete_row(row) for row in data.rows])
-    part, _ = build_part(data, [results], plan.schema, {RECORD_KEY: json.dumps(record.model_dump())})
+    part, _ = build_part(data, [results], plan.schema, {RECORD_KEY: json.dumps(record.fields())})
     out(job, part_name(unit.id)).write_bytes(part)
-    with pytest.raises(OutputError, match=r"part-.* was made of another version of a\.parquet: delete it"):
+    with pytest.raises(
+        OutputError, match=r"is not the part of the plan's unit: it was made of another version of a\.p"
+    ):
         ledger.finished(plan)

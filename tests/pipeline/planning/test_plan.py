@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from pipeline.config.job import Job
 from pipeline.core.errors import InputError
 from pipeline.planning import fingerprint
-from pipeline.planning.plan import cut, make_plan, unit_id
+from pipeline.planning.packing import StoredUnits, cut, spans_of, unit_id
+from pipeline.planning.plan import make_plan
 from pipeline.planning.prompts import Begun
 from tests.pipeline.cases import CHECKPOINT, make_job, plan_of, prompts, run, write
 
@@ -76,14 +77,14 @@ def test_a_plan_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "in/notes.txt").write_text("x")
     plan = plan_of(make_job(tmp_path / "in", tmp_path / "out", output={"rows_per_file": 4}))
     assert [(f.name, f.rows) for f in plan.files] == [("b.parquet", 5), ("none.parquet", 0), ("sub/a b#1.parquet", 3)]
-    assert [(u.name, u.first_row, u.row_count) for u in plan.units] == [
-        ("b.parquet", 0, 4),
-        ("b.parquet", 4, 1),
-        ("sub/a b#1.parquet", 0, 3),
+    assert [spans_of(unit) for unit in plan.units] == [
+        (("b.parquet", 0, 4),),
+        (("b.parquet", 4, 1),),
+        (("sub/a b#1.parquet", 0, 3),),
     ]
     assert plan.rows == 8
     assert len({unit.id for unit in plan.units}) == 3
-    assert Path(plan.units[2].file).exists()
+    assert Path(plan.units[2].pieces[0].file).exists()
 
 
 def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_the_same_file_gives_the_same_units_from_anywhere(tmp_path: Path) -> Non
     for root in ("here", "there"):
         write(tmp_path / root / "a.parquet", prompt=prompts(4))
     ids = [
-        [(u.id, u.name) for u in plan_of(make_job(tmp_path / root, tmp_path / "out")).units]
+        [(u.id, spans_of(u)) for u in plan_of(make_job(tmp_path / root, tmp_path / "out")).units]
         for root in ("here", "there")
     ]
     assert ids[0] == ids[1]
@@ -313,7 +314,7 @@ def test_nested_types_that_differ_in_encoding_or_null_parts_are_one(tmp_path: Pa
     assert plan.schema.field("nested").type == expected
     for file in (tmp_path / "out").glob("*.parquet"):
         assert pq.read_schema(file).field("nested").type == expected
-        assert pq.read_table(file)["nested"].to_pylist() == values
+        assert pq.read_table(file)["nested"].to_pylist() == values * len(kinds)
 
 
 @pytest.mark.parametrize(
@@ -397,12 +398,12 @@ def test_what_does_not_change_the_output_leaves_the_fingerprint(tmp_path: Path) 
 
 def test_a_job_of_today_has_the_fingerprint_fields_of_older_outputs(tmp_path: Path) -> None:
     """A name that is added or lost here would refuse every output that an older version began. The rules of prompts
-    have a version of their own; a job whose output was begun before that has the fields without it."""
+    and of units have versions of their own; a job whose output was begun before has the fields without them."""
     write(tmp_path / "in/a.parquet", prompt=["x"])
     job = make_job(tmp_path / "in", tmp_path / "out")
     new = plan_of(job).fingerprint.fields
-    old = make_plan(job, checkpoint_identity=CHECKPOINT, begun=Begun(rules=1)).fingerprint.fields
-    assert new == {**old, "prompts": 2}
+    old = make_plan(job, checkpoint_identity=CHECKPOINT, begun=Begun(1), stored=StoredUnits(1)).fingerprint.fields
+    assert new == {**old, "prompts": 2, "work units": 2}
     assert old.keys() == {
         *("input.prompt_column", "input.template", "input.id_column", "input.carry", "input.row_settings"),
         *("output.rows_per_file", "output columns", "output schema version", "model.checkpoint", "model.dtype"),

@@ -8,6 +8,7 @@ import pytest
 
 from model.requests import GenerationParams
 from pipeline.core.types import WorkUnit
+from pipeline.input.fetcher import Fetch
 from pipeline.input.unit_reader import UnitData, UnitReader
 from pipeline.preview import rows
 from pipeline.preview.rows import PreviewRow, choose_rows
@@ -20,9 +21,9 @@ class CountingReader(UnitReader):
 
     read_rows = 0
 
-    def read(self, unit: WorkUnit) -> UnitData:
+    def read(self, unit: WorkUnit, fetch: Fetch | None = None) -> UnitData:
         self.read_rows += unit.row_count
-        return super().read(unit)
+        return super().read(unit, fetch)
 
 
 def choose(folder: Path, wanted: int, room: int = 100, **settings: Any) -> tuple[list[PreviewRow], int]:

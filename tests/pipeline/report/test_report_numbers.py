@@ -21,7 +21,7 @@ from pipeline.storage.storage import FileInfo
 def unit(place: str, began: float, ended: float | None, tokens: int = 100, name: str = "u") -> Unit:
     totals = Totals(10, 10, completion_tokens=tokens)
     seconds = 5.0 if ended is None else ended - began
-    return Unit(FileInfo("p", "/p", 1, ""), name, "a", 0, totals, place, 1, seconds, ended)
+    return Unit(FileInfo("p", "/p", 1, ""), name, "a", 0, 1, totals, place, 1, seconds, ended)
 
 
 def test_throughput_is_spread_over_each_units_time() -> None:

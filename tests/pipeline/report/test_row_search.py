@@ -12,7 +12,7 @@ import pytest
 from pipeline.config.job import Job
 from pipeline.core.errors import JobError, OutputError
 from pipeline.output import part
-from pipeline.output.part import result_table
+from pipeline.output.part import result_table, row_key
 from pipeline.prompts.values import CellError
 from pipeline.report.row_search import RowSearch
 from pipeline.storage.storage import Storage
@@ -190,7 +190,7 @@ def test_parts_that_are_not_the_jobs_and_saved_rows_are_left_out(tmp_path: Path)
     store_of(job, plan).write_segment(units[9], saved, writer="a" * 32, number=0, attempt=1)
     kept = [unit for number, unit in enumerate(units) if number in (0, 2, 4, 5, 6, 7)]
     search = RowSearch(job.output.path)
-    places = [f"{unit.name}#{unit.first_row + index}" for unit in kept for index in range(unit.row_count)]
+    places = [row_key(unit, index) for unit in kept for index in range(unit.row_count)]
     assert [row["id"] for row in search.rows(100)] == places
     assert (search.published, search.planned) == (len(places), 15)
 
