@@ -28,10 +28,9 @@ spot instances must be ending its replicas."""
 
 
 def describe(work: Assignment) -> str:
-    """Return a description of a unit, or of a range of it, for the operator: its id, its file, and the numbers of its
-    first and last row in that file, from 0."""
-    unit, (first, end) = work.unit, work.span
-    return f"unit {unit.id} ({unit.name}, rows {unit.first_row + first} to {unit.first_row + end - 1})"
+    """Return a description of a unit, or of a range of it, for the operator: its id, its files, and the numbers of its
+    first and last row in them, from 0."""
+    return f"unit {work.unit.id} ({work.unit.describe(*work.span)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +53,14 @@ class RetryPolicy:
 
         `excused`: the loss is not caused by a row, so it does not count until the unit has had EXCUSED_ATTEMPTS
         attempts. `finished`: all rows of the unit are in segments, so none of them can have killed the replica.
-        `begun`: the replica had read the work. A range of one row that was not read yet is not blamed for the first
-        `attempts` losses; after that, reading it may be the cause. A row is condemned after at most `attempts` losses
-        of its unit, one loss of each range around it (their number is the logarithm to base PIECES of the number of
-        rows in the unit) and `attempts` losses of its own.
+        `begun`: rows of the work may have been in the engine at that time. If not, a whole unit that was never blamed,
+        or a range of one row, is not blamed for the first `attempts` such losses: the cause is probably something else
+        that the replica held. After that, reading it may be the cause. A row is condemned after at most `attempts`
+        losses of its unit, one loss of each range around it (their number is the logarithm to base PIECES of the number
+        of rows in the unit) and `attempts` losses of its own.
         """
         excused = excused and work.attempt < EXCUSED_ATTEMPTS
-        early = not excused and not begun and work.lone and work.early_losses < self.attempts
+        early = not (excused or begun) and (work.lone or not work.suspect) and work.early_losses < self.attempts
         if excused or early:
             return (replace(work, attempt=work.attempt + 1, early_losses=work.early_losses + early),)
         again = replace(work, attempt=work.attempt + 1, losses=work.losses + 1)
@@ -76,7 +76,7 @@ class RetryPolicy:
         first, end = work.span
         pieces = min(PIECES, end - first)
         edges = [first + (end - first) * piece // pieces for piece in range(pieces + 1)]
-        return tuple(replace(again, rows=rows, losses=0) for rows in pairwise(edges))
+        return tuple(replace(again, rows=rows, losses=0, early_losses=0) for rows in pairwise(edges))
 
     def after_failure(self, work: Assignment, reason: str) -> Assignment:
         """Return the next attempt at work that a replica, which is still alive, could not read or publish.

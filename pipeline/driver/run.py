@@ -79,6 +79,7 @@ def run_job(
     ledger.open(plan, job)
     # Claim before the parts are listed, so that an older run soon stops adding some; leave a complete job alone.
     claim = None if ledger.is_complete() else Claim(job.output.path)
+    ledger.refuse_taken(plan)  # a run that began at the same time may have replaced the plan before the claim
     results = ledger.finished(plan)
     ran_units = len(plan.units) - len(results)
     if not ran_units and ledger.is_complete() and (last := ledger.read_manifest()).finished is not None:

@@ -221,6 +221,14 @@ def make_runner(small: SmallJob, engine: EngineLike, store: UnitStore | None = N
     return UnitRunner(engine, FakeEncoder(), store, params, replica=replica, flush=flush)
 
 
+def work_on(runner: UnitRunner) -> list[Outcome]:
+    """Work until at least one of the runner's units is finished, for PATIENCE_S seconds at most."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (outcomes := runner.work(0.5)):
+        assert time.monotonic() < deadline
+    return outcomes
+
+
 def work_all(runner: UnitRunner) -> list[Outcome]:
     """Work until the runner's units are finished, for PATIENCE_S seconds at most, and close it. Return the outcomes."""
     outcomes: list[Outcome] = []

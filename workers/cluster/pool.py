@@ -190,7 +190,7 @@ class RayPool:
             return [*events, self._lose(slot, report)]
         if not slot.ready:
             slot.ready, slot.failures = True, 0
-            events.insert(0, ReplicaReady(slot.name))
+            events.insert(0, ReplicaReady(slot.name, report.max_rows))
         slot.heard_at = time.monotonic()
         while len(slot.calls) < CALLS_AHEAD:
             slot.calls.append(slot.actor.call("work", WORK_S))

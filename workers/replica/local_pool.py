@@ -43,7 +43,8 @@ class LocalPool:
         if self._replica is None:
             self._lives += 1
             self._replica = Replica(self._name, self._make_runner)
-            return self._hear(self._replica.start(), ReplicaReady(self._name))
+            report = self._replica.start()
+            return self._hear(report, ReplicaReady(self._name, report.max_rows))
         return self._hear(self._replica.work(timeout_s))
 
     def drop(self, replica: str, reason: str) -> None:

@@ -18,9 +18,9 @@ from types import FrameType
 from model.errors import TwoTowerError
 from model.runtime.device_errors import device_lost, first_line
 from pipeline.core.error_kinds import without_quotations
-from pipeline.core.events import Event, ReplicaActive, ReplicaNote
+from pipeline.core.events import Event, ReplicaActive, ReplicaNote, UnitProgress
 from pipeline.core.text import one_line
-from pipeline.core.types import Assignment
+from pipeline.core.types import Assignment, WorkKey
 from pipeline.monitoring.logs import event_record, is_json, log, work_record
 from workers.units.runner import UnitRunner
 
@@ -52,6 +52,8 @@ class Report:
     """Whether the replica stopped because it was asked to, so that its rows are not suspected of killing it."""
     device_lost: bool = False
     """Whether the process can no longer use its GPU, so that a new replica needs a new process."""
+    max_rows: int = 0
+    """The row limit of the engine, in the report of a start (ReplicaReady.max_rows)."""
 
 
 class Replica:
@@ -66,6 +68,7 @@ class Replica:
         self._runner: UnitRunner | None = None
         self._fatal = f"replica {name} was not started"
         self._device_lost = False
+        self._told: dict[WorkKey, UnitProgress] = {}  # the progress in the last report
         self._kept: tuple[object, ...] = ()
 
     def start(self) -> Report:
@@ -80,7 +83,7 @@ class Replica:
         for text in self._runner.notes():  # such as the memory plan; the operator should not get one from every replica
             self._say(text)
         log((logging.INFO, "replica started", {}), source=SOURCE, replica=self._name)
-        return Report()
+        return Report(max_rows=self._runner.max_rows)
 
     def assign(self, work: Assignment) -> None:
         """Accept work, which a running or later `work` call does. A dead replica ignores it; its next report says that
@@ -102,7 +105,7 @@ class Replica:
             outcomes = runner.work(seconds)
             for outcome in outcomes:
                 log(event_record(outcome), source=SOURCE)
-            return Report((*runner.progress(), *outcomes, *self.look(), *self._notes(runner)))
+            return Report((*self._progress(runner), *outcomes, *self.look(), *self._notes(runner)))
         except Exception as error:  # catches everything, as above
             return self._die(error)
 
@@ -135,6 +138,12 @@ class Replica:
             log((logging.INFO, "note", {"text": text}), source=SOURCE, replica=self._name)
         else:
             print(f"{self._name}: {text}", flush=True)
+
+    def _progress(self, runner: UnitRunner) -> list[UnitProgress]:
+        """Return the progress of the assignments that differs from the last report. With many small units, most of them
+        only wait."""
+        told, self._told = self._told, {report.key: report for report in runner.progress()}
+        return [report for key, report in self._told.items() if report != told.get(key)]
 
     def _notes(self, runner: UnitRunner) -> tuple[ReplicaNote, ...]:
         return tuple(ReplicaNote(self._name, text) for text in runner.notes())

@@ -1,10 +1,13 @@
 """Runs the work of one replica: reads units, keeps the engine full, saves finished rows and publishes parts.
 
-    add(unit) -> read + tokenise (thread) -> rows, longest first -> engine -> segments, then part (threads) -> UnitDone
+    add(unit) -> look (threads) -> read + tokenise (thread) -> rows, longest first -> engine
+        -> segments, then part (threads) -> UnitDone
 
-The rows of a unit finish in any order. The driver gives a replica up to two units at once, so the engine continues with
-rows of the second unit while the last rows of the first finish. Reading, flushing and publishing run in threads beside
-the engine. This module does not use Ray.
+The rows of a unit finish in any order. The driver gives a replica so many units that enough rows wait for the engine
+(pipeline.driver.holding), so the engine continues with rows of the next units while the last rows of the first finish.
+This also limits how many units are read and kept in memory. Units are opened, and their rows submitted, in the order in
+which they were added. Looking at what is saved of a unit, reading, flushing and publishing run in threads beside the
+engine. This module does not use Ray.
 
 Rows that are lost in a failed forward are submitted once more. If one of them is lost again, the error is raised and
 ends the replica, because the engine is then assumed to be at fault; its units go to other replicas. An error that makes
@@ -18,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 
 from model.errors import RequestError, TwoTowerError
 from model.requests import Completion, EngineError, GenerationParams, Request
@@ -32,7 +36,7 @@ from pipeline.output.unit_store import UnitStore
 from pipeline.prompts.encoder import EncoderLike
 from pipeline.storage.urls import is_transient
 from workers.units.counts import RowCounts
-from workers.units.loader import UnitLoader
+from workers.units.loader import Found, UnitLoader
 from workers.units.protocols import EngineLike
 from workers.units.saver import Outcome, Saver
 from workers.units.tries import judge, next_params
@@ -41,6 +45,18 @@ from workers.units.unit import OpenUnit, QueuedRow, StorageRetry, name_of
 QUEUE_FACTOR = 2
 """The number of rows that may wait in the engine without a slot, in multiples of its row limit at the start. With this
 reserve, all slots can get new rows in one step."""
+LOOKERS = 8
+"""The number of units of which is looked up at the same time what is saved of them. Each look is two requests to the
+storage or more, one after the other."""
+MOST_READS = 2 * LOOKERS
+"""The maximum number of units that are looked up or read at the same time, or wait for that in the threads."""
+HELD_BYTES = 512 << 20
+"""The most bytes of carried columns and prompts that open units hold, if there are more than UNITS_AHEAD. With small
+rows, the rows that the driver gives are fewer long before."""
+UNITS_AHEAD = 2
+"""The number of units that are open however large they are: one in the engine, and the next one."""
+SHOWN = 3
+"""The most assignments that `doing` describes; if there are more, it describes one of each kind and counts the rest."""
 MAX_NOTES = 1000
 """The most messages for the operator that are kept until `notes` is called; the oldest are dropped."""
 STOP_PAUSE_S = 0.5
@@ -91,22 +107,28 @@ class UnitRunner:
         self._idle.set()
         self._wake = threading.Event()  # set if there may be something to do for an idle runner
         self._stopped = self._closed = False
-        self._announce = False  # a suspect has been read: report that before generating it, as it may kill this replica
         self._steps = self._reads = 0
         self._loader = UnitLoader(encoder, store, params=params, replica=replica, tell=self._notes.append, clock=clock)
-        # Reading has a thread of its own: units are read one at a time, and no part waits behind a read.
+        # Units are read one at a time, in a thread of its own. It takes what the lookers find in the order of `add`.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
+        self._lookers = ThreadPoolExecutor(max_workers=LOOKERS, thread_name_prefix="look")
         self._saver = Saver(store, flush, replica=replica, tell=self._notes.append, done=self._wake.set, clock=clock)
         self._units: dict[str, Assignment] = {}  # by unit id, from `add` until the outcome
         self._to_read: dict[str, StorageRetry] = {}
         self._reading: dict[str, Future[OpenUnit | UnitResult]] = {}
         self._open: dict[str, OpenUnit] = {}  # in the order in which they were opened
+        self._largest_bytes: int | None = None  # the most held_bytes of any unit that was read
         self._in_engine: dict[str, tuple[OpenUnit, QueuedRow]] = {}  # by row key
 
     @property
     def busy(self) -> bool:
         """Return True if the runner holds any assignment."""
         return bool(self._units)
+
+    @property
+    def max_rows(self) -> int:
+        """Return the largest number of rows that the engine generates together now."""
+        return self._engine.max_rows
 
     @property
     def beats(self) -> int:
@@ -138,11 +160,11 @@ class UnitRunner:
     def work(self, seconds: float) -> list[Outcome]:
         """Run the engine until an assignment ends or `seconds` have passed, and return the outcomes, perhaps none.
 
-        It also returns after it has read an assignment that may kill the replica, so that the driver learns this first.
-        After `stop` it returns an empty list at once. Raises EngineError if a row is lost a second time, if the error
-        names no row, or if the GPU is unusable. Raises other errors of the engine, errors of a flush other than
-        StorageError, and errors of a read or a publication other than TwoTowerError. After an error only `stop` and
-        `close` may be called.
+        It also returns before the first rows of an assignment get slots of the engine, because they may kill the
+        replica: the driver then knows which assignments can be the cause. After `stop` it returns an empty list at
+        once. Raises EngineError if a row is lost a second time, if the error names no row, or if the GPU is unusable.
+        Raises other errors of the engine, errors of a flush other than StorageError, and errors of a read or a
+        publication other than TwoTowerError. After an error only `stop` and `close` may be called.
         """
         deadline = self._clock() + seconds
         with self._lock:
@@ -161,7 +183,8 @@ class UnitRunner:
         """Return counts of the rows that ended since the start, and of the rows that the runner holds now."""
         with self._lock:
             counts = RowCounts()
-            for each in (self._counts, *(opened.counts for opened in self._open.values())):
+            ended = (opened.counts for opened in self._open.values() if opened.counts.rows)
+            for each in (self._counts, *ended):
                 counts.merge(each)
             unsaved = [opened for opened in self._open.values() if opened.finished]
             waiting = min(self._engine.waiting, len(self._in_engine))
@@ -176,11 +199,20 @@ class UnitRunner:
             )
 
     def doing(self) -> str:
-        """Return one text about all assignments: `reading unit a; publishing unit b`, or `idle` if there are none."""
+        """Return one text about all assignments: `reading unit a; publishing unit b`, or `idle` if there are none.
+
+        If there are more than SHOWN, the text describes the first one of each kind: generating, publishing, saving and
+        reading. It ends with `and 37 more` then.
+        """
         with self._lock:
             in_engine = Counter(opened.work.unit.id for opened, _ in self._in_engine.values())
             texts = [opened.describe(in_engine[unit_id]) for unit_id, opened in self._open.items()]
             texts += [f"reading {name_of(self._units[unit_id])}" for unit_id in self._to_read]
+        if len(texts) > SHOWN:
+            kinds: dict[str, str] = {}
+            for text in texts:
+                kinds.setdefault(text.partition(" ")[0], text)
+            texts = [*kinds.values(), f"and {len(texts) - len(kinds)} more"]
         return "; ".join(texts) or "idle"
 
     def stop(self, seconds: float) -> int:
@@ -222,6 +254,7 @@ class UnitRunner:
         self._closed = True
         for future in self._reading.values():
             future.cancel()
+        self._lookers.shutdown(wait=False, cancel_futures=True)
         self._reader.submit(self._store.input.close)  # runs after the read in progress
         self._reader.shutdown(wait=False)
         self._saver.close()
@@ -234,11 +267,11 @@ class UnitRunner:
             self._wake.clear()
             self._start_reading()
             outcomes = [*self._collect_read(), *self._settle()]
-            left = deadline - self._clock()
-            if outcomes or left <= 0 or self._announce:
-                self._announce = False
-                return outcomes
             self._top_up()
+            begun = self._begin()
+            left = deadline - self._clock()
+            if outcomes or begun or left <= 0:
+                return outcomes
             if self._in_engine:
                 self._step()
             else:
@@ -257,18 +290,44 @@ class UnitRunner:
     def _wait(self, seconds: float) -> None:
         """Wait until a background task ends, work is added, or a write or read is due, but at most `seconds`."""
         due = [self._saver.due_at(opened) for opened in self._open.values()]
-        due += [retry.not_before for unit_id, retry in self._to_read.items() if unit_id not in self._reading]
+        if self._may_read():
+            due += [retry.not_before for unit_id, retry in self._to_read.items() if unit_id not in self._reading]
         seconds = min([seconds, *(at - self._clock() for at in due)])
         with self._unlocked():
             self._wake.wait(max(0, seconds))
 
     def _start_reading(self) -> None:
-        """Start to read each assignment that waits for it, unless a pause after a failure is still running."""
+        """Start to read assignments that wait for it, in the order of `add`, as far as memory allows.
+
+        One whose read has failed is left out during its pause.
+        """
         for unit_id, retry in self._to_read.items():
+            if not self._may_read():
+                return
             if unit_id not in self._reading and self._clock() >= retry.not_before:
-                future = self._reader.submit(self._loader.open, self._units[unit_id])
+                look = self._lookers.submit(self._loader.look, self._units[unit_id])
+                future = self._reader.submit(self._read, self._units[unit_id], look)
                 future.add_done_callback(lambda _future: self._wake.set())
                 self._reading[unit_id] = future
+
+    def _may_read(self) -> bool:
+        """Return whether another assignment may be read now. A unit whose bytes are not known yet counts as the largest
+        one that was read so far; before any was, as its files."""
+        if len(self._open) + len(self._reading) < UNITS_AHEAD:
+            return True
+        if len(self._reading) >= MOST_READS:
+            return False
+        held = sum(opened.held_bytes for opened in self._open.values())
+        if self._largest_bytes is not None:
+            return held + (len(self._reading) + 1) * self._largest_bytes <= HELD_BYTES
+        units = [self._units[unit_id].unit for unit_id in self._to_read]
+        return sum(piece.size for unit in units[: MOST_READS + 1] for piece in unit.pieces) <= HELD_BYTES
+
+    def _read(self, work: Assignment, look: Future[Found | UnitResult]) -> OpenUnit | UnitResult:
+        """Wait for the look and open the assignment. Runs in the read thread, without the lock. Raises what the look
+        and UnitLoader.open raise."""
+        found = look.result()
+        return self._loader.open(work, found) if isinstance(found, Found) else found
 
     def _collect_read(self) -> list[Outcome]:
         """Take in the reads that have ended. Return the outcomes of assignments that could not be read, or whose unit
@@ -285,7 +344,7 @@ class UnitRunner:
             del self._to_read[unit_id]
             if isinstance(opened, OpenUnit):
                 self._open[unit_id] = opened
-                self._announce |= opened.work.suspect
+                self._largest_bytes = max(self._largest_bytes or 0, opened.held_bytes)
             else:
                 outcomes.append(self._end(unit_id, self._published(opened)))
         return outcomes
@@ -300,7 +359,8 @@ class UnitRunner:
         if not isinstance(error, StorageError) or error.__cause__ is None or not is_transient(error.__cause__):
             return False
         self._read_failures += 1
-        if retry.failures == 1:
+        failing = sum(bool(each.failures) for each in self._to_read.values())
+        if retry.failures == 1 and failing == 1:  # one note about an outage, not one for each of many units
             self._notes.append(f"unit {unit_id}: reading it failed and is tried again: {error}")
         return not retry.exhausted
 
@@ -329,6 +389,19 @@ class UnitRunner:
         for opened in self._open.values():
             while opened.queue and self._engine.waiting < self._queue_limit:
                 self._submit(opened, opened.queue.popleft())
+
+    def _begin(self) -> bool:
+        """Mark the assignments of which rows may be in slots during the next step, and return whether any of them was
+        not marked before.
+
+        The engine gives slots in the order of submission, so these rows are the first ones that it holds.
+        """
+        waiting = min(self._engine.waiting, len(self._in_engine))
+        rows = max(len(self._in_engine) - waiting, self._engine.max_rows)
+        new = [opened for opened, _ in islice(self._in_engine.values(), rows) if not opened.begun]
+        for opened in new:
+            opened.begun = True
+        return bool(new)
 
     def _submit(self, opened: OpenUnit, row: QueuedRow) -> None:
         """Submit a row to the engine. If the engine refuses it, it becomes an error row."""

@@ -20,6 +20,9 @@ from pipeline.output.part import result_table
 from pipeline.output.unit_store import UnitStore
 from workers.units.unit import OpenUnit, name_of
 
+PUBLISHERS = 4
+"""The number of parts that are published at the same time. Every part takes a few requests to the storage one after the
+other, so that one thread would hold up an engine that finishes many small units."""
 Outcome = UnitDone | RangeDone | UnitFailed
 """The end of an assignment on this replica, which the driver is told."""
 NEVER = float("inf")
@@ -27,7 +30,7 @@ NEVER = float("inf")
 
 
 class Saver:
-    """Decides when finished rows are written and writes them: segments in one thread, parts in another.
+    """Decides when finished rows are written and writes them: segments in one thread, parts in a few others.
 
     No segment therefore waits behind a part. Not thread-safe: all methods must be called under one lock.
     """
@@ -42,7 +45,7 @@ class Saver:
         done: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
-        """Create a saver with its two threads.
+        """Create a saver with its threads.
 
         `settings`: when finished rows are flushed. `tell` is called with messages for the operator. `done` is called
         when a flush or a publication has ended, usually in the thread that ran it, so that somebody calls `settle`.
@@ -50,7 +53,8 @@ class Saver:
         self._store, self._settings, self._replica = store, settings, replica
         self._tell, self._done, self._clock = tell, done, clock
         self._flusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
-        self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
+        self._publisher = ThreadPoolExecutor(max_workers=PUBLISHERS, thread_name_prefix="publish")
+        self._quiet_until = -NEVER  # the time until which further failures of publications are not told
         self.ended = 0
         """The number of flushes and publications that have ended, failed ones included."""
         self.failures = 0
@@ -158,13 +162,13 @@ class Saver:
         return table
 
     def _begin_publishing(self, opened: OpenUnit) -> None:
-        """Start to publish the part of a complete unit, in the publish thread."""
+        """Start to publish the part of a complete unit, in one of the publish threads."""
         saved, finished = list(opened.saved), list(opened.finished)
         opened.publishing = self._publisher.submit(self._publish, opened, saved, finished)
         opened.publishing.add_done_callback(lambda _future: self._done())
 
     def _publish(self, opened: OpenUnit, saved: Sequence[pa.Table], finished: Sequence[RowResult]) -> UnitResult:
-        """Publish the unit's part and return its result. Runs in the publish thread."""
+        """Publish the unit's part and return its result. Runs in one of the publish threads."""
         assert opened.data is not None
         work, rows = opened.work, [*saved, result_table(opened.work.unit, finished)]
         seconds = self._clock() - opened.started
@@ -185,7 +189,11 @@ class Saver:
             retry.failed(self._clock(), error)
             if retry.exhausted:
                 return UnitFailed(self._replica, work, f"{error} ({retry.failures} times)")
-            self._tell(f"unit {work.unit.id}: its part could not be published; next try in {retry.pause:g} s: {error}")
+            if self._clock() >= self._quiet_until:  # one note about an outage, not one for each of many units
+                self._tell(
+                    f"unit {work.unit.id}: its part could not be published; next try in {retry.pause:g} s: {error}"
+                )
+                self._quiet_until = retry.not_before
             return None
         except TwoTowerError as error:
             return UnitFailed(self._replica, work, str(error))

@@ -126,6 +126,11 @@ class OpenUnit:
         self.tokens = self.kept_tokens = totals.completion_tokens
         self.counts = RowCounts()
         """The counts of the rows that ended in this attempt."""
+        self.held_bytes = data.columns.nbytes if data is not None else 0
+        """The bytes of the columns that wait for the part (the id, the carried columns and the prompts, if kept) and of
+        the token ids."""
+        self.begun = False
+        """Whether rows of it may have been in slots of the engine."""
         self.flush: Future[pa.Table] | None = None
         self.flushing: list[RowResult] = []
         """The rows of the running flush."""
@@ -170,9 +175,8 @@ class OpenUnit:
 
     def progress(self) -> UnitProgress:
         """Return the progress of the assignment as the driver gets it, rows of earlier attempts included."""
-        return UnitProgress(
-            self._replica, self.work.key, self.rows, self.errors, self.tokens, self.kept_rows, self.kept_tokens
-        )
+        kept = self.kept_rows, self.kept_tokens
+        return UnitProgress(self._replica, self.work.key, self.rows, self.errors, self.tokens, *kept, self.begun)
 
     def describe(self, in_engine: int) -> str:
         """Return a text for the operator that says what is being done with the assignment, and how far it is.

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 from pipeline.core.events import Event, RangeDone, ReplicaLost, ReplicaReady, UnitDone, UnitFailed, UnitProgress
 from pipeline.core.types import Assignment, Totals, UnitResult, WorkKey, WorkUnit
-from pipeline.driver.work_queue import UNITS_A_REPLICA
+from pipeline.driver.holding import MOST_UNITS, UNITS_AHEAD
+from tests.pipeline.cases import one_piece
 
 
 def make_units(count: int, rows: int = 10) -> list[WorkUnit]:
-    return [WorkUnit(f"u{i}", "/in/a.parquet", "a.parquet", i * rows, rows) for i in range(count)]
+    return [one_piece(f"u{i}", "/in/a.parquet", "a.parquet", i * rows, rows) for i in range(count)]
 
 
 def result_of(unit: WorkUnit, replica: str, attempt: int, errors: int = 0) -> UnitResult:
@@ -26,7 +27,7 @@ class Life:
     finished: dict[str, set[int]] = field(default_factory=dict)
     """The finished rows that are not flushed yet, by unit."""
     announced: set[WorkKey] = field(default_factory=set)
-    """The keys of the suspect assignments that were reported as read."""
+    """The keys of the assignments that were reported as begun."""
 
 
 class SimulatedPool:
@@ -38,9 +39,14 @@ class SimulatedPool:
     """
 
     def __init__(
-        self, replicas: int, seed: int, killers: Set[tuple[str, int]] = frozenset(), faults: float = 0
+        self,
+        replicas: int,
+        seed: int,
+        killers: Set[tuple[str, int]] = frozenset(),
+        faults: float = 0,
+        max_rows: int = 0,
     ) -> None:
-        self.random, self.killers, self.faults = random.Random(seed), killers, faults
+        self.random, self.killers, self.faults, self.max_rows = random.Random(seed), killers, faults, max_rows
         self.lives: dict[str, Life] = {}
         self.segments: dict[str, set[int]] = {}
         self.condemned: dict[str, set[int]] = {}
@@ -56,7 +62,7 @@ class SimulatedPool:
     def _start(self) -> None:
         self.started += 1
         self.lives[f"r{self.started}"] = Life()
-        self.events.append(ReplicaReady(f"r{self.started}"))
+        self.events.append(ReplicaReady(f"r{self.started}", self.max_rows))
 
     def assign(self, replica: str, work: Assignment) -> None:
         self.assigned.append((replica, work))
@@ -65,7 +71,7 @@ class SimulatedPool:
                 assert not (rows_of(other) & rows_of(work) and other.unit.id == work.unit.id)
         held = self.lives[replica].held
         held.append(work)
-        assert len(held) <= UNITS_A_REPLICA
+        assert len(held) <= (MOST_UNITS if self.max_rows else UNITS_AHEAD)
         assert len(held) == 1 or not any(each.suspect for each in held)
 
     def wait(self, timeout_s: float) -> Sequence[Event]:  # noqa: ARG002
@@ -93,7 +99,7 @@ class SimulatedPool:
 
     def _generate(self, replica: str, work: Assignment) -> None:
         life, unit = self.lives[replica], work.unit.id
-        if work.suspect and work.key not in life.announced:
+        if work.key not in life.announced:
             life.announced.add(work.key)
             self.events.append(UnitProgress(replica, work.key, 0, 0, 0))
             return

@@ -13,9 +13,10 @@ from pipeline.core.errors import ClusterError, JobFailed
 from pipeline.core.events import Event, ReplicaActive, ReplicaLost, ReplicaReady, UnitDone, UnitFailed, UnitProgress
 from pipeline.core.types import Assignment, UnitResult, WorkUnit
 from pipeline.driver.dispatcher import dispatch
+from pipeline.driver.holding import UNITS_AHEAD
 from pipeline.driver.retry import RetryPolicy
 from pipeline.driver.stall import StallWatch
-from pipeline.driver.work_queue import UNITS_A_REPLICA, WorkQueue
+from pipeline.driver.work_queue import WorkQueue
 from pipeline.monitoring.telemetry import Telemetry
 from tests.pipeline.driver.simulated_pool import make_units, result_of
 
@@ -44,7 +45,7 @@ class FakePool:
         unit, attempt = work.unit, work.attempt
         assert unit.id not in [held.id for held, _ in self.held[replica]]
         self.held[replica].append((unit, attempt))
-        assert len(self.held[replica]) <= UNITS_A_REPLICA
+        assert len(self.held[replica]) <= UNITS_AHEAD
         self.assigned.append((replica, unit.id, attempt))
 
     def wait(self, timeout_s: float) -> Sequence[Event]:  # noqa: ARG002

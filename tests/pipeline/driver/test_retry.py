@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 
 from pipeline.core.errors import JobFailed
-from pipeline.core.types import Assignment, WorkUnit
+from pipeline.core.types import Assignment
 from pipeline.driver.retry import CONDEMNED_IN_A_ROW, EXCUSED_ATTEMPTS, ROWS_BEFORE_JUDGING, START_FAILURES, RetryPolicy
+from tests.pipeline.cases import one_piece
 
-UNIT = WorkUnit("abc-0000000100", "/data/in/a.parquet", "a.parquet", 100, 50)
+UNIT = one_piece("abc-0000000100", "/data/in/a.parquet", "a.parquet", 100, 50)
 POLICY = RetryPolicy(attempts=3, max_error_rate=0.1)
 
 
@@ -57,10 +58,23 @@ def test_a_lone_row_is_not_blamed_for_what_dies_before_it_is_generated_unless_ag
     assert work.condemned is not None
 
 
+def test_a_unit_that_had_not_begun_is_no_suspect_unless_again_and_again() -> None:
+    """A replica holds many units, and a row in one of them kills it. If the replica dies while it reads the unit every
+    time, the unit becomes a suspect all the same. The ranges of a suspect start with a clean sheet."""
+    work = Assignment(UNIT)
+    for early in (1, 2, 3):
+        [work] = POLICY.after_loss(work, "killed", begun=False)
+        assert (work.losses, work.early_losses, work.attempt, work.suspect) == (0, early, 1 + early, False)
+    for losses in (1, 2):
+        [work] = POLICY.after_loss(work, "killed", begun=False)
+        assert (work.losses, work.early_losses, work.suspect) == (losses, 3, True)
+    assert {piece.early_losses for piece in POLICY.after_loss(work, "killed", begun=False)} == {0}
+
+
 def test_a_unit_of_one_row_goes_out_as_a_range_before_its_row_is_condemned() -> None:
     """A unit shares its replica with another unit, which may be what killed the replica."""
     policy = RetryPolicy(1, 0.1)
-    [work] = policy.after_loss(Assignment(replace(UNIT, row_count=1)), "killed", begun=False)
+    [work] = policy.after_loss(Assignment(UNIT.part(0, 1)), "killed")
     assert (work.rows, work.losses, work.condemned, work.suspect) == ((0, 1), 0, None, True)
     [work] = policy.after_loss(work, "killed")
     assert work.condemned == "the replica died once while it generated this row alone; the last time: killed"

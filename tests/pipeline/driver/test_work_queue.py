@@ -20,7 +20,7 @@ from pipeline.core.events import (
     UnitFailed,
     UnitProgress,
 )
-from pipeline.core.types import Assignment, UnitResult
+from pipeline.core.types import Assignment, UnitResult, WorkKey
 from pipeline.driver.dispatcher import dispatch
 from pipeline.driver.retry import PIECES, RetryPolicy
 from pipeline.driver.work_queue import WorkQueue
@@ -43,19 +43,20 @@ def run(
 @pytest.mark.slow
 @settings(max_examples=300)
 @given(
-    units=st.integers(1, 4),
+    units=st.integers(1, 12),
     rows=st.integers(1, 40),
     replicas=st.integers(1, 4),
     attempts=st.integers(1, 3),
     seed=st.integers(0, 2**32),
     share=st.sampled_from([0, 0.01, 0.1, 0.5]),
+    max_rows=st.sampled_from([0, 1, 4, 32]),
 )
 def test_rows_that_kill_are_condemned_and_no_others(
-    units: int, rows: int, replicas: int, attempts: int, seed: int, share: float
+    units: int, rows: int, replicas: int, attempts: int, seed: int, share: float, max_rows: int
 ) -> None:
     """With any set of killers, exactly these rows become error rows, each unit is published once, and the losses are
-    bounded."""
-    pool = SimulatedPool(replicas, seed)
+    bounded. Replicas hold two units or many."""
+    pool = SimulatedPool(replicas, seed, max_rows=max_rows)
     pool.killers = {(f"u{u}", row) for u in range(units) for row in range(rows) if pool.random.random() < share}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.driver.retry, "CONDEMNED_IN_A_ROW", 10_000)
@@ -76,12 +77,13 @@ def test_rows_that_kill_are_condemned_and_no_others(
     replicas=st.integers(1, 4),
     seed=st.integers(0, 2**32),
     faults=st.floats(0, 0.5),
+    max_rows=st.sampled_from([0, 1, 4, 32]),
 )
 def test_losses_of_any_kind_leave_every_row_once(
-    units: int, rows: int, replicas: int, seed: int, faults: float
+    units: int, rows: int, replicas: int, seed: int, faults: float, max_rows: int
 ) -> None:
     """Replicas are lost at any point, are told to leave, and fail at storage, and one row kills, all in one run."""
-    pool = SimulatedPool(replicas, seed, {("u0", rows // 2)}, faults)
+    pool = SimulatedPool(replicas, seed, {("u0", rows // 2)}, faults, max_rows)
     results = run(pool, units, rows, attempts=40)
     assert results.keys() == pool.published.keys() == {f"u{i}" for i in range(units)}
     assert set(pool.published.values()) == {1}
@@ -102,8 +104,15 @@ def given_out(queue: WorkQueue) -> list[tuple[str, str, tuple[int, int] | None]]
 
 
 def lose(queue: WorkQueue, *replicas: str, **how: bool) -> None:
+    """Lose the replicas. Before that, they report that all their work has begun."""
     for replica in replicas:
+        begin(queue, replica, *(held.work.key for held in queue._held.get(replica, ())))
         queue.take(ReplicaLost(replica, "killed", **how))
+
+
+def begin(queue: WorkQueue, replica: str, *keys: WorkKey) -> None:
+    for key in keys:
+        queue.take(UnitProgress(replica, key, 0, 0, 0))
 
 
 def test_a_suspect_waits_for_a_replica_that_holds_nothing_and_has_it_alone() -> None:
@@ -172,7 +181,7 @@ def test_the_errors_of_ranges_count_until_their_unit_does() -> None:
     for replica in ("a", "b"):
         queue.take(ReplicaReady(replica))
         list(queue.hand_out())
-        queue.take(ReplicaLost(replica, "killed")) if replica == "a" else None
+        lose(queue, replica) if replica == "a" else None
     queue.take(UnitProgress("b", ("u0", (0, 100)), 100, 15, 0))
     queue.take(RangeDone("b", ("u0", (0, 100))))
     list(queue.hand_out())
@@ -197,23 +206,25 @@ def test_the_errors_of_ranges_and_those_of_their_whole_unit_are_not_added_up() -
         queue.take(UnitProgress("b", ("u0", None), 200, 21, 0, 200))
 
 
-def test_a_lone_row_is_blamed_only_by_replicas_that_had_read_it() -> None:
-    """A replica that is killed from outside while it reads the row says nothing about the row."""
+def test_a_row_that_kills_while_it_is_read_is_condemned_in_the_end() -> None:
+    """A unit or a lone row that had not begun is not blamed for the first losses: something else may have been the
+    cause. The replicas of the lone row that had begun it are counted apart from those that had not."""
     queue = WorkQueue(make_units(1, 1), {}, RetryPolicy(2, 1.0))
     given = []
-    for replica, reads in (("a", False), ("b", False), ("c", False), ("d", True), ("e", False), ("f", True)):
+    for replica, begins in zip("abcdefgh", (False, False, False, False, False, True, False, True), strict=True):
         queue.take(ReplicaReady(replica))
         given += [work for _, work in queue.hand_out()]
-        if reads:
-            queue.take(UnitProgress(replica, given[-1].key, 0, 0, 0))
-        lose(queue, replica)
+        if begins:
+            begin(queue, replica, given[-1].key)
+        queue.take(ReplicaLost(replica, "killed"))
     counts = [(work.rows, work.losses, work.early_losses) for work in given]
-    unit, row = (None, 0, 0), (0, 1)  # the unit may have shared its replica with another one
-    assert counts == [unit, (None, 1, 0), (row, 0, 0), (row, 0, 1), (row, 1, 1), (row, 1, 2)]
-    queue.take(ReplicaReady("g"))
+    unit, row = None, (0, 1)  # the unit may have shared its replica with other ones
+    assert counts[:4] == [(unit, 0, 0), (unit, 0, 1), (unit, 0, 2), (unit, 1, 2)]
+    assert counts[4:] == [(row, 0, 0), (row, 0, 1), (row, 1, 1), (row, 1, 2)]
+    queue.take(ReplicaReady("i"))
     [(_, work)] = queue.hand_out()
     assert work.condemned is not None
-    assert work.attempt == 7
+    assert work.attempt == 9
 
 
 def test_a_condemned_row_is_told_and_is_an_error_row() -> None:

@@ -327,6 +327,7 @@ def test_the_process_of_a_dead_engine_leaves_though_no_driver_kills_it(tmp_path:
     actor = actor_class.remote("r0", MarkedMaker(small.spec, trace))
     ray.get(actor.start.remote())
     ray.get(actor.assign.remote(Assignment(small.plan.units[0])))
+    assert ray.get(actor.work.remote(PATIENCE_S)).fatal is None  # it has read the unit
     assert ray.get(actor.work.remote(PATIENCE_S)).fatal == "RuntimeError: the device fell off the bus"
     pid = int((trace / "r0").read_text().split()[0])
     wait_until(lambda: gone(pid))

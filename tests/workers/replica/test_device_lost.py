@@ -40,6 +40,7 @@ def lose_it(small: SmallJob) -> None:
     replica = ReplicaProcess("r0", MarkedMaker(small.spec, max_rows=2))
     replica.start()
     replica.assign(Assignment(small.plan.units[0]))
+    assert replica.work(PATIENCE_S).fatal is None  # it has read the unit
     assert replica.work(PATIENCE_S).fatal == TOLD
     time.sleep(PATIENCE_S)
     os._exit(77)
@@ -82,6 +83,7 @@ def test_its_engine_is_not_stepped_again_and_not_let_go(tmp_path: Path, capsys: 
     replica = Replica("r0", make)
     replica.start()
     replica.assign(Assignment(small.plan.units[0]))
+    assert replica.work(PATIENCE_S).fatal is None  # it has read the unit
     first, second = replica.work(PATIENCE_S), replica.work(PATIENCE_S)
     assert first.fatal == second.fatal is not None
     assert (first.device_lost, second.device_lost) == (True, True)

@@ -6,7 +6,15 @@ import pytest
 
 from model.errors import CheckpointError
 from pipeline.core.errors import JobFailed
-from pipeline.core.events import ReplicaActive, ReplicaLost, ReplicaNote, ReplicaReady, ReplicaStats, UnitDone
+from pipeline.core.events import (
+    ReplicaActive,
+    ReplicaLost,
+    ReplicaNote,
+    ReplicaReady,
+    ReplicaStats,
+    UnitDone,
+    UnitProgress,
+)
 from pipeline.core.types import Assignment
 from tests.waiting import PATIENCE_S, wait_until
 from tests.workers.fakes import FakeEngine, FakeMaker, make_runner, run_locally
@@ -17,6 +25,13 @@ from workers.replica.replica import Replica
 from workers.units.runner import UnitRunner
 
 
+def begin(replica: Replica) -> None:
+    """Let the replica read its unit. It reports that before it generates a row."""
+    progress, _ = replica.work(PATIENCE_S).events
+    assert isinstance(progress, UnitProgress)
+    assert (progress.rows, progress.begun) == (0, True)
+
+
 def test_what_the_engine_raises_ends_the_replica_with_a_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -24,6 +39,7 @@ def test_what_the_engine_raises_ends_the_replica_with_a_reason(
     replica = Replica("r0", lambda _name: make_runner(small, FakeEngine(fail_at=range(2, 100))))
     assert replica.start().fatal is None
     replica.assign(Assignment(small.plan.units[0], 1))
+    begin(replica)
     report = replica.work(PATIENCE_S)
     assert (report.fatal, report.refused) == ("the forward failed", False)
     assert replica.work(1).fatal == "the forward failed"
@@ -101,6 +117,7 @@ def test_a_dead_replica_has_written_down_what_it_finished(tmp_path: Path) -> Non
     replica = Replica("r0", MarkedMaker(small.spec, max_rows=2))
     replica.start()
     replica.assign(Assignment(small.plan.units[0]))
+    begin(replica)
     assert replica.work(PATIENCE_S).fatal == "RuntimeError: the device fell off the bus"
     finished = finished_rows(tmp_path)
     assert finished
@@ -131,6 +148,7 @@ def test_a_report_says_how_far_and_what_for_the_operator(tmp_path: Path) -> None
     [active] = replica.work(0).events
     assert active == ReplicaActive("r0", 0, "idle", ReplicaStats(max_rows=4))
     replica.assign(Assignment(small.plan.units[0]))
+    begin(replica)
     events = replica.work(PATIENCE_S).events
     assert [type(event) for event in events] == [UnitDone, ReplicaActive, ReplicaNote]
     _, active, note = events
@@ -150,7 +168,7 @@ def test_a_dropped_local_replica_is_lost_with_the_reason_given(tmp_path: Path) -
     pool.wait(PATIENCE_S)
     pool.drop("local-1", "it stood still")
     assert pool.wait(PATIENCE_S) == [ReplicaLost("local-1", "it stood still")]
-    assert ReplicaReady("local-2") in pool.wait(PATIENCE_S)
+    assert ReplicaReady("local-2", max_rows=4) in pool.wait(PATIENCE_S)
     pool.close()
 
 

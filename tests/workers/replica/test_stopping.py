@@ -77,6 +77,7 @@ def test_stop_does_not_wait_for_a_step_that_hangs(tmp_path: Path) -> None:
     runner = make_runner(small, engine)
     idle = runner._idle = Impatient()
     runner.add(Assignment(small.plan.units[0]))
+    assert runner.work(PATIENCE_S) == []  # it has read the unit
     worker = threading.Thread(target=runner.work, args=(PATIENCE_S,))
     worker.start()
     assert hangs.wait(PATIENCE_S)
@@ -107,6 +108,7 @@ def test_stop_waits_for_the_step_under_way(tmp_path: Path) -> None:
     engine.step = slow_step  # type: ignore[method-assign,assignment]
     runner = make_runner(small, engine)
     runner.add(Assignment(small.plan.units[0]))
+    assert runner.work(PATIENCE_S) == []  # it has read the unit
     worker = threading.Thread(target=runner.work, args=(PATIENCE_S,))
     worker.start()
     assert stepping.wait(PATIENCE_S)

@@ -17,11 +17,13 @@ from model.requests import Completion, EngineError
 from pipeline.core.errors import OutputError
 from pipeline.core.events import UnitDone, UnitFailed
 from pipeline.core.types import Assignment, UnitResult, WorkUnit
+from pipeline.input.fetcher import Fetch
 from pipeline.input.unit_reader import UnitData
 from pipeline.output.unit_store import UnitStore
 from tests import memory
+from tests.pipeline.cases import one_piece
 from tests.waiting import PATIENCE_S
-from tests.workers.fakes import TOO_LONG, FakeEngine, make_runner, work_all
+from tests.workers.fakes import TOO_LONG, FakeEngine, make_runner, work_all, work_on
 from tests.workers.jobs import open_job, prompts_of
 from workers.replica import build
 from workers.replica.replica import Replica
@@ -32,10 +34,10 @@ def hold_up(store: UnitStore, held: WorkUnit) -> threading.Event:
     """Make reads of one unit wait for the event that is returned."""
     gate, read = threading.Event(), store.input.read
 
-    def held_up(unit: WorkUnit) -> UnitData:
+    def held_up(unit: WorkUnit, fetch: Fetch | None = None) -> UnitData:
         if unit == held:
             assert gate.wait(PATIENCE_S)
-        return read(unit)
+        return read(unit, fetch)
 
     store.input.read = held_up  # type: ignore[method-assign]
     return gate
@@ -65,6 +67,21 @@ def test_every_row_leaves_once_as_a_completion_or_an_error_row(tmp_path: Path) -
     }
     assert rows[8]["prompt_tokens"] == TOO_LONG + 5
     assert {(row["replica"], row["attempt"]) for row in rows} == {("r0", 2)}
+
+
+def test_few_units_are_open_if_their_rows_are_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver counts rows and gives many small units. Rows with large carried columns would fill the memory."""
+    monkeypatch.setattr("workers.units.runner.HELD_BYTES", 1)
+    small = open_job(tmp_path, prompts_of(40), rows_per_file=2)
+    runner = make_runner(small, FakeEngine())
+    for unit in small.plan.units:
+        runner.add(Assignment(unit))
+    outcomes, most = 0, 0
+    while outcomes < len(small.plan.units):
+        outcomes += len(runner.work(PATIENCE_S))
+        most = max(most, len(runner.progress()))
+    assert most == 2
+    assert len(small.rows()) == 40
 
 
 def test_a_unit_of_error_rows_alone_is_published(tmp_path: Path) -> None:
@@ -133,7 +150,7 @@ def test_reading_the_next_unit_does_not_hold_up_the_engine(tmp_path: Path) -> No
     runner = make_runner(small, FakeEngine(), store)
     runner.add(Assignment(first, 1))
     runner.add(Assignment(second, 1))
-    [done] = runner.work(PATIENCE_S)
+    [done] = work_on(runner)
     assert isinstance(done, UnitDone)
     assert done.result.unit_id == first.id
     waits = watch(runner._wake)
@@ -142,7 +159,8 @@ def test_reading_the_next_unit_does_not_hold_up_the_engine(tmp_path: Path) -> No
     assert all(seconds is not None and 0 <= seconds <= 0.1 for seconds, _ in waits)
     waits.clear()
     threading.Timer(0.1, gate.set).start()
-    [done] = runner.work(PATIENCE_S)
+    assert runner.work(PATIENCE_S) == []  # it has read the unit, and says so before it generates
+    [done] = work_on(runner)
     assert isinstance(done, UnitDone)
     assert done.result.unit_id == second.id
     assert all(was_set for _, was_set in waits), "it was not woken by the reader"
@@ -183,7 +201,7 @@ def test_a_unit_cannot_be_in_twice(tmp_path: Path) -> None:
 def test_a_unit_that_cannot_be_read_or_published_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = open_job(tmp_path, prompts_of(30))
     units, publish = small.plan.units, UnitStore.publish
-    gone = WorkUnit("gone", str(tmp_path / "in" / "gone.parquet"), "gone.parquet", 0, 10)
+    gone = one_piece("gone", str(tmp_path / "in" / "gone.parquet"), "gone.parquet", 0, 10)
 
     def refuse(self: UnitStore, unit: WorkUnit, part: bytes) -> UnitResult:
         if unit == units[1]:

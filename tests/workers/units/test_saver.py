@@ -154,3 +154,24 @@ def test_reading_is_tried_again_where_that_can_help(tmp_path: Path, failures: in
     runner.add(Assignment(small.plan.units[0]))
     (outcome,) = work_all(runner)
     assert isinstance(outcome, ends)
+
+
+def test_an_outage_is_told_once_and_not_for_each_of_many_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_unit, "PAUSES_S", (3600.0,))
+    small = open_job(tmp_path, prompts_of(40), rows_per_file=1)
+    store = WatchedStore(small)
+    store.refuse_parts = 10**6
+    published = store.published
+
+    def fail_for_the_last(unit: WorkUnit) -> UnitResult | None:
+        if unit in small.plan.units[20:]:
+            raise StorageError("cannot read it") from ConnectionResetError()
+        return published(unit)
+
+    store.published = fail_for_the_last  # type: ignore[method-assign]
+    runner = make_runner(small, FakeEngine(), store)
+    for unit in small.plan.units:
+        runner.add(Assignment(unit))
+    assert work_until(runner, lambda: runner.stats().storage_retries == 40) == []
+    assert len(runner.notes()) == 2
+    runner.close()
