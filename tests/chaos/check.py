@@ -107,11 +107,16 @@ def judge(history: History, expected: Rows) -> Verdict:
 
 
 def read_output(storage: Storage) -> Iterable[tuple[str, tuple[object, ...]]]:
-    """Yield the key and COLUMNS of every row in the parts."""
+    """Yield the key and COLUMNS of every row in the parts.
+
+    The key is made of the row's file and its number there. A row whose id is another one has a key that no row should
+    have.
+    """
     for part in storage.list_files("", "part-*.parquet"):
-        table = pq.read_table(storage.open(part.name, part.size), columns=["source_file", "source_row", *COLUMNS])
-        for file, number, *row in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            yield f"{file}#{number}", tuple(row)
+        table = pq.read_table(storage.open(part.name, part.size), columns=["id", "source_file", "source_row", *COLUMNS])
+        for name, file, number, *row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            key = f"{file}#{number}"
+            yield key if name == key else f"{key} with id {name}", tuple(row)
 
 
 def verify(output: str) -> tuple[bool, str]:

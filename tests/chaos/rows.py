@@ -2,7 +2,9 @@
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from random import Random
 
 import pyarrow as pa
@@ -20,6 +22,14 @@ COLUMNS = ["completion", "finish_reason", "completion_tokens", "denoiser_forward
 """The columns that faults must not change; times, attempts and replicas may change."""
 ERROR: tuple[object, ...] = (None, "error", 0, 0, [])
 """The COLUMNS of an error row."""
+SMALL = (1, 1, 5, 1)
+"""The numbers of rows of the small files, again and again."""
+FOLDERS = ("", "a/", "b/c/")
+"""The folders of the files, one after the other."""
+SAME_ROW = 3
+"""The number in their files of two rows that end their processes."""
+UPLOADS = 8
+"""The number of files that are uploaded at the same time."""
 PARAMS = GenerationParams(max_new_tokens=MAX_TOKENS, eos_ids=(EOS,))
 
 
@@ -38,30 +48,51 @@ class Prompts:
         return sink.getvalue()
 
 
-def make_prompts(rows: int, files: int, seed: int, killers: int | None = None) -> list[Prompts]:
-    """Return the prompts of `files` files with `rows` rows together. `seed` determines them.
+def make_prompts(rows: int, files: int, seed: int, killers: int | None = None, small: int = 0) -> list[Prompts]:
+    """Return the prompts of an input with `rows` rows, in the order of its listing. `seed` determines them.
 
-    Some of the rows are bad (one in BAD_ONE_IN, at least one of each kind), and `killers` rows end the process that
-    generates them; None: one in KILLS_ONE_IN, at least one.
+    `small` of the rows are in files of the sizes SMALL, and the others in `files` large files between them; all lie in
+    FOLDERS. Some of the rows are bad (one in BAD_ONE_IN, at least one of each kind), and `killers` rows end the process
+    that generates them; None: one in KILLS_ONE_IN, at least two. If there are small files, two of the killers are rows
+    of the same number in two of them that are near each other in the listing.
     """
-    killers = max(1, rows // KILLS_ONE_IN) if killers is None else killers
+    killers = max(2, rows // KILLS_ONE_IN) if killers is None else killers
     rng = Random(seed)
     cells: list[bytes | None] = [
         f"row {number} ".encode() + bytes(rng.choices(b"abcdefgh ", k=int(rng.paretovariate(1.2) * 8) % 290))
         for number in range(rows)
     ]
-    special = rng.sample(range(rows), max(len(BAD), rows // BAD_ONE_IN) + killers)
+    names = _names(rows, files, small)
+    starts = dict(zip(names, accumulate(names.values(), initial=0), strict=False))
+    pair = [starts[name] + SAME_ROW for name, size in names.items() if size == max(SMALL)][:2] if small else []
+    chosen = pair[:killers]
+    others = [row for row in range(rows) if row not in chosen]
+    special = chosen + rng.sample(others, max(len(BAD), rows // BAD_ONE_IN) + killers - len(chosen))
     for count, row in enumerate(special):
         kill = f"{MARK}{KILLERS[count % len(KILLERS)]} in row {row}".encode()
         cells[row] = kill if count < killers else BAD[count % len(BAD)]
-    share = -(-rows // files)
-    return [Prompts(f"{number:02}.parquet", cells[number * share : (number + 1) * share]) for number in range(files)]
+    return [Prompts(name, cells[starts[name] : starts[name] + size]) for name, size in names.items()]
+
+
+def _names(rows: int, files: int, small: int) -> dict[str, int]:
+    """Return the number of rows by name of the files of make_prompts, sorted by name."""
+    sizes: list[int] = []
+    while (left := small - sum(sizes)) > 0:
+        sizes.append(min(left, SMALL[len(sizes) % len(SMALL)]))
+    share = -(-(rows - small) // files)
+    every = len(sizes) // files
+    for number in range(files):  # evenly between the small files
+        sizes.insert(number * (every + 1) + every // 2, min(share, rows - small - number * share))
+    folders = FOLDERS if small else ("",)
+    return dict(
+        sorted((f"{folders[number % len(folders)]}{number:05}.parquet", size) for number, size in enumerate(sizes))
+    )
 
 
 def upload(storage: Storage, prompts: Sequence[Prompts]) -> None:
     """Write the files to the storage."""
-    for file in prompts:
-        storage.write(file.name, file.parquet())
+    with ThreadPoolExecutor(UPLOADS) as pool:
+        list(pool.map(lambda file: storage.write(file.name, file.parquet()), prompts))
 
 
 def expected(prompts: Sequence[Prompts]) -> dict[str, tuple[object, ...]]:

@@ -22,11 +22,18 @@ OUT = Path(__file__).parent / "out"
 MOST_REPEATED = 0.05
 """The share of rows from which on too many were finished more than once."""
 FILES = 10
+SMALL_SHARE = 0.08
+"""The share of the rows that are in small files, which are 4,000 files for 100,000 rows."""
 
 
-def run(rows: int, seeds: Iterable[int], schedule: Schedule, folder: Path, files: int = FILES) -> Verdict:
-    """Run one job with faults for each seed, and return the sum of the verdicts. Logs stay in the folder."""
-    prompts = make_prompts(rows, files, seed=0)
+def run(
+    rows: int, seeds: Iterable[int], schedule: Schedule, folder: Path, files: int = FILES, small: int | None = None
+) -> Verdict:
+    """Run one job with faults for each seed, and return the sum of the verdicts. Logs stay in the folder.
+
+    `files`: the number of large files. `small`: the number of rows in small files; None: SMALL_SHARE of them.
+    """
+    prompts = make_prompts(rows, files, seed=0, small=int(SMALL_SHARE * rows) if small is None else small)
     rows_expected = expected(prompts)
     total = Verdict()
     inputs = f"s3://{BUCKET}/in"

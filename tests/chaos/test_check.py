@@ -24,7 +24,9 @@ def history(tmp_path: Path) -> History:
 
 
 def publish(history: History, *rows: tuple[int, tuple[object, ...]]) -> None:
-    columns = {"source_file": ["a"] * len(rows), "source_row": [number for number, _ in rows]}
+    numbers = [number for number, _ in rows]
+    columns: dict[str, list[object]] = {"source_file": ["a"] * len(rows), "source_row": [*numbers]}
+    columns["id"] = [f"a#{number}" for number in numbers]
     columns |= {name: [row[index] for _, row in rows] for index, name in enumerate(COLUMNS)}
     number = len(list(Path(history.output).iterdir()))
     pq.write_table(pa.table(columns), Path(history.output) / f"part-{number}.parquet")
@@ -40,6 +42,18 @@ def test_lost_doubled_and_changed_rows_are_found(history: History) -> None:
     assert [text.partition(":")[0] for text in verdict.changed] == ["a#1"]
     assert verdict.findings  # `verify` fails, because this is not a complete output folder
     assert not verdict.right
+
+
+def test_rows_with_the_id_of_another_row_are_found(history: History) -> None:
+    """The completions are right, so only the ids tell that rows of two files have changed places."""
+    rows = expected([Prompts("a", [b"prompt 0", b"prompt 1"])])
+    publish(history, (0, rows["a#0"]), (1, rows["a#1"]))
+    [part] = Path(history.output).iterdir()
+    table = pq.read_table(part)
+    pq.write_table(table.set_column(0, "source_file", [["a", "b"]]), part)
+    verdict = judge(history, rows)
+    assert verdict.lost == ["a#1"]
+    assert [text.partition(":")[0] for text in verdict.changed] == ["b#1 with id a#1"]
 
 
 def test_repeated_rows_and_recoveries_are_counted(history: History) -> None:

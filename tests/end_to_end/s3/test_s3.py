@@ -31,9 +31,9 @@ def test_a_plan_of_a_folder_a_file_and_a_glob(s3: str, tmp_path: Path) -> None:
     upload(f"{s3}/in-other", tmp_path, "d.parquet", 3)  # its name begins with that of the folder
     plan = plan_of(make_job(f"{s3}/in/", f"{s3}/out", output={"rows_per_file": 4}))
     assert [(file.name, file.rows) for file in plan.files] == [("a.parquet", 7), ("sub/b c.parquet", 3)]
-    assert [(unit.first_row, unit.row_count) for unit in plan.units] == [(0, 4), (4, 3), (0, 3)]
+    assert [(unit.pieces[0].first_row, unit.row_count) for unit in plan.units] == [(0, 4), (4, 3), (0, 3)]
     assert all(file.stamp.startswith("etag:") for file in plan.files)
-    assert plan.units[0].file == f"{s3}/in/a.parquet"
+    assert plan.units[0].pieces[0].file == f"{s3}/in/a.parquet"
     (single,) = plan_of(make_job(f"{s3}/in/a.parquet", f"{s3}/out")).files
     assert single.name == "a.parquet"
     assert single.stamp == plan.files[0].stamp
