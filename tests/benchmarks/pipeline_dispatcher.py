@@ -24,10 +24,13 @@ from pipeline.driver.stall import StallWatch
 from pipeline.monitoring.progress import LineDisplay, show_run
 from pipeline.monitoring.telemetry import Telemetry
 from tests.benchmarks.pipeline_results import Dispatched
+from tests.pipeline.cases import one_piece
 
 REPLICAS, UNITS = 256, 50_000
 UNITS_PER_S = 100
 ROWS, TOKENS = 100, 12_800  # per unit
+MAX_ROWS = 16
+"""The row limit of a replica's engine."""
 REPORT_S = 2.0
 """Seconds between reports of a replica: workers.cluster.pool.WORK_S, not imported because Ray would then count in the
 driver's memory."""
@@ -40,8 +43,6 @@ class _Replica:
     held: list[WorkUnit] = field(default_factory=list)
     """Units assigned to the replica, which works on the first one."""
     began: float = 0.0
-    freed: list[float] = field(default_factory=list)
-    """Times at which units ended and for which no new unit has been assigned yet."""
     beats: int = 0
 
 
@@ -52,6 +53,9 @@ class VirtualPool:
         self.now = self.driver_s = 0.0
         self.handovers: list[float] = []
         self._seconds = seconds
+        # By replica: the times at which units ended since the driver last looked. At the end of a job, the driver may
+        # leave a replica that has enough work without a new unit; that is no handover.
+        self._freed: dict[str, list[float]] = {}
         self._replicas = {f"r{number}": _Replica() for number in range(replicas)}
         self._coming = [(0.0, number, name, "ready") for number, name in enumerate(self._replicas)]
         self._number = replicas  # a counter of events, which keeps events of equal time in order
@@ -61,8 +65,8 @@ class VirtualPool:
         """See Pool."""
         self._driver_stops()
         state = self._replicas[replica]
-        if state.freed:
-            self.handovers.append(self.now - state.freed.pop(0))
+        if freed := self._freed.get(replica):
+            self.handovers.append(self.now - freed.pop(0))
         state.held.append(work.unit)
         if len(state.held) == 1:
             self._begin(replica, self.now)
@@ -72,6 +76,7 @@ class VirtualPool:
         """See Pool."""
         self._driver_stops()
         self.now = max(self.now, min(self._coming[0][0], self.now + timeout_s))
+        self._freed.clear()
         events: list[Event] = []
         while self._coming and self._coming[0][0] <= self.now:
             at, _, name, what = heapq.heappop(self._coming)
@@ -95,13 +100,13 @@ class VirtualPool:
         state = self._replicas[name]
         state.beats += 1
         if what == "ready":
-            return [ReplicaReady(name)]
+            return [ReplicaReady(name, MAX_ROWS)]
         active = ReplicaActive(name, state.beats, f"unit {state.held[0].id}: {ROWS} rows in the engine")
         if what == "report":
             self._plan_report(name, at)
             return [*self._progress(name, at), active]
         unit = state.held.pop(0)
-        state.freed.append(at)
+        self._freed.setdefault(name, []).append(at)
         if state.held:
             self._begin(name, at)
         totals = Totals(rows=ROWS, ok=ROWS, completion_tokens=TOKENS, finish_reasons={"stop": ROWS})
@@ -138,7 +143,7 @@ def make_work(units: int, replicas: int, *, seed: int = 0) -> tuple[list[WorkUni
     seconds *= replicas / UNITS_PER_S / seconds.mean()
     names = [f"{number:012x}-{0:010d}" for number in range(units)]
     made = [
-        WorkUnit(name, "/in/a.parquet", "a.parquet", number * ROWS, ROWS, expected_work=float(work))
+        one_piece(name, "/in/a.parquet", "a.parquet", number * ROWS, ROWS, expected_work=float(work))
         for number, (name, work) in enumerate(zip(names, expected, strict=True))
     ]
     return made, dict(zip(names, seconds.tolist(), strict=True))

@@ -62,13 +62,14 @@ def plan_in(folder: str) -> Plan:
 def make_part(unit: WorkUnit, plan: Plan) -> tuple[bytes, PartRecord, Totals]:
     """Return a part as a replica would publish it, with its record and totals, without generating single rows."""
     rows, number = unit.row_count, plan.units.index(unit)
-    numbers = np.arange(unit.first_row, unit.first_row + rows)
+    (piece,) = unit.pieces
+    numbers = np.arange(piece.first_row, piece.first_row + rows)
     values: dict[str, Any] = {
         "completion": [NOISE[start : start + CHARS] for start in numbers * 997 % (len(NOISE) - CHARS)],
         "finish_reason": ["length"] * rows,
         "mode": ["diffusion"] * rows,
         "replica": ["r0"] * rows,
-        "source_file": [unit.name] * rows,
+        "source_file": [piece.name] * rows,
         "source_row": numbers,
         "error": pa.nulls(rows),
         "repetition": np.zeros(rows),
@@ -76,10 +77,10 @@ def make_part(unit: WorkUnit, plan: Plan) -> tuple[bytes, PartRecord, Totals]:
         "steps_per_block": [[3, 5, 2, 7]] * rows,
     }
     columns = {f.name: values.get(f.name, np.ones(rows)) for f in RESULT_SCHEMA}
-    table = pa.table({"id": [f"{unit.name}#{number}" for number in numbers], **columns}).cast(plan.schema)
+    table = pa.table({"id": [f"{piece.name}#{number}" for number in numbers], **columns}).cast(plan.schema)
     totals = Totals(rows, rows, 0, rows, rows, rows, finish_reasons={"length": rows})
     record = PartRecord(
-        **unit_fields(unit),
+        **unit_fields(unit, plan.prompts.rules),
         fingerprint=plan.fingerprint.digest,
         writer="w",
         replica=f"r{number % REPLICAS}",
