@@ -1,6 +1,6 @@
 """Reads the rows of work units from the input files and makes their prompts, one unit at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,16 +68,19 @@ class UnitReader:
         size = characters = 0
         for batch in self._batches(fetch or self.fetch(unit)):
             table = batch.table()
-            more, made = self._read_rows(batch, len(rows), table)
-            rows += made
-            columns.append(more)
             size += table.nbytes + table.num_rows * limits.ROW_BYTES
-            characters += sum(len(row.prompt or "") for row in made)
-            if max(size, characters) > limits.UNIT_BYTES:
-                raise InputError(
-                    f"input {unit.describe()}: they or their prompts are too long together: lower output.rows_per_file "
-                    "(or target_mb)"
-                )
+            _check_size(unit, size)
+            places = batch.places()
+            more, errors = self._output_columns([f"{name}#{number}" for name, number in places], table)
+            texts: list[str | None] = []
+            for row, text in self._make_rows(places, len(rows), table, batch.too_long, errors):
+                characters += len(text or "")
+                _check_size(unit, characters)  # at each row, because a template may make long prompts of little data
+                rows.append(row)
+                texts.append(text if self._keep_prompt else None)
+            if self._keep_prompt:
+                more = more.append_column(PROMPT_COLUMN, pa.chunked_array([pa.array(texts, pa.string())]))
+            columns.append(more)
         try:
             return UnitData(unit, rows, concat_columns(columns))
         except (pa.ArrowException, ValueError) as error:
@@ -125,29 +128,27 @@ class UnitReader:
             self._file = RowStream(piece, self._columns)
         return self._file
 
-    def _read_rows(self, batch: "_Batch", start: int, table: pa.Table) -> tuple[pa.Table, list[Row]]:
-        """Return the output columns and the rows of a batch. `start`: the position of its first row in the unit.
-        `table`: all columns that the job needs for its rows."""
-        places = [
-            (piece.name, number)
-            for piece in batch.pieces
-            for number in range(piece.first_row, piece.first_row + piece.row_count)
-        ]
-        keys = [f"{name}#{number}" for name, number in places]
-        columns, errors = self._output_columns(keys, table)
-        made = zip(self._prompts.make(table), read_settings(table, self._settings), strict=True)
-        rows, texts = [], list[str | None]()
-        for index, ((prompt, error), (settings, wrong)) in enumerate(made):
-            error = batch.too_long.get(index) or error or wrong or errors.get(index)
-            key, source_row = keys[index], places[index][1]
-            texts.append(prompt.text if prompt is not None and self._keep_prompt else None)
+    def _make_rows(
+        self,
+        places: Sequence[tuple[str, int]],
+        start: int,
+        table: pa.Table,
+        too_long: Mapping[int, str],
+        errors: Mapping[int, str],
+    ) -> Iterator[tuple[Row, str | None]]:
+        """Yield (row, text of its prompt) for each row of a table, with the text even if the row cannot be used.
+
+        `places`: name of the file and number in the file of each row. `start`: the position of the first row in the
+        unit. `too_long` and `errors`: reasons why rows cannot be used, by their position in the table.
+        """
+        made = zip(self._prompts.make(table), read_settings(table, self._settings), places, strict=True)
+        for index, ((prompt, error), (settings, wrong), (name, number)) in enumerate(made):
+            error = too_long.get(index) or error or wrong or errors.get(index)
+            text = prompt.text if prompt is not None else None
             if error or prompt is None:
-                rows.append(Row(key, start + index, source_row, None, error, settings))
+                yield Row(f"{name}#{number}", start + index, number, None, error, settings), text
             else:
-                rows.append(Row(key, start + index, source_row, prompt.text, None, settings, prompt.control))
-        if self._keep_prompt:
-            columns = columns.append_column(PROMPT_COLUMN, pa.chunked_array([pa.array(texts, pa.string())]))
-        return columns, rows
+                yield Row(f"{name}#{number}", start + index, number, text, None, settings, prompt.control), text
 
     def _output_columns(self, keys: list[str], table: pa.Table) -> tuple[pa.Table, dict[int, str]]:
         """Return the `id` column, which holds the keys if the job has none, and the carried columns of a table.
@@ -200,12 +201,27 @@ class _Batch:
         self.too_long |= {self._rows + index: reason for index, reason in too_long.items()}
         self._rows, self._bytes = self._rows + table.num_rows, self._bytes + table.nbytes
 
+    def places(self) -> list[tuple[str, int]]:
+        """Return the name of the file and the number in the file of each row."""
+        return [
+            (piece.name, number)
+            for piece in self.pieces
+            for number in range(piece.first_row, piece.first_row + piece.row_count)
+        ]
+
     def table(self) -> pa.Table:
         """Return all rows, and release the tables of the pieces."""
         tables, self._tables = self._tables, []
-        if len(tables) == 1:
-            return tables[0]
-        return pa.concat_tables(tables, promote_options="default").combine_chunks()
+        return tables[0] if len(tables) == 1 else concat_columns(tables).combine_chunks()
+
+
+def _check_size(unit: WorkUnit, size: int) -> None:
+    """Raise InputError if so many bytes of columns, or characters of prompts, are too many for a unit."""
+    if size > limits.UNIT_BYTES:
+        raise InputError(
+            f"input {unit.describe()}: they or their prompts are too long together: lower output.rows_per_file "
+            "(or target_mb)"
+        )
 
 
 def _rows_of(piece: Piece) -> str:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from pipeline.core.errors import InputError
 from pipeline.input import limits
 from pipeline.planning import plan
+from pipeline.prompts.values import Outcome, Prompt
 from tests import memory
 from tests.pipeline.cases import make_job, plan_of, prompts, reader_of, write
 from tests.pipeline.input.footers import footer_file
@@ -65,6 +67,7 @@ def test_thousands_of_columns_and_empty_groups(tmp_path: Path) -> None:
 
 BOMB_PROBE = """
 import resource, sys
+from collections.abc import Iterator
 from pathlib import Path
 from pipeline.input import limits
 from pipeline.core.errors import InputError
@@ -141,3 +144,24 @@ def test_prompts_that_are_too_long_together(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(InputError, match=r"rows 0 to 2: they or their prompts are too long together: lower"):
         reader.read(plan_of(job).units[0])
     reader.close()
+
+
+def test_no_prompt_is_made_after_those_that_are_too_long_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit may have very many rows, and a template may make a long prompt of each."""
+    monkeypatch.setattr(limits, "UNIT_BYTES", 100_000)
+    job = make_job(write(tmp_path / "a.parquet", prompt=["x"] * 100), tmp_path / "out")
+    reader, made = reader_of(job), 0
+
+    def make(table: pa.Table) -> Iterator[Outcome]:
+        nonlocal made
+        for _ in range(table.num_rows):
+            made += 1
+            yield Prompt("x" * 10_000), None
+
+    monkeypatch.setattr(reader._prompts, "make", make)
+    with pytest.raises(InputError, match="they or their prompts are too long together"):
+        reader.read(plan_of(job).units[0])
+    reader.close()
+    assert made == 11
