@@ -13,6 +13,7 @@ a CheckpointError with a message of one line.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -218,7 +219,8 @@ def open_checkpoint(uri: str) -> Checkpoint:
         return Checkpoint(uri, _Folder(uri, str(BUILTIN[name])))
     if not uri:
         raise CheckpointError("the checkpoint is an empty string: give a folder, an s3:// or hf:// URL or builtin:tiny")
-    return Checkpoint(uri, _Folder(uri, uri))
+    shown = re.sub(r"(?<=://)[^/]*@", "", uri).partition("?")[0] if "://" in uri else uri  # without user and password
+    return Checkpoint(shown, _Folder(shown, uri))
 
 
 class _Folder:
@@ -226,7 +228,7 @@ class _Folder:
 
     def __init__(self, uri: str, url: str) -> None:
         self.uri = uri
-        with self._one_line(url):
+        with self._one_line(uri):
             self._fs, self._root = fsspec.core.url_to_fs(url)
 
     def _path(self, name: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from pipeline.core.types import Piece, WorkUnit
-from pipeline.input.parquet_rows import fetch_whole
+from pipeline.input.planned_file import fetch_whole
 from pipeline.storage.storage import Storage, split_path
 
 THREADS = 32

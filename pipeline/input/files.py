@@ -1,14 +1,16 @@
 """Lists the files of an input path, which is a file, a folder or a glob, local or behind a URL."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 from fsspec.utils import glob_translate
 
 from pipeline.core.errors import InputError
+from pipeline.storage.listing import list_until_equal
 from pipeline.storage.local import DANGLING
 from pipeline.storage.storage import FileInfo, Storage, real_path
-from pipeline.storage.urls import in_ray_package, is_inside, safe_url
+from pipeline.storage.urls import in_ray_package, is_inside, is_local, safe_url
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 """The control characters: the Unicode category Cc."""
@@ -22,7 +24,7 @@ def list_input(path: str) -> tuple[str, list[FileInfo]]:
     InputError if nothing is found, or if the path, a name or a link cannot be used; StorageError if the listing fails.
     """
     # The name of a local file may contain brackets, but a URL that contains such characters is always a pattern.
-    kind = None if _has_magic(path) and "://" in path else Storage(path).kind()
+    kind = None if _has_magic(path) and "://" in path else _kind(path)
     if kind == "other":
         raise InputError(f"input {safe_url(path)} is a pipe or a device: give a Parquet file, a folder or a glob")
     if kind == "folder":
@@ -71,7 +73,7 @@ def _check_name(file: FileInfo, path: str) -> None:
 
 
 def _list_folder(path: str) -> list[FileInfo]:
-    found = [info for info in Storage(path).find() if _is_visible(info.name)]
+    found = [info for info in _list_surely(path, Storage(path).find) if _is_visible(info.name)]
     # A link whose target is gone is kept whatever its name is, because it may have led to a folder.
     files = [info for info in found if info.name.lower().endswith(".parquet") or info.size == DANGLING]
     if not files:
@@ -81,10 +83,31 @@ def _list_folder(path: str) -> list[FileInfo]:
     return files
 
 
+def _kind(path: str) -> str | None:
+    """Return the kind of the path as Storage.kind does. A store must say twice that there is nothing: an object store
+    finds a folder by a listing."""
+    storage = Storage(path)
+    return storage.kind() or (None if is_local(path) else storage.kind())
+
+
+def _list_surely(path: str, list_once: Callable[[], list[FileInfo]]) -> list[FileInfo]:
+    """Return the listing of an input path, of a store behind a URL that of two listings which agree.
+
+    The second listing costs little beside the footers, each of which takes a request of its own.
+    """
+    if is_local(path):
+        return list_once()
+    found = list_until_equal(f"input {safe_url(path)}", lambda: {info.name: info for info in list_once()})
+    return sorted(found.values(), key=lambda info: info.name)
+
+
 def _list_glob(path: str) -> list[FileInfo]:
     root = _glob_root(path)
-    files = [info for info in Storage(root or "/").glob(_glob_pattern(path)) if _is_visible(info.name)]
+    storage = Storage(root or "/")
+    found = _list_surely(path, lambda: storage.glob(_glob_pattern(path)))
+    files = [info for info in found if _is_visible(info.name)]
     if not files:
+        storage.kind()  # fails if the store does not answer, which a listing of http does not say
         raise InputError(f"input {safe_url(path)} matches no file")
     return files
 

@@ -46,6 +46,13 @@ def read_footers(
     schemas: dict[bytes, pa.Schema] = {}
 
     def read(info: FileInfo) -> Footer | str:
+        footer = read_once(info)
+        if isinstance(footer, str) and info.size > 0:
+            # Its bytes may have been damaged on their way here, and the checksums of Parquet do not cover the footer.
+            return read_once(info)
+        return footer
+
+    def read_once(info: FileInfo) -> Footer | str:
         try:
             with storage.open(info.name, info.size) as source:
                 parquet = pq.ParquetFile(source)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,6 +13,12 @@ from fsspec.implementations.local import LocalFileSystem
 DANGLING = -1
 """The size that a listing gives for a link whose target does not exist."""
 
+EMPTY_S = 1.0
+"""Seconds for which a file must stay empty until it counts as left behind by a writer that was killed.
+
+A writer that lives fills it in some milliseconds. It is also the time after which writers that filled the same empty
+file look whose content stands.
+"""
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -45,14 +52,15 @@ def _real_ancestors(folder: str) -> set[str]:
     return {os.path.realpath("/".join(parts[:depth]) or "/") for depth in range(1, len(parts) + 1)}
 
 
-def write_local(path: str, data: bytes, publish: Callable[[str, str], object]) -> None:
+def write_local(path: str, data: bytes, publish: Callable[[str, str], object], anchor: str | None = None) -> None:
     """Write the data to a hidden file in the same folder, then call `publish(hidden, path)` to give it its name.
 
     A crash therefore leaves no half file at `path`. The folder is created if it is missing, the data is synced to the
     disk, and the hidden name is removed in the end. Errors of the system and of `publish` are raised unchanged.
+    `anchor`: a folder that must exist; only folders below it are created then.
     """
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
+    _make_folders(folder, anchor)
     hidden = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(hidden, "xb") as file:
@@ -66,27 +74,95 @@ def write_local(path: str, data: bytes, publish: Callable[[str, str], object]) -
             os.unlink(hidden)
 
 
-def create_local(path: str, data: bytes) -> bool:
-    """Write the file unless it exists, and return whether this call wrote it.
+def _make_folders(folder: str, anchor: str | None) -> None:
+    """Create the folder and missing folders above it; with `anchor` only those below this one, which must exist."""
+    if anchor is None:
+        os.makedirs(folder, exist_ok=True)
+        return
+    if not os.path.isdir(anchor):
+        # It is tried again as after an outage, because the folder may only be unmounted for a moment.
+        raise OSError(errno.ESTALE, f"{anchor} was removed or moved")
+    if folder.startswith(f"{anchor}/"):
+        for name in folder.removeprefix(f"{anchor}/").split("/"):
+            anchor = f"{anchor}/{name}"
+            with suppress(FileExistsError):
+                os.mkdir(anchor)  # fails if the folder above it has gone by now
 
-    On a file system without hard links, the file exists empty for a moment before it has its content.
+
+def create_local(path: str, data: bytes, anchor: str | None = None) -> bool:
+    """Write the file unless it exists, and return whether this call wrote it. `anchor`: see write_local.
+
+    A file of 0 bytes is taken for absent unless `data` is empty, if it stays so for EMPTY_S: on a file system without
+    hard links, a writer takes the name with an empty file, and it may have been killed before it filled the file.
     """
+    filled = False
+
+    def publish(hidden: str, path: str) -> None:
+        nonlocal filled
+        filled = _link(hidden, path, may_fill=bool(data))
+
     try:
-        write_local(path, data, _link)
+        write_local(path, data, publish, anchor)
     except FileExistsError:
         return False
-    return True
+    return not filled or _content(path) == data
 
 
-def _link(hidden: str, path: str) -> None:
+def _link(hidden: str, path: str, *, may_fill: bool) -> bool:
+    """Give the hidden file its name unless that is taken; then FileExistsError is raised.
+
+    Returns False if it is certain that no other writer gave the same name to another file. Otherwise two writers may
+    have filled the same empty file, and the one whose content is there now has won. `may_fill`: an empty file that has
+    the name already may be filled.
+    """
+    began = time.monotonic()
     try:
         os.link(hidden, path)
+    except FileExistsError:
+        if not may_fill or not _stays_empty(path):
+            raise
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        # The file system has no hard links: take the name with an empty file, then replace that by the content.
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(hidden, path)
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            if not may_fill or not _stays_empty(path):
+                raise
+    else:
+        return False
+    # Others that see the empty file wait for EMPTY_S before they fill it, so nobody else has done so yet. If this
+    # process was stopped for so long, somebody may have.
+    if _size(path) != 0:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    os.replace(hidden, path)
+    if time.monotonic() - began >= EMPTY_S / 2:
+        time.sleep(EMPTY_S)  # another writer that saw the empty file replaces this one's file by then
+    return True
+
+
+def _stays_empty(path: str) -> bool:
+    """Return whether the file has 0 bytes and keeps them for EMPTY_S seconds."""
+    deadline = time.monotonic() + EMPTY_S
+    while _size(path) == 0:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return True
+        time.sleep(min(left, 0.05))
+    return False
+
+
+def _size(path: str) -> int | None:
+    """Return the number of bytes of a file; None if there is none."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return None
+
+
+def _content(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _sync_folder(folder: str) -> None:

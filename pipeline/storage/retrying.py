@@ -4,14 +4,16 @@ Only this module retries: the retries of the storage libraries are off.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
+from math import inf
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, stop_after_delay, wait_random_exponential
 
 from pipeline.core.errors import StorageError
-from pipeline.storage.urls import cause, is_storage_failure, is_transient
+from pipeline.storage.failures import cause, is_refusal, is_storage_failure, is_transient
 
 T = TypeVar("T")
 PATIENCE_S, LOCAL_PATIENCE_S = 300.0, 10.0
@@ -21,17 +23,28 @@ STRANGER_PATIENCE_S = 30.0
 
 It is shorter because a wrong address is more likely there than an outage.
 """
+REFUSED_PATIENCE_S = 60.0
+"""Seconds for which an operation is retried that a store refuses although it has allowed such operations before.
+
+Credentials that are renewed, or rights that are set anew, take seconds. Longer pauses are made by those who call.
+"""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 20.0
 """The wait before a retry is random, from 0 to a limit in seconds that begins at FIRST_WAIT_S and doubles with each
 retry, up to LONGEST_WAIT_S."""
 NOTICE_S = 10.0
 """Seconds after which a warning is logged about an operation that keeps failing, once per operation."""
-_BROKEN_ON_THE_WAY = ("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch")  # S3's codes for damaged uploads
+_answered: set[tuple[str, str, bool]] = set()
+"""The stores that have answered this process: the URL of the bucket, the endpoint, and whether the answer was to a
+write.
+
+It is not kept at the file system object, of which every thread has another one.
+"""
 _log = logging.getLogger(__name__)
 
 
-def call_with_retries(what: str, patience_s: float, call: Callable[[], T]) -> T:
-    """Call `call` until it succeeds and return its result. After `patience_s` seconds it is not called again.
+def call_with_retries(what: str, patience_s: float, call: Callable[[], T], refused_s: float = 0.0) -> T:
+    """Call `call` until it succeeds and return its result. After `patience_s` seconds it is not called again, and after
+    `refused_s` seconds not if the store refused it then (see is_refusal).
 
     `what` begins the error message, such as "cannot read s3://…". Raises StorageError if the storage fails and a retry
     cannot help or did not help, or for a ValueError. Any other error is a fault of the program and is raised unchanged.
@@ -51,12 +64,19 @@ def call_with_retries(what: str, patience_s: float, call: Callable[[], T]) -> T:
     def count_from_first(state: RetryCallState) -> None:
         state.start_time = began
 
+    def patience_with(error: BaseException) -> float:
+        return patience_s if is_transient(error) else min(refused_s, patience_s) if is_refusal(error) else 0.0
+
+    def may_pass(state: RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome else None
+        return error is not None and (state.seconds_since_start or 0.0) < patience_with(error)
+
     retrying = Retrying(
         stop=stop_after_delay(patience_s),
         wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
-        retry=retry_if_exception(_may_pass),
+        retry=may_pass,
         before=count_from_first,
-        before_sleep=_Notice(what, patience_s),
+        before_sleep=_Notice(what, patience_with),
         reraise=True,
     )
     try:
@@ -65,27 +85,37 @@ def call_with_retries(what: str, patience_s: float, call: Callable[[], T]) -> T:
         # A ValueError is about the path: the file system does not allow such a name.
         if not is_storage_failure(error) and not isinstance(error, ValueError):
             raise
-        tried = f" (tried {retrying.statistics['attempt_number']} times in {patience_s:g} s)"
-        raise StorageError(f"{what}: {_cause(error)}{tried if _may_pass(error) else ''}") from error
+        tried = f" (tried {retrying.statistics['attempt_number']} times in {patience_with(error):g} s)"
+        raise StorageError(f"{what}: {_cause(error)}{tried if patience_with(error) else ''}") from error
+
+
+def call_store(what: str, bucket: str, call: Callable[[], T], *, writes: bool, longest_s: float = inf) -> T:
+    """Call `call` as call_with_retries does, for as long as is right for a store behind a URL.
+
+    `bucket`: the URL of the bucket or host. `writes`: the call changes something there; the rights for that may differ
+    from those to read. `longest_s`: the most seconds for which it is called again.
+    """
+    same, other = ((bucket, os.environ.get("AWS_ENDPOINT_URL", ""), kind) for kind in (writes, not writes))
+    known = same in _answered or other in _answered
+    patience_s = min(longest_s, PATIENCE_S if known else min(STRANGER_PATIENCE_S, PATIENCE_S))
+    refused_s = min(longest_s, REFUSED_PATIENCE_S if same in _answered else 0.0)
+    result = call_with_retries(what, patience_s, call, refused_s)
+    _answered.add(same)
+    return result
 
 
 class _Notice:
     """A callback for tenacity, called after each failed try. It logs once that the operation keeps failing."""
 
-    def __init__(self, what: str, patience_s: float) -> None:
-        self._what, self._patience_s, self._told = what, patience_s, False
+    def __init__(self, what: str, patience_with: Callable[[BaseException], float]) -> None:
+        self._what, self._patience_with, self._told = what, patience_with, False
 
     def __call__(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         if error is not None and not self._told and (state.seconds_since_start or 0.0) >= NOTICE_S:
             self._told = True
-            _log.warning("%s: %s; trying again for up to %g s in all", self._what, _cause(error), self._patience_s)
-
-
-def _may_pass(error: BaseException) -> bool:
-    answer = getattr(error.__cause__, "response", None)
-    code = answer.get("Error", {}).get("Code") if isinstance(answer, dict) else None
-    return is_transient(error) or code in _BROKEN_ON_THE_WAY
+            patience_s = self._patience_with(error)
+            _log.warning("%s: %s; trying again for up to %g s in all", self._what, _cause(error), patience_s)
 
 
 def _cause(error: BaseException) -> str:

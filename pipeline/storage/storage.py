@@ -8,12 +8,12 @@ file has, or than were asked for, are a failure. No message contains credentials
 import errno
 import fnmatch
 import hashlib
-import io
 import os
+import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, NoReturn, TypeVar
 
 import fsspec
@@ -22,11 +22,14 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.core.errors import StorageError
-from pipeline.storage import retrying
+from pipeline.storage import local, retrying
+from pipeline.storage.failures import cause, hidden_failure
+from pipeline.storage.listing import list_whole_pages, watch_pages
 from pipeline.storage.local import DANGLING, LocalFiles, create_local, write_local
-from pipeline.storage.retrying import call_with_retries
-from pipeline.storage.s3 import get_object
-from pipeline.storage.urls import cause, is_local, safe_url
+from pipeline.storage.range_file import RangeFile
+from pipeline.storage.retrying import call_store, call_with_retries
+from pipeline.storage.s3 import get_object, look_for_credentials, with_reason
+from pipeline.storage.urls import credentials_flaw, is_local, safe_url
 
 T = TypeVar("T")
 CONNECT_S, SILENCE_S = 5.0, 20.0
@@ -54,6 +57,7 @@ _S3_OPTIONS = {
 }
 HASH_CHUNK_BYTES = 1 << 20
 """The bytes that are read at once to compute a checksum."""
+_WRITES = ("write", "create", "delete")
 _BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs")
 
 
@@ -79,12 +83,18 @@ class Storage:
     StorageError if an operation fails and retries could not help or did not help. Several threads may use one object.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, *, anchor: str | None = None, patience_s: float = inf) -> None:
         """Open the folder at a path or URL; nothing is created.
 
+        `anchor`: a folder in it. On a local disk, files are then written only while this folder exists, so that a
+        folder which somebody removes meanwhile is not created anew. `patience_s`: the most seconds for which an
+        operation is retried, if that is less than usual.
+
         Raises StorageError if the URL cannot be used: its protocol is unknown, a library or an archive is missing, or
-        it names no bucket or holds a NUL byte.
+        it names no bucket or holds a NUL byte or credentials (see credentials_flaw).
         """
+        if why := credentials_flaw(root):
+            raise StorageError(f"cannot use {safe_url(root)}: {why}")
         if "\0" in root:
             raise StorageError("cannot use {}: it holds a NUL byte".format(safe_url(root).replace("\0", "\\0")))
         self.root = root.rstrip("/") or "/"
@@ -97,10 +107,12 @@ class Storage:
                 self._fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False, **(_S3_OPTIONS if s3 else {}))
                 if s3:
                     self._fs.retries = 1
+                    watch_pages(self._fs)
         except Exception as error:  # any error that the protocol's library raises here is about this URL
             raise StorageError(f"cannot use {safe_url(root)}: {cause(error)}") from error
         self._path = path.rstrip("/") or "/"
         self._local = isinstance(self._fs, LocalFileSystem)
+        self._anchor, self._longest_s = anchor and f"{self._path.rstrip('/')}/{anchor}", patience_s
         if self._local:
             self._fs = LocalFiles()
         elif not self._path.strip("/") and root.partition("://")[0] in _BUCKET_PROTOCOLS:
@@ -163,12 +175,7 @@ class Storage:
     def read_if_exists(self, name: str) -> bytes | None:
         """Return the whole content of the file, or None if there is no such file."""
 
-        def fetch(path: str) -> bytes | None:
-            with suppress(FileNotFoundError, NotADirectoryError):
-                return self._read_whole(path)
-            return None
-
-        return self._call("read", name, fetch)
+        return self._call("read", name, lambda path: _unless_absent(lambda: self._read_whole(path)))
 
     def sha256(self, name: str, size: int) -> str:
         """Return the SHA-256 checksum (hex) of the first `size` bytes of the file, which is read in pieces."""
@@ -185,33 +192,30 @@ class Storage:
         """
         if self._local:
             return self._call("open", name, lambda path: pa.OSFile(path, "rb"))
-        return pa.PythonFile(_RangeFile(self, name, size), mode="r")
+        return pa.PythonFile(RangeFile(self.read_range, name, size), mode="r")
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file, in place of an existing one. Readers see the old or the new file, never half of one."""
         if self._local:
-            self._call("write", name, lambda path: write_local(path, data, os.replace))
+            self._call("write", name, lambda path: write_local(path, data, os.replace, self._anchor))
         else:
             self._call("write", name, lambda path: self._upload(path, data))
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a whole file unless it exists, and return whether this call wrote it: the first writer wins.
 
+        A file of 0 bytes counts as absent unless `data` is empty: it was left behind by a writer that was killed.
         If the store's answer to a successful write is lost, the retry finds the file that this same call wrote and
         returns False. A caller that must know puts a writer id into the file and reads it back.
         """
         if self._local:
-            return self._call("create", name, lambda path: create_local(path, data))
+            return self._call("create", name, lambda path: create_local(path, data, self._anchor))
         return self._call("create", name, lambda path: self._create_remote(path, data))
 
     def remove(self, name: str) -> None:
         """Delete the file if it exists."""
 
-        def delete(path: str) -> None:
-            with suppress(FileNotFoundError):
-                self._fs.rm_file(path, **self._limit(0))
-
-        self._call("delete", name, delete)
+        self._call("delete", name, lambda path: _unless_absent(lambda: self._fs.rm_file(path, **self._limit(0))))
 
     def _read_whole(self, path: str) -> bytes:
         expected = self._fs.info(path, **self._limit(0))["size"]
@@ -243,13 +247,29 @@ class Storage:
         try:
             self._upload(path, data, mode="create")
         except FileExistsError:
-            return False
+            return self._fill_empty(path, data)
         except OSError as error:
             # s3fs raises EINVAL if the server does not say which precondition failed.
             if error.errno == errno.EINVAL and self._info(path) is not None:
-                return False
+                return self._fill_empty(path, data)
             raise
         return True
+
+    def _fill_empty(self, path: str, data: bytes) -> bool:
+        """Write the file if what has its name is of 0 bytes, and return whether this call's content is there then."""
+        info = self._info(path) if data else None
+        if info is None or info["type"] != "file" or info["size"] != 0:
+            return False
+        if "s3" in self._fs.protocol:  # of several writers, the store then lets only one replace the empty file
+            try:
+                self._upload(path, data, IfMatch=info["ETag"])
+            except OSError as error:
+                if not isinstance(error, FileExistsError) and error.errno != errno.EINVAL:
+                    raise  # the others mean that another writer was first
+        else:
+            self._upload(path, data)
+            time.sleep(local.EMPTY_S)  # another writer that saw the empty file has replaced this one's file by then
+        return self._read_whole(path) == data
 
     def _limit(self, size: int) -> dict[str, float]:
         """Return the argument for fsspec that limits the time of one request that moves `size` bytes.
@@ -259,20 +279,19 @@ class Storage:
         return {"timeout": ANSWER_S + size / SLOWEST_BYTES_S} if self._fs.async_impl else {}
 
     def _info(self, path: str) -> dict[str, Any] | None:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            return dict(self._fs.info(path, **self._limit(0)))
-        return None
+        return _unless_absent(lambda: dict(self._fs.info(path, **self._limit(0))))
 
     def _listing(self, lister: Callable[..., Any], path: str) -> list[FileInfo]:
-        try:
-            found = lister(path, detail=True, **self._limit(LISTING_BYTES))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        infos = found.values() if isinstance(found, dict) else found
-        # An object store may list a folder as an empty object with the folder's name.
-        kinds = ("file", "dangling")
-        files = [info for info in infos if info["type"] in kinds and not str(info["name"]).endswith("/")]
-        return sorted(map(self._file_info, files), key=lambda info: info.name)
+        def list_once() -> dict[str, FileInfo]:
+            found = _unless_absent(lambda: lister(path, detail=True, **self._limit(LISTING_BYTES))) or []
+            infos = found.values() if isinstance(found, dict) else found
+            # An object store may list a folder as an empty object with the folder's name.
+            kinds = ("file", "dangling")
+            files = [info for info in infos if info["type"] in kinds and not str(info["name"]).endswith("/")]
+            return {info.name: info for info in map(self._file_info, files)}
+
+        found = list_whole_pages(self._fs, safe_url(self.root), list_once)
+        return sorted(found.values(), key=lambda info: info.name)
 
     def _file_info(self, info: dict[str, Any]) -> FileInfo:
         path = str(info["name"])
@@ -282,44 +301,42 @@ class Storage:
     def _call(self, operation: str, name: str, function: Callable[[str], T]) -> T:
         path = f"{self._path.rstrip('/')}/{name}" if name else self._path
         url = safe_url(f"{self.root.rstrip('/')}/{name}" if name else self.root)
-        result = call_with_retries(f"cannot {operation} {url}", self._patience_s(), partial(function, path))
-        self._fs.twotower_answered = True  # all Storage objects of one store share the file system object
-        return result
-
-    def _patience_s(self) -> float:
+        what = f"cannot {operation} {url}"
         if self._local:
-            return retrying.LOCAL_PATIENCE_S
-        known = hasattr(self._fs, "twotower_answered")
-        return retrying.PATIENCE_S if known else min(retrying.STRANGER_PATIENCE_S, retrying.PATIENCE_S)
+            return call_with_retries(what, min(retrying.LOCAL_PATIENCE_S, self._longest_s), partial(function, path))
+        bucket = "/".join(self.root.split("/")[:3])
+        call, writes = partial(self._call_remote, function, path), operation in _WRITES
+        return call_store(what, bucket, call, writes=writes, longest_s=self._longest_s)
+
+    def _call_remote(self, function: Callable[[str], T], path: str) -> T:
+        """Call the function with a path of a store behind a URL. Its errors say what went wrong, as far as a library or
+        the store can tell."""
+        s3 = "s3" in self._fs.protocol
+        try:
+            return function(path)
+        except FileNotFoundError as error:
+            if hidden := hidden_failure(error):
+                raise hidden from None
+            raise
+        except OSError as error:
+            error = with_reason(self._fs, path, error, **self._limit(0)) if s3 else error
+            if s3:
+                look_for_credentials(self._fs, error)
+            raise error from error.__cause__
+        except RecursionError as error:
+            if s3:  # its library follows redirects without an end if the store does not name the region
+                raise OSError(errno.EREMCHG, "it is at another endpoint") from error
+            raise
 
 
-class _RangeFile(io.RawIOBase):
-    """A file behind a URL as a seekable Python file. Every read is one range request, which the storage retries."""
-
-    def __init__(self, storage: Storage, name: str, size: int) -> None:
-        super().__init__()
-        self._storage, self._name, self._size, self._position = storage, name, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        end = self._size if size < 0 else min(self._size, self._position + size)
-        if end <= self._position:
-            return b""
-        data = self._storage.read_range(self._name, self._position, end)
-        self._position += len(data)
-        return data
+def _unless_absent(call: Callable[[], T]) -> T | None:
+    """Return the result of `call`, or None if it says that the file or folder is missing."""
+    try:
+        return call()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if hidden := hidden_failure(error):
+            raise hidden from None
+        return None
 
 
 def _raise_short(came: int, start: int, end: int, size: int | None) -> NoReturn:
@@ -362,8 +379,8 @@ def read_text(path: str, at_most: int = -1) -> str:
         return file.read(at_most)
 
 
-def _stamp(info: dict[str, Any], local: bool) -> str:
-    if not local:
+def _stamp(info: dict[str, Any], is_local_file: bool) -> str:
+    if not is_local_file:
         for key in ("ETag", "etag", "md5Hash"):
             if info.get(key):
                 return "etag:" + str(info[key]).strip('"')

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pipeline.storage import retrying
 from tests.end_to_end.s3.server import BUCKET, aws_variables
 
 
@@ -16,6 +17,7 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     S3FileSystem.clear_instance_cache()  # instances remember the endpoint and credentials that they were made with
+    monkeypatch.setattr(retrying, "_answered", set())  # every test begins with a store that has never answered
     name = "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in request.node.name)
     yield f"s3://{BUCKET}/{name}"  # without brackets, which would make it a glob
     S3FileSystem.clear_instance_cache()

@@ -5,12 +5,13 @@ Faults are scripted for requests of one method and name, or come at random with 
 
 import http.client
 import random
+import re
 import socket
 import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -24,12 +25,34 @@ FAULTS = {
     "cut": "half of the answer's body comes, and then the end, though its length says more",
     "short": "half of the answer's body comes, under a length that says so",
     "hang": "the server never sees it, and no answer comes until the client gives up",
+    "flip": "one bit of the answer's body is flipped",
+    "fewer": "every second entry of a listing is missing, though its count of entries includes them",
+    "unseen": "every second entry of a listing is missing, and its count of entries as well",
+    "empty": "a listing has no entries",
+    "endless": "the rest of a listing is missing, and it says that another page follows, but not where",
+    **dict.fromkeys(
+        ("denied", "expired", "unknown-key", "skewed", "redirect"), "refused, and the server never sees it"
+    ),
 }
 RANDOM_FAULTS: tuple[str, ...] = ("503", "500", "reset", "lost", "slow", "cut", "short")
-ERRORS = {
-    "503": b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
-    "500": b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>",
+REFUSALS = {
+    "503": (503, "SlowDown", "Please reduce your request rate."),
+    "500": (500, "InternalError", "We encountered an internal error."),
+    "denied": (403, "AccessDenied", "Access Denied"),
+    "expired": (400, "ExpiredToken", "The provided token has expired."),
+    "unknown-key": (403, "InvalidAccessKeyId", "The AWS Access Key Id you provided does not exist in our records."),
+    "skewed": (
+        403,
+        "RequestTimeTooSkewed",
+        "The difference between the request time and the current time is too large.",
+    ),
+    "redirect": (
+        301,
+        "PermanentRedirect",
+        "The bucket you are attempting to access must be addressed using the specified endpoint.",
+    ),
 }
+"""The faults that are answers without the server: status, code and message. To HEAD, only the status is an answer."""
 DRIPS, DRIP_S = 8, 0.02
 HANG_S = 60.0
 
@@ -53,6 +76,9 @@ class FaultProxy(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.faults: list[str] = []
         """Scripted faults that are left."""
+        self.spoil: Callable[[str, str, bytes], bytes] | None = None
+        """A function that is called with the path, the header Range and the content of each answer to a GET that works,
+        and returns the content that is sent in its place."""
         self._method, self._ending = "", ""
         self._random, self._rate, self._kinds = random.Random(), 0.0, RANDOM_FAULTS
         self._lock = threading.Lock()
@@ -96,15 +122,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.server.next_fault(self.command, self.path)
-        if fault in ("503", "500", "reset", "hang"):
+        if fault in REFUSALS or fault in ("reset", "hang"):
             self.server.count(fault)
-            if fault in ERRORS:
-                content = b"" if self.command == "HEAD" else ERRORS[fault]
-                self._answer(int(fault), [("Content-Type", "application/xml")], content)
+            if fault in REFUSALS:
+                status, code, message = REFUSALS[fault]
+                error = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+                content = b"" if self.command == "HEAD" else error
+                self._answer(status, [("Content-Type", "application/xml")], content)
             else:
                 self._hang_up(HANG_S if fault == "hang" else 0.0)
             return
         status, headers, content = self._forward(body)
+        if (spoil := self.server.spoil) and self.command == "GET" and status in (200, 206):
+            content = spoil(urlsplit(self.path).path, self.headers.get("Range") or "", content)
         if fault == "lost":
             self.server.count(fault)
             self._hang_up()
@@ -131,6 +161,13 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "short":
             true = [(name, value) for name, value in headers if name.lower() != "content-length"]
             self._answer(status, true, half)
+        elif fault == "flip":
+            middle = len(content) // 2
+            flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            self._answer(status, headers, flipped)
+        elif fault in ("fewer", "unseen", "empty", "endless"):
+            true = [(name, value) for name, value in headers if name.lower() != "content-length"]
+            self._answer(status, true, shorten_listing(fault, content))
         elif fault == "cut":
             self._answer(status, headers, half)
             self._hang_up()
@@ -168,6 +205,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+def shorten_listing(fault: str, content: bytes) -> bytes:
+    """Return an answer to ListObjectsV2 without some of its entries: a fault of FAULTS."""
+    entries = re.findall(rb"<Contents>.*?</Contents>", content, re.DOTALL)
+    left_out = {"endless": entries[len(entries) // 2 :], "empty": entries}.get(fault, entries[1::2])
+    for entry in left_out:
+        content = content.replace(entry, b"", 1)
+    if fault in ("unseen", "empty"):
+        content = re.sub(rb"<KeyCount>\d+", b"<KeyCount>%d" % (len(entries) - len(left_out)), content)
+    if fault == "endless":
+        content = content.replace(b"<IsTruncated>false", b"<IsTruncated>true")
+    return content
 
 
 @contextmanager

@@ -4,6 +4,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import StorageError
@@ -12,7 +14,7 @@ from pipeline.storage import retrying
 from pipeline.storage import storage as storage_module
 from pipeline.storage.storage import Storage
 from tests.end_to_end.s3.fault_proxy import RANDOM_FAULTS, FaultProxy, fault_proxy
-from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, write
+from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, reader_of, write
 from tests.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.server]
@@ -191,6 +193,30 @@ def test_a_file_too_large_for_one_request_is_refused(s3: str, monkeypatch: pytes
     monkeypatch.setattr(storage_module, "S3_FILE_BYTES", 1000)
     with pytest.raises(StorageError, match=rf"^cannot create {s3}/big: 1001 bytes are too many for one S3 request"):
         Storage(s3).create("big", bytes(1001))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("files", [1, 4])
+def test_flipped_bits_of_the_input_change_no_row(s3: str, proxy: FaultProxy, seed: int, files: int) -> None:
+    """A third of all answers have a flipped bit while rows are read, from one file as it is decoded or from several
+    that are fetched whole. The pages have checksums."""
+    texts = [f"{text} {'word ' * 100}" for text in prompts(400 * files)]
+    for number in range(files):
+        sink = pa.BufferOutputStream()
+        table = pa.table({"prompt": texts[400 * number : 400 * (number + 1)]})
+        # nothing but the checksums notices the flip: there is neither a dictionary nor compression
+        pq.write_table(
+            table, sink, row_group_size=50, use_dictionary=False, compression="none", write_page_checksum=True
+        )
+        Storage(f"{s3}/in").write(f"{number}.parquet", sink.getvalue().to_pybytes())
+    job = make_job(f"{s3}/in", f"{s3}/out", output={"rows_per_file": 2000})
+    plan = plan_of(job)
+    reader = reader_of(job)
+    proxy.fail_at_random(seed, 0.34, ["flip"])
+    rows = [row for unit in plan.units for row in reader.read(unit).rows]
+    reader.close()
+    assert proxy.injected["flip"] > 0
+    assert [row.prompt for row in rows] == texts
 
 
 @pytest.mark.parametrize("seed", range(2))

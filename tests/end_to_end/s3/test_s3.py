@@ -41,6 +41,34 @@ def test_a_plan_of_a_folder_a_file_and_a_glob(s3: str, tmp_path: Path) -> None:
     assert [file.name for file in globbed] == ["in-other/d.parquet", "in/a.parquet"]
 
 
+def test_an_empty_object_counts_as_absent(s3: str) -> None:
+    store = Storage(s3)
+    store.write("x", b"")
+    assert store.create("x", b"data")
+    assert store.read("x") == b"data"
+    assert not store.create("x", b"other")
+    assert store.create("y", b"")
+    assert not store.create("y", b"")
+
+
+def test_of_several_writers_that_fill_an_empty_object_one_wins(s3: str) -> None:
+    store = Storage(s3)
+    store.write("x", b"")
+    start, won = threading.Barrier(6), [False] * 6
+
+    def write_it(number: int) -> None:
+        start.wait()
+        won[number] = Storage(s3).create("x", b"%04d" % number * 500)
+
+    threads = [threading.Thread(target=write_it, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(won) == 1
+    assert store.read("x") == b"%04d" % won.index(True) * 500
+
+
 def test_nothing_there(s3: str) -> None:
     with pytest.raises(InputError, match="does not exist"):
         plan_of(make_job(f"{s3}/absent", f"{s3}/out"))

@@ -11,19 +11,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from tenacity import stop_after_attempt
 
 from pipeline.core.errors import OutputError, StorageError
 from pipeline.output.layout import check_writable
 from pipeline.storage import retrying
 from pipeline.storage.storage import Storage
-from pipeline.storage.urls import is_inside, safe_url
+from pipeline.storage.urls import credentials_flaw, is_inside, safe_url
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrying, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(retrying, "LONGEST_WAIT_S", 0.001)
+    monkeypatch.setattr(retrying, "_answered", set())
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -105,6 +107,13 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert os.listdir(tmp_path) == []
 
 
+def refused(status: str, code: str) -> OSError:
+    """Return an error as s3fs makes it of an answer with this code."""
+    error = OSError(errno.EINVAL, "Bad Request") if status == "400" else PermissionError("Forbidden")
+    error.__cause__ = ClientError({"Error": {"Code": code, "Message": "no"}}, "GetObject")
+    return error
+
+
 def failing(times: int, error: OSError, result: Any) -> tuple[Callable[..., Any], list[int]]:
     calls: list[int] = []
 
@@ -159,6 +168,80 @@ def test_what_is_left_is_one_line(monkeypatch: pytest.MonkeyPatch, error: OSErro
     assert len(calls) == (5 if again else 1)
     assert patience == [retrying.PATIENCE_S]
     assert "\n" not in str(caught.value)
+
+
+REFUSALS = [PermissionError("Access Denied"), refused("400", "ExpiredToken"), refused("403", "RequestTimeTooSkewed")]
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=["denied", "expired", "skewed"])
+def test_a_refusal_may_pass_on_a_store_that_allowed_it_before(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    """Credentials are being renewed. Reading and writing are equally patient."""
+    store = Storage("memory://refused")
+    store.write("x", b"data")
+    assert store.read("x") == b"data"
+    for method, call in (("cat_file", lambda: store.read("x")), ("pipe_file", lambda: store.write("x", b"data"))):
+        with monkeypatch.context() as patch:
+            failed, calls = failing(25, error, b"data")
+            patch.setattr(store._fs, method, failed)
+            call()
+            assert len(calls) == 26
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=["denied", "expired", "skewed"])
+def test_a_refusal_is_final_on_a_store_that_never_allowed_it(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    """A wrong key must not make anybody wait. That reading is allowed says nothing about writing."""
+    store = Storage("memory://refused")
+    assert not store.exists("absent")
+    failed, calls = failing(25, error, None)
+    monkeypatch.setattr(store._fs, "pipe_file", failed)
+    with pytest.raises(StorageError):
+        store.write("x", b"data")
+    assert len(calls) == 1
+
+
+def test_a_refusal_that_stays_ends_after_its_own_patience(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retrying, "REFUSED_PATIENCE_S", 0.1)
+    monkeypatch.setattr(retrying, "NOTICE_S", 0.0)
+    store = Storage("memory://refused")
+    store.write("x", b"data")
+    assert store.read("x") == b"data"
+    failed, _ = failing(10**9, REFUSALS[0], None)
+    monkeypatch.setattr(store._fs, "cat_file", failed)
+    with pytest.raises(StorageError, match=r"permission denied; check the rights .*\(tried \d+ times in 0.1 s\)$"):
+        store.read("x")
+    assert "trying again for up to 0.1 s in all" in caplog.text
+
+
+def test_a_local_file_without_rights_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Storage(str(tmp_path))
+    store.write("x", b"data")
+    assert store.read("x") == b"data"
+    failed, calls = failing(9, PermissionError(errno.EACCES, "Permission denied"), None)
+    monkeypatch.setattr(store._fs, "cat_file", failed)
+    with pytest.raises(StorageError, match="permission denied; check the rights of the user"):
+        store.read("x")
+    assert len(calls) == 1
+
+
+def test_every_thread_knows_the_stores_that_have_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec gives each thread a file system object of its own."""
+    monkeypatch.setattr(retrying, "STRANGER_PATIENCE_S", 0.0)
+    Storage("memory://threads").write("x", b"data")
+    assert Storage("memory://threads").read("x") == b"data"
+    found = []
+
+    def read() -> None:
+        store = Storage("memory://threads")
+        call, _ = failing(3, OSError(errno.EBUSY, "Slow down"), b"data")
+        monkeypatch.setattr(store._fs, "cat_file", call)
+        found.append(store.read("x"))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
+    assert found == [b"data"]
 
 
 def test_the_patience_counts_from_the_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +327,56 @@ def test_urls_in_messages() -> None:
     assert safe_url("https://key:secret@host/a?X-Token=1#f") == safe_url("https://host/a#f") == "https://host/a"
     assert safe_url("/plain/path?#x") == "/plain/path?#x"
     assert safe_url("http://key:secret@[x/y?X-Token=1") == "http://[x/y"
+    assert safe_url("s3://key:se/cr+et@bucket/a@b") in ("s3://bucket/a@b", "s3://b")  # a slash belongs into %2F
+    assert safe_url("s3://key:secret/x") == "s3://…/x"
+    for url in ("http://host:80/a:b@c", "http://[::1]:80/a@b", "s3://arn:aws:s3:eu-west-1:1:accesspoint/a/b@c"):
+        assert safe_url(url) == url
+    assert safe_url("abfs://data@account.dfs.core.windows.net/a") == "abfs://account.dfs.core.windows.net/a"
+    assert safe_url('URL: "http://127.0.0.1:1/b/k"') == 'URL: "http://127.0.0.1:1/b/k"'
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://KEYID:Qz1Xy9@bucket/x",
+        "s3://KEYID:Qz1/Xy9@bucket/x",
+        "s3://Qz1Xy9@bucket/x",
+        "S3://KEYID:Qz1Xy9@bucket/x",
+        "gcs://user:Qz1Xy9@bucket/x",
+        "abfs://user:Qz1Xy9@account/x",
+        "oss://KEYID:Qz1Xy9@bucket",
+        "s3://KEYID:Qz1Xy9",
+        "https://host/x?X-Amz-Signature=Qz1Xy9",
+        "https://host/x?sv=1&sig=Qz1Xy9",
+        "simplecache::s3://KEYID:Qz1Xy9@bucket/x",
+        "s3://KEYID%3AQz1Xy9%40bucket/x",
+        "s3://KEYID%3aQz1Xy9",
+        "s3:///KEYID:Qz1Xy9@bucket/x",
+    ],
+)
+def test_credentials_in_the_url_of_an_object_store_are_refused(url: str) -> None:
+    """This is the one place that every path goes through. botocore would print them as a bucket's name."""
+    with pytest.raises(StorageError, match=r"credentials in the environment$|put them into the env") as e:
+        Storage(url)
+    for secret in ("Qz1", "Xy9", "KEYID"):
+        assert secret not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket/a@b:c/d",
+        "s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/name/key",
+        "abfs://container@account.dfs.core.windows.net/x",
+        "http://user:password@host/x",
+        "sftp://user:password@host:22/x",
+        "memory://a@b:c/d",
+        "/local/s3:/a:b@c",
+        "/local/x?sig=1",
+    ],
+)
+def test_other_paths_hold_no_credentials_that_are_refused(url: str) -> None:
+    assert credentials_flaw(url) is None
 
 
 @pytest.mark.parametrize(
