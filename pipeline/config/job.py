@@ -332,8 +332,11 @@ class RetrySection(Section):
 
     attempts: int = Field(default=3, ge=1)
     """The number of attempts at a unit, at least 1. If its replica dies so many times, the unit is split until the row
-    that kills replicas is found, which becomes an error row. If reading or publishing a unit fails so many times, the
-    job ends."""
+    that kills replicas is found, which becomes an error row. If reading a unit fails so many times, see on_bad_unit; if
+    saving its rows does, the job ends."""
+    on_bad_unit: Literal["set_aside", "fail"] = "set_aside"
+    """What to do with a unit that cannot be read, for example because a file is damaged. set_aside: finish all other
+    rows, then end with exit code 1 and name what is missing. fail: end the job at once."""
     stall_minutes: float = Field(default=30.0, gt=0)
     """Minutes without any progress after which a replica is replaced. If replacements make no progress either and no
     row is generated for twice as long, the job ends."""

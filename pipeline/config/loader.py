@@ -18,7 +18,7 @@ from pipeline.config.variables import Variables, utc_today
 from pipeline.core.errors import JobError
 from pipeline.core.text import one_line, shorten
 from pipeline.storage.storage import read_text
-from pipeline.storage.urls import flaw_of, in_ray_package, is_local
+from pipeline.storage.urls import flaw_of, in_ray_package, is_local, safe_url
 
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
 _INT = re.compile(r"[-+]?\d+")
@@ -90,6 +90,8 @@ def read_settings(path: str | PathLike[str], overrides: Sequence[str] = ()) -> d
 def _read(file: str, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the settings under their current keys, and for each setting with an old name or an override a name for
     messages, by dotted key: the name that the user wrote."""
+    if not is_local(file):
+        raise JobError(f"{safe_url(file)}: a job file must be on this machine: copy it first")
     stands = _parse_file(file)
     try:
         settings = rename_old_keys(stands)
@@ -217,9 +219,7 @@ def _apply(settings: dict[str, Any], override: str) -> tuple[str, str, Any]:
     key, equals, text = override.partition("=")
     written = key.strip().split(".")
     if not equals or not all(written):
-        raise JobError(
-            f"--set {shorten(override, MAX_VALUE_CHARS)}: write it as section.key=value, such as engine.max_rows=8"
-        )
+        raise JobError(f"--set {_shown_override(override)}: write it as section.key=value, such as engine.max_rows=8")
     parts = [OLD_KEYS.get(written[0], written[0]), *written[1:]]
     section = settings
     for depth, part in enumerate(parts[:-1], 1):
@@ -227,10 +227,14 @@ def _apply(settings: dict[str, Any], override: str) -> tuple[str, str, Any]:
         if inner is None:
             inner = section[part] = {}
         if not isinstance(inner, dict):
-            raise JobError(f"--set {shorten(override, MAX_VALUE_CHARS)}: {'.'.join(written[:depth])} is not a section")
+            raise JobError(f"--set {_shown_override(override)}: {'.'.join(written[:depth])} is not a section")
         section = inner
     value = section[parts[-1]] = _parse(text, f"--set {key}")
     return ".".join(parts), ".".join(written), value
+
+
+def _shown_override(override: str) -> str:
+    return shorten(safe_url(override), MAX_VALUE_CHARS)
 
 
 def _expand_tree(value: Any, key: str, file: str, origins: Mapping[str, str], variables: Variables) -> Any:

@@ -36,7 +36,7 @@ def _explain_one(fault: ErrorDetails, origins: Mapping[str, str]) -> str:
     if fault["type"] == "missing":
         return f"{key} is missing: it has no default"
     if fault["type"] == "extra_forbidden":
-        return f"{key} is not a key of a job" + _suggest(location)
+        return f"{safe_url(key)} is not a key of a job" + _suggest(location)
     rule = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and isinstance(fault["input"], dict):
         # This rule covers a whole section, and its message names the key itself.
@@ -95,7 +95,15 @@ def kind_of(value: object) -> str:
 
 def shown(value: object) -> str:
     """Return a value for a message: text in quotes, URLs without credentials, at most MAX_VALUE_CHARS characters."""
-    text = repr(str(value)) if isinstance(value, str) else repr(value)
-    if "://" in text and isinstance(value, str):
-        text = repr(safe_url(value))
-    return shorten(text, MAX_VALUE_CHARS)
+    return shorten(repr(_without_credentials(value)), MAX_VALUE_CHARS)
+
+
+def _without_credentials(value: object) -> object:
+    """Return the value with each text in it as safe_url shows it, and as plain str."""
+    if isinstance(value, str):
+        return safe_url(str(value))
+    if isinstance(value, list | tuple):
+        return type(value)(map(_without_credentials, value))
+    if isinstance(value, dict):
+        return {_without_credentials(key): _without_credentials(inner) for key, inner in value.items()}
+    return value

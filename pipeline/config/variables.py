@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 
 from pipeline.config.messages import MAX_VALUE_CHARS, shown
+from pipeline.config.secret_names import names_secret
 from pipeline.core.errors import JobError
 from pipeline.core.text import shorten
 
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}|\$\{")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_USER_INFO = re.compile(r"(?:https?|ftps?|sftp)://[^/]*@", re.IGNORECASE)
+"""The part of a URL in which a user and a password may stand."""
 DATE = "DATE"
 """The name of the variable whose value is a day: YYYY-MM-DD, or one of the words in DAYS_AGO."""
 DAYS_AGO = {"today": 0, "yesterday": 1}
@@ -37,13 +40,22 @@ class Variables:
 
         In a path, a value loses its final slash if a slash follows. `s3://bucket/in/` and `s3://bucket/in` therefore
         mean the same in `${INPUT}/2026`; for an object store `in//2026` would be a different folder. Raises JobError,
-        with a message that begins with `where`, if a variable is malformed or not set and without a default, or if
-        DATE is no day or a second day.
+        with a message that begins with `where`, if a variable is malformed or not set and without a default, if DATE is
+        no day or a second day, or if the name of a variable looks like that of a secret. All settings are written to
+        the output; only the user info of a URL of http, ftp or sftp is left out where paths are shown.
         """
+        user_info = _USER_INFO.match(text) if is_path else None
 
         def fill_one(match: re.Match[str]) -> str:
             if match.group() == "$${":
                 return "${"
+            name = (match.group(1) or "").partition(":-")[0]
+            if names_secret(name) and (user_info is None or match.end() > user_info.end()):
+                raise JobError(
+                    f"{where}: the variable {name} looks like a secret, and every setting is written to plan.json, "
+                    "manifest.json and the report: leave it in the environment, where the libraries find it, or give "
+                    "the variable another name"
+                )
             value = self._value(match, where)
             return value.removesuffix("/") if is_path and text.startswith("/", match.end()) else value
 

@@ -72,8 +72,16 @@ class TimeScale:
         return seconds / self._size
 
 
+def time_left(seconds: float | None) -> str:
+    """Return an estimate of the seconds left in a form for people to read, or "?" if it is None, not finite or
+    negative, as before the first rows and in a file that anybody may have written."""
+    return "?" if seconds is None or seconds < 0 else duration(seconds)
+
+
 def duration(seconds: float) -> str:
-    """Return seconds in a form for people to read: 48s, 3m20s, 2h05m, 4d03h."""
+    """Return seconds in a form for people to read: 48s, 3m20s, 2h05m, 4d03h; "?" if they are not finite."""
+    if not math.isfinite(seconds):
+        return "?"
     whole = round(seconds)
     for size, unit, smaller, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= size:

@@ -18,7 +18,7 @@ from pipeline.checks.canary_file import (
     write_canary,
 )
 from pipeline.core.errors import CheckpointError, RequestError
-from pipeline.storage.urls import is_local, safe_url
+from pipeline.storage.urls import credentials_flaw, is_local, safe_url
 
 if TYPE_CHECKING:
     from model import TwoTower
@@ -54,6 +54,9 @@ def make_canary(
     from model.checks.canary import SETTINGS, make_cases, measure_rounding
     from model.checks.kernels import check_kernels
 
+    for path in (checkpoint, out or ""):
+        if why := credentials_flaw(path):
+            raise CheckpointError(f"cannot use {safe_url(path)}: {why}")
     opened = open_checkpoint(checkpoint)
     url = canary_url(checkpoint) if out is None else os.path.abspath(out) if is_local(out) else out
     if not force:

@@ -345,9 +345,12 @@ def test_a_relative_output_inside_rays_copy_is_refused(tmp_path: Path, monkeypat
 
 
 def test_messages_hide_credentials(tmp_path: Path) -> None:
-    message = refusal(tmp_path, GOOD + "retry: s3://key:hidden@host/x?token=hidden\n")
-    assert "s3://host/x" in message
-    assert "hidden" not in message
+    url = "s3://key:hidden@host/x"
+    for more in (f"retry: {url}\n", f"retry: [{{a: {url}}}]\n", f"{url}: 1\n"):
+        message = refusal(tmp_path, GOOD + more)
+        assert "s3://host/x" in message
+        assert "hidden" not in message
+    assert "hidden" not in refusal(tmp_path, GOOD + "retry: s3://key:hidden@host/x?token=hidden\n")
 
 
 @pytest.mark.slow
