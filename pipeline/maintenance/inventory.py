@@ -31,8 +31,8 @@ class Inventory:
 
     @property
     def part_units(self) -> set[str]:
-        """Return the ids of the units that have a part, taken from the names of the parts."""
-        return {match["unit"] for part in self.parts if (match := _PART.fullmatch(part.name))}
+        """Return the ids of the units that have a part, taken from the names of the parts. Empty files are no parts."""
+        return {match["unit"] for part in self.parts if part.size and (match := _PART.fullmatch(part.name))}
 
 
 _PART = re.compile(rf"part-{UNIT}\.parquet")

@@ -20,7 +20,7 @@ from pipeline.output.duplicate_ids import Hashes, IdCounter, hash_ids
 from pipeline.output.job_records import PlanRecord
 from pipeline.output.layout import part_name, record_name
 from pipeline.output.part import tally
-from pipeline.output.records import CommitRecord, NotOursError, PartRecord, read_part
+from pipeline.output.records import CommitRecord, NotOursError, OtherSchemaError, PartRecord, read_part
 from pipeline.output.unit_store import PUT_BACK
 from pipeline.planning.fingerprint import COLUMNS, column_types
 from pipeline.planning.packing import Span, spans_of
@@ -30,9 +30,8 @@ BATCH_ROWS = 8192
 HELD_BYTES = 256 << 20
 """Largest number of bytes of parts in memory, over all threads. A larger part is not held in memory: it is read twice
 in pieces, once to hash it and once to decode it."""
-AGAIN = "delete it and submit the job again"
-"""The advice for a file (a part or its commit record) that the next run of the job writes again once it is deleted."""
-_OR_ANOTHER_PLAN = f"{PUT_BACK} and submit the job again"
+AGAIN = "move it away and submit the job again"
+"""The advice for a file (a part or its commit record) that the next run of the job writes again once it is gone."""
 _READ = (
     *("id", "finish_reason", "prompt_tokens", "completion_tokens", "denoiser_forwards"),
     *("repetition", "source_file", "source_row"),
@@ -71,6 +70,9 @@ class PartChecker:
 
     def check(self, part: FileInfo) -> CheckedPart:
         """Read and check one part. Damage becomes a problem in the result. Raises StorageError if the storage fails."""
+        if not part.size:  # the name that a killed writer took on a file system without hard links
+            empty = f"{part.name} is empty (0 bytes): submit the job again, which writes it"
+            return CheckedPart(part.name, None, Totals(), (empty,))
         if part.size > HELD_BYTES:
             digest = self._storage.sha256(part.name, part.size)
             with self._storage.open(part.name, part.size) as source:
@@ -82,6 +84,8 @@ class PartChecker:
     def _check(self, part: FileInfo, source: pa.NativeFile, digest: str) -> CheckedPart:
         try:
             record, totals = read_part(source)
+        except OtherSchemaError as error:
+            return CheckedPart(part.name, None, Totals(), (f"{part.name} {error}",))
         except NotOursError as error:
             broken = f"{part.name} is truncated, damaged or no part: {error}; {AGAIN}"
             return CheckedPart(part.name, None, Totals(), (broken,))
@@ -112,15 +116,19 @@ class PartChecker:
         if record.fingerprint != self._plan.fingerprint.digest:
             return f"{part.name} is another job's part: its fingerprint is {record.fingerprint[:12]}…; {AGAIN}"
         if part.name != part_name(record.unit):
-            return f"{part.name} is a copy or was renamed: it holds unit {record.unit}; delete it"
+            own = part_name(record.unit)
+            return (
+                f"{part.name} is a copy or was renamed: it holds unit {record.unit}; move it away, or, if {own} is "
+                "missing, give it that name"
+            )
         unit, first = self._units.find(record), record.pieces[0]
         if unit is None and first.file not in self._plan.listing:
-            return f"{part.name} holds rows of {first.file}, which is not an input file of the plan; delete it"
+            return f"{part.name} holds rows of {first.file}, which is not an input file of the plan; move it away"
         if unit is None:
             more = f" and of {counted(len(record.pieces) - 1, 'more file')}" if len(record.pieces) > 1 else ""
-            return f"{part.name} holds {first}{more}, which are not the rows of a unit; {_OR_ANOTHER_PLAN}"
+            return f"{part.name} holds {first}{more}, which are not the rows of a unit; {PUT_BACK}"
         wrong = record.difference(unit)
-        return f"{part.name} is not the part of the plan's unit: {wrong}; {_OR_ANOTHER_PLAN}" if wrong else unit
+        return f"{part.name} is not the part of the plan's unit: {wrong}; {PUT_BACK}" if wrong else unit
 
     def _check_commit(self, part: FileInfo, record: PartRecord, totals: Totals, digest: str) -> Iterator[str]:
         """Yield a problem if the commit record is missing, damaged or does not agree with the part."""
@@ -128,7 +136,7 @@ class PartChecker:
         if part.name != part_name(record.unit):
             return  # the record belongs to another part
         data = self._storage.read_if_exists(name) if record.unit in self._records else None
-        if data is None:
+        if not data:  # an empty one counts as missing, and a run writes it again
             yield f"{name} is missing: submit the job again to have it written"
             return
         try:

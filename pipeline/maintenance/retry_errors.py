@@ -141,7 +141,9 @@ def _find_failed(output_path: str, record: PlanRecord) -> _Failed:
                     raise NotOursError("it is another job's part")
                 columns = ["finish_reason", "error", "source_file", "source_row"]
                 known = {piece.file for piece in about.pieces}
-                batches = pq.ParquetFile(source).iter_batches(columns=columns, use_threads=False)
+                batches = pq.ParquetFile(source, page_checksum_verification=True).iter_batches(
+                    columns=columns, use_threads=False
+                )
                 for batch in batches if totals.errors else ():
                     bad = batch.filter(pc.equal(batch["finish_reason"], pa.scalar("error")))
                     for file, numbers in _by_file(bad):
@@ -158,7 +160,7 @@ def _find_failed(output_path: str, record: PlanRecord) -> _Failed:
     found = _Failed({}, Counter(), 0)
     by_file: dict[str, list[RowNumbers]] = defaultdict(list)
     with ThreadPoolExecutor(THREADS) as pool:
-        for rows, reasons in pool.map(read, storage.list_files("", PARTS)):
+        for rows, reasons in pool.map(read, [part for part in storage.list_files("", PARTS) if part.size]):
             found.parts += 1
             for file, numbers in rows:
                 by_file[file].append(numbers)

@@ -11,13 +11,14 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.core.error_kinds import without_numbers
 from pipeline.core.text import counted
 from pipeline.core.types import Totals
 from pipeline.maintenance.inventory import Inventory, list_inventory
 from pipeline.maintenance.part_check import CheckedPart, PartChecker
 from pipeline.output.duplicate_ids import IdCounter
 from pipeline.output.job_records import PlanRecord
-from pipeline.output.layout import MANIFEST, SUCCESS, record_name
+from pipeline.output.layout import MANIFEST, SET_ASIDE, SUCCESS, record_name
 from pipeline.output.ledger import Ledger
 from pipeline.output.records import NotOursError, from_json
 from pipeline.storage.scratch import scratch
@@ -29,11 +30,25 @@ ProgressHook = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is wrong with an output folder."""
+
+    text: str
+    """One line: what is wrong, in which file, and what to do."""
+    kind: str
+    """The same for findings that differ only in names and numbers, so that only some of them need to be shown."""
+    leftover: bool = False
+    """Whether it is only that files are in the folder which do not belong there. All rows are right nevertheless."""
+    files: int = 1
+    """Number of files that it is about."""
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """The result of checking an output folder."""
 
-    problems: tuple[str, ...]
-    """One line for each problem: what is wrong, in which file, and what to do. Empty if the output is sound."""
+    findings: tuple[Finding, ...]
+    """Everything that is wrong. Empty if the output is sound."""
     totals: Totals
     """The totals, counted from the rows of the parts."""
     parts: int
@@ -41,8 +56,34 @@ class Verification:
     part_bytes: int
     """Size of all parts."""
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Return the text of each finding."""
+        return tuple(finding.text for finding in self.findings)
+
+    @property
+    def wrong(self) -> int:
+        """Return the number of findings about rows, parts, records, the manifest or what is missing: all but
+        leftovers."""
+        return sum(not finding.leftover for finding in self.findings)
+
+    @property
+    def leftovers(self) -> int:
+        """Return the number of files that do not belong in the folder, or no longer do."""
+        return sum(finding.files for finding in self.findings if finding.leftover)
+
+    def lines(self, most: int | None = None) -> Iterator[str]:
+        """Yield the texts by kind, at most `most` of each kind (None: all), and then how many more there are."""
+        kinds: dict[str, list[Finding]] = defaultdict(list)
+        for finding in self.findings:
+            kinds[finding.kind].append(finding)
+        for found in kinds.values():
+            yield from (finding.text for finding in found[:most])
+            if more := len(found[most:]) if most is not None else 0:
+                yield f"… and {more:,} more like {'these' if most != 1 else 'this'}"
+
     def summary(self) -> str:
-        """Return one line that describes an output without problems."""
+        """Return one line that describes an output whose rows are right."""
         totals = self.totals
         return (
             f"verified: {counted(totals.rows, 'row')} in {counted(self.parts, 'part')} ({self.part_bytes:,} bytes), "
@@ -77,9 +118,15 @@ def verify(output_path: str, progress: ProgressHook = lambda _done, _all: None) 
     problems += missing
     if not problems:  # with other problems the totals differ anyway
         problems += _check_end(storage, plan, inventory, totals)
-    problems += _check_leftovers(inventory, complete=not missing)
+    findings = [Finding(text, _kind(text)) for text in problems]
+    findings += _check_leftovers(inventory, complete=not missing)
     size = sum(part.size for part in inventory.parts)
-    return Verification(tuple(problems), totals, len(parts), size)
+    return Verification(tuple(findings), totals, len(parts), size)
+
+
+def _kind(text: str) -> str:
+    """Return the kind of a problem: the three words after the name of the file, which every text begins with."""
+    return " ".join(without_numbers(text).split()[1:4])
 
 
 def _check_cover(plan: PlanRecord, inventory: Inventory, parts: Sequence[CheckedPart]) -> Iterator[str]:
@@ -98,11 +145,11 @@ def _check_cover(plan: PlanRecord, inventory: Inventory, parts: Sequence[Checked
             if first > end:
                 gaps.append(f"{name}, rows {end} to {first - 1}")
             end = max(end, first + count)
-            if not planned:  # it is to be deleted in any case, but not the good part that has the same rows
+            if not planned:  # it is to be moved away in any case, but not the good part that has the same rows
                 continue
             if first < end_planned and (before, part) not in doubled:
                 doubled.add((before, part))
-                yield f"{before} and {part} both hold row {first} of {name}: delete both and submit the job again"
+                yield f"{before} and {part} both hold row {first} of {name}: move both away and submit the job again"
             end_planned, before = max(end_planned, first + count), part
         if end < rows:
             gaps.append(f"{name}, rows {end} to {rows - 1}")
@@ -110,7 +157,8 @@ def _check_cover(plan: PlanRecord, inventory: Inventory, parts: Sequence[Checked
     if gaps and (there < plan.units or all(checked.spans is not None for checked in parts)):
         said = f"{plan.units - there} of {plan.units} units have no part" if there < plan.units else "rows have no part"
         claimed = f", though {SUCCESS} is there" if _has(inventory, SUCCESS) else ""
-        yield f"not complete{claimed}: {said}, such as {gaps[0]}; submit the job again"
+        unread = f"; {SET_ASIDE} names rows that the last run could not read" if _has(inventory, SET_ASIDE) else ""
+        yield f"not complete{claimed}: {said}, such as {gaps[0]}{unread}; submit the job again"
 
 
 def _check_end(storage: Storage, plan: PlanRecord, inventory: Inventory, totals: Totals) -> Iterator[str]:
@@ -126,7 +174,7 @@ def _check_end(storage: Storage, plan: PlanRecord, inventory: Inventory, totals:
     try:
         said = {"degenerate": 0, **from_json(storage.read(MANIFEST))}  # earlier versions did not count it
     except NotOursError as error:
-        yield f"{MANIFEST} is damaged: {error}; delete it and submit the job again"
+        yield f"{MANIFEST} is damaged: {error}; submit the job again to have it written"
         return
     expected: dict[str, Any] = {
         **asdict(totals),
@@ -136,23 +184,27 @@ def _check_end(storage: Storage, plan: PlanRecord, inventory: Inventory, totals:
     }
     for name, value in expected.items():
         if said.get(name) != value:
-            yield f"{MANIFEST} says {name} {said.get(name)!r}, not {value!r}: delete it and submit the job again"
+            yield f"{MANIFEST} says {name} {said.get(name)!r}, not {value!r}: move it away and submit the job again"
 
 
-def _check_leftovers(inventory: Inventory, *, complete: bool) -> Iterator[str]:
-    """Yield a problem for files that do not belong in the folder, or do not belong there any more."""
+def _check_leftovers(inventory: Inventory, *, complete: bool) -> Iterator[Finding]:
+    """Yield what is to be said about files that do not belong in the folder, or do not belong there any more."""
     units = inventory.part_units
     for file in inventory.strange:
-        yield f"{file.name} is not from this project: move it away, because readers may take it for output"
+        said = f"{file.name} is not from this project: move it away, because readers may take it for output"
+        yield Finding(said, "foreign", leftover=True)
     for unit in sorted(inventory.records.keys() - units) if complete else ():
-        yield f"{record_name(unit)} is the commit record of a part that is not there: delete it"
+        said = f"{record_name(unit)} is the commit record of a part that is not there: move it away"
+        yield Finding(said, "record", leftover=True)
     left = {unit: files for unit, files in inventory.segments.items() if unit in units or complete}
     if left:
         example = next(iter(left.values()))[0].name
         count = sum(map(len, left.values()))
-        yield f"{counted(count, 'segment')} of finished units, such as {example}: remove with `clean`"
+        said = f"{counted(count, 'segment')} of finished units, such as {example}: remove with `clean`"
+        yield Finding(said, "segments", leftover=True, files=count)
     for file in inventory.temporary:
-        yield f"{file.name} was left by a writer that died, or is still being written: remove it with `clean`"
+        said = f"{file.name} was left by a writer that died, or is still being written: remove it with `clean`"
+        yield Finding(said, "temporary", leftover=True)
 
 
 def _has(inventory: Inventory, name: str) -> bool:

@@ -3,6 +3,7 @@
 from model.checkpoint.reader import Checkpoint
 from pipeline.config.job import Job
 from pipeline.core.types import UNIT_RULES
+from pipeline.output.found_units import stored_units
 from pipeline.output.ledger import Ledger
 from pipeline.planning.fingerprint import PROMPT_RULES
 from pipeline.planning.packing import StoredUnits
@@ -36,10 +37,14 @@ def plan_job(job: Job, checkpoint: Checkpoint, *, allow_unreadable: bool = False
 
 
 def read_begun(job: Job) -> tuple[Begun, StoredUnits]:
-    """Return the facts about prompts and about units that the output of a job was begun with."""
+    """Return the facts about prompts and about units that the output of a job was begun with.
+
+    Raises StorageError if the storage fails.
+    """
     ledger = Ledger(job.output.path)
     if (old := ledger.last_plan()) is None:
-        return Begun(), StoredUnits()
+        # Parts and segments tell it if the plan is lost. Whether they are this job's is for Ledger.check.
+        return stored_units(ledger.look())
     prompts, units = int(old.fingerprint.fields.get(PROMPT_RULES, 1)), old.unit_rules
     # Without rows, an old plan is replaced.
     replaced = min(prompts, units) == 1 and not ledger.has_rows()

@@ -95,12 +95,14 @@ def _read_ids(storage: Storage, parts: Sequence[FileInfo]) -> "Iterator[pa.Array
     for part in parts:
         try:
             with storage.open(part.name, part.size) as source:
-                for batch in pq.ParquetFile(source).iter_batches(BATCH_ROWS, columns=["id"], use_threads=False):
+                for batch in pq.ParquetFile(source, page_checksum_verification=True).iter_batches(
+                    BATCH_ROWS, columns=["id"], use_threads=False
+                ):
                     yield batch.column(0).drop_null()
         except (pa.ArrowException, OSError) as error:
             raise OutputError(
                 f"output {safe_url(storage.root)}: {part.name} is broken: {one_line(error)}; "
-                "delete it to have its rows generated again"
+                "move it away and submit the job again, which generates its rows again"
             ) from error
 
 

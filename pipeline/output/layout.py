@@ -6,16 +6,21 @@ The names are relative to the folder. All of them except those of parts begin wi
 from contextlib import suppress
 
 from pipeline.core.errors import OutputError, StorageError
+from pipeline.storage.failures import cause
 from pipeline.storage.storage import Storage
-from pipeline.storage.urls import cause, safe_url
+from pipeline.storage.urls import safe_url
 
+JOB = "_job"
+"""The folder of everything but the parts and `_SUCCESS`. It exists as long as a run may write to the output."""
 PLAN, MANIFEST, SUCCESS = "_job/plan.json", "_job/manifest.json", "_SUCCESS"
 """The plan, the manifest, and the empty file that marks the output as complete."""
 REPORT = "_job/report.html"
 LIVE = "_job/live.json"
 """The progress of the job, which the driver writes again and again. `status` shows it and sees from it
 whether the driver is alive."""
-OWN = (PLAN, MANIFEST, SUCCESS, REPORT, LIVE)
+SET_ASIDE = "_job/set_aside.json"
+"""The rows that the last run could not read (pipeline.driver.set_aside). There is none without such rows."""
+OWN = (PLAN, MANIFEST, SUCCESS, REPORT, LIVE, SET_ASIDE)
 """All files of a job that are neither a part nor in one of the folders below."""
 RECORDS = "_job/units"
 """The folder of the commit records, one per published unit."""

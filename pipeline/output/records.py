@@ -30,6 +30,18 @@ class NotOursError(ValueError):
     """
 
 
+class OtherSchemaError(NotOursError):
+    """A part was written by a version of this project with another schema. The message says what to do."""
+
+
+def other_schema(version: object) -> str:
+    """Return what is wrong with a part or an output of this schema version, and what to do."""
+    return (
+        f"was written with version {printable(str(version))} of the schema of parts, and this version of twotower "
+        f"writes {SCHEMA_VERSION}: finish it with the version that began it, or use another output.path"
+    )
+
+
 class Record(BaseModel):
     """The base of the models that check a JSON record when it is read from an output folder.
 
@@ -103,6 +115,9 @@ class UnitRecord(Record):
     schema_version: Count
     fingerprint: str
     """The digest of the job's fingerprint."""
+    prompt_date: str | None = None
+    """The day that chat templates printed, as YYYY-MM-DD; None without a chat template, and in segments of earlier
+    versions."""
 
     @model_validator(mode="before")
     @classmethod
@@ -160,8 +175,6 @@ class PartRecord(UnitRecord):
     """The seconds from when the replica had read the unit until it began to build the part."""
     published: str = ""
     """The time just before the publication, ISO 8601 in UTC by the replica's clock; "" in parts of earlier versions."""
-    prompt_date: str | None = None
-    """The day that chat templates printed, as YYYY-MM-DD; None without a chat template."""
 
 
 class TotalsRecord(Record):
@@ -247,21 +260,35 @@ def read_part(source: pa.NativeFile) -> tuple[PartRecord, Totals]:
     """Return a part's record and totals from its footer; the data of its rows is not read.
 
     Raises NotOursError if the footer cannot be read or has no such record or totals, or if they do not give the number
-    of rows in the file.
+    of rows in the file; OtherSchemaError if the record says that the part has another schema.
     """
     try:
         metadata = pq.read_metadata(source)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column name that is not UTF-8
         raise NotOursError(one_line(error)) from error
     pairs = metadata.metadata or {}
+    stored = pairs.get(RECORD_KEY.encode(), b"")
     try:
-        record = PartRecord.read(pairs[RECORD_KEY.encode()])
+        record = PartRecord.read(stored)
         totals = TotalsRecord.read(pairs[TOTALS_KEY.encode()])
     except (KeyError, NotOursError) as error:
+        if (version := _schema_version(stored)) != SCHEMA_VERSION:
+            raise OtherSchemaError(other_schema(version)) from error
         raise NotOursError("its footer has no unit record of this project") from error
+    if record.schema_version != SCHEMA_VERSION:
+        raise OtherSchemaError(other_schema(record.schema_version))
     if not record.rows == totals.rows == metadata.num_rows:
         raise NotOursError(f"it holds {counted(metadata.num_rows, 'row')}, its record says {record.rows}")
     return record, Totals(**totals.model_dump())
+
+
+def _schema_version(data: bytes) -> int:
+    """Return the schema version in a record that this version cannot read; SCHEMA_VERSION if it names none."""
+    try:
+        version = from_json(data).get("schema_version")
+    except NotOursError:
+        return SCHEMA_VERSION
+    return version if isinstance(version, int) else SCHEMA_VERSION
 
 
 def commit_record(record: PartRecord, result: UnitResult, part_bytes: int) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import re
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.schema import RESULT_SCHEMA, SCHEMA_VERSION
 from pipeline.core.text import counted, one_line
-from pipeline.core.types import WorkUnit
+from pipeline.core.types import ALONE, WorkUnit
 from pipeline.output.layout import SEGMENTS
 from pipeline.output.part import to_parquet
 from pipeline.output.positions import positions
@@ -56,19 +57,28 @@ def segment_name(writer: str, number: int, data: bytes) -> str:
 
 
 def to_segment(
-    unit: WorkUnit, fingerprint: str, rows: pa.Table, *, prompt_rules: int, writer: str, attempt: int
+    unit: WorkUnit,
+    fingerprint: str,
+    rows: pa.Table,
+    *,
+    prompt_rules: int,
+    writer: str,
+    attempt: int,
+    prompt_date: str | None = None,
 ) -> bytes:
     """Return the bytes of a segment with these rows of the unit (RESULT_SCHEMA).
 
-    Its metadata holds the SegmentRecord, the writer and the attempt. `prompt_rules`: see unit_fields.
+    Its metadata holds the SegmentRecord, the writer and the attempt. `prompt_rules`: see unit_fields. `prompt_date`:
+    see UnitRecord.
     """
-    record = SegmentRecord(**unit_fields(unit, prompt_rules), fingerprint=fingerprint)
+    record = SegmentRecord(**unit_fields(unit, prompt_rules), fingerprint=fingerprint, prompt_date=prompt_date)
     said = {**record.fields(), "writer": writer, "attempt": attempt}
     return to_parquet(rows.replace_schema_metadata({RECORD_KEY: json.dumps(said)}))
 
 
 def from_segment(name: str, data: bytes, unit: WorkUnit, fingerprint: str) -> pa.Table:
-    """Return the rows of a segment as a table with RESULT_SCHEMA. `name`: its file name without the folder.
+    """Return the rows of a segment as a table with RESULT_SCHEMA, without those that were given up because replicas
+    died with them. `name`: its file name without the folder.
 
     Raises NotOursError if it is damaged, or if its name or record is not that of a segment of this unit, of this
     version of the input file, in the job with this fingerprint digest.
@@ -93,7 +103,15 @@ def from_segment(name: str, data: bytes, unit: WorkUnit, fingerprint: str) -> pa
         raise NotOursError(f"it cannot be read: {one_line(error)}") from error
     if (positions(unit, table) < 0).any():
         raise NotOursError("it has rows that are not in the unit")
-    return table
+    return _without_condemned(table)
+
+
+def _without_condemned(table: pa.Table) -> pa.Table:
+    """Return the table without rows that were given up because replicas died with them. Only earlier versions saved
+    such rows in segments, even if the replicas were the cause, so these rows are tried once more."""
+    errors = table["error"]
+    keep = pc.or_kleene(pc.is_null(errors), pc.invert(pc.match_substring(errors, ALONE)))
+    return table if pc.all(keep).as_py() else table.filter(keep)
 
 
 def read_record(source: pa.NativeFile) -> tuple[SegmentRecord, int]:

@@ -23,12 +23,14 @@ from pipeline.core.errors import OutputError, StorageError
 from pipeline.core.schema import RESULT_SCHEMA
 from pipeline.core.types import Totals, UnitResult, WorkUnit
 from pipeline.input.unit_reader import UnitData, UnitReader
-from pipeline.output.layout import PLAN, part_name, record_name
+from pipeline.output.job_records import plan_digest
+from pipeline.output.layout import JOB, PLAN, part_name, record_name
 from pipeline.output.part import build_part
 from pipeline.output.positions import positions
 from pipeline.output.records import (
     RECORD_KEY,
     NotOursError,
+    OtherSchemaError,
     PartRecord,
     commit_record,
     now,
@@ -44,9 +46,17 @@ from pipeline.storage.urls import safe_url
 IO_THREADS = 8
 """The number of segments of one unit that are read or removed at the same time."""
 
-PUT_BACK = f"put back the {PLAN} that it was made with, or delete it"
+PUT_BACK = (
+    f"put back the {PLAN} that it was made with, or move {PLAN} away and submit the job again, which makes the plan "
+    "again from the parts"
+)
 """The advice for a part that is none of the units in plan.json. The part may be good, if plan.json was edited, or is an
 older copy."""
+SEGMENT_PATIENCE_S = 20.0
+"""The most seconds for which reading a segment is tried again, twice, while other files of the output can be read. Its
+rows can be generated again, and its unit must not wait for hours."""
+CREATIONS = 3
+"""The number of times that a part is created which is not there after the store has confirmed its creation."""
 
 
 class UnitStore:
@@ -66,7 +76,9 @@ class UnitStore:
         self._prompt_rules = prompts.rules
         self._prompt_date = prompts.chat.date if prompts.chat is not None else None
         self._digest, self._schema, self._replica = fingerprint_digest, schema, replica
-        self._storage = Storage(job.output.path)
+        # An output folder that somebody removes meanwhile must not be created anew.
+        self._storage = Storage(job.output.path, anchor=JOB)
+        self._hasty = Storage(job.output.path, patience_s=SEGMENT_PATIENCE_S)
         self._shown = safe_url(job.output.path)
 
     def write_segment(self, unit: WorkUnit, rows: pa.Table, *, writer: str, number: int, attempt: int) -> None:
@@ -75,22 +87,36 @@ class UnitStore:
         `writer` (32 hex digits, an id of the attempt) and `number` together must be unique. To call it again with the
         same arguments does no harm.
         """
-        data = to_segment(unit, self._digest, rows, prompt_rules=self._prompt_rules, writer=writer, attempt=attempt)
-        # If the name exists already, it is this same segment: an earlier try succeeded, but its answer was lost.
-        self._storage.create(f"{folder_of(unit.id)}/{segment_name(writer, number, data)}", data)
+        data = to_segment(
+            unit,
+            self._digest,
+            rows,
+            prompt_rules=self._prompt_rules,
+            writer=writer,
+            attempt=attempt,
+            prompt_date=self._prompt_date,
+        )
+        name = f"{folder_of(unit.id)}/{segment_name(writer, number, data)}"
+        # If the name exists already, it is this same segment: an earlier try succeeded, but its answer was lost. It is
+        # empty if that try took the name on a file system without hard links and then failed.
+        if not self._storage.create(name, data) and ((there := self._storage.stat(name)) is None or not there.size):
+            self._storage.write(name, data)
 
     def read_segments(self, unit: WorkUnit) -> SegmentRows:
         """Return the rows of all segments of the unit. If several segments hold a row, the one that comes first by name
         counts.
 
-        A segment that is damaged or not of this job and unit is left out, and `ignored` of the result names it; its
-        rows are generated again.
+        A segment that is damaged, cannot be read while other files of the output can, or is not of this job and unit is
+        left out, and `ignored` of the result names it; its rows are generated again.
         """
         tables, ignored = [RESULT_SCHEMA.empty_table()], []
         files = self._storage.list_files(folder_of(unit.id), "*.parquet")
         with ThreadPoolExecutor(IO_THREADS, "segments") as pool:
-            for file, data in zip(files, pool.map(self._storage.read_if_exists, (f.name for f in files)), strict=True):
+            for file, data in zip(files, pool.map(self._read_segment, (f.name for f in files)), strict=True):
                 if data is None:  # another attempt has published the part and removed the segment
+                    continue
+                if isinstance(data, StorageError):
+                    ignored.append(f"segment {file.name} is left out: {data}; its rows are generated again")
                     continue
                 try:
                     tables.append(from_segment(file.name.rpartition("/")[2], data, unit, self._digest))
@@ -99,6 +125,24 @@ class UnitStore:
         rows = pa.concat_tables(tables)
         _, first = np.unique(positions(unit, rows), return_index=True)
         return SegmentRows(rows.take(first), tuple(ignored))
+
+    def _read_segment(self, name: str) -> bytes | StorageError | None:
+        """Return the content of a segment, None if it does not exist, or the error if this file alone cannot be read.
+
+        Raises StorageError if the storage fails for other files too.
+        """
+        try:
+            return self._hasty.read_if_exists(name)
+        except StorageError:
+            # If the storage fails as a whole, these requests wait until it works again, or fail.
+            if self._storage.stat(name) is None:
+                return None
+            if (plan := self._storage.stat(PLAN)) is not None and plan.size:
+                self._storage.read_range(PLAN, 0, 1)
+        try:
+            return self._hasty.read_if_exists(name)
+        except StorageError as error:
+            return error
 
     def remove_segments(self, unit: WorkUnit) -> None:
         """Remove the segments of a unit that has its part. A failure of the storage is ignored, because segments that
@@ -135,11 +179,28 @@ class UnitStore:
         The first writer wins: if another attempt's part exists already, this one is dropped and the result describes
         the existing one, with `published_by_other` set. May be called again after a StorageError.
         """
-        started = time.monotonic()
-        ours, _ = check_part(self._shown, self._digest, unit, pa.BufferReader(part))
-        if not self._storage.create(part_name(unit.id), part):
-            part = self._storage.read(part_name(unit.id))
-        return self._settle(unit, part, ours.writer, started)
+        started, name = time.monotonic(), part_name(unit.id)
+        ours, _ = check_part(self._storage, self._digest, unit, pa.BufferReader(part))
+        for _ in range(CREATIONS):
+            if not self._storage.create(name, part) and (there := self._storage.read_if_exists(name)):
+                return self._settle(unit, there, ours.writer, started)
+            # Two writers may both have filled a name that a killed one had left empty, and a store may lose a file.
+            if (stored := self._storage.stat(name)) is not None and not stored.size:
+                self._storage.write(name, part)
+                stored = self._storage.stat(name)
+            if stored is not None and stored.size:
+                mine = self._writer_of(name, stored.size) == ours.writer
+                return self._settle(unit, part if mine else self._storage.read(name), ours.writer, started)
+        raise StorageError(
+            f"output {self._shown}: {name} is not there, though the store confirmed {CREATIONS} times that it was "
+            "written: check the store"
+        )
+
+    def _writer_of(self, name: str, size: int) -> str | None:
+        """Return the writer that the footer of a stored part names; None if it cannot be read."""
+        with contextlib.suppress(NotOursError), self._storage.open(name, size) as source:
+            return read_part(source)[0].writer
+        return None
 
     def published(self, unit: WorkUnit) -> UnitResult | None:
         """Return the result of the unit's part with `published_by_other` set; None if the unit has no part yet.
@@ -147,14 +208,15 @@ class UnitStore:
         If there is a part, its commit record is written again and the unit's segments are removed.
         """
         data = self._storage.read_if_exists(part_name(unit.id))
-        return None if data is None else self._settle(unit, data, None, time.monotonic())
+        # An empty file is the name that a killed writer took on a file system without hard links.
+        return self._settle(unit, data, None, time.monotonic()) if data else None
 
     def _settle(self, unit: WorkUnit, stored: bytes, writer: str | None, started: float) -> UnitResult:
         """Write the commit record of a stored part, remove the unit's segments and return the part's result.
 
         `writer`: this attempt's id, or None if it made no part. `started`: when its publication began.
         """
-        record, totals = check_part(self._shown, self._digest, unit, pa.BufferReader(stored))
+        record, totals = check_part(self._storage, self._digest, unit, pa.BufferReader(stored))
         # If the part has our own writer id although `create` found it there, an earlier call wrote it, but its answer
         # was lost.
         by_other = record.writer != writer
@@ -166,26 +228,36 @@ class UnitStore:
         return result
 
 
-def check_part(shown: str, digest: str | None, unit: WorkUnit, source: pa.NativeFile) -> tuple[PartRecord, Totals]:
+def check_part(
+    storage: Storage, digest: str | None, unit: WorkUnit, source: pa.NativeFile
+) -> tuple[PartRecord, Totals]:
     """Return the record and the totals in the footer of a unit's part; the data of its rows is not read.
 
-    `shown`: the name of the output folder in messages. Raises OutputError if the footer is broken, or if it is not that
-    of a part of this unit, of these versions of its input files, in the job with the fingerprint `digest`.
+    `storage`: the output folder. Raises OutputError if the footer is broken, or if it is not that of a part of this
+    unit, of these versions of its input files, in the job with the fingerprint `digest`.
     """
-    name = part_name(unit.id)
+    name, shown = part_name(unit.id), safe_url(storage.root)
     try:
         record, totals = read_part(source)
+    except OtherSchemaError as error:
+        raise OutputError(f"output {shown}: {name} {error}") from None
     except NotOursError as error:
         raise OutputError(
-            f"output {shown}: {name} is broken: {error}; delete it to have its rows generated again"
+            f"output {shown}: {name} is broken: {error}; move it away and submit the job again, which generates its "
+            "rows again"
         ) from None
     if record.fingerprint != digest:
-        raise OutputError(f"output {shown}: {name} is another job's part: delete it")
-    if wrong := record.difference(unit):
+        if plan_digest(storage) not in (None, digest):
+            raise OutputError(
+                f"output {shown} belongs to another job by now: its {PLAN} is that job's, and so is {name}; this "
+                "driver ends, and nothing is to be done about that part"
+            )
         raise OutputError(
-            f"output {shown}: {name} is not the part of the plan's unit: {wrong}; {PUT_BACK} to have its rows "
-            "generated again"
+            f"output {shown}: {name} is another job's part (its fingerprint is {record.fingerprint[:12]}…, this job's "
+            f"is {str(digest)[:12]}…): move it away and submit the job again"
         )
+    if wrong := record.difference(unit):
+        raise OutputError(f"output {shown}: {name} is not the part of the plan's unit: {wrong}; {PUT_BACK}")
     return record, totals
 
 

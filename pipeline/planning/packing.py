@@ -39,9 +39,14 @@ Packing = Sequence[tuple[Span, ...]]
 """The units of an output, each as the spans of its pieces, in the order of the plan."""
 
 
+ROWS_UNKNOWN = -1
+"""The number of rows of a file in StoredUnits.listing if the plan is lost: parts and segments do not name it."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredUnits:
-    """The units that an output was begun with, from its plan.json. A new output has the defaults."""
+    """The units that an output was begun with, from its plan.json, or, if that is lost, from its parts and segments. A
+    new output has the defaults."""
 
     rules: int = UNIT_RULES
     """The version of the rules by which units are cut. With version 1 they need not be stored."""
@@ -50,14 +55,29 @@ class StoredUnits:
     """The input files that were packed."""
     fingerprint: str = ""
     """The digest of the job's fingerprint. The units of a job with other settings are not used."""
+    incomplete: bool = False
+    """True if the plan is lost: these are then only the units that have a part or a segment, and some of a file's rows
+    may be in none of them."""
 
 
 def make_units(job: Job, footers: Sequence[tuple[FileInfo, Footer]], stored: StoredUnits) -> Iterator[WorkUnit]:
-    """Yield all units of the readable input files: first those that are stored, then those of the other files."""
+    """Yield all units of the readable input files: first those that are stored, then those of the other files.
+
+    If the stored units are incomplete, the others are cut and packed anew. They are those of the lost plan unless files
+    were added to the input after that was made.
+    """
     if stored.rules == 1:
         yield from (unit for info, footer in footers for unit in _whole_file(job, info, footer, rules=1))
         return
     kept = list(_keep(job, footers, stored)) if stored.packing else []
+    if stored.incomplete:
+        anew = list(_pack(job, footers))
+        if {spans_of(unit) for unit in kept} <= {spans_of(unit) for unit in anew}:
+            yield from anew
+            return
+        yield from kept
+        yield from _fill(job, footers, kept)
+        return
     covered = {piece.name for unit in kept for piece in unit.pieces}
     yield from kept
     yield from _pack(job, [(info, footer) for info, footer in footers if info.name not in covered])
@@ -136,10 +156,13 @@ def _keep(job: Job, footers: Sequence[tuple[FileInfo, Footer]], stored: StoredUn
     same = {
         info.name: (info, footer)
         for info, footer in footers
-        if stored.listing.get(info.name) == (info.size, info.stamp, sum(footer.groups))
+        if stored.listing.get(info.name)
+        in ((info.size, info.stamp, sum(footer.groups)), (info.size, info.stamp, ROWS_UNKNOWN))
     }
     for spans in stored.packing:
-        if not all(span.file in same for span in spans):
+        if not all(
+            span.file in same and span.first_row + span.rows <= sum(same[span.file][1].groups) for span in spans
+        ):
             continue  # if the output holds any row, the Ledger refuses the changed files
         pieces, work = [], 0.0
         for span in spans:
@@ -147,6 +170,38 @@ def _keep(job: Job, footers: Sequence[tuple[FileInfo, Footer]], stored: StoredUn
             pieces.append(_piece(info, span.first_row, span.rows))
             work += _expected_work(job, footer).of(span.first_row, span.rows)
         yield _packed(pieces, work)
+
+
+def _fill(job: Job, footers: Sequence[tuple[FileInfo, Footer]], kept: Sequence[WorkUnit]) -> Iterator[WorkUnit]:
+    """Yield units of all rows that are in none of the units in `kept`."""
+    taken: dict[str, list[tuple[int, int]]] = {}
+    for unit in kept:
+        for piece in unit.pieces:
+            taken.setdefault(piece.name, []).append((piece.first_row, piece.row_count))
+    for info, footer in footers:
+        if ranges := taken.get(info.name):
+            work = _expected_work(job, footer)
+            most = rows_per_unit(job, sum(footer.groups), footer.carried_bytes)
+            for first, count in _gaps(footer.groups, most, ranges):
+                yield WorkUnit(unit_id(info.name, first), (_piece(info, first, count),), work.of(first, count))
+    yield from _pack(job, [(info, footer) for info, footer in footers if info.name not in taken])
+
+
+def _gaps(groups: Sequence[int], most: int, taken: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield (first row, number of rows) of units, of at most `most` rows, for the rows of a file that are not taken.
+
+    They are those of `cut` where these fit. `taken`: ranges as (first row, number of rows), which do not overlap.
+    """
+    usual, place = dict(cut(groups, most)), 0
+    for first, count in [*sorted(taken), (sum(groups), 0)]:
+        pieces, at = [], place
+        while at < first and at in usual:
+            pieces.append((at, usual[at]))
+            at += usual[at]
+        if at != first:
+            pieces = [(place + start, rows) for start, rows in cut([first - place], most)]
+        yield from pieces
+        place = first + count
 
 
 def _packed(pieces: Sequence[Piece], work: float) -> WorkUnit:

@@ -1,6 +1,6 @@
 """Makes the plan of a job: its files, its work units and its fingerprint. It reads listings and footers, never data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -93,12 +93,19 @@ def make_plan(
     if unreadable and (not allow_unreadable or not footers):
         raise InputError(name_unreadable(shown, len(listing), unreadable))
     stored = stored or StoredUnits()
-    prompts = make_setup(job.input, footers, texts or ModelTexts(), begun or Begun())
+    texts, begun = texts or ModelTexts(), begun or Begun()
+    prompts = make_setup(job.input, footers, texts, begun)
     schema = check_columns(job.input, prompts, footers, keep_prompt=job.output.keep_prompt)
     files = [InputFile(info.name, info.path, info.size, info.stamp, sum(footer.groups)) for info, footer in footers]
     if (rows := sum(file.rows for file in files)) == 0:
         raise InputError(f"input {shown} has no rows: {counted(len(files), 'file')} without a row")
     fingerprint = make_fingerprint(job, schema, checkpoint_identity, prompts, stored.rules)
+    if begun.maybe_old and stored.fingerprint != fingerprint.digest:
+        old = make_setup(job.input, footers, texts, replace(begun, rules=1))
+        if (
+            older := make_fingerprint(job, schema, checkpoint_identity, old, stored.rules)
+        ).digest == stored.fingerprint:
+            prompts, fingerprint = old, older
     if stored.fingerprint != fingerprint.digest:
         stored = StoredUnits(stored.rules)
     units: list[WorkUnit] = []

@@ -41,6 +41,9 @@ class Begun:
     """The version of the rules by which prompts are made (pipeline.prompts.setup.RULES)."""
     date: str = field(default_factory=today)
     """The day that a chat template may print, as YYYY-MM-DD."""
+    maybe_old: bool = False
+    """True if the output may also have been begun with version 1 of these rules: its plan is lost, and the records in
+    parts of that time do not name the version. The fingerprint then tells which it was."""
 
 
 def read_model_texts(settings: InputSection, checkpoint: Checkpoint) -> ModelTexts:

@@ -67,7 +67,7 @@ class Facts:
     totals: Totals
     """The sums over these units."""
     complete: bool
-    """Whether all rows and units of the plan are in parts, and `_SUCCESS` exists."""
+    """Whether all rows and units of the plan are in parts, and `_SUCCESS` and a manifest of this plan exist."""
     finished: str | None
     """Time of completion, ISO 8601 in UTC; None if the job is not complete or its manifest cannot be read."""
     warnings: tuple[str, ...]
@@ -96,20 +96,21 @@ def read_facts(output_path: str) -> Facts:
     """
     ledger, storage = Ledger(output_path), Storage(output_path)
     plan = ledger.read_plan()
-    parts = storage.list_files("", PARTS)
+    parts = [part for part in storage.list_files("", PARTS) if part.size]
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(_reader(storage, plan.fingerprint.digest), parts)
         units = tuple(unit for unit in found if unit is not None)
     totals = sum((unit.totals for unit in units), Totals())
     complete = (totals.rows, len(units)) == (plan.rows, plan.units) and ledger.is_complete()
     manifest = ledger.read_manifest() if complete else ManifestRecord()
+    complete = complete and manifest.agrees(plan.fingerprint.digest, plan.rows, plan.units)
     return Facts(
         plan,
         units,
         totals,
         complete,
-        finished=manifest.finished,
-        warnings=manifest.warnings,
+        finished=manifest.finished if complete else None,
+        warnings=manifest.warnings if complete else (),
         strange_parts=len(parts) - len(units),
         live=read_live(storage, plan.fingerprint.digest),
     )

@@ -5,7 +5,7 @@ import posixpath
 
 from pipeline.core.errors import OutputError, TwoTowerError
 from pipeline.core.text import one_line
-from pipeline.output.layout import REPORT
+from pipeline.output.layout import JOB, REPORT
 from pipeline.report.html import make_html
 from pipeline.report.summary import read_report
 from pipeline.storage.storage import Storage, split_url
@@ -19,9 +19,13 @@ def write_report(output_path: str, to: str | None = None) -> str:
     `_job/report.html` in the output. Raises OutputError if the output is not a job's output or `to` is empty,
     StorageError if the storage fails.
     """
-    target = f"{output_path.rstrip('/')}/{REPORT}" if to is None else _target(to)
+    page = make_html(read_report(output_path))
+    if to is None:
+        Storage(output_path, anchor=JOB).write(REPORT, page)  # an output that was removed is not created anew
+        return safe_url(f"{output_path.rstrip('/')}/{REPORT}")
+    target = _target(to)
     storage, name = split_url(target)
-    storage.write(name, make_html(read_report(output_path)))
+    storage.write(name, page)
     return safe_url(target)
 
 

@@ -203,6 +203,7 @@ def _part() -> tuple[bytes, bytes, bytes]:
         reader = reader_of(job)
         part = part_of(reader.read(plan.units[0]), plan)
         reader.close()
+        Path(place, "out/_job").mkdir(parents=True)  # as Ledger.open does
         publish(job, plan)
         (record,) = Path(place, "out/_job/units").glob("*.json")
         return part, record.read_bytes(), to_json(plan_fields(plan, job))

@@ -108,13 +108,13 @@ class Folder:
         try:
             there = from_json(data).get("measured_with")
         except NotOursError as error:
-            raise OutputError(f"{self.shown}/{RECORD} cannot be read: {error}; delete the folder") from None
+            raise OutputError(f"{self.shown}/{RECORD} cannot be read: {error}; name another folder (--to)") from None
         if not isinstance(there, dict):
             raise OutputError(f"{self.shown}/{RECORD} is no record of a calibration: use another folder (--to)")
         if found := differences({name: there.get(name) for name in identity}, identity):
             raise OutputError(
                 f"{self.shown} holds a calibration that was measured otherwise (there -> here): {'; '.join(found)}; "
-                "name another folder with --to, or delete it"
+                "name another folder with --to"
             )
         return True
 
@@ -184,7 +184,7 @@ class Folder:
             raise self._damaged(name, one_line(error)) from error
 
     def _damaged(self, name: str, why: str) -> OutputError:
-        return OutputError(f"{self.shown}/{name} cannot be read: {why}; delete the file to have it measured again")
+        return OutputError(f"{self.shown}/{name} cannot be read: {why}; move the file away to have it measured again")
 
 
 def _answers_name(setting: Setting) -> str:

@@ -226,7 +226,7 @@ def test_a_damaged_file_is_named(file: Path) -> None:
     run(setup_of(file), FakeBench())
     folder = file.parent / "out-calibration"
     (folder / "completions/ar.parquet").write_bytes(b"PAR1")
-    with pytest.raises(OutputError, match=r"completions/ar\.parquet cannot be read: .*; delete the file"):
+    with pytest.raises(OutputError, match=r"completions/ar\.parquet cannot be read: .*; move the file away"):
         run(setup_of(file), FakeBench())
     (folder / "completions/ar.parquet").unlink()
     bench = FakeBench()

@@ -43,7 +43,10 @@ from tests.pipeline.maintenance.test_retry_errors import retried
 from tests.pipeline.maintenance.test_verify import edit, rewrite, with_column
 
 Fields = dict[str, Any]
-ADVICE = "put back the _job/plan.json that it was made with, or delete it and submit the job again"
+ADVICE = (
+    "put back the _job/plan.json that it was made with, or move _job/plan.json away and submit the job again, which "
+    "makes the plan again from the parts"
+)
 """What `verify` says about a part that is none of the plan's units: the part may be good, and the plan wrong."""
 
 
@@ -157,7 +160,7 @@ ROWS: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
 def test_rows_that_are_not_those_of_the_unit_are_named(job: Job, packed: WorkUnit, damage: str) -> None:
     change, said = ROWS[damage]
     rewrite(part_of(job, packed), change, record=True)
-    assert problems(job) == (f"{part_name(packed.id)}: {said}; delete it and submit the job again",)
+    assert problems(job) == (f"{part_name(packed.id)}: {said}; move it away and submit the job again",)
 
 
 @pytest.mark.slow
@@ -244,7 +247,7 @@ def test_a_record_without_one_of_the_pieces_is_named(job: Job, packed: WorkUnit)
     edit_records(job, packed, with_pieces(lambda pieces: pieces[:3]))
     assert problems(job)[0] == (
         f"{part_name(packed.id)} is truncated, damaged or no part: its footer has no unit record of this project; "
-        "delete it and submit the job again"
+        "move it away and submit the job again"
     )
 
 
@@ -256,7 +259,7 @@ def test_a_commit_record_of_other_pieces_is_named(job: Job, packed: WorkUnit) ->
     piece = packed.pieces[2]
     assert problems(job) == (
         f"{record_name(packed.id)} does not agree with the part: it says piece 3 'rows 0 to 3 of c.parquet, "
-        f"{piece.size}, mtime:1', not 'rows 0 to 3 of c.parquet, {piece.size}, {piece.stamp}'; delete it and submit "
+        f"{piece.size}, mtime:1', not 'rows 0 to 3 of c.parquet, {piece.size}, {piece.stamp}'; move it away and submit "
         "the job again",
     )
     edit(record, pieces=pieces, rules={"units": 3, "prompts": 2})
@@ -284,7 +287,7 @@ def test_a_part_of_a_file_that_is_no_input_is_named(job: Job, plan: Plan, packed
     id = unit_id("x.parquet", 0)
     strange = replace(with_piece(packed, name="x.parquet"), id=id)
     publish(job, plan, (strange,))
-    said = f"{part_name(id)} holds rows of x.parquet, which is not an input file of the plan; delete it"
+    said = f"{part_name(id)} holds rows of x.parquet, which is not an input file of the plan; move it away"
     assert said in problems(job)
 
 
@@ -327,8 +330,8 @@ def test_of_two_parts_of_an_earlier_version_with_the_same_rows_both_are_named(ol
     extra = WorkUnit(unit_id(piece.name, 1), (piece,), rules=1)
     publish(job, plan, (extra,))
     assert problems(job)[0] == (
-        f"{part_name(plan.units[0].id)} and {part_name(extra.id)} both hold row 1 of a.parquet: delete both and submit "
-        "the job again"
+        f"{part_name(plan.units[0].id)} and {part_name(extra.id)} both hold row 1 of a.parquet: move both away and "
+        "submit the job again"
     )
 
 

@@ -50,7 +50,9 @@ def record_of(part: Path) -> Path:
 
 
 def edit(path: Path, **fields: Any) -> None:
-    path.write_bytes(to_json({**from_json(path.read_bytes()), **fields}))
+    changed = {**from_json(path.read_bytes()), **fields}
+    changed.pop("checksum", None)  # that of plan.json
+    path.write_bytes(to_json(changed))
 
 
 def rewrite(part: Path, change: Callable[[pa.Table], pa.Table], *, record: bool) -> None:
@@ -154,7 +156,9 @@ def test_segments_of_units_under_way_are_none_of_the_problems(job: Job) -> None:
         path = Path(job.output.path) / f"_job/segments/{unit.id}/w-1.parquet"
         path.parent.mkdir(parents=True)
         path.write_bytes(b"rows")
-    found = [text for text in problems(job) if "segment" in text]
+    findings = verify(job.output.path)
+    found = [text for text in findings.problems if "segment" in text]
+    assert (findings.wrong, findings.leftovers) == (1, 1)  # what is wrong is that the job is not complete
     assert found == [
         f"1 segment of finished units, such as _job/segments/{plan.units[0].id}/w-1.parquet: remove with `clean`"
     ]
@@ -215,6 +219,23 @@ SAID: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+LEFTOVERS: dict[str, Callable[[Path], object]] = {
+    "stray": lambda out: (out / "notes.txt").touch(),
+    "temporary": lambda out: (out / f"_job/.live.json.{'0' * 32}.tmp").touch(),
+    "record": lambda out: shutil.copy(record_of(parts_of(out)[0]), out / "_job/units/000000000000-0000000000.json"),
+}
+"""Files that do not belong in the folder, beside rows that are right."""
+
+
+@pytest.mark.parametrize("kind", LEFTOVERS)
+def test_leftovers_are_told_from_problems(job: Job, kind: str) -> None:
+    run(job)
+    LEFTOVERS[kind](Path(job.output.path))
+    found = verify(job.output.path)
+    assert (found.wrong, found.leftovers, len(found.findings)) == (0, 1, 1)
+    assert found.summary().startswith("verified: 25 rows in 3 parts (")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", SAID)
 def test_what_is_wrong_is_named(job: Job, damage: str) -> None:
@@ -224,6 +245,7 @@ def test_what_is_wrong_is_named(job: Job, damage: str) -> None:
     found = problems(job)
     assert len(found) == 1, found
     assert said in found[0]
+    assert verify(job.output.path).wrong == (damage != "stray")
 
 
 def test_without_its_record_every_page_of_a_part_is_read(job: Job) -> None:
@@ -244,7 +266,9 @@ def test_generated_ids_are_file_and_row(tmp_path: Path) -> None:
     run(job)
     part = parts_of(tmp_path / "out")[0]
     rewrite(part, with_column("id", lambda ids: [*ids[:-1], "a.parquet#7"]), record=True)
-    assert problems(job) == (f"{part.name}: id is not `<file>#<row>` in every row; delete it and submit the job again",)
+    assert problems(job) == (
+        f"{part.name}: id is not `<file>#<row>` in every row; move it away and submit the job again",
+    )
 
 
 def test_what_verify_says_to_do_helps(job: Job) -> None:
@@ -256,7 +280,7 @@ def test_what_verify_says_to_do_helps(job: Job) -> None:
     record_of(parts[1]).unlink()
     edit(record_of(parts[2]), writer="x")
     for text in problems(job):
-        if "delete it" in text:
+        if "move it away" in text:
             (out / text.split(" ")[0].rstrip(":")).unlink()
     ledger = open_ledger(job, plan)
     left = tuple(unit for unit in plan.units if unit.id not in ledger.finished(plan))

@@ -47,6 +47,16 @@ def test_an_old_output_with_a_prompt_column_goes_on_by_the_old_rules(tmp_path: P
     assert "prompts" not in plan.fingerprint.fields
 
 
+def test_a_lost_plan_of_an_old_output_is_made_again_by_the_old_rules(tmp_path: Path) -> None:
+    """Its parts name version 1 of the rules of prompts."""
+    job = begin(tmp_path, rules=1)
+    stored = load(out(job, "_job/plan.json"))
+    out(job, "_job/plan.json").unlink()
+    plan = resume(job)
+    assert plan.prompts.rules == 1
+    assert load(out(job, "_job/plan.json"))["fingerprint"] == stored["fingerprint"]
+
+
 def test_an_old_output_without_rows_is_begun_again_by_the_new_rules(tmp_path: Path) -> None:
     plan = resume(begin(tmp_path, rules=1, rows=False))
     assert plan.prompts.rules == 2

@@ -115,6 +115,25 @@ def test_it_is_completed(job: Job) -> None:
     assert not verify(job.output.path).problems
 
 
+@pytest.mark.parametrize("damage", ["lost", "truncated"])
+def test_its_plan_is_made_again(job: Job, damage: str) -> None:
+    """Its records name neither pieces nor rules, and its units are cut as they were."""
+    stored = load(out(job, "_job/plan.json"))
+    if damage == "lost":
+        out(job, "_job/plan.json").unlink()
+    else:
+        out(job, "_job/plan.json").write_bytes(out(job, "_job/plan.json").read_bytes()[:200])
+    finished = contents(job, "part-*") | contents(job, "_job/units/*")
+    _, generated = generate(job)
+    assert generated == ["a.parquet#3", "a.parquet#5", "sub/c.parquet#0", "sub/c.parquet#1"]
+    assert finished.items() <= (contents(job, "part-*") | contents(job, "_job/units/*")).items()
+    record = load(out(job, "_job/plan.json"))
+    assert {name: record[name] for name in ("fingerprint", "units", "rows", "files")} == {
+        name: stored[name] for name in ("fingerprint", "units", "rows", "files")
+    }
+    assert not verify(job.output.path).problems
+
+
 def test_new_records_have_the_form_of_the_old_ones(job: Job) -> None:
     """So that a version which knows no pieces can read, verify and resume the output as well."""
     generate(job)

@@ -1,6 +1,7 @@
 """Tests of job ownership: the driver that started last has the job, and the other drivers hear of it."""
 
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.errors import JobFailed, StorageError
-from pipeline.output.claim import Claim, DriverRecord, read_driver
+from pipeline.output.claim import Claim, DriverRecord, newest_driver, read_driver
 from pipeline.storage.storage import FileInfo, Storage
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -51,7 +52,7 @@ def test_the_watch_hears_of_a_newer_driver(tmp_path: Path) -> None:
     with Claim(str(tmp_path), check_s=0.01) as claim:
         claim.check()
         Claim(str(tmp_path))
-        wait_until(lambda: claim._successor is not None)
+        wait_until(lambda: claim._end is not None)
         with pytest.raises(JobFailed):
             claim.check()
 
@@ -87,7 +88,7 @@ def test_storage_that_fails_or_hangs_stops_neither_the_watch_nor_the_driver(tmp_
         assert storage.calls == calls  # check() asks no storage, so it does not hang with the watch
         Claim(str(tmp_path))
         storage.let_go.set()
-        wait_until(lambda: claim._successor is not None)
+        wait_until(lambda: claim._end is not None)
 
 
 class LosesAcknowledgement(Storage):
@@ -116,15 +117,71 @@ def test_foreign_files_beside_claims_and_a_broken_claim_do_no_harm(tmp_path: Pat
         claim.check_now()
 
 
-def test_a_claim_whose_folder_was_deleted_holds_until_another_comes(tmp_path: Path) -> None:
+def test_a_claim_that_is_missed_twice_ends_the_driver(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         claim = Claim(str(tmp_path))
         assert claim.number == number
-    (tmp_path / "_job/drivers/00000003.json").unlink()
-    claim.check_now()
-    Claim(str(tmp_path))
-    with pytest.raises(JobFailed):
+    path = tmp_path / "_job/drivers/00000003.json"
+    content = path.read_bytes()
+    path.unlink()
+    claim._look()
+    claim.check()  # one look may have come at a bad moment
+    path.write_bytes(content)
+    claim._look()
+    path.unlink()
+    claim._look()
+    claim.check()
+    claim._look()
+    with pytest.raises(JobFailed, match=r"removed or moved: output .* has no _job/drivers/00000003\.json any more"):
+        claim.check()
+
+
+def test_a_look_that_was_asked_for_is_repeated_at_once_if_it_misses_the_claim(tmp_path: Path) -> None:
+    claim = Claim(str(tmp_path / "out"), check_s=0.001)
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    with pytest.raises(JobFailed, match=r"output .*/out does not exist any more.*put it back"):
         claim.check_now()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_new_folder_with_another_drivers_claim_is_taken_over(tmp_path: Path) -> None:
+    """The folder was moved, and another driver has begun a new one. Its claim has the same number."""
+    claim = Claim(str(tmp_path / "out"))
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    assert Claim(str(tmp_path / "out")).number == claim.number
+    with pytest.raises(JobFailed, match="another driver of this job took over"):
+        claim.check_now()
+
+
+def test_an_empty_claim_is_none_and_keeps_its_number(tmp_path: Path) -> None:
+    """A killed driver left it, on a file system without hard links. Who takes its name as well may not be told."""
+    folder = tmp_path / "_job/drivers"
+    folder.mkdir(parents=True)
+    (folder / "00000004.json").touch()
+    assert newest_driver(Storage(str(tmp_path))) is None
+    claim = Claim(str(tmp_path))
+    assert claim.number == 5
+    (folder / "00000006.json").touch()
+    claim.check_now()
+
+
+def test_of_two_drivers_that_fill_the_same_empty_name_one_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are told that they have created it; the content that stays says whose it is."""
+    create = Storage.create
+
+    def filled_by_both(self: Storage, name: str, data: bytes) -> bool:
+        create(self, name, data)
+        monkeypatch.setattr(Storage, "create", create)
+        other = DriverRecord(token="other", host="elsewhere", pid=1, started="2026-01-01T00:00:00+00:00")
+        self.write(name, other.model_dump_json().encode())
+        return True
+
+    monkeypatch.setattr(Storage, "create", filled_by_both)
+    claim = Claim(str(tmp_path))
+    assert claim.number == 2
+    claim.check_now()
 
 
 @given(st.binary() | st.text().map(str.encode) | st.from_type(DriverRecord).map(lambda r: r.model_dump_json().encode()))

@@ -148,7 +148,7 @@ def test_a_begun_output_neither_gains_nor_loses_the_column(tmp_path: Path) -> No
             open_ledger(other, plan_of(other))
         assert str(refused.value) == (
             f"output {tmp_path}/{folder} belongs to another job; what differs (there -> here): "
-            f"output.keep_prompt: {change}. Use another output.path or delete it"
+            f"output.keep_prompt: {change}. Use another output.path"
         )
         open_ledger(begun, plan_of(begun))
 

@@ -48,6 +48,7 @@ def rows_of(indexes: list[int], text: str, attempt: int = 1) -> pa.Table:
 
 
 def store_in(folder: Path) -> UnitStore:
+    (folder / "_job").mkdir(exist_ok=True)  # as a run has it, or nothing would be written
     return UnitStore(make_job("/in", folder), DIGEST, pa.schema([]), PromptSetup(("prompt",)), "r")
 
 

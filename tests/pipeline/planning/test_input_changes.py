@@ -101,7 +101,7 @@ def test_extend_takes_additions_alone(job: Job, what: str) -> None:
     if what.startswith("other"):
         files = (plan.files[0], replace(plan.files[1], rows=6))
         changed = replace(plan, files=files)
-    said = r"was planned over other input files: b\.parquet (is gone|has changed).*; restore the input files"
+    said = r"was planned over other input files: b\.parquet (is gone|has changed).*; put the same files back"
     for settings in (job, extending(job)):
         with pytest.raises(OutputError, match=said):
             open_ledger(settings, changed)

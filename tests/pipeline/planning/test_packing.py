@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.job import Job
 from pipeline.core.types import WorkUnit
-from pipeline.output.packing_lines import from_lines, to_lines
+from pipeline.output.job_records import from_lines, to_lines
 from pipeline.planning.fingerprint import Listing
 from pipeline.planning.footers import Footer
 from pipeline.planning.packing import MAX_BYTES, MAX_PIECES, Packing, StoredUnits, cut, make_units, spans_of, unit_id

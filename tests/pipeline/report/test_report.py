@@ -228,7 +228,7 @@ def test_what_the_driver_said_last_is_there(tmp_path: Path) -> None:
     replica = LiveReplica(**{**nothing, "name": "r0", "doing": "", "stats": ReplicaStats(room=room)})
     told: dict[str, Any] = dict.fromkeys(Live.__dataclass_fields__, 0)
     told |= {"fingerprint": plan.fingerprint.digest, "ended": HOSTILE, "losses": ["out of memory"], "error_kinds": []}
-    told |= {"replicas": [replica], "replicas_lost": 3, "unit_retries": 11}
+    told |= {"replicas": [replica], "replicas_lost": 3, "unit_retries": 11, "left_out": [], "boot": ""}
     live = Live(**told)
     Storage(job.output.path).write(LIVE, to_json(asdict(live)))
     words = said(page := Page(page_of(job)))
