@@ -10,7 +10,12 @@ import typer
 
 from pipeline.cli.options import Debug, OutputPath
 from pipeline.cli.signals import one_line_errors
-from pipeline.core.text import counted, one_line
+from pipeline.core.text import counted, one_line, printable
+
+SHOWN_FINDINGS = 10
+"""The most findings of one kind that `verify` prints."""
+LEFTOVERS_EXIT = 3
+"""Exit code of `verify` if all rows are right and there are files that do not belong in the folder."""
 
 
 def status(
@@ -27,16 +32,27 @@ def status(
     debug: Debug = False,
 ) -> None:
     """Show how far a job is, whether it is running, what its replicas do and what failed. Reads only the output
-    folder."""
+    folder.
+
+    A driver on another machine is running if its report changes, because the clocks of two machines may differ: this
+    may take 10 seconds, and 30 seconds if it is dead.
+    """
     with one_line_errors(debug):
         from pipeline.monitoring.status_view import show
 
         try:
-            well = show(output, watch=watch, every_s=every, as_json=as_json)
+            well = show(output, watch=watch, every_s=every, as_json=as_json, waiting=_say_waiting)
         except KeyboardInterrupt:  # Ctrl-C is the usual way to leave --watch
             raise typer.Exit(130) from None
         if not well:
             raise typer.Exit(1)
+
+
+def _say_waiting() -> None:
+    from pipeline.monitoring.live import DEAD_AFTER_S
+
+    said = f"looking for up to {DEAD_AFTER_S:g} s whether the driver, on another machine, still writes its report"
+    typer.echo(said, err=True)
 
 
 def _conditions(texts: list[str] | None) -> list[str] | None:
@@ -112,21 +128,34 @@ def report(
         typer.echo(write_report(output, to))
 
 
-def verify(output: OutputPath, debug: Debug = False) -> None:
-    """Check that an output has each input row once and that its files are intact. If not, list the problems and exit
-    with code 1."""
+def verify(
+    output: OutputPath,
+    every: Annotated[
+        bool, typer.Option("--all", help=f"Print every finding, instead of the first {SHOWN_FINDINGS} of each kind.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Check that an output has each input row once and that its files are intact. If not, list what is wrong.
+
+    The exit code is 1 if anything is wrong with the rows, and 3 if all rows are right but there are leftovers: files
+    that dead runs left behind, or that are not from this project.
+    """
     with one_line_errors(debug):
         from pipeline.maintenance.verify import verify
 
         with _parts_bar() as progress:
             found = verify(output, progress)
-        for problem in found.problems:
-            typer.echo(one_line(problem))
-        if found.problems:
-            said = f"{counted(len(found.problems), 'problem')} found, {counted(found.parts, 'part')} checked"
-            typer.echo(f"error: {said}", err=True)
+        for line in found.lines(None if every else SHOWN_FINDINGS):
+            typer.echo(printable(one_line(line)))
+        left = [counted(found.leftovers, "leftover file")] if found.leftovers else []
+        if found.wrong:
+            said = " and ".join([counted(found.wrong, "problem"), *left])
+            typer.echo(f"error: {said} found, {counted(found.parts, 'part')} checked", err=True)
             raise typer.Exit(1)
         typer.echo(found.summary())
+        if left:
+            typer.echo(f"{left[0]} found, and nothing wrong with the rows: the exit code is {LEFTOVERS_EXIT}", err=True)
+            raise typer.Exit(LEFTOVERS_EXIT)
 
 
 def retry_errors(
@@ -145,7 +174,7 @@ def retry_errors(
             left = counted(made.units_left, "unit")
             typer.echo(f"the job is not complete: rows that fail in the {left} left are not included", err=True)
         if not made.rows:
-            typer.echo("no row failed: nothing was written")
+            typer.echo("no row of a finished part failed: nothing was written")
             return
         typer.echo(f"{counted(made.rows, 'row')} failed; most frequent errors:")
         for text, count in made.reasons:

@@ -9,6 +9,7 @@ from types import FrameType
 import typer
 
 from model.errors import TwoTowerError
+from pipeline.core.limits import is_limit, limit_text
 from pipeline.core.text import one_line
 
 
@@ -16,7 +17,8 @@ from pipeline.core.text import one_line
 def one_line_errors(debug: bool) -> Iterator[None]:
     """Turn the project's own errors into one line on stderr, with their advice below it, and exit code 1.
 
-    With `debug` they keep their traceback, as all other errors do, because those are bugs.
+    So is an error of the machine: no more processes, threads or memory are allowed. With `debug` they keep their
+    traceback, as all other errors do, because those are bugs.
     """
     try:
         yield
@@ -27,10 +29,20 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         if error.advice:
             typer.echo(error.advice, err=True)
         raise typer.Exit(1) from None
+    except (MemoryError, OSError, RuntimeError) as error:
+        if debug or not is_limit(error):
+            raise
+        typer.echo(f"error: {limit_text(error)}; what is saved stays: then run it again", err=True)
+        raise typer.Exit(1) from None
 
 
 class StopSignals:
-    """A handler that sets `stop` on the first SIGINT or SIGTERM; a second signal raises KeyboardInterrupt.
+    """A handler that sets `stop` on the first SIGINT, SIGTERM or SIGHUP. A second SIGINT or SIGTERM raises
+    KeyboardInterrupt.
+
+    SIGHUP, which says that the terminal is gone, is left alone if it is ignored already, as under `nohup`. It never
+    counts as the second signal: shells, the kernel and systemd may all send it, some of them beside SIGTERM, and nobody
+    who is impatient sends it.
 
     `install` is called before Ray starts and again after it, because ray.init() installs a handler of its own. The end
     of the `with` block restores the handlers that were there before.
@@ -40,15 +52,19 @@ class StopSignals:
         self.stop = threading.Event()
         self.received: int | None = None
         """The number of the first signal; None if there was none."""
+        self._impatient = False  # whether the next SIGINT or SIGTERM is the second one
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> "StopSignals":
         return self
 
     def install(self) -> None:
-        """Install the handler for SIGINT and SIGTERM. May be called more than once, on the main thread only."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before.setdefault(number, signal.signal(number, self._handle))
+        """Install the handler for SIGINT, SIGTERM and, unless it is ignored, SIGHUP. May be called more than once, on
+        the main thread only."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            ignored = number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+            if number in self._before or not ignored:  # the first call decides, because Ray may change it later
+                self._before.setdefault(number, signal.signal(number, self._handle))
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -73,7 +89,10 @@ class StopSignals:
             raise typer.Exit(128 + (self.received or signal.SIGINT)) from None
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        self.stop.set()
+        if number != signal.SIGHUP:
+            if self._impatient:
+                raise KeyboardInterrupt
+            self._impatient = True
+        if self.received is None:
+            self.received = number
+            self.stop.set()

@@ -4,6 +4,7 @@ The pool of replicas delivers them. They hold counts and short texts, never rows
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.core.error_kinds import ErrorCount
 from pipeline.core.types import Assignment, UnitResult, WorkKey
@@ -21,6 +22,8 @@ class ReplicaReady:
     """The largest number of rows that its engine generates together, which says how many rows it needs at a time; 0 if
     not known. It stays if the engine lowers its limit later: the limit may rise again, and the rows that wait meanwhile
     cost little."""
+    node: str = ""
+    """The name of the machine that it runs on; "" if not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,8 @@ class UnitDone:
 
 @dataclass(frozen=True, slots=True)
 class RangeDone:
-    """All rows of a range are in segments, or the unit of the range has its part already."""
+    """All rows of a range are in segments, or the unit of the range has its part already; for a control
+    (Assignment.control): its prompt was generated."""
 
     replica: str
     key: WorkKey
@@ -75,6 +79,9 @@ class UnitFailed:
     replica: str
     work: Assignment
     reason: str
+    stage: Literal["read", "part", "save"] = "read"
+    """read: its rows, or what is saved of them, could not be read. part: its part is broken or not this job's. save:
+    its rows could not be saved, so that other units are likely to fail in the same way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +114,8 @@ class ReplicaStats:
     """Rows that ended, error rows included."""
     errors: int = 0
     """Error rows among them."""
+    controls: int = 0
+    """The number of times that the prompt of a control was generated; these are not among `rows`."""
     prompt_tokens: int = 0
     tokens: int = 0
     """Completion tokens."""
@@ -139,6 +148,11 @@ class ReplicaStats:
     """The longest time, in seconds, that such a row may have been finished: the time since the last flush of its unit,
     or since the unit was read if there was none. 0 if no row is unsaved."""
     room: EngineRoom = EngineRoom()
+
+    @property
+    def generated(self) -> int:
+        """Return how many rows and controls ended with a completion, which shows that the replica can generate."""
+        return self.rows - self.errors + self.controls
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,4 +195,24 @@ class ReplicaLost:
     then suspected of killing it."""
 
 
-Event = ReplicaReady | UnitProgress | UnitDone | RangeDone | UnitFailed | ReplicaActive | ReplicaNote | ReplicaLost
+@dataclass(frozen=True, slots=True)
+class SlotLeftOut:
+    """The driver gives a slot, a place for one replica after the other, no rows any more, because the replicas there
+    die before they generate one; or a replica there has generated a row again."""
+
+    slot: str
+    reason: str
+    """A text for the operator; "" if the slot is used again."""
+
+
+Event = (
+    ReplicaReady
+    | UnitProgress
+    | UnitDone
+    | RangeDone
+    | UnitFailed
+    | ReplicaActive
+    | ReplicaNote
+    | ReplicaLost
+    | SlotLeftOut
+)

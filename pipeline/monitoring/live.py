@@ -13,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.core.error_kinds import ErrorCount
 from pipeline.core.errors import StorageError
 from pipeline.core.events import ReplicaStats
-from pipeline.output.layout import LIVE
+from pipeline.core.machine import boot_id, uptime
+from pipeline.output.layout import JOB, LIVE
 from pipeline.output.records import to_json
 from pipeline.storage.storage import Storage
 
@@ -21,6 +22,7 @@ INTERVAL_S = 10.0
 """Seconds between two writes; each write is one storage request."""
 DEAD_AFTER = 3
 """Number of intervals (INTERVAL_S) without a new report after which a driver counts as dead."""
+DEAD_AFTER_S = DEAD_AFTER * INTERVAL_S
 COMPLETE = "complete"
 """Value of `ended` if the run completed its job."""
 CLOSE_S = 5.0
@@ -57,7 +59,8 @@ class Live:
     """
 
     time: float
-    """Time of the write; the driver's process was alive then."""
+    """Time of the write; the driver's process was alive then. The clock of the driver's machine may be wrong, so a
+    reader must not compare it with its own (see pipeline.monitoring.pulse)."""
     sampled: float
     """Time when the driver's loop last collected these numbers."""
     fingerprint: str
@@ -76,7 +79,7 @@ class Live:
     rows_per_s: float
     tokens_per_s: float
     eta_s: float | None
-    """Estimated seconds until the job is done; None while `rows_per_s` is 0."""
+    """Estimated seconds until the job is done; None if that is not known, as while no rows are finished."""
     replicas: tuple[LiveReplica, ...]
     replicas_lost: int
     """Number of replicas that were lost or did not start."""
@@ -86,6 +89,14 @@ class Live:
     """Number of times that a unit, or a range of its rows, was given back because reading or publishing it failed, or
     because its replica was lost after it had reported progress on it."""
     error_kinds: tuple[ErrorCount, ...]
+    left_out: tuple[str, ...] = ()
+    """One text for each slot that is left out, with the reason (SlotLeftOut)."""
+    writes: int = 0
+    """Number of this write, from 1: while the driver lives, each write changes the file. 0 from earlier versions."""
+    boot: str = ""
+    """The driver's machine (pipeline.core.machine.boot_id); "" if it is not known."""
+    uptime: float = 0.0
+    """Time of the write by the clock that all processes of that machine share (pipeline.core.machine.uptime)."""
 
     @property
     def storage_retries(self) -> int:
@@ -116,8 +127,9 @@ class LiveFile:
     """
 
     def __init__(self, output_path: str, interval_s: float = INTERVAL_S) -> None:
-        self._storage, self._interval_s = Storage(output_path), interval_s
+        self._storage, self._interval_s = Storage(output_path, anchor=JOB), interval_s
         self._newest: Live | None = None
+        self._writes = 0
         self._wake, self._closed = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="live", daemon=True)
 
@@ -125,7 +137,10 @@ class LiveFile:
         """Set the report that is written next, without waiting. The first one is written at once."""
         first, self._newest = self._newest is None, live
         if first:
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:  # no more threads are allowed: this is tried again with the next report
+                self._newest = None
 
     def close(self, live: Live | None) -> None:
         """Write `live` a last time and end the thread. If another driver owns the file, pass None: then nothing more is
@@ -143,8 +158,10 @@ class LiveFile:
         while True:
             closed = self._closed  # read before `_newest`, so that the last report is still written
             if (live := self._newest) is not None:
+                self._writes += 1
+                signed = replace(live, time=time(), writes=self._writes, boot=boot_id(), uptime=uptime())
                 with suppress(StorageError):
-                    self._storage.write(LIVE, to_json(asdict(replace(live, time=time()))))
+                    self._storage.write(LIVE, to_json(asdict(signed)))
             if closed:
                 return
             self._wake.wait(self._interval_s)

@@ -11,7 +11,16 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from pipeline.core.error_kinds import without_quotations
-from pipeline.core.events import Event, RangeDone, ReplicaLost, ReplicaNote, ReplicaReady, UnitDone, UnitFailed
+from pipeline.core.events import (
+    Event,
+    RangeDone,
+    ReplicaLost,
+    ReplicaNote,
+    ReplicaReady,
+    SlotLeftOut,
+    UnitDone,
+    UnitFailed,
+)
 from pipeline.core.types import Assignment
 
 LOG = logging.getLogger("twotower")
@@ -33,9 +42,16 @@ class JsonLines(logging.Formatter):
         return json.dumps({"ts": at, "level": record.levelname.lower(), "event": record.getMessage(), **fields})
 
 
+class _Lines(logging.StreamHandler[TextIO]):
+    """A handler that leaves out a record which it cannot write, without a word: stderr is probably where it failed."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name that logging calls)
+        """See _Lines."""
+
+
 def use_json(out: TextIO | None = None) -> None:
     """Log JSON to `out` (default: stderr) in this process; this replaces any earlier destination."""
-    handler = logging.StreamHandler(out or sys.stderr)
+    handler = _Lines(out or sys.stderr)
     handler.setFormatter(JsonLines())
     LOG.handlers[:] = [handler]
     LOG.setLevel(logging.INFO)
@@ -83,6 +99,9 @@ def event_record(event: Event | None) -> Record | None:
         case ReplicaLost(replica, reason):
             level = logging.INFO if event.excused else logging.WARNING
             return level, "replica lost", {"replica": replica, "reason": without_quotations(reason)}
+        case SlotLeftOut(slot, reason):
+            fields = {"slot": slot, "reason": without_quotations(reason) or None}
+            return (logging.WARNING, "slot left out", fields) if reason else (logging.INFO, "slot used again", fields)
     return None
 
 

@@ -1,6 +1,11 @@
 """Shows the progress of a run or of a calibration, as lines, as a bar or as JSON records. It shows counts only, never a
-prompt."""
+prompt.
 
+A line or a bar that cannot be written, because a disk is full or nobody reads it, is left out: no method of a display
+raises for that, so that it never ends a job.
+"""
+
+import contextlib
 import logging
 import sys
 import time
@@ -12,8 +17,9 @@ from typing import Any, TextIO
 import rich.progress
 from rich.console import Console
 
-from pipeline.core.events import Event, ReplicaLost, ReplicaNote, UnitFailed
-from pipeline.core.text import counted, duration
+from pipeline.core.events import Event, ReplicaLost, ReplicaNote, SlotLeftOut, UnitFailed
+from pipeline.core.streams import UNWRITABLE, say
+from pipeline.core.text import counted, time_left
 from pipeline.monitoring.logs import event_record, log, use_json
 from pipeline.monitoring.telemetry import Snapshot, Telemetry
 
@@ -55,6 +61,8 @@ class Display(ABC):
                 self.tell(f"{replica}: {text}")
             case ReplicaLost(replica, reason):
                 self.tell(f"replica {replica} was lost: {reason}")
+            case SlotLeftOut(slot, reason):
+                self.tell(reason or f"replica slot {slot} is used again: a replica there has generated a prompt")
             case UnitFailed(replica, work, reason):
                 self.tell(f"unit {work.unit.id} failed on replica {replica}: {reason}")
 
@@ -85,7 +93,7 @@ class LineDisplay(Display):
 
     def tell(self, text: str) -> None:
         """See Display."""
-        print(text, file=self._out, flush=True)
+        say(text, self._out)
 
     def _put(self, progress: Progress) -> None:
         if self._repeats or progress.text != self._last:
@@ -104,15 +112,18 @@ class BarDisplay(Display):
 
     def tell(self, text: str) -> None:
         """See Display."""
-        self._bar.print(text, markup=False, highlight=False)
+        with contextlib.suppress(*UNWRITABLE):
+            self._bar.print(text, markup=False, highlight=False)
 
     def _put(self, progress: Progress) -> None:
-        self._bar.update(self._task, description=progress.text, completed=progress.done, total=progress.total)
-        self._bar.start()  # does nothing from the second time on
+        with contextlib.suppress(*UNWRITABLE):
+            self._bar.update(self._task, description=progress.text, completed=progress.done, total=progress.total)
+            self._bar.start()  # does nothing from the second time on
 
     def close(self) -> None:
         """See Display."""
-        self._bar.stop()
+        with contextlib.suppress(*UNWRITABLE):
+            self._bar.stop()
 
 
 class JsonDisplay(Display):
@@ -153,11 +164,12 @@ def open_display(
 def run_progress(now: Snapshot) -> Progress:
     """Return the progress of a run, with text such as `5/10 rows (50.0%) · 40 tokens/s · 0 errors · ETA 8s · …`."""
     share = now.rows / now.total_rows if now.total_rows else 1.0
-    eta = "?" if now.eta_s is None else duration(now.eta_s)
     text = (
         f"{now.rows:,}/{now.total_rows:,} rows ({share:.1%}) · {now.tokens_per_s:,.0f} tokens/s · "
-        f"{counted(now.errors, 'error')} · ETA {eta} · {counted(now.replicas, 'replica')}"
+        f"{counted(now.errors, 'error')} · ETA {time_left(now.eta_s)} · {counted(now.replicas, 'replica')}"
     )
+    if now.left_out:
+        text += f", {counted(now.left_out, 'replica slot')} left out"
     fields = {name: round(value, 1) for name, value in asdict(now).items() if value is not None}
     return Progress(text, now.rows, max(now.total_rows, 1), fields)
 

@@ -19,15 +19,17 @@ def show(
     as_json: bool = False,
     console: Console | None = None,
     sleep: Callable[[float], None] = time.sleep,
+    waiting: Callable[[], None] = lambda: None,
 ) -> bool:
     """Print the status once; with `watch`, every `every_s` seconds until the job is complete, stopped or dead.
 
-    With `watch` on a terminal, text is updated in place; otherwise each status is printed below the last one. Return
-    whether the job is complete; without `watch` always True. Raises OutputError if the folder is not a job's
+    With `watch` on a terminal, text is updated in place; otherwise each status is printed below the last one.
+    `waiting` is called before a wait of some seconds for a driver on another machine (see read_job). Return whether the
+    job is complete; without `watch` always True. Raises OutputError if the folder is not a job's
     output, StorageError if the storage fails.
     """
     console = console or Console(soft_wrap=True, markup=False, highlight=False)
-    now = read_job(output_path)
+    now = read_job(output_path, sleep=sleep, waiting=waiting)
     if not watch:
         _print(console, now, as_json)
         return True

@@ -17,6 +17,7 @@ from pipeline.core.events import (
     ReplicaLost,
     ReplicaReady,
     ReplicaStats,
+    SlotLeftOut,
     UnitDone,
     UnitFailed,
     UnitProgress,
@@ -42,9 +43,11 @@ class Snapshot:
     errors: int
     tokens_per_s: float
     eta_s: float | None
-    """Estimated seconds until the job is done; None while `rows_per_s` is 0."""
+    """Estimated seconds until the job is done; None if that is not known, as while no rows are finished."""
     replicas: int
     rows_per_s: float
+    left_out: int = 0
+    """The number of slots that are left out (SlotLeftOut)."""
 
 
 @dataclass(slots=True)
@@ -134,6 +137,7 @@ class Telemetry:
         self._lost, self._losses = 0, deque[str](maxlen=SHOWN_LOSSES)
         self._lost_kinds = ErrorKinds()
         self._unit_retries = 0
+        self._left_out: dict[str, str] = {}  # by slot, the reason
 
     def take(self, event: Event | None) -> None:
         """Record one event of the driver's loop, or the end of a turn of the loop (None)."""
@@ -157,6 +161,10 @@ class Telemetry:
                 self.row_at = now
             case UnitDone():
                 self._end_unit(event, now)
+            case SlotLeftOut(slot, ""):
+                self._left_out.pop(slot, None)
+            case SlotLeftOut(slot, reason):
+                self._left_out[slot] = reason
         self._sample(now)
 
     def set_busy(self, busy: Iterable[str]) -> None:
@@ -179,10 +187,18 @@ class Telemetry:
             total_rows=self._total_rows,
             errors=self._done_errors + self._open_errors,
             tokens_per_s=_ratio(self.tokens - start_tokens, elapsed),
-            eta_s=(self._total_rows - rows) / rows_per_s if rows_per_s > 0 else None,
+            eta_s=self._eta(rows, rows_per_s),
             replicas=len(self.replicas),
             rows_per_s=rows_per_s,
+            left_out=len(self._left_out),
         )
+
+    def _eta(self, rows: int, rows_per_s: float) -> float | None:
+        """Return the estimated seconds until the job is done, or None if nobody knows. If all rows are finished and
+        units are left, only their publishing is left, for example because the storage fails."""
+        if rows >= self._total_rows:
+            return 0.0 if self._units >= self._total_units else None
+        return (self._total_rows - rows) / rows_per_s if rows_per_s > 0 else None
 
     def picture(self, ended: str | None = None) -> Live:
         """Return the whole state as it is now, for live.json and sinks.
@@ -212,6 +228,7 @@ class Telemetry:
             losses=tuple(self._losses),
             unit_retries=self._unit_retries,
             error_kinds=kinds.counts(),
+            left_out=tuple(self._left_out.values()),
         )
 
     def _count(self, result: UnitResult) -> None:

@@ -1,4 +1,5 @@
-"""Tests `python -m pipeline run` as a process with a Ray cluster of its own: Ctrl-C, SIGTERM, and a dead address."""
+"""Tests `python -m pipeline run` as a process with a Ray cluster of its own: Ctrl-C, SIGHUP, SIGTERM, and a dead
+address."""
 
 import os
 import re
@@ -58,12 +59,15 @@ def end_of(process: subprocess.Popen[str]) -> str:
         raise AssertionError(f"it does not end: {last_words(process)}") from None
 
 
-def test_ctrl_c_stops_the_job_and_its_cluster(job: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_terminal_stops_the_job_and_its_cluster(job: Path, number: signal.Signals, code: int) -> None:
+    """Ctrl-C and the end of the terminal reach every process of the job, but only the driver acts on them. The
+    replicas live on, so that they can save their rows."""
     process = start(job)
     wait_for(process, lambda: list((job.parent / "out").glob("part-*.parquet")))
-    os.killpg(process.pid, signal.SIGINT)  # like a terminal, to every process of the job
+    os.killpg(process.pid, number)
     output = end_of(process)
-    assert process.returncode == 130, output
+    assert process.returncode == code, output
     first, *progress, last = output.splitlines()
     assert first == f"job job: {job.parent}/in -> {job.parent}/out"
     assert last.endswith(" of 40 units are done; submit the same job again to resume")
@@ -90,6 +94,11 @@ def catches(process: subprocess.Popen[str], number: signal.Signals) -> bool:
 
 def descendants(pid: int) -> Iterator[str]:
     """Yield the names of the processes that a process has started, and of those that they have started."""
+    yield from (name for _, name in processes_below(pid))
+
+
+def processes_below(pid: int) -> Iterator[tuple[int, str]]:
+    """Yield (pid, name) of the processes that a process has started, and of those that they have started."""
     children: dict[int, list[tuple[int, str]]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -102,7 +111,7 @@ def descendants(pid: int) -> Iterator[str]:
     while waiting:
         for child, name in children.get(waiting.pop(), []):
             waiting.append(child)
-            yield name
+            yield child, name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
@@ -119,4 +128,24 @@ def test_sigterm_while_ray_starts_is_a_stop(job: Path, moment: str) -> None:
     last = output.splitlines()[-1]
     assert last.startswith("stopped; ")
     assert last.endswith("; submit the same job again to resume")
+    assert "Traceback" not in output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("gcs_server", "the head of the Ray cluster (GCS)"), ("raylet", "Ray on this node (raylet)")],
+)
+def test_a_cluster_whose_head_is_killed_is_named_and_rows_are_saved(job: Path, name: str, said: str) -> None:
+    """Ray itself would end the driver, with a text about GCS and without saving rows, or would go on without a node."""
+    process = start(job, RAY_gcs_rpc_server_reconnect_timeout_s="40")
+    wait_for(process, lambda: list((job.parent / "out").glob("part-*.parquet")))
+    [pid] = [child for child, called in processes_below(process.pid) if called == name]
+    os.kill(pid, signal.SIGKILL)
+    output = end_of(process)
+    assert process.returncode == 1, output
+    # after the line, Ray itself may show what was in the log of the process
+    [line] = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: the Ray cluster was lost: {said} at ")
+    assert line.endswith("submit the same job again to resume")
     assert "Traceback" not in output

@@ -156,7 +156,7 @@ def _gauges(live: Live) -> Iterator[tuple[Key, float]]:
             "twotower_pages": stats.room.pages,
             "twotower_unsaved_rows": stats.unsaved_rows,
             "twotower_checkpoint_age_seconds": stats.unsaved_s,
-            "twotower_report_age_seconds": live.sampled - replica.heard,
+            "twotower_report_age_seconds": max(0.0, live.sampled - replica.heard),
         }
         yield from (((name, _place(replica)), value) for name, value in values.items())
     of_job = {

@@ -186,7 +186,7 @@ def test_another_jobs_output_is_refused(job: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["file", "foreign part", "no plan", "extra part", "truncated part"])
+@pytest.mark.parametrize("damage", ["file", "foreign part", "extra part", "truncated part"])
 def test_plan_refuses_what_run_refuses_with_the_same_words(job: Path, damage: str) -> None:
     out = job.parent / "out"
     if damage == "file":
@@ -196,8 +196,6 @@ def test_plan_refuses_what_run_refuses_with_the_same_words(job: Path, damage: st
         part = next(out.glob("part-*.parquet"))
         if damage == "foreign part":
             part.write_bytes((job.parent / "in/a.parquet").read_bytes())
-        elif damage == "no plan":
-            (out / "_job/plan.json").unlink()
         elif damage == "extra part":
             (out / "part-x.parquet").write_bytes(part.read_bytes())
         else:
@@ -207,6 +205,17 @@ def test_plan_refuses_what_run_refuses_with_the_same_words(job: Path, damage: st
     assert planned.exit_code == 1
     assert planned.stderr == ran.stderr
     assert files_of(job.parent) == before
+
+
+def test_a_lost_plan_is_made_again_by_run_and_not_by_plan(job: Path) -> None:
+    call("run", job)
+    plan = job.parent / "out/_job/plan.json"
+    plan.unlink()
+    before = files_of(job.parent)
+    assert call("plan", job).exit_code == 0
+    assert files_of(job.parent) == before
+    assert call("run", job).exit_code == 0
+    assert plan.exists()
 
 
 def test_a_context_without_room_for_any_prompt_is_named(job: Path) -> None:
@@ -326,6 +335,41 @@ def test_an_output_begun_by_an_older_version_is_read_and_resumed(
     assert call("retry-errors", out, "--to", job.parent / "again2").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("can't start new thread"), "raise the pids limit of the container"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "raise the pids limit of the container"),
+        (MemoryError(), "give the container or the node more memory"),
+        (OSError(12, "Cannot allocate memory"), "give the container or the node more memory"),
+    ],
+)
+def test_a_limit_of_the_machine_is_one_line_that_says_what_helps(
+    job: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline.cli.compose, "make_pool", refused)
+    result = call("run", job)
+    assert result.exit_code == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {type(error).__name__}")
+    assert said in last
+    assert "Traceback" not in result.output
+    with pytest.raises(type(error)):
+        CliRunner().invoke(app, ["run", str(job), "--debug"], catch_exceptions=False)
+
+
+def test_bugs_keep_their_traceback(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(pipeline.cli.compose, "make_pool", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        CliRunner().invoke(app, ["run", str(job)], catch_exceptions=False)
+
+
 def test_handlers_installed_twice_give_the_first_ones_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pipeline.cli.signals.StopSignals() as signals:
@@ -412,13 +456,56 @@ def test_verify_says_that_all_is_well_or_lists_what_is_not(job: Path) -> None:
     bad = call("verify", out)
     assert bad.exit_code == 1
     assert [line.split(" ")[0] for line in bad.stdout.splitlines()] == [part.name, "notes.txt"]
-    assert bad.stderr == "error: 2 problems found, 4 parts checked\n"
+    assert bad.stderr == "error: 1 problem and 1 leftover file found, 4 parts checked\n"
     none = call("verify", job.parent / "in")
     assert none.stderr.startswith("error: output ")
     part.unlink()
     (out / "notes.txt").unlink()
     call("run", job)
     assert call("verify", out).exit_code == 0
+
+
+def test_verify_groups_foreign_files_and_tells_leftovers_from_wrong_rows(job: Path) -> None:
+    """Foreign files alone have exit code 3; the summary counts them, and ten of them are named. A missing part among
+    them has exit code 1."""
+    call("run", job)
+    out = job.parent / "out"
+    (out / "data").mkdir()
+    for number in range(1002):
+        (out / f"data/{number:04}.csv").touch()
+    (out / "data/x\x1b[2J.csv").touch()
+    left = call("verify", out)
+    assert left.exit_code == 3
+    *named, more, summary = left.stdout.splitlines()
+    assert len(named) == 10
+    assert named[0].startswith("data/0000.csv is not from this project: move it away")
+    assert more == "… and 993 more like these"
+    assert summary.startswith("verified: 35 rows in 4 parts (")
+    assert left.stderr == "1,003 leftover files found, and nothing wrong with the rows: the exit code is 3\n"
+    every = call("verify", out, "--all").stdout
+    assert len(every.splitlines()) == 1004
+    assert "data/x?[2J.csv is" in every  # a terminal would obey the name
+    for part in out.glob("part-*"):
+        part.unlink()
+    bad = call("verify", out)
+    assert bad.exit_code == 1
+    assert bad.stderr == "error: 1 problem and 1,003 leftover files found, 0 parts checked\n"
+
+
+def test_verify_groups_damaged_parts(job: Path) -> None:
+    """The rows that are missing are named beside the parts that are damaged, however many there are."""
+    assert call("run", job, "--set", "output.rows_per_file=2").exit_code == 0
+    out = job.parent / "out"
+    for part in out.glob("part-*"):
+        part.write_bytes(part.read_bytes()[:-9])
+    (out / "_SUCCESS").unlink()
+    bad = call("verify", out)
+    assert bad.exit_code == 1
+    *named, more = bad.stdout.splitlines()
+    assert len(named) == 10
+    assert all("is truncated, damaged or no part" in line for line in named)
+    assert more == "… and 8 more like these"
+    assert bad.stderr == "error: 18 problems found, 18 parts checked\n"
 
 
 def test_retry_errors_makes_a_job_that_runs(job: Path) -> None:
@@ -440,7 +527,7 @@ def test_retry_errors_without_errors_writes_nothing(job: Path) -> None:
     call("run", job)
     before = files_of(job.parent)
     assert call("retry-errors", job.parent / "out", "--to", job.parent / "again").stdout == (
-        "no row failed: nothing was written\n"
+        "no row of a finished part failed: nothing was written\n"
     )
     assert files_of(job.parent) == before
 

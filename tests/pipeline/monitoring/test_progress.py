@@ -148,3 +148,33 @@ def test_a_terminal_gets_a_bar(transient: bool) -> None:
     for text in ("50/100 rows (50.0%)", "something [happened]", "the next piece"):
         assert text in out.getvalue()
     assert isinstance(open_display(io.StringIO()), LineDisplay)
+
+
+def eta_of(telemetry: Telemetry) -> str:
+    return run_progress(telemetry.snapshot()).text.split(" · ")[3]
+
+
+def test_the_time_left_is_not_made_up() -> None:
+    """It is unknown before the first rows, while rows are only taken back, and while all rows are finished but a unit
+    cannot be published. At the end it is 0, also if the last minute had no rows."""
+    clock = Clock()
+    telemetry = Telemetry(20, [result("u0", 10)], total_units=2, clock=clock)
+    assert eta_of(telemetry) == "ETA ?"
+    telemetry.take(ReplicaReady("a"))
+    for rows in (0, 5):
+        clock.now += 5
+        telemetry.take(UnitProgress("a", ("u1", None), rows, rows, 0))  # error rows: they have no tokens
+    assert eta_of(telemetry) == "ETA 5s"
+    telemetry.take(ReplicaLost("a", "killed"))
+    clock.now += 200
+    telemetry.take(None)
+    assert eta_of(telemetry) == "ETA ?"
+    telemetry.take(ReplicaReady("b"))
+    telemetry.take(UnitProgress("b", ("u1", None), 10, 10, 0))
+    clock.now += 1
+    assert eta_of(telemetry) == "ETA ?"
+    telemetry.take(UnitDone(result("u1", 10, errors=10)))
+    clock.now += 200
+    telemetry.take(None)
+    assert eta_of(telemetry) == "ETA 0s"
+    assert run_progress(Telemetry(0, clock=clock).snapshot()).text.startswith("0/0 rows (100.0%) · 0 tokens/s")

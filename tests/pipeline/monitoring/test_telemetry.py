@@ -39,6 +39,7 @@ class Run:
         self.telemetry = Telemetry(
             100, [done], total_units=10, fingerprint="ours", clock=self.clock, wall_clock=self.clock
         )
+        (folder / "_job").mkdir()  # the folder of a job; it is never created anew by this file
         self.file = LiveFile(str(folder), interval_s=0.02)
         self.reporter = Reporter(self.telemetry, self.file, [*sinks, self.pictures.append], self.told.append)
 
