@@ -96,9 +96,12 @@ class Assignment:
     failures: int = 0
     """The number of attempts at the unit that ended because it could not be read, published or saved, while the replica
     stayed alive (UnitFailed)."""
-    condemned: str | None = None
-    """The error text of the single row in this range if it is given up: it becomes an error row without being
-    generated. None for all other work."""
+    condemned: tuple[tuple[int, str], ...] = ()
+    """The rows of the unit that are given up, as (position, error text) in ascending order: they become error rows
+    without being generated. Only whole units have some."""
+    lost_in: tuple[str, ...] = ()
+    """The slots in which replicas were lost that count in `losses`, once each. The next attempt at a suspect is made in
+    another slot, if there is one."""
 
     @property
     def key(self) -> "WorkKey":
@@ -116,12 +119,23 @@ class Assignment:
         return self.rows is not None and self.rows[1] - self.rows[0] == 1
 
     @property
+    def control(self) -> bool:
+        """Return True if this is no work on rows but a control: the replica generates a prompt, whose completion
+        is thrown away. It is written as a range of no rows."""
+        return self.rows is not None and self.rows[0] == self.rows[1]
+
+    @property
     def suspect(self) -> bool:
         """Return True if one of its rows may be killing replicas: a replica was lost with it, or it is a range. It then
         gets a replica without other work, and its finished rows are flushed at once."""
         return self.losses > 0 or self.rows is not None
 
 
+CONTROL = "control"
+"""The id of the unit that a control with the fixed prompt names. A control with the id of another unit generates a row
+of that unit once more that segments hold."""
+ALONE = "while it generated this row alone"
+"""Words in the error text of every condemned row (Assignment.condemned)."""
 WorkKey = tuple[str, tuple[int, int] | None]
 """The key of an Assignment: the unit id, and the range or None for the whole unit."""
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from pipeline.core.errors import JobFailed
-from pipeline.core.events import Event, ReplicaNote
+from pipeline.core.events import Event
 from pipeline.core.types import Assignment, UnitResult, WorkUnit
-from pipeline.driver.retry import RetryPolicy, describe
+from pipeline.driver.retry import RetryPolicy
+from pipeline.driver.set_aside import Unread
 from pipeline.driver.stall import StallWatch
 from pipeline.driver.work_queue import WorkQueue
 
@@ -50,27 +51,29 @@ def dispatch(
     stop: threading.Event,
     on_event: Callable[[Event | None], None] = lambda _event: None,
     stall: StallWatch | None = None,
+    unread: Unread | None = None,
 ) -> dict[str, UnitResult]:
     """Run every unit that is not in `finished`, and return the results of all units by unit id.
 
-    `on_event` is called with every event, with a ReplicaNote for every row that is condemned, and with None once in
-    each turn of the loop. `stall` finds the replicas that make no progress and are to be dropped; it reads a telemetry
-    to which `on_event` must pass every event. If it is None, no replica is dropped. The caller has to close the pool.
-    Raises JobFailed if `stop` is set, or if the retry policy or `stall` gives the job up: after too many attempts,
-    error rows or condemned rows, or if no replica starts or makes progress. Also raises ClusterError, and anything
-    that `on_event` raises.
+    `on_event` is called with every event, with those of WorkQueue.news, and with None once in each turn of the loop.
+    `stall` finds the replicas that make no progress and are to be dropped; it reads a telemetry to which `on_event`
+    must pass every event. If it is None, no replica is dropped. `unread`: the rows that are known to be unreadable. The
+    caller has to close the pool. Raises JobFailed if `stop` is set, or if the retry policy or `stall` gives the job up:
+    after too many attempts, error rows or condemned rows, or if no replica starts or makes progress. Raises
+    SetAsideError if all else is done, but some rows cannot be read. Also raises ClusterError, and anything that
+    `on_event` raises.
     """
-    queue = WorkQueue(units, finished, policy)
+    queue = WorkQueue(units, finished, policy, unread)
     while queue.open:
         if stop.is_set():
             raise JobFailed(f"stopped; {queue.summary()}; submit the same job again to resume")
         for replica, work in queue.hand_out():
-            if work.condemned is not None:
-                on_event(ReplicaNote(replica, f"{describe(work)} is given up: {work.condemned}"))
             pool.assign(replica, work)
         for event in pool.wait(POLL_S):
             on_event(event)
             queue.take(event)
+        for event in queue.news():
+            on_event(event)
         if stall is not None:
             for replica, reason in stall.check(queue.busy):
                 pool.drop(replica, reason)

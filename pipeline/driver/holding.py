@@ -6,6 +6,7 @@ It counts rows, not units: a unit may have one row or 10,000, and an engine is f
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pipeline.core.events import UnitProgress
 from pipeline.core.types import Assignment, WorkKey
 
 ROWS_AHEAD = 4
@@ -56,6 +57,8 @@ class HeldWork:
     """The rows that are not finished yet."""
     begun: bool = False
     """Whether rows of it may have been in slots of the engine (UnitProgress.begun)."""
+    tokens: int = 0
+    """The completion tokens that the replica has generated for it, as last reported."""
 
 
 class Holding:
@@ -65,6 +68,10 @@ class Holding:
         """Begin with no work. `max_rows`: the row limit of the replica's engine, or 0 if it is not known."""
         self._max_rows, self._most = max_rows, ROWS_AHEAD * max_rows
         self._held: dict[WorkKey, HeldWork] = {}
+        self.proven = False
+        """Whether the replica has generated a row or a control. Only then does it get suspects."""
+        self.generated = 0
+        """The rows that the replica has generated, as last reported (ReplicaStats.rows without its errors)."""
         self._rows = 0  # of all held work, finished rows included
         self.left = 0
         """The rows of all held work that are not finished yet."""
@@ -81,6 +88,11 @@ class Holding:
     def suspect(self) -> bool:
         """Return whether the replica holds a suspect, which is then all that it holds."""
         return len(self._held) == 1 and next(iter(self._held.values())).work.suspect
+
+    @property
+    def only_control(self) -> bool:
+        """Return whether the replica holds a control, which is then all that it holds."""
+        return len(self._held) == 1 and next(iter(self._held.values())).work.control
 
     def get(self, key: WorkKey) -> HeldWork | None:
         """Return the held work with this key, or None."""
@@ -104,12 +116,14 @@ class Holding:
         for key in [key for key in self._held if key[0] == unit_id]:
             self.pop(key)
 
-    def report(self, key: WorkKey, finished: int, *, begun: bool) -> None:
-        """Record a report on held work: the number of its finished rows, and whether it has begun in the engine."""
-        held = self._held[key]
-        left = _rows(held.work) - finished
+    def report(self, progress: UnitProgress) -> bool:
+        """Record a report on held work. Return whether tokens of it were generated since the last report."""
+        held = self._held[progress.key]
+        left = _rows(held.work) - progress.rows
         self.left += left - held.left
-        held.left, held.begun = left, held.begun or begun
+        held.left, held.begun = left, held.begun or progress.begun
+        before, held.tokens = held.tokens, progress.tokens - progress.kept_tokens
+        return held.tokens > before
 
     def wants_more(self, supply: Supply) -> bool:
         """Return whether the replica is to get one more unit, beside what it holds, if this is what waits.

@@ -3,6 +3,7 @@ calibration and for the generator of a preview."""
 
 import contextlib
 import functools
+import re
 from typing import Any
 
 import ray
@@ -12,7 +13,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.config.job import WorkersSection
 from pipeline.core.errors import ClusterError
-from workers.cluster.connection import amounts, describe_nodes, ray_text
+from pipeline.core.limits import MEMORY, limit_advice
+from pipeline.core.text import one_line
+from workers.cluster.connection import amounts, cluster_gone, describe_nodes
 
 # Two concurrency groups: the methods of `call` run one at a time, and those of `ask` run beside them.
 _actor_class = functools.cache(ray.remote(concurrency_groups={"control": 1}))  # type: ignore[call-overload]
@@ -65,17 +68,26 @@ class ReplicaActor:
 
     def close(self) -> None:
         """Kill the actor and remove the placement group, as far as Ray still answers."""
+        if cluster_gone():  # the calls would hang; Ray ends the actor by itself
+            return
         with contextlib.suppress(RayError):
             self.kill()
             remove_placement_group(self._group)
 
 
 def death_text(error: RayError) -> str:
-    """Return Ray's message about a dead actor as one line that gives the cause, without ids and advice."""
-    text = ray_text(error)
+    """Return Ray's message about a dead actor as one line that gives the cause and what helps, without ids."""
+    whole = one_line(error)
+    if memory := re.search(r"Memory on the node \(IP: ([^,)]+).*? was (\S+) used / (\S+) limit", whole):
+        node, used, limit = memory.groups()
+        return f"Ray's memory monitor killed it, because node {node} used {used} of {limit} of memory; {MEMORY}"
+    text = whole[:1000]
     for start in ("The actor is dead because ", "The actor died because "):
         text = text.split(start, 1)[-1]
-    return text.split(" Some common causes include")[0]
+    text = text.split(" Some common causes include")[0]
+    if "Worker unexpectedly exits" in text:  # Ray's text for a process that was killed or has crashed
+        return f"its process has died, killed or crashed, often at the memory limit of the container or node: {MEMORY}"
+    return f"{text}{limit_advice(text)}"
 
 
 def no_room(workers: WorkersSection, advice: str) -> ClusterError:

@@ -17,11 +17,11 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.config.job import WorkersSection
-from pipeline.core.events import Event, ReplicaLost, ReplicaReady
+from pipeline.core.events import Event, ReplicaActive, ReplicaLost, ReplicaReady
 from pipeline.core.text import counted
 from pipeline.core.types import Assignment
 from workers.cluster.actor import ReplicaActor, death_text, no_room
-from workers.cluster.connection import amounts, connect, describe_nodes, lost_cluster
+from workers.cluster.connection import amounts, connect, describe_nodes, lost_cluster, shutdown
 from workers.replica.replica import FLUSH_S, MakeRunner, ReplicaProcess, Report
 
 WORK_S = 2.0
@@ -41,6 +41,8 @@ it only watches replicas that hold work."""
 BACKOFF_S, MAX_BACKOFF_S = 2.0, 60.0
 """Seconds to wait before a replica that failed to start is started again: the first pause, doubled after each failure,
 and the longest pause."""
+LONGEST_BACKOFF_S = 600.0
+"""The longest pause if the replicas did start, but died before they generated a row."""
 
 
 @dataclass
@@ -63,10 +65,12 @@ class _Slot:
     heard_at: float = 0.0
     """The time of the replica's last report, from its `start` or a `work` call, or the time at which the last `look`
     call was made, if that is later. LOOK_S seconds after this time a ready replica is asked again what it is doing."""
+    generated: bool = False
+    """Whether the replica has generated a row or a control."""
     failures: int = 0
-    """Number of failed starts since the replica was last ready."""
+    """Number of replicas that ended here in a row before they generated a row or a control."""
     not_before: float = 0.0
-    """Time before which no other actor is started, after a failed start."""
+    """Time before which no other actor is started, after such a replica."""
 
     @property
     def name(self) -> str:
@@ -130,7 +134,7 @@ class RayPool:
                 slot.actor.close()
         self._slots.clear()
         if self._ours:
-            ray.shutdown()
+            shutdown()
             self._ours = False
 
     def _flush(self) -> None:
@@ -189,8 +193,10 @@ class RayPool:
         if report.fatal is not None:
             return [*events, self._lose(slot, report)]
         if not slot.ready:
-            slot.ready, slot.failures = True, 0
-            events.insert(0, ReplicaReady(slot.name, report.max_rows))
+            slot.ready, slot.generated = True, False
+            events.insert(0, ReplicaReady(slot.name, report.max_rows, report.node))
+        if any(isinstance(event, ReplicaActive) and event.stats and event.stats.generated for event in events):
+            slot.generated, slot.failures = True, 0
         slot.heard_at = time.monotonic()
         while len(slot.calls) < CALLS_AHEAD:
             slot.calls.append(slot.actor.call("work", WORK_S))
@@ -199,9 +205,10 @@ class RayPool:
     def _lose(self, slot: _Slot, report: Report) -> ReplicaLost:
         """Kill the replica in the slot and return its ReplicaLost event. `report` says why it is lost."""
         lost = ReplicaLost(slot.name, report.fatal or "", report.refused, report.excused)
-        if not slot.ready:
+        if not slot.generated and not report.excused:
             slot.failures += 1
-            slot.not_before = time.monotonic() + min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (slot.failures - 1))
+            longest = LONGEST_BACKOFF_S if slot.ready else MAX_BACKOFF_S
+            slot.not_before = time.monotonic() + min(longest, BACKOFF_S * 2 ** (slot.failures - 1))
         slot.actor.kill()
         slot.ready = False
         slot.calls.clear()
@@ -226,12 +233,12 @@ class RayPool:
         self._check_room(len(without_room), now)
 
     def _settle(self, slot: _Slot, now: float, wait_s: int = 0) -> bool:
-        """Return whether the slot's placement group has room. If so, start an actor in it, unless it is too early after
-        a failed start (`not_before`)."""
+        """Return whether the slot's placement group has room. If so, start an actor in it, unless it is too early
+        (`not_before`)."""
         if not slot.actor.has_room(wait_s):
             return False
         if now >= slot.not_before:
-            slot.lives, slot.started_at = slot.lives + 1, now
+            slot.lives, slot.started_at, slot.generated = slot.lives + 1, now, False
             slot.actor.start(slot.name, self._make_runner)
             slot.calls.append(slot.actor.call("start"))
         return True

@@ -1,7 +1,6 @@
 """Runs an object, such as a bench, in one Ray actor that has the resources of a replica, and follows its progress."""
 
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,10 @@ from model.errors import TwoTowerError
 from pipeline.calibration.bench import Tick
 from pipeline.config.job import Job
 from pipeline.core.errors import JobFailed
+from pipeline.core.streams import say_traceback
 from pipeline.core.text import one_line
 from workers.cluster.actor import ReplicaActor, death_text, no_room
-from workers.cluster.connection import connect, lost_cluster
+from workers.cluster.connection import check_cluster, connect, lost_cluster, shutdown
 
 LOOK_S = 0.5
 """Seconds between two checks for room for the actor, and between two questions about its progress."""
@@ -40,7 +40,7 @@ class RemoteProcess:
         except TwoTowerError as error:
             return JobFailed(one_line(error))
         except Exception as error:  # catches everything: the driver gets the reason
-            traceback.print_exception(error)
+            say_traceback(error)
             return JobFailed(f"{type(error).__name__}: {one_line(error)}")
 
     def progress(self) -> tuple[int, int]:
@@ -91,6 +91,7 @@ class RemoteObject:
             call = self._actor.call("call", method, *arguments)
             try:
                 while not ray.wait([call], timeout=LOOK_S)[0]:
+                    check_cluster()
                     look = self._actor.ask("progress")
                     # The actor answers late while its interpreter is in a long call, such as loading the model.
                     tick(*ray.get(look)) if ray.wait([look], timeout=LOOK_S)[0] else tick(0, 0)
@@ -107,5 +108,5 @@ class RemoteObject:
             self._actor.close()
         self._actor = None
         if self._ours:
-            ray.shutdown()
+            shutdown()
             self._ours = False

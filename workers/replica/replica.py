@@ -8,9 +8,9 @@ of that call or of the next one tells the pool that the replica is lost. An erro
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -19,6 +19,8 @@ from model.errors import TwoTowerError
 from model.runtime.device_errors import device_lost, first_line
 from pipeline.core.error_kinds import without_quotations
 from pipeline.core.events import Event, ReplicaActive, ReplicaNote, UnitProgress
+from pipeline.core.limits import limit_advice
+from pipeline.core.streams import say, say_traceback
 from pipeline.core.text import one_line
 from pipeline.core.types import Assignment, WorkKey
 from pipeline.monitoring.logs import event_record, is_json, log, work_record
@@ -54,6 +56,8 @@ class Report:
     """Whether the process can no longer use its GPU, so that a new replica needs a new process."""
     max_rows: int = 0
     """The row limit of the engine, in the report of a start (ReplicaReady.max_rows)."""
+    node: str = ""
+    """The name of the machine, in the report of a start."""
 
 
 class Replica:
@@ -83,7 +87,7 @@ class Replica:
         for text in self._runner.notes():  # such as the memory plan; the operator should not get one from every replica
             self._say(text)
         log((logging.INFO, "replica started", {}), source=SOURCE, replica=self._name)
-        return Report(max_rows=self._runner.max_rows)
+        return Report(max_rows=self._runner.max_rows, node=socket.gethostname())
 
     def assign(self, work: Assignment) -> None:
         """Accept work, which a running or later `work` call does. A dead replica ignores it; its next report says that
@@ -123,7 +127,7 @@ class Replica:
         try:
             return self._runner.stop(seconds)
         except Exception as error:  # catches everything: the replica is about to end in any case
-            traceback.print_exception(error, file=sys.stderr)
+            say_traceback(error)
             return 0
 
     def close(self) -> None:
@@ -137,7 +141,7 @@ class Replica:
         if is_json():
             log((logging.INFO, "note", {"text": text}), source=SOURCE, replica=self._name)
         else:
-            print(f"{self._name}: {text}", flush=True)
+            say(f"{self._name}: {text}")
 
     def _progress(self, runner: UnitRunner) -> list[UnitProgress]:
         """Return the progress of the assignments that differs from the last report. With many small units, most of them
@@ -156,6 +160,7 @@ class Replica:
         self._device_lost = device_lost(error)
         text = first_line(error) if self._device_lost else one_line(error)
         self._fatal = text if isinstance(error, TwoTowerError) else f"{type(error).__name__}: {text}"
+        self._fatal += limit_advice(self._fatal)
         log(
             (logging.ERROR, "replica died", {"reason": without_quotations(self._fatal)}),
             source=SOURCE,
@@ -164,10 +169,10 @@ class Replica:
         # The report is one line, which is enough for a refused start. Any other error is also written to stderr.
         if self._device_lost:
             self._fatal = f"a GPU failed, and this process cannot use it any more: {self._fatal}"
-            print(f"{self._name}: {self._fatal}; the process ends", file=sys.stderr, flush=True)
+            say(f"{self._name}: {self._fatal}; the process ends", sys.stderr)
             self._kept = (self._runner, error)  # kept alive, because freeing their tensors could call the device
         elif not refused:
-            traceback.print_exception(error, file=sys.stderr)
+            say_traceback(error)
         self.stop(FLUSH_S)  # finished rows are in host memory, so they can still be saved
         self.close()
         return Report(fatal=self._fatal, refused=refused and not self._device_lost, device_lost=self._device_lost)

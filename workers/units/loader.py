@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from model.requests import GenerationParams
 from model.runtime.page_allocator import PREFIX_SLOTS
-from pipeline.core.types import Assignment, Row, UnitResult
+from pipeline.core.errors import InputError
+from pipeline.core.schema import RESULT_SCHEMA
+from pipeline.core.types import CONTROL, Assignment, Row, UnitResult, WorkUnit
 from pipeline.input.fetcher import Fetch
 from pipeline.input.row_settings import with_settings
 from pipeline.output.positions import positions
@@ -23,6 +27,10 @@ from pipeline.prompts.encoder import EncoderLike
 from workers.units.prefix import best_prefix, has_prefix
 from workers.units.unit import OpenUnit, QueuedRow, name_of
 
+CONTROL_PROMPT = "The capital of France is"
+"""The prompt of a control. It is a default prompt of canary.json as well; every tokenizer yields tokens for it."""
+CONTROL_TOKENS = 64
+"""The most tokens of a control's completion: some blocks, so that every kind of forward is run."""
 TOKENISE_ROWS = 1000
 """The number of prompts that are tokenised in one call. It limits how many token ids are in Python lists at a time."""
 
@@ -32,8 +40,8 @@ class Found:
     """What `UnitLoader.look` found of a unit without a part."""
 
     segments: SegmentRows
-    fetch: Fetch | None
-    """The files of the rows, which are being fetched; None if they need not be read."""
+    fetch: Fetch
+    """The files of the rows, which are being fetched."""
 
 
 class UnitLoader:
@@ -76,13 +84,10 @@ class UnitLoader:
             )
             return result
         segments = self._store.read_segments(unit)
-        # The file of a condemned row is not opened, because reading it may be what kills the replicas.
-        fetch = None if work.condemned else self._store.input.fetch(unit.part(*work.span))
-        return Found(segments, fetch)
+        return Found(segments, self._store.input.fetch(unit.part(*work.span)))
 
     def open(self, work: Assignment, found: Found) -> OpenUnit:
         """Return the assignment with the rows that are to be generated.
-
         Messages say which segments are left out, and how many rows segments hold. Raises StorageError if the storage
         fails, InputError if the unit cannot be read.
         """
@@ -97,9 +102,9 @@ class UnitLoader:
             self._tell(f"{name_of(work)}: rows finished by earlier attempts: {kept.num_rows} of {end - first}")
         wanted = np.setdiff1d(np.arange(first, end), saved[start:stop]).tolist()
         data = None
-        if found.fetch is not None and (work.rows is None or wanted):
+        if work.rows is None or wanted:
             data = self._store.input.read(unit if work.rows is None else unit.part(first, end), found.fetch)
-        elif found.fetch is not None:
+        else:
             found.fetch.close()
         opened = OpenUnit(
             work,
@@ -110,14 +115,51 @@ class UnitLoader:
             replica=self._replica,
             now=self._clock(),
         )
-        if data is None:
+        if data is not None:
+            condemned = dict(work.condemned)
             for index in wanted:
-                opened.add_error(index, str(work.condemned))
-        else:
-            rows = [data.rows[index - first] for index in wanted]
+                if index in condemned:
+                    opened.add_error(index, condemned[index])
+            rows = [data.rows[index - first] for index in wanted if index not in condemned]
             # Positions of a range are counted from its own first row where it is read.
             self._queue(opened, [replace(row, index=first + row.index) for row in rows] if first else rows)
         return opened
+
+    def open_control(self, work: Assignment) -> OpenUnit:
+        """Return a control (Assignment.control), ready to be generated: the fixed prompt, or the finished row of the
+        unit that has the most tokens.
+
+        Raises InputError if no row of the unit is in segments, or if the row cannot be read; StorageError if the
+        storage fails.
+        """
+        opened = OpenUnit(
+            work,
+            None,
+            RESULT_SCHEMA.empty_table(),
+            1,
+            params=self._params,
+            replica=self._replica,
+            now=self._clock(),
+        )
+        if work.unit.id == CONTROL:
+            row = Row("control", 0, 0, CONTROL_PROMPT)
+            params = replace(self._params, max_new_tokens=min(self._params.max_new_tokens, CONTROL_TOKENS))
+        else:
+            row = self._finished_row(work.unit)
+            params = with_settings(self._params, row.settings)
+        [ids] = self._encoder.encode([row])
+        opened.queue.append(QueuedRow(row.index, array("i", ids), 0, params))
+        return opened
+
+    def _finished_row(self, unit: WorkUnit) -> Row:
+        table = self._store.read_segments(unit).table
+        failed = pc.equal(table["finish_reason"], pa.scalar("error")).to_numpy()
+        lengths = np.where(failed, -1, pc.add(table["prompt_tokens"], table["completion_tokens"]).to_numpy())
+        if not len(lengths) or lengths.max() < 0:
+            raise InputError(f"no row of unit {unit.id} is finished that could be generated once more")
+        index = int(positions(unit, table)[lengths.argmax()])
+        [row] = self._store.input.read(unit.part(index, index + 1)).rows
+        return replace(row, index=index)
 
     def _queue(self, opened: OpenUnit, rows: Iterable[Row]) -> None:
         """Tokenise the rows and queue them in `opened`, those with the most tokens after the common prefix first.

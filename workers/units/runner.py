@@ -22,19 +22,20 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
+from math import inf
+from typing import Literal
 
 from model.errors import RequestError, TwoTowerError
 from model.requests import Completion, EngineError, GenerationParams, Request
 from model.runtime.device_errors import device_lost
 from pipeline.config.job import FlushSection
-from pipeline.core.errors import StorageError
+from pipeline.core.errors import OutputError, StorageError
 from pipeline.core.events import EngineRoom, RangeDone, ReplicaStats, UnitDone, UnitFailed, UnitProgress
-from pipeline.core.types import Assignment, UnitResult
+from pipeline.core.types import CONTROL, Assignment, UnitResult
 from pipeline.monitoring.efficiency import ForwardsWatch
 from pipeline.output.part import row_key
 from pipeline.output.unit_store import UnitStore
 from pipeline.prompts.encoder import EncoderLike
-from pipeline.storage.urls import is_transient
 from workers.units.counts import RowCounts
 from workers.units.loader import Found, UnitLoader
 from workers.units.protocols import EngineLike
@@ -55,6 +56,8 @@ HELD_BYTES = 512 << 20
 rows, the rows that the driver gives are fewer long before."""
 UNITS_AHEAD = 2
 """The number of units that are open however large they are: one in the engine, and the next one."""
+LATER_READS = 2
+"""The number of times that a read is retried if the same work has failed at the storage before."""
 SHOWN = 3
 """The most assignments that `doing` describes; if there are more, it describes one of each kind and counts the rest."""
 MAX_NOTES = 1000
@@ -107,7 +110,8 @@ class UnitRunner:
         self._idle.set()
         self._wake = threading.Event()  # set if there may be something to do for an idle runner
         self._stopped = self._closed = False
-        self._steps = self._reads = 0
+        self._steps = self._reads = self._controls = 0
+        self._generated = False  # whether any row was generated since the start
         self._loader = UnitLoader(encoder, store, params=params, replica=replica, tell=self._notes.append, clock=clock)
         # Units are read one at a time, in a thread of its own. It takes what the lookers find in the order of `add`.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read")
@@ -161,10 +165,11 @@ class UnitRunner:
         """Run the engine until an assignment ends or `seconds` have passed, and return the outcomes, perhaps none.
 
         It also returns before the first rows of an assignment get slots of the engine, because they may kill the
-        replica: the driver then knows which assignments can be the cause. After `stop` it returns an empty list at
-        once. Raises EngineError if a row is lost a second time, if the error names no row, or if the GPU is unusable.
-        Raises other errors of the engine, errors of a flush other than StorageError, and errors of a read or a
-        publication other than TwoTowerError. After an error only `stop` and `close` may be called.
+        replica: the driver then knows which assignments can be the cause. It also returns when the first row since the
+        start is generated: the driver then knows that the replica can generate. After `stop` it returns an empty list
+        at once. Raises EngineError if a row is lost a second time, if the error names no row, or if the GPU is
+        unusable. Raises other errors of the engine, errors of a flush other than StorageError, and errors of a read or
+        a publication other than TwoTowerError. After an error only `stop` and `close` may be called.
         """
         deadline = self._clock() + seconds
         with self._lock:
@@ -175,9 +180,9 @@ class UnitRunner:
                 self._idle.set()
 
     def progress(self) -> list[UnitProgress]:
-        """Return the progress of every assignment that has been read and has no outcome yet."""
+        """Return the progress of every assignment on rows that has been read and has no outcome yet."""
         with self._lock:
-            return [opened.progress() for opened in self._open.values()]
+            return [opened.progress() for opened in self._open.values() if not opened.work.control]
 
     def stats(self) -> ReplicaStats:
         """Return counts of the rows that ended since the start, and of the rows that the runner holds now."""
@@ -189,6 +194,7 @@ class UnitRunner:
             unsaved = [opened for opened in self._open.values() if opened.finished]
             waiting = min(self._engine.waiting, len(self._in_engine))
             return counts.stats(
+                controls=self._controls,
                 storage_retries=self._read_failures + self._saver.failures,
                 queue=waiting + sum(len(opened.queue) for opened in self._open.values()),
                 active=len(self._in_engine) - waiting,
@@ -273,7 +279,10 @@ class UnitRunner:
             if outcomes or begun or left <= 0:
                 return outcomes
             if self._in_engine:
+                generated = self._generated
                 self._step()
+                if self._generated and not generated:
+                    deadline = -inf  # the driver trusts a replica only after this
             else:
                 self._wait(left)
         return []
@@ -305,8 +314,9 @@ class UnitRunner:
             if not self._may_read():
                 return
             if unit_id not in self._reading and self._clock() >= retry.not_before:
-                look = self._lookers.submit(self._loader.look, self._units[unit_id])
-                future = self._reader.submit(self._read, self._units[unit_id], look)
+                work = self._units[unit_id]
+                look = None if work.control else self._lookers.submit(self._loader.look, work)
+                future = self._reader.submit(self._read, work, look)
                 future.add_done_callback(lambda _future: self._wake.set())
                 self._reading[unit_id] = future
 
@@ -323,9 +333,11 @@ class UnitRunner:
         units = [self._units[unit_id].unit for unit_id in self._to_read]
         return sum(piece.size for unit in units[: MOST_READS + 1] for piece in unit.pieces) <= HELD_BYTES
 
-    def _read(self, work: Assignment, look: Future[Found | UnitResult]) -> OpenUnit | UnitResult:
-        """Wait for the look and open the assignment. Runs in the read thread, without the lock. Raises what the look
-        and UnitLoader.open raise."""
+    def _read(self, work: Assignment, look: Future[Found | UnitResult] | None) -> OpenUnit | UnitResult:
+        """Wait for the look, which a control does not need, and open the assignment. Runs in the read thread, without
+        the lock. Raises what the look and UnitLoader.open raise."""
+        if look is None:
+            return self._loader.open_control(work)
         found = look.result()
         return self._loader.open(work, found) if isinstance(found, Found) else found
 
@@ -338,8 +350,12 @@ class UnitRunner:
             try:
                 opened = self._reading.pop(unit_id).result()
             except TwoTowerError as error:
+                if unit_id == CONTROL:
+                    raise
                 if not self._read_again(unit_id, error):
-                    outcomes.append(self._end(unit_id, UnitFailed(self._replica, self._units[unit_id], str(error))))
+                    stage: Literal["part", "read"] = "part" if isinstance(error, OutputError) else "read"
+                    failed = UnitFailed(self._replica, self._units[unit_id], str(error), stage)
+                    outcomes.append(self._end(unit_id, failed))
                 continue
             del self._to_read[unit_id]
             if isinstance(opened, OpenUnit):
@@ -352,17 +368,19 @@ class UnitRunner:
     def _read_again(self, unit_id: str, error: TwoTowerError) -> bool:
         """Record a failed read, and return True if it is to be retried after a pause.
 
-        Only failures of the storage that may pass are retried, once per pause in PAUSES_S.
+        Failures of the storage are retried once per pause in PAUSES_S, as those of writes are, because credentials and
+        rights, for example, may be renewed meanwhile. Work that has failed before, on this or another replica, has only
+        LATER_READS retries, so that a file which stays unreadable does not hold up the end of a job.
         """
-        retry = self._to_read[unit_id]
+        retry, failed_before = self._to_read[unit_id], self._units[unit_id].failures > 0
         retry.failed(self._clock(), error)
-        if not isinstance(error, StorageError) or error.__cause__ is None or not is_transient(error.__cause__):
+        if not isinstance(error, StorageError):
             return False
         self._read_failures += 1
         failing = sum(bool(each.failures) for each in self._to_read.values())
         if retry.failures == 1 and failing == 1:  # one note about an outage, not one for each of many units
             self._notes.append(f"unit {unit_id}: reading it failed and is tried again: {error}")
-        return not retry.exhausted
+        return retry.failures <= LATER_READS if failed_before else not retry.exhausted
 
     def _published(self, result: UnitResult) -> Outcome:
         """Return the outcome of an assignment whose unit has its part already."""
@@ -404,11 +422,16 @@ class UnitRunner:
         return bool(new)
 
     def _submit(self, opened: OpenUnit, row: QueuedRow) -> None:
-        """Submit a row to the engine. If the engine refuses it, it becomes an error row."""
+        """Submit a row to the engine. If the engine refuses it, it becomes an error row.
+
+        Raises EngineError for a control that is refused: nothing is saved of it, and it proves nothing.
+        """
         key = row_key(opened.work.unit, row.index)
         try:
             self._engine.submit(Request(key, row.ids, row.params, row.prefix_tokens))
         except RequestError as error:
+            if opened.work.control:
+                raise EngineError(f"the control prompt was refused: {error}") from error
             opened.add_error(row.index, row.refusal(error), prompt_tokens=len(row.ids))
             self._wake.set()  # it may have been the last row of its unit
         else:
@@ -443,6 +466,11 @@ class UnitRunner:
         If the row gets another try, it is submitted at once with the same key, ahead of the queued rows. Otherwise the
         row is finished.
         """
+        self._generated |= completion.finish_reason != "error"
+        if opened.work.control:
+            opened.end_control(completion)
+            self._controls += 1
+            return
         if warning := self._watch.take(row.params, completion):
             self._notes.append(warning)
         tries = (*row.tries, judge(row.params, completion))

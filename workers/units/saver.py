@@ -79,7 +79,7 @@ class Saver:
                 return RangeDone(self._replica, opened.work.key)
             if opened.flush_retry.exhausted:
                 retry = opened.flush_retry
-                return UnitFailed(self._replica, opened.work, f"{retry.error} ({retry.failures} times)")
+                return UnitFailed(self._replica, opened.work, f"{retry.error} ({retry.failures} times)", "save")
         now = self._clock()
         if now >= self._flush_at(opened):
             self.begin_flush(opened)
@@ -163,7 +163,7 @@ class Saver:
 
     def _begin_publishing(self, opened: OpenUnit) -> None:
         """Start to publish the part of a complete unit, in one of the publish threads."""
-        saved, finished = list(opened.saved), list(opened.finished)
+        saved, finished = list(opened.saved), [*opened.finished, *opened.given_up]
         opened.publishing = self._publisher.submit(self._publish, opened, saved, finished)
         opened.publishing.add_done_callback(lambda _future: self._done())
 
@@ -188,7 +188,7 @@ class Saver:
             self.failures += 1
             retry.failed(self._clock(), error)
             if retry.exhausted:
-                return UnitFailed(self._replica, work, f"{error} ({retry.failures} times)")
+                return UnitFailed(self._replica, work, f"{error} ({retry.failures} times)", "save")
             if self._clock() >= self._quiet_until:  # one note about an outage, not one for each of many units
                 self._tell(
                     f"unit {work.unit.id}: its part could not be published; next try in {retry.pause:g} s: {error}"
@@ -196,7 +196,7 @@ class Saver:
                 self._quiet_until = retry.not_before
             return None
         except TwoTowerError as error:
-            return UnitFailed(self._replica, work, str(error))
+            return UnitFailed(self._replica, work, str(error), "part")
         if result.published_by_other:
             self._tell(
                 f"unit {work.unit.id}: replica {result.replica} published its part first, in attempt {result.attempt}; "

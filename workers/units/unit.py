@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from model.requests import Completion, GenerationParams
+from model.requests import Completion, EngineError, GenerationParams
 from pipeline.core.events import UnitProgress
 from pipeline.core.types import Assignment, RowResult, RowSetting, UnitResult
 from pipeline.input.unit_reader import UnitData
@@ -118,6 +118,8 @@ class OpenUnit:
         prefilled together."""
         self.finished: list[RowResult] = []
         """The finished rows that are in no segment yet, without the rows of the running flush."""
+        self.given_up: list[RowResult] = []
+        """The error rows of condemned rows. They are in no segment, so that a new run tries these rows once more."""
         self.saved = [kept]
         """The tables of the rows that segments hold, those of earlier attempts included."""
         self.rows = self.kept_rows = kept.num_rows
@@ -141,6 +143,7 @@ class OpenUnit:
         self.publishing: Future[UnitResult] | None = None
         self.publish_retry = StorageRetry()
         self._wanted, self._params, self._replica = rows, params, replica
+        self._condemned = frozenset(position for position, _ in work.condemned)
 
     @property
     def complete(self) -> bool:
@@ -152,11 +155,20 @@ class OpenUnit:
         kept = best(tries)
         completion, attempt = kept.completion, self.work.attempt + len(tries) - 1
         result = RowResult(index, completion, kept.params.mode, attempt, self._replica, kept.repetition)
-        self.finished.append(result)
+        (self.given_up if index in self._condemned else self.finished).append(result)
         self.counts.add(completion)
         self.rows += 1
         self.errors += completion.finish_reason == "error"
         self.tokens += len(completion.token_ids)
+
+    def end_control(self, completion: Completion) -> None:
+        """Record that the prompt of a control was generated; its completion is thrown away.
+
+        Raises EngineError if it has none, which ends the replica.
+        """
+        if completion.finish_reason == "error":
+            raise EngineError(f"the control prompt could not be generated: {completion.error}")
+        self.rows += 1
 
     def add_error(self, index: int, error: str, prompt_tokens: int = 0) -> None:
         """Record that the row at position `index` of the unit cannot be generated: it becomes an error row.
@@ -190,13 +202,16 @@ class OpenUnit:
 
 
 def name_of(work: Assignment) -> str:
-    """Return the name of an assignment in messages: `unit a`, `row 3 of unit a` or `rows 3-7 of unit a`.
+    """Return the name of an assignment in messages: `unit a`, `row 3 of unit a`, `rows 3-7 of unit a` or `the control
+    prompt`.
 
     The rows are positions in the unit, from 0; the last one is included.
     """
     if work.rows is None:
         return f"unit {work.unit.id}"
     first, end = work.rows
+    if work.control:
+        return "the control prompt"
     return (
         f"row {first} of unit {work.unit.id}" if end == first + 1 else f"rows {first}-{end - 1} of unit {work.unit.id}"
     )

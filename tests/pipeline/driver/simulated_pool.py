@@ -1,12 +1,14 @@
 """Simulates a pool without replicas: rows are finished, flushed, or lost together with their replica, all by chance."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 from pipeline.core.events import Event, RangeDone, ReplicaLost, ReplicaReady, UnitDone, UnitFailed, UnitProgress
-from pipeline.core.types import Assignment, Totals, UnitResult, WorkKey, WorkUnit
+from pipeline.core.types import CONTROL, Assignment, Totals, UnitResult, WorkKey, WorkUnit
 from pipeline.driver.holding import MOST_UNITS, UNITS_AHEAD
+from pipeline.driver.slots import slot_of
 from tests.pipeline.cases import one_piece
 
 
@@ -15,7 +17,8 @@ def make_units(count: int, rows: int = 10) -> list[WorkUnit]:
 
 
 def result_of(unit: WorkUnit, replica: str, attempt: int, errors: int = 0) -> UnitResult:
-    totals = Totals(rows=unit.row_count, ok=unit.row_count - errors, errors=errors)
+    ok = unit.row_count - errors
+    totals = Totals(rows=unit.row_count, ok=ok, errors=errors, completion_tokens=ok)
     return UnitResult(unit.id, totals, 1.0, "0" * 64, replica, attempt)
 
 
@@ -28,14 +31,19 @@ class Life:
     """The finished rows that are not flushed yet, by unit."""
     announced: set[WorkKey] = field(default_factory=set)
     """The keys of the assignments that were reported as begun."""
+    made: Counter[str] = field(default_factory=Counter)
+    """The number of rows that it has generated, by unit."""
+    proven: bool = False
+    """Whether it has generated a row or a control."""
 
 
 class SimulatedPool:
     """A pool whose replicas finish rows in any order. A row in `killers` ends its replica, whose rows since its last
-    flush are lost.
+    flush are lost. So does every row and control of a slot in `sick`.
 
     At each turn a replica is lost with the chance faults / 3 (half of these losses are excused), and its work fails
-    with the chance faults / 6. Every assignment is checked: it overlaps with no other, and a suspect is alone.
+    with the chance faults / 6. Every assignment is checked: it overlaps with no other, and a suspect is alone, on a
+    replica that has generated a row or a control.
     """
 
     def __init__(
@@ -45,7 +53,9 @@ class SimulatedPool:
         killers: Set[tuple[str, int]] = frozenset(),
         faults: float = 0,
         max_rows: int = 0,
+        sick: Set[str] = frozenset(),
     ) -> None:
+        self.sick = sick
         self.random, self.killers, self.faults, self.max_rows = random.Random(seed), killers, faults, max_rows
         self.lives: dict[str, Life] = {}
         self.segments: dict[str, set[int]] = {}
@@ -55,22 +65,28 @@ class SimulatedPool:
         self.kills: dict[tuple[str, int], int] = {}
         self.assigned: list[tuple[str, Assignment]] = []
         self.started = 0
+        """The number of replicas that were started."""
+        self.deaths: Counter[str] = Counter()
+        """The number of replicas that were lost, by slot."""
         self.events: list[Event] = []
-        for _ in range(replicas):
-            self._start()
+        for slot in range(replicas):
+            self._start(f"r{slot}")
 
-    def _start(self) -> None:
+    def _start(self, slot: str) -> None:
         self.started += 1
-        self.lives[f"r{self.started}"] = Life()
-        self.events.append(ReplicaReady(f"r{self.started}", self.max_rows))
+        name = f"{slot}.{self.started}"
+        self.lives[name] = Life()
+        self.events.append(ReplicaReady(name, self.max_rows))
 
     def assign(self, replica: str, work: Assignment) -> None:
         self.assigned.append((replica, work))
         for life in self.lives.values():
             for other in life.held:
                 assert not (rows_of(other) & rows_of(work) and other.unit.id == work.unit.id)
-        held = self.lives[replica].held
+        life = self.lives[replica]
+        held = life.held
         held.append(work)
+        assert life.proven or work.control or not work.suspect
         assert len(held) <= (MOST_UNITS if self.max_rows else UNITS_AHEAD)
         assert len(held) == 1 or not any(each.suspect for each in held)
 
@@ -90,10 +106,16 @@ class SimulatedPool:
         elif draw < self.faults / 2:
             life.held.remove(work)
             self.events.append(UnitFailed(replica, work, "storage said no"))
-        elif work.condemned is not None:
-            assert work.rows is not None
-            self.condemned.setdefault(work.unit.id, set()).add(work.rows[0])
-            self._end(replica, work)
+        elif work.control:
+            if slot_of(replica) in self.sick:
+                self._lose(replica)
+                return
+            life.held.remove(work)
+            if work.unit.id != CONTROL and not self.segments.get(work.unit.id):
+                self.events.append(UnitFailed(replica, work, "no row is finished"))
+                return
+            life.proven = True
+            self.events.append(RangeDone(replica, work.key))
         else:
             self._generate(replica, work)
 
@@ -104,18 +126,21 @@ class SimulatedPool:
             self.events.append(UnitProgress(replica, work.key, 0, 0, 0))
             return
         done = life.finished.setdefault(unit, set())
-        kept = self.segments.setdefault(unit, set()) | self.condemned.get(unit, set())
+        kept = self.segments.setdefault(unit, set()) | {position for position, _ in work.condemned}
         left = sorted(rows_of(work) - kept - done)
         for row in self.random.sample(left, self.random.randint(0, len(left))):
-            if (unit, row) in self.killers:
+            if (unit, row) in self.killers or slot_of(replica) in self.sick:
                 self.kills[unit, row] = self.kills.get((unit, row), 0) + 1
                 self._lose(replica)
                 return
             done.add(row)
+            life.proven = True
+            life.made[unit] += 1
             if work.suspect or self.random.random() < 0.1:
                 self._flush(life)
         there = self.segments[unit] | kept | done
-        self.events.append(UnitProgress(replica, work.key, len(rows_of(work) & there), 0, len(there), 0, len(kept)))
+        counts = len(rows_of(work) & there), len(work.condemned), len(there)
+        self.events.append(UnitProgress(replica, work.key, *counts, 0, len(there) - life.made[unit]))
         if rows_of(work) <= there:
             self._end(replica, work)
 
@@ -126,11 +151,13 @@ class SimulatedPool:
         if work.rows is not None:
             self.events.append(RangeDone(replica, work.key))
             return
-        condemned = self.condemned.get(unit.id, set())
+        condemned = {position for position, _ in work.condemned}
+        self.condemned[unit.id] = condemned
         assert not self.segments[unit.id] & condemned
         assert self.segments[unit.id] | condemned == rows_of(work)
         self.published[unit.id] = self.published.get(unit.id, 0) + 1
-        self.events.append(UnitDone(result_of(unit, replica, work.attempt, len(condemned))))
+        result = result_of(unit, replica, work.attempt, len(condemned))
+        self.events.append(UnitDone(result, kept_tokens=result.totals.completion_tokens - life.made[unit.id]))
 
     def _flush(self, life: Life) -> None:
         for unit, rows in life.finished.items():
@@ -139,8 +166,9 @@ class SimulatedPool:
 
     def _lose(self, replica: str, excused: bool = False) -> None:
         del self.lives[replica]
+        self.deaths[slot_of(replica)] += 1
         self.events.append(ReplicaLost(replica, "killed", excused=excused))
-        self._start()
+        self._start(slot_of(replica))
 
     def drop(self, replica: str, reason: str) -> None:
         raise AssertionError(f"{replica} is dropped: {reason}")

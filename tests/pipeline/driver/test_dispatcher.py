@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import ClusterError, JobFailed
-from pipeline.core.events import Event, ReplicaActive, ReplicaLost, ReplicaReady, UnitDone, UnitFailed, UnitProgress
+from pipeline.core.events import (
+    Event,
+    RangeDone,
+    ReplicaActive,
+    ReplicaLost,
+    ReplicaReady,
+    UnitDone,
+    UnitFailed,
+    UnitProgress,
+)
 from pipeline.core.types import Assignment, UnitResult, WorkUnit
 from pipeline.driver.dispatcher import dispatch
 from pipeline.driver.holding import UNITS_AHEAD
@@ -29,7 +38,7 @@ class FakePool:
     ) -> None:
         self.random = random.Random(seed)
         self.faults, self.tell_twice, self.failing = faults, tell_twice, failing
-        self.held: dict[str, list[tuple[WorkUnit, int]]] = {}
+        self.held: dict[str, list[Assignment]] = {}
         self.lives = 0
         self.events: list[Event] = []
         self.assigned: list[tuple[str, str, int]] = []
@@ -42,11 +51,11 @@ class FakePool:
         self.events.append(ReplicaReady(f"r{self.lives}"))
 
     def assign(self, replica: str, work: Assignment) -> None:
-        unit, attempt = work.unit, work.attempt
-        assert unit.id not in [held.id for held, _ in self.held[replica]]
-        self.held[replica].append((unit, attempt))
+        assert work.unit.id not in [held.unit.id for held in self.held[replica]]
+        self.held[replica].append(work)
         assert len(self.held[replica]) <= UNITS_AHEAD
-        self.assigned.append((replica, unit.id, attempt))
+        if not work.control:
+            self.assigned.append((replica, work.unit.id, work.attempt))
 
     def wait(self, timeout_s: float) -> Sequence[Event]:  # noqa: ARG002
         events, self.events = self.events, []
@@ -54,10 +63,13 @@ class FakePool:
         if events or not busy:
             return events
         replica = self.random.choice(busy)
-        unit, attempt = self.held[replica].pop(self.random.randrange(len(self.held[replica])))
+        work = self.held[replica].pop(self.random.randrange(len(self.held[replica])))
+        unit, attempt = work.unit, work.attempt
         draw = self.random.random()
-        if draw < self.faults * self.failing:
-            self.events.append(UnitFailed(replica, Assignment(unit, attempt), "storage said no"))
+        if work.control:
+            self.events.append(RangeDone(replica, work.key))
+        elif draw < self.faults * self.failing:
+            self.events.append(UnitFailed(replica, work, "storage said no", "save"))
         elif draw < self.faults:
             del self.held[replica]
             self.events.append(ReplicaLost(replica, "killed"))
@@ -114,7 +126,7 @@ def test_any_interleaving_of_losses_gives_every_unit_exactly_once(
         assert attempts == list(range(1, len(attempts) + 1))
 
 
-def test_a_unit_that_no_replica_can_read_ends_the_job_after_the_attempts_allowed() -> None:
+def test_a_unit_that_no_replica_can_save_ends_the_job_after_the_attempts_allowed() -> None:
     pool = FakePool(2, seed=1, faults=1.0, failing=1.0)
     with pytest.raises(JobFailed, match=r"unit u\d .* failed 3 of 3 attempts .* the last time: storage said no"):
         run(make_units(8), pool)

@@ -60,7 +60,9 @@ def test_metrics_are_scraped_from_the_nodes_port_and_the_folder_says_who_ran(tmp
     )
     assert outcome.totals.rows == 61
     status = read_job(small.job.output.path)
-    assert (status.state, status.live) == ("complete", replace(seen[-1], time=status.live.time if status.live else 0))
+    assert status.live is not None
+    of_file = {name: getattr(status.live, name) for name in ("time", "writes", "boot", "uptime")}  # set by each write
+    assert (status.state, status.live) == ("complete", replace(seen[-1], **of_file))
     samples = scrape(lambda found: sum(found.get("ray_twotower_rows_total", {}).values()) >= 61)
     assert sum(samples["ray_twotower_rows_total"].values()) == 61
     assert set(samples["ray_twotower_rows_total"]) <= {"r0", "r1"}

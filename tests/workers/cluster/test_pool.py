@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 import workers.cluster.pool
 from model.errors import CheckpointError
 from pipeline.core.errors import ClusterError, JobFailed
-from pipeline.core.events import Event, ReplicaActive, ReplicaLost, ReplicaReady, UnitDone, UnitProgress
+from pipeline.core.events import Event, ReplicaActive, ReplicaLost, ReplicaReady, SlotLeftOut, UnitDone, UnitProgress
 from pipeline.core.text import counted
 from pipeline.core.types import Assignment, UnitResult
 from pipeline.driver.dispatcher import dispatch
@@ -328,6 +328,7 @@ def test_the_process_of_a_dead_engine_leaves_though_no_driver_kills_it(tmp_path:
     ray.get(actor.start.remote())
     ray.get(actor.assign.remote(Assignment(small.plan.units[0])))
     assert ray.get(actor.work.remote(PATIENCE_S)).fatal is None  # it has read the unit
+    assert ray.get(actor.work.remote(PATIENCE_S)).fatal is None  # it has generated its first row
     assert ray.get(actor.work.remote(PATIENCE_S)).fatal == "RuntimeError: the device fell off the bus"
     pid = int((trace / "r0").read_text().split()[0])
     wait_until(lambda: gone(pid))
@@ -408,6 +409,53 @@ def test_a_replica_that_cannot_start_ends_the_job_with_its_text(
         run(small, RefusingMaker(small.spec), Watcher())
     with pytest.raises(JobFailed, match=r"3 replicas died while starting: .*process has died"):
         run(small, DyingMaker(small.spec), Watcher())
+
+
+class SickSlot:
+    """Ends the process of every replica in slot r1 at its first step, and makes the other one wait until `lives` of
+    them have died. It is called before each step."""
+
+    def __init__(self, deaths: Path, lives: int) -> None:
+        self.deaths, self.lives = deaths, lives
+
+    def __call__(self, replica: str) -> None:
+        if replica.startswith("r1"):
+            (self.deaths / replica).touch()
+            os._exit(1)
+        wait_until(lambda: len(list(self.deaths.iterdir())) >= self.lives)
+
+
+class SecondWatcher(Watcher):
+    """A watcher that makes each turn of the driver's loop take a second, and keeps the times at which replicas of slot
+    r1 are lost and start."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+        self.lost_at: list[float] = []
+        self.ready_at: list[float] = []
+
+    def __call__(self, event: Event | None) -> None:
+        super().__call__(event)
+        if event is None:
+            self.clock.now += 1
+        elif isinstance(event, ReplicaLost | ReplicaReady) and event.replica.startswith("r1"):
+            (self.lost_at if isinstance(event, ReplicaLost) else self.ready_at).append(self.clock.now)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_sick_slot_is_left_out_with_growing_pauses_and_costs_no_row(tmp_path: Path, clock: Clock) -> None:
+    """Four replicas of one slot die at their first step. The first one had rows, and the others only a control."""
+    prompts = prompts_of(60)
+    small = open_job(tmp_path, prompts, workers={"gpus": 0, "cpus": 2, "replicas": 2})
+    deaths, watcher = folder(tmp_path, "deaths"), SecondWatcher(clock)
+    results = run(small, FakeMaker(small.spec, before_step=SickSlot(deaths, lives=4)), watcher, attempts=1)
+    check_rows(small, prompts)
+    assert sum(result.totals.errors for result in results.values()) == 0
+    pauses = [ready - lost for lost, ready in zip(watcher.lost_at, watcher.ready_at[1:], strict=False)]
+    assert all(pause >= wanted for pause, wanted in zip(pauses[:3], (2, 4, 8), strict=True)), pauses
+    [left_out] = [event for event in watcher.events if isinstance(event, SlotLeftOut)]
+    assert left_out.reason.startswith("replica slot r1 on node ")
 
 
 class HangingMaker(FakeMaker):

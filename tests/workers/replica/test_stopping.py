@@ -78,6 +78,7 @@ def test_stop_does_not_wait_for_a_step_that_hangs(tmp_path: Path) -> None:
     idle = runner._idle = Impatient()
     runner.add(Assignment(small.plan.units[0]))
     assert runner.work(PATIENCE_S) == []  # it has read the unit
+    assert runner.work(PATIENCE_S) == []  # it has generated its first row
     worker = threading.Thread(target=runner.work, args=(PATIENCE_S,))
     worker.start()
     assert hangs.wait(PATIENCE_S)

@@ -15,7 +15,8 @@ import pytest
 
 from model.requests import Completion
 from pipeline.core.events import RangeDone, UnitDone
-from pipeline.core.types import Assignment
+from pipeline.core.types import ALONE, Assignment, RowResult
+from pipeline.output.part import result_table
 from tests.waiting import PATIENCE_S, wait_until
 from tests.workers.fakes import TOO_LONG, FakeEngine, make_runner, work_all
 from tests.workers.jobs import open_job, prompts_of
@@ -94,7 +95,8 @@ def test_killed_at_any_point_nothing_is_lost_and_little_repeated(tmp_path: Path,
 KILL_SCRIPT = """
 import sys
 from pathlib import Path
-from pipeline.core.types import Assignment
+from pipeline.core.types import ALONE, Assignment, RowResult
+from pipeline.output.part import result_table
 from tests.workers.fakes import FakeEngine, make_runner
 from tests.workers.jobs import open_job, prompts_of
 
@@ -176,26 +178,24 @@ def test_a_suspect_unit_is_flushed_at_once_and_others_are_not(tmp_path: Path) ->
 
 
 def test_a_range_ends_in_segments_alone_and_the_whole_unit_after_it_generates_nothing(tmp_path: Path) -> None:
-    """Two ranges and one condemned row come before the unit. Every row is there once, with the bad rows of the input as
-    usual."""
+    """Two ranges come before the unit, and the row between them is condemned. Every row is there once, with the bad
+    rows of the input as usual."""
     small = open_job(tmp_path, with_bad_rows(10), **NEVER)
     (unit,) = small.plan.units
     engine = FakeEngine()
     runner = make_runner(small, engine)
-    pieces = [(0, 4), (4, 5), (5, 10)]
-    for attempt, rows in enumerate(pieces, 5):
-        condemned = "row a.parquet#4 killed 3 replicas" if rows == (4, 5) else None
-        runner.add(Assignment(unit, attempt, rows, condemned=condemned))
+    for attempt, rows in ((5, (0, 4)), (7, (5, 10))):
+        runner.add(Assignment(unit, attempt, rows))
         outcomes = work_until(runner, lambda: not runner.busy)
         assert outcomes == [RangeDone("r0", (unit.id, rows))]
         assert not small.rows()
     assert sorted(engine.order) == [f"a.parquet#{i}" for i in (0, 1, 3, 6, 7, 8)]
-    runner.add(Assignment(unit, 8))
+    runner.add(Assignment(unit, 8, condemned=((4, "row a.parquet#4 killed 3 replicas"),)))
     ((done,)) = work_all(runner)
     assert isinstance(done, UnitDone)
-    assert (done.kept_rows, done.result.totals.errors, len(engine.order)) == (10, 4, 6)
+    assert (done.kept_rows, done.result.totals.errors, len(engine.order)) == (9, 4, 6)
     made = small.rows()
-    assert [row["attempt"] for row in made] == [5, 5, 5, 5, 6, 7, 7, 7, 7, 7]
+    assert [row["attempt"] for row in made] == [5, 5, 5, 5, 8, 7, 7, 7, 7, 7]
     assert {row["source_row"]: row["error"] for row in made if row["error"]} == {
         2: "prompt is null",
         4: "row a.parquet#4 killed 3 replicas",
@@ -206,7 +206,7 @@ def test_a_range_ends_in_segments_alone_and_the_whole_unit_after_it_generates_no
 
 
 def test_a_range_takes_only_what_segments_lack(tmp_path: Path) -> None:
-    """A condemned row that was finished meanwhile stays as it is, and the input file is not even opened."""
+    """If segments hold all rows of a range, it ends although the input file is gone."""
     small = open_job(tmp_path, prompts_of(10), **NEVER)
     (unit,) = small.plan.units
     runner = make_runner(small, FakeEngine())
@@ -215,16 +215,35 @@ def test_a_range_takes_only_what_segments_lack(tmp_path: Path) -> None:
     (tmp_path / "in" / "a.parquet").rename(tmp_path / "elsewhere.parquet")
     engine = FakeEngine()
     runner = make_runner(small, engine)
-    runner.add(Assignment(unit, 3, (3, 4), condemned="it killed"))
+    runner.add(Assignment(unit, 3, (3, 4)))
     assert work_all(runner) == [RangeDone("r0", (unit.id, (3, 4)))]
-    runner = make_runner(small, engine)
-    runner.add(Assignment(unit, 4, (7, 8), condemned="it killed"))
-    assert work_all(runner) == [RangeDone("r0", (unit.id, (7, 8)))]
     (tmp_path / "elsewhere.parquet").rename(tmp_path / "in" / "a.parquet")
     runner = make_runner(small, engine)
     runner.add(Assignment(unit, 5, (0, 8)))
     work_all(runner)
-    assert sorted(engine.order) == ["a.parquet#0", "a.parquet#1", "a.parquet#6"]
+    assert sorted(engine.order) == ["a.parquet#0", "a.parquet#1", "a.parquet#6", "a.parquet#7"]
+
+
+def test_condemned_rows_are_in_no_segment_and_those_of_earlier_versions_are_generated_again(tmp_path: Path) -> None:
+    """A new run tries a condemned row once more. Earlier versions saved the error rows of condemned rows in segments,
+    also when the replicas were the cause."""
+    small = open_job(tmp_path, prompts_of(10), **NEVER)
+    (unit,) = small.plan.units
+    text = f"the replica died 3 times {ALONE}; the last time: the disk was full"
+    store, engine = WatchedStore(small), FakeEngine()
+    errors = [
+        RowResult(index, Completion(key=f"a.parquet#{index}", finish_reason="error", error=error), "diffusion", 1, "r9")
+        for index, error in enumerate((text, text, "prompt is null"))
+    ]
+    store.write_segment(unit, result_table(unit, errors), writer="0" * 32, number=1, attempt=1)
+    store.refuse_parts = 10**6
+    runner = make_runner(small, engine, store)
+    runner.add(Assignment(unit, 2, condemned=((7, text),)))
+    work_until(runner, lambda: len(segments_of(small)) > 1)
+    runner.close()
+    assert sorted(engine.order) == [f"a.parquet#{i}" for i in (0, 1, 3, 4, 5, 6, 8, 9)]
+    saved = store.read_segments(unit).table["source_row"].to_pylist()
+    assert saved == [0, 1, 2, 3, 4, 5, 6, 8, 9], "the condemned row is in no segment"
 
 
 def test_progress_tells_kept_rows_from_generated_ones(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ import pytest
 
 from model.requests import Completion, EngineError
 from pipeline.core.errors import OutputError
-from pipeline.core.events import UnitDone, UnitFailed
+from pipeline.core.events import RangeDone, UnitDone, UnitFailed
 from pipeline.core.types import Assignment, UnitResult, WorkUnit
 from pipeline.input.fetcher import Fetch
 from pipeline.input.unit_reader import UnitData
@@ -24,10 +25,11 @@ from tests import memory
 from tests.pipeline.cases import one_piece
 from tests.waiting import PATIENCE_S
 from tests.workers.fakes import TOO_LONG, FakeEngine, make_runner, work_all, work_on
-from tests.workers.jobs import open_job, prompts_of
+from tests.workers.jobs import SmallJob, open_job, prompts_of
+from tests.workers.units.resume_cases import segments_of
 from workers.replica import build
 from workers.replica.replica import Replica
-from workers.units.runner import QUEUE_FACTOR
+from workers.units.runner import QUEUE_FACTOR, UnitRunner
 
 
 def hold_up(store: UnitStore, held: WorkUnit) -> threading.Event:
@@ -91,6 +93,79 @@ def test_a_unit_of_error_rows_alone_is_published(tmp_path: Path) -> None:
     [done] = work_all(runner)
     assert isinstance(done, UnitDone)
     assert done.result.totals.errors == 3
+
+
+def test_a_control_is_generated_and_leaves_nothing(tmp_path: Path) -> None:
+    """Its prompt is fixed, its completion is thrown away, and it counts in `controls` only."""
+    small = open_job(tmp_path, prompts_of(10))
+    engine, (unit,) = FakeEngine(), small.plan.units
+    runner = make_runner(small, engine)
+    runner.add(Assignment(WorkUnit("control", unit.pieces[:1]), rows=(0, 0)))
+    assert runner.doing() == "reading the control prompt"
+    before = sorted(Path(small.job.output.path).rglob("*"))
+    assert work_all(runner) == [RangeDone("r0", ("control", (0, 0)))]
+    assert len(engine.order) == 1
+    stats = runner.stats()
+    assert (stats.rows, stats.tokens, stats.controls, stats.generated) == (0, 0, 1, 1)
+    assert not runner.progress()
+    assert sorted(Path(small.job.output.path).rglob("*")) == before
+
+
+def test_a_control_that_the_engine_refuses_ends_the_replica_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shows nothing about the replica, and its error row must not come to the output."""
+    monkeypatch.setattr("tests.workers.fakes.TOO_LONG", 3)
+    small = open_job(tmp_path, ["a"])
+    runner = make_runner(small, FakeEngine())
+    runner.add(Assignment(WorkUnit("control", small.plan.units[0].pieces[:1]), rows=(0, 0)))
+    with pytest.raises(EngineError, match=r"the control prompt was refused: .* prompt tokens exceed 3"):
+        work_all(runner)
+    runner.stop(PATIENCE_S)
+    runner.close()
+    assert not list((tmp_path / "out").rglob("segments/control"))
+
+
+def test_a_finished_row_is_generated_once_more_as_a_control(tmp_path: Path) -> None:
+    """It is the one with the most tokens, and nothing changes what is saved of it. Without a finished row the control
+    fails, and the replica lives on."""
+    small = open_job(tmp_path, prompts_of(10))
+    (unit,) = small.plan.units
+    [failed] = work_all(make_control(small, unit, FakeEngine()))
+    assert isinstance(failed, UnitFailed)
+    assert failed.reason == f"no row of unit {unit.id} is finished that could be generated once more"
+    first = make_runner(small, FakeEngine())
+    first.add(Assignment(unit, 1, (2, 7)))
+    work_all(first)
+    before = {path: path.read_bytes() for path in segments_of(small)}
+    assert before
+    engine = FakeEngine()
+    assert work_all(make_control(small, unit, engine)) == [RangeDone("r0", (unit.id, (0, 0)))]
+    longest = max(range(2, 7), key=lambda row: len(prompts_of(10)[row]))
+    assert list(engine.order) == [f"a.parquet#{longest}"]
+    assert {path: path.read_bytes() for path in segments_of(small)} == before
+
+
+def make_control(small: SmallJob, unit: WorkUnit, engine: FakeEngine) -> UnitRunner:
+    runner = make_runner(small, engine)
+    runner.add(Assignment(unit, rows=(0, 0)))
+    return runner
+
+
+def test_a_control_that_ends_with_an_error_ends_the_replica(tmp_path: Path) -> None:
+    """A replica whose every row would end with an error must not get rows that are suspected of killing replicas."""
+    small = open_job(tmp_path, prompts_of(10))
+    engine = FakeEngine()
+    step = engine.step
+
+    def spoilt() -> list[Completion]:
+        return [replace(done, finish_reason="error", error="logits are not finite") for done in step()]
+
+    engine.step = spoilt  # type: ignore[method-assign]
+    runner = make_runner(small, engine)
+    runner.add(Assignment(WorkUnit("control", small.plan.units[0].pieces[:1]), rows=(0, 0)))
+    with pytest.raises(EngineError, match="the control prompt could not be generated: logits are not finite"):
+        work_all(runner)
 
 
 def test_rows_go_longest_first_and_the_engine_queue_stays_short(tmp_path: Path) -> None:
@@ -336,6 +411,7 @@ def test_more_cpus_than_there_are_make_no_more_threads(tmp_path: Path, monkeypat
 
 MEMORY_SCRIPT = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from pipeline.core.types import Assignment
 from tests.workers.fakes import FakeMaker

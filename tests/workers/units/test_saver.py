@@ -91,7 +91,7 @@ def test_a_part_that_cannot_be_published_at_all_is_left_to_others_with_its_rows(
     runner = make_runner(small, FakeEngine(), store)
     runner.add(Assignment(unit))
     (failed,) = work_all(runner)
-    assert failed == UnitFailed("r0", Assignment(unit), "cannot create it: no route to the store (6 times)")
+    assert failed == UnitFailed("r0", Assignment(unit), "cannot create it: no route to the store (6 times)", "save")
     engine = FakeEngine()
     runner = make_runner(small, engine)
     runner.add(Assignment(unit, 2, failures=1))
@@ -141,17 +141,23 @@ class ResetStore(UnitStore):
 
 @pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize(
-    ("failures", "cause", "ends"),
+    ("before", "failures", "cause", "ends"),
     [
-        (5, ConnectionResetError(), UnitDone),
-        (6, ConnectionResetError(), UnitFailed),
-        (1, PermissionError(), UnitFailed),
+        (0, 5, ConnectionResetError(), UnitDone),
+        (0, 6, ConnectionResetError(), UnitFailed),
+        (0, 5, PermissionError(), UnitDone),
+        (0, 6, PermissionError(), UnitFailed),
+        (1, 2, ConnectionResetError(), UnitDone),
+        (1, 3, ConnectionResetError(), UnitFailed),
     ],
 )
-def test_reading_is_tried_again_where_that_can_help(tmp_path: Path, failures: int, cause: OSError, ends: type) -> None:
+def test_a_read_that_fails_at_the_storage_is_tried_again(
+    tmp_path: Path, before: int, failures: int, cause: OSError, ends: type
+) -> None:
+    """It is tried as often as a write, whatever the store says; less often if the same work has failed `before`."""
     small = open_job(tmp_path, prompts_of(10))
     runner = make_runner(small, FakeEngine(), ResetStore(small, failures, cause))
-    runner.add(Assignment(small.plan.units[0]))
+    runner.add(Assignment(small.plan.units[0], failures=before))
     (outcome,) = work_all(runner)
     assert isinstance(outcome, ends)
 

@@ -171,6 +171,7 @@ def test_killed_between_tries_a_row_begins_with_its_first(tmp_path: Path, dies_a
     runner = runner_of(small, MortalEngine(dies_at), PARAMS)
     runner.add(Assignment(small.plan.units[0], 1))
     assert runner.work(PATIENCE_S) == []  # it has read the unit
+    assert runner.work(PATIENCE_S) == []  # it has generated its first row
     with pytest.raises(Killed):
         runner.work(PATIENCE_S)
     under_way = {key for key, (_, row) in runner._in_engine.items() if row.tries}
