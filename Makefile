@@ -52,7 +52,7 @@ bench-scale: $(VENV)/.dev ## send 2,000,000 rows through two replicas whose engi
 bench-pipeline: $(VENV)/.dev ## measure the driver with 256 simulated replicas, and compare with Ray Data; writes tests/benchmarks/out/pipeline.json
 	$(BIN)/python -m tests.benchmarks.pipeline
 
-chaos: $(VENV)/.dev ## run 100,000 rows per seed while processes are killed and storage fails; writes tests/chaos/out/chaos.json
+chaos: $(VENV)/.dev ## kill processes and fail the store under 100,000 rows per seed, then try each other fault; writes tests/chaos/out/chaos.json
 	$(BIN)/python -m tests.chaos.run
 
 stress: $(VENV)/.dev ## run all tests five times in a row, beside two processes that keep the cores busy

@@ -10,6 +10,7 @@ import gc
 import itertools
 import os
 import re
+import signal
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from tests.servers import SHARED, ray_cluster, s3_endpoint
 
 __all__ = ["ray_cluster", "s3_endpoint"]  # fixtures
 
+# The tests may run under nohup, whose ignored SIGHUP every process that they start would inherit.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # One torch thread here and in every process of the tests: for small operations, more threads only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 if not Path("/dev/nvidiactl").exists():
@@ -40,7 +43,9 @@ GROUPS = {
 """Name of a group -> the folders and files whose tests run in one process, because they share a cluster or a server
 (tests/servers.py). Every other file is a group of its own."""
 LONGEST = (
+    "tests/chaos/test_scenarios.py",
     "tests/end_to_end/test_job_submit.py",
+    "tests/chaos/test_scenarios_on_ray.py",
     "ray",
     "tests/model/engine/test_batching.py",
     "s3",

@@ -14,6 +14,7 @@ from tests.chaos.harness import ROOT, History
 from tests.chaos.logs import finished_since, read_lives, replaced, times_finished
 from tests.chaos.rows import COLUMNS
 
+FINISH_REASON = COLUMNS.index("finish_reason")
 Rows = Mapping[str, tuple[object, ...]]
 """Row key -> the values of COLUMNS."""
 
@@ -31,7 +32,9 @@ class Verdict:
     duplicated: list[str] = field(default_factory=list)
     """The keys of rows that are in the parts more than once."""
     changed: list[str] = field(default_factory=list)
-    """One text for each row that is in a part but not as expected."""
+    """One text for each row that is in a part but not as expected, condemned rows excluded."""
+    condemned: list[str] = field(default_factory=list)
+    """The keys of healthy rows that became error rows."""
     repeated: int = 0
     """The number of times that an engine finished a row that had been finished before."""
     forwards: int = 0
@@ -56,7 +59,7 @@ class Verdict:
     @property
     def right(self) -> bool:
         """Return True if every row is in the output once, as without faults, and `verify` finds nothing wrong."""
-        return not (self.lost or self.duplicated or self.changed or self.findings)
+        return not (self.lost or self.duplicated or self.changed or self.condemned or self.findings)
 
     @property
     def repeated_share(self) -> float:
@@ -68,24 +71,50 @@ class Verdict:
         return {kind: round(statistics.median(x), 2) if x else None for kind, x in self.recover_s.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class WrongRows:
+    """The rows of an output that are not as they must be, each kind sorted."""
+
+    lost: list[str]
+    """The keys of rows that are in no part."""
+    doubled: list[str]
+    """The keys of rows that are in the parts more than once."""
+    changed: list[str]
+    """One text for each row that is in a part but not as expected, condemned rows excluded."""
+    condemned: list[str]
+    """The keys of healthy rows that became error rows."""
+
+
+def compare(output: str, expected: Rows) -> WrongRows:
+    """Compare the rows in the parts of an output with the expected ones."""
+    found = Counter[str]()
+    changed, condemned = [], set()
+    for key, row in read_output(Storage(output)):
+        found[key] += 1
+        if row == expected.get(key):
+            continue
+        if key in expected and row[FINISH_REASON] == "error" != expected[key][FINISH_REASON]:
+            condemned.add(key)
+        else:
+            changed.append(f"{key}: {row} instead of {expected.get(key)}")
+    doubled = sorted(key for key, count in found.items() if count > 1)
+    return WrongRows(sorted(expected.keys() - found.keys()), doubled, sorted(changed), sorted(condemned))
+
+
 def judge(history: History, expected: Rows) -> Verdict:
     """Read the parts and the logs that a job left, run `verify`, and return the verdict. `expected`: the rows without
     faults."""
-    found = Counter[str]()
-    changed = []
-    for key, row in read_output(Storage(history.output)):
-        found[key] += 1
-        if row != expected.get(key):
-            changed.append(f"{key}: {row} instead of {expected.get(key)}")
+    wrong = compare(history.output, expected)
     whole, said = verify(history.output)
     lives = read_lives(history.logs)
     times = times_finished(lives)
     verdict = Verdict(
         rows=len(expected),
         faults=Counter(killed.kind for killed in history.killed) + history.injected,
-        lost=sorted(expected.keys() - found.keys()),
-        duplicated=sorted(key for key, count in found.items() if count > 1),
-        changed=sorted(changed),
+        lost=wrong.lost,
+        duplicated=wrong.doubled,
+        changed=wrong.changed,
+        condemned=wrong.condemned,
         repeated=sum(times.values()) - len(times),
         forwards=sum(life.forwards for life in lives),
         needed=sum(int(str(row[3])) for row in expected.values()),

@@ -1,14 +1,16 @@
 """Provides an engine without weights: the real loop and scheduler over a backend that makes up completions.
 
 A completion depends only on the row's key, prompt and seed, as in the real engine, so that a test can check that faults
-change no row. Some prompts crash the process. Each process writes what it does to a log of its own, which survives a
-kill -9.
+change no row. Some prompts crash the process, and a flag makes every forward fail (tests.chaos.sabotage). Each process
+writes what it does to a log of its own, which survives a kill -9.
 """
 
 import ctypes
+import functools
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from model.errors import RequestError
 from model.requests import Completion, GenerationParams, Request
 from model.runtime.page_allocator import PREFIX_SLOTS, PageAllocator
 from pipeline.core.types import Row
+from tests.chaos import sabotage
 from workers.replica.build import ReplicaSpec
 from workers.units.runner import UnitRunner
 
@@ -173,14 +176,17 @@ class Log:
 class Engine(Loop):
     """The engine without weights. `turn_s`: the seconds that each step waits, as if a device computed.
 
-    Without a log, no prompt ends the process.
+    Without a log, no prompt ends the process. `begin_step`, if given, is called before each step
+    and may fail.
     """
 
-    def __init__(self, log: Log | None = None, turn_s: float = 0.0) -> None:
+    def __init__(
+        self, log: Log | None = None, turn_s: float = 0.0, begin_step: Callable[[], None] | None = None
+    ) -> None:
         slots = PageAllocator(MAX_ROWS + PREFIX_SLOTS, PAGES)
         self.made_up = Backend(slots, log.crash_if_told if log else None)
         super().__init__(self.made_up, Scheduler(slots, MAX_ROWS, PREFILL_TOKENS), _text)
-        self._log, self._turn_s = log, turn_s
+        self._log, self._turn_s, self._begin_step = log, turn_s, begin_step
 
     def check_request(self, request: Request) -> None:
         """See Loop."""
@@ -190,6 +196,8 @@ class Engine(Loop):
     def step(self) -> list[Completion]:
         """See Loop."""
         time.sleep(self._turn_s)
+        if self._begin_step:
+            self._begin_step()
         before = self.made_up.forwards
         done = super().step()
         for completion in done:
@@ -206,16 +214,21 @@ def _text(ids: Sequence[int]) -> str:
 class Maker:
     """Makes the runners of replicas with this engine; picklable, so that it can be sent to actors.
 
-    Each runner writes a log `<run>_<replica>_<process id>` to the folder `logs`.
+    Each runner writes a log `<run>_<replica>_<process id>` to the folder `logs`. With `flags`, the faults of
+    tests.chaos.sabotage hit the process of the runner.
     """
 
-    def __init__(self, spec: ReplicaSpec, logs: Path, run: int, turn_s: float) -> None:
-        self.spec, self.logs, self.run, self.turn_s = spec, logs, run, turn_s
+    def __init__(
+        self, spec: ReplicaSpec, logs: Path, run: int, turn_s: float, flags: sabotage.Flags | None = None
+    ) -> None:
+        self.spec, self.logs, self.run, self.turn_s, self.flags = spec, logs, run, turn_s, flags
 
     def __call__(self, replica: str) -> UnitRunner:
+        if self.flags is not None:
+            sabotage.install(self.flags, Path(self.spec.job.output.path))
         log = Log(self.logs / f"{self.run}_{replica}_{os.getpid()}", f"{time.time():.3f} {_node()}")
         return UnitRunner(
-            Engine(log, self.turn_s),
+            Engine(log, self.turn_s, functools.partial(self.flags.fail_if_sick, replica) if self.flags else None),
             Encoder(),
             self.spec.open_store(replica),
             params_of(self.spec),
@@ -231,6 +244,8 @@ def params_of(spec: ReplicaSpec) -> GenerationParams:
 
 def _node() -> str:
     """Return the id of the Ray node that this process runs on, or "-" without Ray."""
+    if "ray" not in sys.modules:  # a local run, whose start would be slower with Ray
+        return "-"
     import ray
 
     return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else "-"

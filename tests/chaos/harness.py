@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from s3fs import S3FileSystem
+
 from pipeline.config.job import Job
 from tests.chaos.logs import Life, heads, log_bytes
 from tests.clusters import start_patiently
@@ -129,7 +131,7 @@ def world(folder: Path) -> Iterator[World]:
     (folder / "s3").mkdir(parents=True)
     with ExitStack() as stack:
         proxy = stack.enter_context(fault_proxy(stack.enter_context(s3_server(folder / "s3"))))
-        stack.enter_context(_environment(aws_variables(proxy.url)))
+        stack.enter_context(environment(aws_variables(proxy.url)))
         head = {"num_cpus": 0, "_system_config": HEALTH, **NODE_CONFIG}
         cluster = start_patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         stack.callback(cluster.shutdown)
@@ -137,12 +139,15 @@ def world(folder: Path) -> Iterator[World]:
 
 
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set these variables of the environment for the `with` block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
+    S3FileSystem.clear_instance_cache()  # instances remember the endpoint that they were made with
     try:
         yield
     finally:
+        S3FileSystem.clear_instance_cache()
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

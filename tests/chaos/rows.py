@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from random import Random
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,11 +41,12 @@ class Prompts:
     name: str
     cells: Sequence[bytes | None]
 
-    def parquet(self) -> bytes:
-        """Return the bytes of the Parquet file. Bytes that are not UTF-8 are written as text all the same."""
+    def parquet(self, **options: Any) -> bytes:
+        """Return the bytes of the Parquet file. Bytes that are not UTF-8 are written as text all the same. `options`:
+        further arguments of pyarrow's write_table."""
         column = pa.array(self.cells, pa.binary()).view(pa.string())
         sink = io.BytesIO()
-        pq.write_table(pa.table({"prompt": column}), sink, row_group_size=ROW_GROUP)
+        pq.write_table(pa.table({"prompt": column}), sink, row_group_size=ROW_GROUP, **options)
         return sink.getvalue()
 
 
@@ -89,10 +91,10 @@ def _names(rows: int, files: int, small: int) -> dict[str, int]:
     )
 
 
-def upload(storage: Storage, prompts: Sequence[Prompts]) -> None:
-    """Write the files to the storage."""
+def upload(storage: Storage, prompts: Sequence[Prompts], **options: Any) -> None:
+    """Write the files to the storage. `options`: see Prompts.parquet."""
     with ThreadPoolExecutor(UPLOADS) as pool:
-        list(pool.map(lambda file: storage.write(file.name, file.parquet()), prompts))
+        list(pool.map(lambda file: storage.write(file.name, file.parquet(**options)), prompts))
 
 
 def expected(prompts: Sequence[Prompts]) -> dict[str, tuple[object, ...]]:
