@@ -57,6 +57,8 @@ WITHOUT_TORCH |= {f"model/engine/{name}.py" for name in ("backend", "loop", "sch
 # loader.py reads how much memory the machine has; writer.py writes the built-in checkpoints
 OPENS_PATHS = {f"model/checkpoint/{name}.py" for name in ("reader", "writer", "loader")}
 OPENS_PATHS |= {f"pipeline/storage/{name}.py" for name in ("storage", "local", "scratch")}
+# streams.py opens /dev/null for standard streams that are closed, machine.py reads what tells machines apart
+OPENS_PATHS |= {f"pipeline/core/{name}.py" for name in ("streams", "machine")}
 
 
 @functools.cache
