@@ -1,7 +1,6 @@
 """Tests faults of the connection: a busy store, broken or hanging connections, answers that are cut or get lost."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,31 +12,13 @@ from pipeline.output.layout import part_name
 from pipeline.storage import retrying
 from pipeline.storage import storage as storage_module
 from pipeline.storage.storage import Storage
-from tests.end_to_end.s3.fault_proxy import RANDOM_FAULTS, FaultProxy, fault_proxy
+from tests.end_to_end.s3.fault_proxy import RANDOM_FAULTS, FaultProxy
 from tests.pipeline.cases import make_job, open_ledger, plan_of, prompts, publish, reader_of, write
 from tests.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.server]
 
 LOSSES = ["503", "500", "reset", "lost", "cut", "short", "slow"]
-
-
-@pytest.fixture
-def proxy(
-    s3: str,  # noqa: ARG001 (it sets the credentials)
-    s3_endpoint: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[FaultProxy]:
-    """Yield a proxy that the S3 client of this test goes through."""
-    from s3fs import S3FileSystem
-
-    monkeypatch.setattr(retrying, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(retrying, "LONGEST_WAIT_S", 0.05)
-    with fault_proxy(s3_endpoint) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        S3FileSystem.clear_instance_cache()
-        yield running
-        S3FileSystem.clear_instance_cache()
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "reset"])

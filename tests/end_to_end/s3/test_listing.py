@@ -1,37 +1,17 @@
 """Tests of listings that are too short: rows must not be left out unnoticed, and no job is refused for it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.input.files import list_input
-from pipeline.storage import retrying
 from pipeline.storage.storage import Storage
-from tests.end_to_end.s3.fault_proxy import FaultProxy, fault_proxy
+from tests.end_to_end.s3.fault_proxy import FaultProxy
 from tests.pipeline.cases import make_job, plan_of, prompts, write
 
 pytestmark = [pytest.mark.server]
 
 FILES = 6
-
-
-@pytest.fixture
-def proxy(
-    s3: str,  # noqa: ARG001 (it sets the credentials)
-    s3_endpoint: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[FaultProxy]:
-    """Yield a proxy that the S3 client of this test goes through."""
-    from s3fs import S3FileSystem
-
-    monkeypatch.setattr(retrying, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(retrying, "LONGEST_WAIT_S", 0.05)
-    with fault_proxy(s3_endpoint) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        S3FileSystem.clear_instance_cache()
-        yield running
-        S3FileSystem.clear_instance_cache()
 
 
 def fill(folder: str, tmp_path: Path) -> None:

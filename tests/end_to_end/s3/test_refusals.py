@@ -1,6 +1,5 @@
 """Tests of answers that refuse: they pass if the store allowed the same before, and the text says what to do."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from pipeline.input.files import list_input
 from pipeline.storage import retrying
 from pipeline.storage import s3 as s3_module
 from pipeline.storage.storage import Storage
-from tests.end_to_end.s3.fault_proxy import FaultProxy, fault_proxy
+from tests.end_to_end.s3.fault_proxy import FaultProxy
 from tests.end_to_end.s3.server import KEY, SECRET
 from tests.ports import held_ports
 
@@ -24,24 +23,6 @@ SAID = {
     "skewed": r"this machine's clock and the store's are too far apart \(RequestTimeTooSkewed\); set the clock",
     "redirect": "the bucket is in another region or at another endpoint; set AWS_DEFAULT_REGION, or AWS_ENDPOINT_URL",
 }
-
-
-@pytest.fixture
-def proxy(
-    s3: str,  # noqa: ARG001 (it sets the credentials)
-    s3_endpoint: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[FaultProxy]:
-    """Yield a proxy that the S3 client of this test goes through."""
-    from s3fs import S3FileSystem
-
-    monkeypatch.setattr(retrying, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(retrying, "LONGEST_WAIT_S", 0.05)
-    with fault_proxy(s3_endpoint) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        S3FileSystem.clear_instance_cache()
-        yield running
-        S3FileSystem.clear_instance_cache()
 
 
 def calls_of(store: Storage) -> dict[str, Any]:
