@@ -25,7 +25,8 @@ PIECES = 8
 into halves would kill three times as many replicas, and each replacement has to load the model. The price is that
 every range has to read the unit."""
 CONDEMNED_IN_A_ROW = 10
-"""The number of rows condemned one after the other, with no row generated in between, at which the job ends."""
+"""The number of rows condemned one after the other, with no row generated in between, at which a finished row of their
+unit is generated once more as a control. If the unit has none, the job ends."""
 EXCUSED_ATTEMPTS = 20
 """The number of attempts at a unit from which on no loss is excused any more: something other than interruptions of
 spot instances must be ending its replicas."""

@@ -26,13 +26,11 @@ from pipeline.monitoring.reporter import Reporter, Sink
 from pipeline.monitoring.telemetry import Telemetry
 from pipeline.output.begun import OLD_RULES_NOTE, plan_job
 from pipeline.output.claim import Claim
-from pipeline.output.layout import JOB
 from pipeline.output.ledger import Ledger
 from pipeline.planning.checkpoint import check_checkpoint
 from pipeline.planning.plan import Plan
 from pipeline.prompts.setup import RULES
 from pipeline.report.write import report_line
-from pipeline.storage.storage import Storage
 
 PoolMaker = Callable[[Plan, int, Callable[[str], None]], Pool]
 """A function that makes the pool. Its arguments are the plan, the number of units left, and a function that shows a
@@ -109,7 +107,7 @@ def run_job(
                 try:
                     results = run.generate(results, make_pool, unread)
                 except SetAsideError as error:
-                    write_unread(Storage(job.output.path, anchor=JOB), plan.fingerprint.digest, error.unread)
+                    write_unread(job, plan, error.unread)
                     raise
         else:  # only the manifest is missing
             WorkQueue(plan.units, results, policy).check_end()
@@ -174,9 +172,8 @@ class _Run:
             closing.callback(self.display.close)
             closing.callback(lambda: self.display.show(run_progress(self.telemetry.snapshot())))
             show_run(self.display, self.telemetry, None)  # so that progress is shown while the pool starts
-            queue = WorkQueue(self.plan.units, finished, self.policy, unread)
-            if not queue.open:
-                queue.check_end()
+            if len(finished) + len(unread) == len(self.plan.units):
+                WorkQueue(self.plan.units, finished, self.policy, unread).check_end()
             pool = make_pool(self.plan, len(self.plan.units) - len(finished), self.display.tell)
             closing.callback(pool.close)
             return dispatch(self.plan.units, finished, pool, self.policy, self.stop, self._hear, self.stall, unread)

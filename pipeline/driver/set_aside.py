@@ -67,7 +67,7 @@ class _SetAside(Record):
     ranges: Annotated[tuple[_Range, ...], Field(strict=False)]
 
 
-def write_unread(storage: Storage, fingerprint: str, unread: Unread) -> None:
+def write_unread(job: Job, plan: Plan, unread: Unread) -> None:
     """Write the record of what cannot be read. A failure of the storage is ignored."""
     ranges = [
         {"unit": unit_id, "first": first, "end": end, "reason": reason}
@@ -75,7 +75,8 @@ def write_unread(storage: Storage, fingerprint: str, unread: Unread) -> None:
         for (first, end), reason in of_unit.items()
     ]
     with suppress(StorageError):
-        storage.write(SET_ASIDE, to_json({"fingerprint": fingerprint, "ranges": ranges}))
+        storage = Storage(job.output.path, anchor=JOB)
+        storage.write(SET_ASIDE, to_json({"fingerprint": plan.fingerprint.digest, "ranges": ranges}))
 
 
 def still_unread(job: Job, plan: Plan, units: Sequence[WorkUnit]) -> dict[str, dict[tuple[int, int], str]]:

@@ -190,6 +190,10 @@ class WorkQueue:
             units = {unit_id: split.unit for unit_id, split in self._set_aside.items()}
             raise SetAsideError(bad, units, self._total)
 
+    @property
+    def _unjudged_rows(self) -> int:
+        return sum(self._unjudged.values())
+
     # Work that is given.
 
     def _first_work(self, replica: str, held: Holding) -> Assignment | None:
@@ -200,12 +204,12 @@ class WorkQueue:
         """
         if not held.proven and self._slots.doubtful(replica):
             return self._control() if self._waiting or self._suspects or self._withheld else None
-        if held.proven and sum(self._unjudged.values()) >= CONDEMNED_IN_A_ROW:
+        if held.proven and self._unjudged_rows >= CONDEMNED_IN_A_ROW:
             unit_id = next(reversed(self._unjudged))
             return Assignment(self._splits[unit_id].unit, rows=(0, 0))
         number = next((n for n, work in enumerate(self._suspects) if self._may_take(replica, work)), None)
         if number is not None and held.proven:
-            if sum(self._unjudged.values()) >= CONDEMNED_IN_A_ROW // 2:
+            if self._unjudged_rows >= CONDEMNED_IN_A_ROW // 2:
                 number = self._distant_suspect(replica, number)
             work = self._suspects[number]
             del self._suspects[number]
@@ -298,7 +302,7 @@ class WorkQueue:
 
     def _failed(self, event: UnitFailed, work: Assignment) -> None:
         if work.control:  # no row is finished that could be generated once more for the judgement
-            self._policy.check_condemned(sum(self._unjudged.values()), self._last_reason)
+            self._policy.check_condemned(self._unjudged_rows, self._last_reason)
             return
         self._live_errors.set(work.key, 0)
         known = self._splits.get(work.unit.id)
@@ -333,7 +337,7 @@ class WorkQueue:
                 self._blame(each.work, event, reason, begun=each.begun, left=each.left)
             elif held.proven and self._unjudged and not event.excused:  # a row elsewhere may have been the judgement
                 self._failed_judgements += 1
-                self._policy.check_judgement(self._failed_judgements, sum(self._unjudged.values()), reason)
+                self._policy.check_judgement(self._failed_judgements, self._unjudged_rows, reason)
 
     def _blame(self, work: Assignment, event: ReplicaLost, reason: str, *, begun: bool, left: int) -> None:
         """Put back what replaces work whose replica was lost. `begun`, `left`: see HeldWork."""
